@@ -1,0 +1,19 @@
+"""The one exception for mistakes that the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input: its text is one line, what is wrong and how to mend it.
+
+    The command line prints the line and exits with code 2; no traceback is shown.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'mask_ratio'?`, empty where nothing known is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,83 @@
+"""Geometry of patches: grid, patchify and positions, for any number of spatial dimensions.
+
+An image is [B C H W]; with a frame axis in front of H the same functions cut tubes out of a video.
+Patches are numbered in raster order; inside a patch the order is row, column, channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Size = tuple[int, ...]
+
+
+def grid_size(image_size: Sequence[int], patch_size: Sequence[int]) -> Size:
+    """Number of patches along each axis. Raises ValueError where they do not fit."""
+    if len(image_size) != len(patch_size):
+        raise ValueError(f"image size {image_size} and patch size {patch_size} differ in length")
+    for image, patch in zip(image_size, patch_size, strict=True):
+        if patch < 1 or image % patch:
+            raise ValueError(f"a patch of {patch} does not divide an image of {image} pixels")
+    return tuple(i // p for i, p in zip(image_size, patch_size, strict=True))
+
+
+def patchify(
+    images: Float[Tensor, "batch channels *size"], patch_size: Size
+) -> Float[Tensor, "batch patches values"]:
+    """Cut images into patches, each flattened as (row, column, channel)."""
+    batch, channels, *size = images.shape
+    grid = grid_size(size, patch_size)
+    axes = len(grid)
+    split = [n for pair in zip(grid, patch_size, strict=True) for n in pair]
+    cut = images.reshape(batch, channels, *split)
+    grid_axes = [2 + 2 * a for a in range(axes)]
+    patch_axes = [3 + 2 * a for a in range(axes)]
+    cut = cut.permute(0, *grid_axes, *patch_axes, 1)
+    return cut.reshape(batch, prod(grid), prod(patch_size) * channels)
+
+
+def unpatchify(
+    patches: Float[Tensor, "batch patches values"], grid: Size, patch_size: Size
+) -> Float[Tensor, "batch channels *size"]:
+    """The inverse of `patchify`."""
+    batch, _, values = patches.shape
+    axes = len(grid)
+    channels = values // prod(patch_size)
+    cut = patches.reshape(batch, *grid, *patch_size, channels)
+    order = [axis for a in range(axes) for axis in (1 + a, 1 + axes + a)]
+    cut = cut.permute(0, 1 + 2 * axes, *order)
+    size = [g * p for g, p in zip(grid, patch_size, strict=True)]
+    return cut.reshape(batch, channels, *size)
+
+
+def gather_patches(values: Tensor, ids: Tensor) -> Tensor:
+    """Take `values [B N ...]` at `ids [B K]`: [B K ...]."""
+    index = ids.reshape(*ids.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def sincos_positions(grid: Size, dim: int) -> Float[Tensor, "tokens dim"]:
+    """Fixed sine-cosine positions of a class token (zeros) and of every patch, in raster order.
+
+    The channels are shared equally among the axes, the last axis (columns) first; each share
+    holds sines, then cosines, of the coordinate at frequencies falling from 1 to 1 / 10000
+    (Vaswani et al. 2017, used as by masked autoencoders). Computed in float64.
+    """
+    if dim % (2 * len(grid)):
+        raise ValueError(f"dimension {dim} cannot be shared by {len(grid)} axes of sines, cosines")
+    share = dim // len(grid)
+    frequencies = 10000.0 ** -(torch.arange(share // 2, dtype=torch.float64) / (share // 2))
+    coordinates = torch.meshgrid(
+        *[torch.arange(g, dtype=torch.float64) for g in grid], indexing="ij"
+    )
+    columns = []
+    for coordinate in reversed(coordinates):
+        angle = coordinate.reshape(-1, 1) * frequencies
+        columns += [angle.sin(), angle.cos()]
+    positions = torch.cat(columns, dim=1)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), positions]).float()

@@ -1,0 +1,154 @@
+"""Vision Transformer encoder that can run on a subset of its patches (parameters named as timm's)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm.models.patches import gather_patches, grid_size, patchify, sincos_positions
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a dimension of {dim}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patches, its weight shaped as the convolution that timm makes of it."""
+
+    def __init__(self, patch_size: tuple[int, ...], channels: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
+        self.proj = convolution(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(
+        self, patches: Float[Tensor, "batch patches values"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        # Working on patches already cut, rather than convolving, lets the caller embed only the
+        # visible ones: cheaper, and no hidden pixel can reach the encoder.
+        weight = self.proj.weight.movedim(1, -1).flatten(1)
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder with a class token and fixed sine-cosine positions.
+
+    Args:
+        image_size: pixels along each axis, e.g. (224, 224); need not be square.
+        patch_size: pixels of a patch along each axis; each must divide the image's.
+        channels: of the images.
+        embed_dim: width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: hidden width of a block's MLP, relative to `embed_dim`.
+
+    Raises:
+        ValueError: where sizes do not fit each other.
+    """
+
+    def __init__(
+        self,
+        image_size: Sequence[int] = (224, 224),
+        patch_size: Sequence[int] = (16, 16),
+        channels: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        self.image_size = tuple(image_size)
+        self.patch_size = tuple(patch_size)
+        self.grid = grid_size(self.image_size, self.patch_size)
+        self.num_patches = prod(self.grid)
+        self.channels = channels
+        self.embed_dim = embed_dim
+
+        self.patch_embed = PatchEmbed(self.patch_size, channels, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        positions = sincos_positions(self.grid, embed_dim)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.apply(init_weights)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels *size"],
+        visible_ids: Int[Tensor, "batch visible"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Normalised images -> class token, then one token per visible patch (default: all)."""
+        patches = patchify(images, self.patch_size)
+        positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
+        if visible_ids is not None:
+            patches = gather_patches(patches, visible_ids)
+            positions = gather_patches(positions, visible_ids)
+        x = self.patch_embed(patches) + positions
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linear weights (the patch projection as one), zero biases, unit norms."""
+    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

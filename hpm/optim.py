@@ -1,0 +1,47 @@
+"""Optimiser and schedules; a schedule is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weight decay on matrices and tokens, none on 1-D parameters (biases, norms)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, fused into one kernel."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(
+    step: float, total_steps: float, warmup_steps: float, peak: float, minimum: float = 0.0
+) -> float:
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_decay(
+    step: float, horizon_start: float, horizon_end: float, ramp_steps: float
+) -> float:
+    """Teacher's decay, rising linearly over the first `ramp_steps` between two horizons.
+
+    A horizon is the number of steps that the average reaches back: decay = 1 - 1 / horizon, so
+    the paper's 0.999 -> 0.9999 are horizons of 1,000 and 10,000 steps.
+    """
+    start, end = 1 - 1 / max(1.0, horizon_start), 1 - 1 / max(1.0, horizon_end)
+    return start + min(1.0, step / max(1.0, ramp_steps)) * (end - start)
