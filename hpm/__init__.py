@@ -1,3 +1,9 @@
 """hpm: self-supervised pre-training of vision backbones by Hard Patches Mining."""
 
-__version__ = "0.1.0"
+from hpm.errors import UserError
+from hpm.evals import evaluate
+from hpm.pretrain import Interrupted, pretrain
+from hpm.run import Run, load_encoder
+from hpm.version import __version__
+
+__all__ = ["Interrupted", "Run", "UserError", "__version__", "evaluate", "load_encoder", "pretrain"]

@@ -35,9 +35,7 @@ def learning_rate(
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def ema_decay(
-    step: float, horizon_start: float, horizon_end: float, ramp_steps: float
-) -> float:
+def ema_decay(step: float, horizon_start: float, horizon_end: float, ramp_steps: float) -> float:
     """Teacher's decay, rising linearly over the first `ramp_steps` between two horizons.
 
     A horizon is the number of steps that the average reaches back: decay = 1 - 1 / horizon, so

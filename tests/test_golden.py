@@ -78,8 +78,10 @@ def reconstruct(model, images, mask, target="pixels"):
     visible_ids, hidden_ids = ids(mask)
     prediction, predicted_loss = model(images, visible_ids, hidden_ids)
     patches = pixel_target(images, model.encoder.patch_size, target)
-    return prediction, predicted_loss, losses.squared_error(
-        prediction, gather_patches(patches, hidden_ids)
+    return (
+        prediction,
+        predicted_loss,
+        losses.squared_error(prediction, gather_patches(patches, hidden_ids)),
     )
 
 
@@ -89,16 +91,21 @@ def relative(predicted_loss, patch_loss):
 
 
 def test_positions(golden, model):
-    close(sincos_positions(model.encoder.grid, model.encoder.embed_dim)[None],
-          golden.tensors["weights.pos_embed"])
-    close(sincos_positions(model.encoder.grid, model.mask_token.shape[-1])[None],
-          golden.tensors["weights.decoder_pos_embed"])
+    close(
+        sincos_positions(model.encoder.grid, model.encoder.embed_dim)[None],
+        golden.tensors["weights.pos_embed"],
+    )
+    close(
+        sincos_positions(model.encoder.grid, model.mask_token.shape[-1])[None],
+        golden.tensors["weights.decoder_pos_embed"],
+    )
 
 
 def test_number_of_hidden_patches(golden, model):
     ratio = golden.numbers["mask_ratio"]
-    assert masking.num_hidden_patches(model.encoder.num_patches, ratio) == golden.numbers[
-        "num_hidden"]
+    assert (
+        masking.num_hidden_patches(model.encoder.num_patches, ratio) == golden.numbers["num_hidden"]
+    )
 
 
 def test_forward(golden, model):
@@ -115,10 +122,11 @@ def test_losses(golden, model, target):
     _, predicted_loss, patch_loss = reconstruct(model, images, mask, TARGETS[target])
     close(patch_loss, golden.tensors[f"patch_loss.{target}"])
     close(patch_loss.mean(), golden.numbers[f"loss.{target}"])
-    close(relative(predicted_loss, patch_loss),
-          golden.numbers[f"predictor_loss.relative.{target}"])
-    close(losses.absolute_loss(predicted_loss, patch_loss),
-          golden.numbers[f"predictor_loss.absolute.{target}"])
+    close(relative(predicted_loss, patch_loss), golden.numbers[f"predictor_loss.relative.{target}"])
+    close(
+        losses.absolute_loss(predicted_loss, patch_loss),
+        golden.numbers[f"predictor_loss.absolute.{target}"],
+    )
 
 
 def comparable(name, ours, golden):
@@ -211,7 +219,10 @@ def test_learning_rate_schedule(golden):
     schedule = golden.numbers["lr_schedule"]
     for epoch, expected in schedule["at_epoch"].items():
         ours = optim.learning_rate(
-            float(epoch), schedule["epochs"], schedule["warmup_epochs"], schedule["lr"],
+            float(epoch),
+            schedule["epochs"],
+            schedule["warmup_epochs"],
+            schedule["lr"],
             schedule["min_lr"],
         )
         assert ours == pytest.approx(expected, rel=2e-5, abs=1e-15)

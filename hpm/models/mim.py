@@ -110,5 +110,7 @@ class MaskedImageModel(nn.Module):
         visible = self.decoder_embed(features)
         hidden = self.mask_token.to(visible.dtype).expand(*hidden_ids.shape, -1)
         positions = self.decoder_pos_embed.expand(len(features), -1, -1)
-        order = torch.cat([torch.zeros_like(visible_ids[:, :1]), visible_ids + 1, hidden_ids + 1], 1)
+        order = torch.cat(
+            [torch.zeros_like(visible_ids[:, :1]), visible_ids + 1, hidden_ids + 1], 1
+        )
         return torch.cat([visible, hidden], dim=1) + gather_patches(positions, order)

@@ -117,9 +117,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         positions = sincos_positions(self.grid, embed_dim)[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            [Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)]
-        )
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_weights)

@@ -1,0 +1,5 @@
+import sys
+
+from hpm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,224 @@
+"""Files of tensors: written atomically, loaded without executing anything, and pruned.
+
+A checkpoint is one safetensors file: the tensors under `model.`, `teacher.`, `optimizer.` and
+`rng.`, everything else as JSON in the file's header.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hpm.errors import UserError
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a run needs to go on."""
+
+    path: Path
+    model: State
+    teacher: State
+    optimizer: State
+    rng: State
+    meta: dict[str, Any]  # step, config, architecture, statistics, what could not be read ...
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file, flush it to disk, then rename it to `path`.
+
+    A file of that name is thus always whole. Raises UserError where the disk is full, and leaves
+    nothing behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: Exception) -> UserError:
+    """One clear line for a file that could not be written."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or re.search(r"os error (28|122|27)\b|No space|File too large", str(error)):
+        return UserError(
+            f"{path} could not be written: no space left; make room, then run the same command "
+            "again: it goes on from the last whole checkpoint"
+        )
+    return UserError(f"{path} could not be written: {error}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
+    """Write tensors and JSON into one safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {"hpm": json.dumps(meta)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+    """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
+    try:
+        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+            return _read_torch_file(path), {}
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: truncated or not a weights file ({_line(error)}); use another checkpoint"
+        ) from None
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any], keep: int,
+) -> Path:  # fmt: skip
+    """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
+    tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
+    tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}|{kind}"] = value
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    path = folder / f"step_{meta['step']:08d}.safetensors"
+    write_tensors(path, tensors, meta)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*.safetensors"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint whole. Raises UserError where the file is not one, or is damaged."""
+    tensors, meta = read_tensors(path)
+    if "step" not in meta:
+        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
+    parts: dict[str, State] = {"model": {}, "teacher": {}, "optimizer": {}, "rng": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    return Checkpoint(path, **parts, meta=meta)
+
+
+def restore(
+    checkpoint: Checkpoint, model: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put everything back where it was."""
+    load_exactly(model, checkpoint.model, checkpoint.path)
+    load_exactly(teacher, checkpoint.teacher, checkpoint.path)
+    parameters = dict(model.named_parameters())
+    for name, value in checkpoint.optimizer.items():
+        parameter_name, _, kind = name.partition("|")
+        parameter = parameters[parameter_name]
+        # The fused kernel wants its step counters in float32 beside the parameter.
+        optimizer.state[parameter][kind] = value.to(parameter.device, torch.float32)
+    torch.set_rng_state(checkpoint.rng["cpu"])
+    if "cuda" in checkpoint.rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.rng["cuda"])
+
+
+def load_exactly(module: nn.Module, state: State, path: Path) -> None:
+    """Load a state of the same names and shapes; UserError names the first that differs."""
+    problems = compare(module, state)
+    if problems:
+        raise UserError(
+            f"{path}: of another architecture ({problems[0]}; {len(problems)} tensors differ)"
+        )
+    module.load_state_dict(state)
+
+
+def load_initial(model: nn.Module, state: State, path: Path, partial: bool) -> str:
+    """Start from other weights: says how many tensors matched; refuses a partial load unless asked.
+
+    A backbone file, whose names lack the `encoder.` in front, is an encoder without decoders.
+    """
+    own = model.state_dict()
+    if "encoder.cls_token" in own and "cls_token" in state:
+        state = {f"encoder.{name}": tensor for name, tensor in state.items()}
+    matching = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
+    summary = f"{len(matching)} of {len(own)} tensors matched {path}"
+    if not matching:
+        raise UserError(f"init: {summary}; it holds no weights of such a model")
+    if len(matching) < len(own):
+        missing = [n for n in own if n not in matching]
+        summary += f", {len(missing)} not, the first {missing[0]}"
+        if not partial:
+            raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
+    model.load_state_dict(matching, strict=False)
+    return summary
+
+
+def compare(module: nn.Module, state: State) -> list[str]:
+    """What differs between a module's tensors and a state, a line each."""
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not known" for name in state if name not in own]
+    for name in own:
+        if name in state and own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            problems.append(f"{name} is {shapes}")
+    return problems
+
+
+def _read_torch_file(path: Path) -> State:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: holds pickled code (or is damaged), which is never run; "
+            "convert it to safetensors where you trust it"
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(_line(error)) from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError("no tensors in it")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

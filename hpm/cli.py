@@ -1,0 +1,211 @@
+"""The verbs of the command line, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from rich.console import Console
+
+import hpm
+from hpm import distributed
+from hpm.config import DemoConfig, EvalConfig, PretrainConfig, ShowConfig, preset_path
+from hpm.errors import UserError, nearest
+
+VERBS: dict[str, tuple[Any, str]] = {
+    "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
+    "pretrain": (PretrainConfig, "a folder of images in, a backbone out"),
+    "eval": (EvalConfig, "measure a backbone: hpm eval knn RUN DATA, hpm eval hardness RUN DATA"),
+    "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
+}
+
+POSITIONAL: dict[str, list[str]] = {
+    "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "show": ["run", "data"],
+}  # fmt: skip
+
+USAGE = "\n".join(
+    [
+        "usage: hpm VERB ...   (hpm VERB --help for its options)",
+        "",
+        *[f"  {verb:9} {about}" for verb, (_, about) in VERBS.items()],
+        "",
+        "  --version",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0, 2 for a mistake of the user, 128 + n on signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except hpm.Interrupted as stopped:
+        print(f"hpm: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(hpm.__version__)
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
+    return {"demo": _demo, "pretrain": _pretrain, "eval": _eval, "show": _show}[verb](rest)
+
+
+def _demo(arguments: list[str]) -> int:
+    from hpm.tour import tour
+
+    tour(_parse("demo", arguments))
+    return 0
+
+
+def _pretrain(arguments: list[str]) -> int:
+    from hpm.pretrain import run_pretraining
+
+    run_pretraining(_parse("pretrain", arguments))
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    from hpm.evals import PROTOCOLS, evaluate, print_result
+
+    if not arguments or arguments[0] not in PROTOCOLS:
+        if arguments and not arguments[0].startswith("-"):
+            hint = nearest(arguments[0], PROTOCOLS)
+            raise UserError(f"no evaluation '{arguments[0]}'{hint}: {' or '.join(PROTOCOLS)}")
+        if "--help" not in arguments and "-h" not in arguments:
+            raise UserError(f"name an evaluation: {' or '.join(PROTOCOLS)}")
+        arguments = ["knn", *arguments]
+    protocol, *rest = arguments
+    config = vars(_parse("eval", rest, f"eval {protocol}"))
+    result = evaluate(protocol, config.pop("run"), config.pop("data"), **config)
+    print_result(result, Console())
+    if result.file:
+        print(f"written to {result.file}")
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    from hpm.show import show
+
+    print(f"written to {show(_parse('show', arguments))}")
+    return 0
+
+
+def _parse(verb: str, arguments: list[str], name: str | None = None) -> Any:
+    """The verb's config, read and checked by jsonargparse."""
+    config, about = VERBS[verb]
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog=f"hpm {name or verb}", description=about, exit_on_error=False)
+    parser.usage = " ".join(
+        [parser.prog, *[p.upper() for p in POSITIONAL[verb]], "[--OPTION VALUE]"]
+    )
+    if verb == "pretrain":
+        parser.add_argument(
+            "--config", action="config", help="A preset's name or a YAML file; options come on top."
+        )
+    parser.add_class_arguments(config)
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        sys.exit(0)
+    types = {field.name: str(field.type) for field in dataclasses.fields(config)}
+    written = _spell_out(arguments, types, POSITIONAL[verb], parser.prog)
+    try:
+        options = parser.parse_args(written).as_dict()
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), parser.prog)) from None
+    options.pop("config", None)
+    return config(**options)
+
+
+class _Parser(ArgumentParser):
+    """Shows options as they are mostly typed: with hyphens."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z_]+", lambda m: m[0].replace("_", "-"), super().format_help())
+
+
+def _spell_out(
+    arguments: list[str], types: dict[str, str], positional: list[str], prog: str
+) -> list[str]:
+    """Write each argument as `--name=value`: every option takes one value (true, for a flag)."""
+    written, places, waiting = [], iter(positional), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--"):
+            name = next(places, "")
+            if not name:
+                raise UserError(f"'{argument}' is one argument too many (see {prog} --help)")
+            written.append(f"--{name}={argument}")
+            continue
+        name, given, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if name not in types and name != "config":
+            hint = nearest(name, types).replace("_", "-")
+            raise UserError(f"unknown option '{argument.partition('=')[0]}'{hint}")
+        if not given and types.get(name) == "bool" and waiting[:1] not in (["true"], ["false"]):
+            value = "true"
+        elif not given:
+            if not waiting:
+                raise UserError(f"option '{argument}' needs a value")
+            value = waiting.pop(0)
+        if name == "config":
+            # A preset is a file inside of the package.
+            value = str(preset_path(value))
+        written.append(f"--{name}={value}")
+    return written
+
+
+def _one_line(error: str, prog: str) -> str:
+    """jsonargparse's message, shortened: which option, what was expected, what was given."""
+    text = " ".join(error.split())
+    missing = re.search(r"arguments are required: (.*)", text)
+    if missing:
+        names = missing[1].split(", ")
+        return f"{' and '.join(names)} missing (see {prog} --help)"
+    match = re.search(r'Parser key "(\w+)": .*Got value: (.*)', text)
+    if match:
+        choices = re.search(r"Literal\[(.*?)\]", text)
+        if choices:
+            known = choices[1].replace("'", "").split(", ")
+            return (
+                f"{match[1]} is '{match[2]}'{nearest(match[2], known)} (one of {', '.join(known)})"
+            )
+        return f"{match[1]} cannot be '{match[2]}': it must be {_kind(text)}"
+    unknown = re.search(r"(?:[Kk]ey|Option|arguments?)[^'\"]*['\"](\w+)['\"]", text)
+    return f"{text}{nearest(unknown[1], _all_options()) if unknown else ''}"
+
+
+def _kind(text: str) -> str:
+    kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+    found = [words for kind, words in kinds.items() if re.search(rf"\b{kind}\b", text)]
+    if "tuple" in text.lower():
+        found.append("a list such as [1,2]")
+    return " or ".join(found) or "of another type"
+
+
+def _all_options() -> set[str]:
+    return {field.name for config, _ in VERBS.values() for field in dataclasses.fields(config)}
+
+
+def _complain(text: str) -> None:
+    if distributed.is_main():
+        print(f"hpm: error: {text}", file=sys.stderr)

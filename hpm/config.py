@@ -1,0 +1,360 @@
+"""Every option on one page: one typed dataclass per verb, read by the command line and by Python.
+
+A duration is written as text with its unit, `40 epochs`, `500 steps` or `5%` (of the training), and
+is converted to steps once, by `duration_steps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from hpm.errors import UserError, nearest
+
+Model = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Encoder: width, blocks, heads; the same of both decoders; usual patch size in pixels."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    patch_size: int = 16
+
+
+SIZES: dict[str, ModelSize] = {
+    "vit_nano": ModelSize(96, 4, 3, 64, 2, 2),
+    "vit_tiny": ModelSize(192, 12, 3, 128, 4, 4),
+    "vit_small": ModelSize(384, 12, 6, 256, 4, 8),
+    "vit_base": ModelSize(768, 12, 12),
+    "vit_large": ModelSize(1024, 24, 16),
+    "vit_huge": ModelSize(1280, 32, 16, patch_size=14),
+}
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-train a Vision Transformer on unlabelled images."""
+
+    data: str
+    """Images: a folder (searched recursively), a list file (`path label` per line), a parquet file
+    or folder, or `demo`, the built-in images. Where it has a train and a val (or test) split,
+    training uses train alone."""
+    out: str
+    """Run folder. The same command again continues an interrupted run."""
+
+    model: Model = "vit_small"
+    """Encoder; its decoders are sized to match."""
+    image_size: int | tuple[int, int] = 224
+    """Pixels, one number or [height, width]."""
+    patch_size: int | tuple[int, int] | None = None
+    """Pixels, one number or [height, width]; usually 16 (14 for vit_huge)."""
+    channels: Literal[1, 3, 4] = 3
+    """1: grey, 3: RGB, 4: RGBA."""
+    decoder_dim: int | None = None
+    """Width of the reconstructor and of the predictor (default: by model)."""
+    decoder_depth: int | None = None
+    """Blocks of each decoder (default: by model)."""
+    decoder_heads: int | None = None
+    """Attention heads of each decoder (default: by model)."""
+
+    mask: Literal["easy_to_hard", "random"] = "easy_to_hard"
+    """Which patches to hide: the hardest, more and more of them, or any."""
+    mask_ratio: float = 0.75
+    """Share of the patches that is hidden, between 0 and 1."""
+    hard_share_start: float = 0.0
+    """Share of the hidden patches that are the hardest ones when training starts (alpha_0)."""
+    hard_share_end: float = 0.5
+    """The same when training ends (alpha_T)."""
+    target: Literal["normalized_pixels", "pixels"] = "normalized_pixels"
+    """What is reconstructed: pixels standardised within their patch, or raw pixels."""
+    predictor_loss: Literal["relative", "absolute", "none"] = "relative"
+    """How the predictor learns: from pairwise order, by regression, or not at all (plain MAE
+    together with --mask random)."""
+    predictor_weight: float = 1.0
+    """Weight of the predictor's loss beside the reconstruction's."""
+
+    epochs: int = 100
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+    batch_size: int | None = None
+    """Images per optimiser step, over all processes (default: 256, or as many as there are)."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after another, to save memory."""
+    base_lr: float = 1.5e-4
+    """Peak learning rate per 256 images of a batch."""
+    warmup: str = "10%"
+    """Linear warm-up of the learning rate."""
+    weight_decay: float = 0.05
+    """Of AdamW, on all but 1-D parameters."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    clip_grad: float = 5.0
+    """Largest norm of the gradient."""
+    ema_horizon_start: str = "0.8%"
+    """How far back the teacher's average reaches at first: decay = 1 - 1 / horizon in steps. The
+    defaults are what the paper's 0.999 and 0.9999 are on ImageNet."""
+    ema_horizon_end: str = "8%"
+    """The same after the ramp."""
+    ema_ramp: str = "50%"
+    """How long the decay rises for."""
+    init: str | None = None
+    """Start from the weights of another run or weights file (not for resuming)."""
+    init_partial: bool = False
+    """Accept an --init file that has only some of the tensors."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of a random crop, as a share of the image."""
+    flip: bool = True
+    """Mirror half of the images."""
+    normalize: Literal["measured", "imagenet"] = "measured"
+    """Mean and deviation of the channels: measured from the data, or ImageNet's."""
+    holdout: int = 128
+    """Images kept out of training to measure on: from the val split, or else taken from the data."""
+    max_unreadable: float = 0.1
+    """Stop when more than this share of the images cannot be read."""
+
+    seed: int = 0
+    """Of weights, order, crops and masks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    workers: int | None = None
+    """Processes that load images (default: one per spare core, at most 8)."""
+    log_every: int = 10
+    """Steps between two readings of the losses."""
+    eval_every: str = "10%"
+    """Between two measurements and figures on the held-out images."""
+    checkpoint_every: str = "5%"
+    """Between two checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the latest are kept."""
+
+
+# May differ between a run and its continuation: none of them changes what is learned.
+FREE_OPTIONS = {
+    "out", "device", "workers", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+    "max_unreadable",
+}  # fmt: skip
+
+
+@dataclass
+class EvalConfig:
+    """Measure how good a backbone is."""
+
+    run: str
+    """Run folder, checkpoint or backbone file."""
+    data: str
+    """Labelled images (see pretrain); splits train and val (or test), or a fifth is held out."""
+    test: str | None = None
+    """Images to test on, where they are not a split of the data."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Features: mean of the patches, or the class token."""
+    teacher: bool = False
+    """Use the teacher's weights (run or checkpoint only)."""
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours; those larger than the training set are left out."""
+    temperature: float = 0.07
+    """Of the neighbours' weights, exp(similarity / temperature)."""
+    batch_size: int = 128
+    """Images at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of the random baseline, the masks and the held-out part."""
+
+
+@dataclass
+class ShowConfig:
+    """Draw image, actual loss, predicted loss, mask and reconstruction."""
+
+    run: str
+    """Run folder or checkpoint."""
+    data: str
+    """Images (see pretrain), or one image file."""
+    out: str = "show.png"
+    """Figure to write."""
+    images: int = 8
+    """How many images."""
+    hard_share: float | None = None
+    """Share of the hidden patches that are the hardest (default: as at the end of training)."""
+    num_masks: int = 10
+    """Random masks over which the actual loss is averaged."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of the masks and of the choice of images."""
+
+
+@dataclass
+class DemoConfig:
+    """The whole tour on built-in images: pre-train, measure, draw. Minutes on a CPU."""
+
+    out: str = "runs/demo"
+    """Run folder."""
+    steps: int | None = None
+    """Optimiser steps, instead of the preset's."""
+
+
+Config = TypeVar("Config", PretrainConfig, EvalConfig, ShowConfig, DemoConfig)
+
+
+def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
+    """A config from keyword arguments, checked; UserError names the nearest option."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in options:
+        if name not in known:
+            raise UserError(f"unknown option '{name}'{nearest(name, known)}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise UserError(f"{cls.__name__}: {str(error).split('() ')[-1]}") from None
+
+
+def preset_path(name: str) -> Path:
+    """A YAML file, or the preset of that name installed with the package."""
+    if Path(name).is_file():
+        return Path(name)
+    presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
+    if name not in presets:
+        raise UserError(
+            f"no preset or file '{name}'{nearest(name, presets)} (presets: {', '.join(sorted(presets))})"
+        )
+    return presets[name]
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a preset or YAML file."""
+    try:
+        return yaml.safe_load(preset_path(name).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """One number for both axes, or (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def resolve_model(config: PretrainConfig) -> dict[str, Any]:
+    """Everything that fixes the architecture: plain numbers, as stored beside the weights."""
+    size = SIZES[config.model]
+    return {
+        "image_size": list(pair(config.image_size)),
+        "patch_size": list(pair(config.patch_size or size.patch_size)),
+        "channels": config.channels,
+        "embed_dim": size.embed_dim,
+        "depth": size.depth,
+        "num_heads": size.num_heads,
+        "decoder_dim": config.decoder_dim or size.decoder_dim,
+        "decoder_depth": config.decoder_depth or size.decoder_depth,
+        "decoder_heads": config.decoder_heads or size.decoder_heads,
+        "with_predictor": config.predictor_loss != "none",
+    }
+
+
+def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
+    """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
+    if match is None:
+        raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
+    value, unit = float(match[1]), match[2].rstrip("s")
+    return value * {"epoch": steps_per_epoch, "step": 1, "%": total_steps / 100}[unit]
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Refuse what cannot work, before anything is loaded. Raises UserError."""
+    for field in dataclasses.fields(config):
+        choices = _choices(field.name)
+        value = getattr(config, field.name)
+        if choices and value not in choices:
+            raise UserError(
+                f"{field.name} is '{value}'; it must be one of {', '.join(map(str, choices))}"
+                f"{nearest(str(value), map(str, choices))}"
+            )
+    model = resolve_model(config)
+    for image, patch in zip(model["image_size"], model["patch_size"], strict=True):
+        if patch < 1 or image < 1:
+            raise UserError("image_size and patch_size must be at least 1 pixel")
+        if patch > image:
+            raise UserError(
+                f"patch_size {patch} is larger than image_size {image}: pass a smaller --patch-size"
+            )
+        if image % patch:
+            raise UserError(
+                f"patch_size {patch} does not divide image_size {image}: "
+                f"the nearest that fits is --image-size {max(1, round(image / patch)) * patch}"
+            )
+    _check_widths(model)
+    _check_mask(config, model)
+    if config.mask == "easy_to_hard" and config.predictor_loss == "none":
+        raise UserError(
+            "mask easy_to_hard needs a loss predictor, but predictor_loss is none: "
+            "pass --mask random for plain MAE"
+        )
+    for name in ("epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints",
+                 "decoder_dim", "decoder_depth", "decoder_heads"):  # fmt: skip
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name in ("holdout", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad"):
+        if not getattr(config, name) >= 0 or math.isinf(getattr(config, name)):
+            raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
+    if config.batch_size and config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"crop_scale is [{low}, {high}]; it must rise between 0 and 1")
+    for name in ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every",
+                 "checkpoint_every"):  # fmt: skip
+        duration_steps(getattr(config, name), 100, 10)
+
+
+def _check_widths(model: dict[str, Any]) -> None:
+    for dim, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
+        if model[dim] % model[heads] or model[dim] % 4:
+            raise UserError(
+                f"{dim} {model[dim]} must be a multiple of 4 and of {heads} {model[heads]}"
+            )
+
+
+def _check_mask(config: PretrainConfig, model: dict[str, Any]) -> None:
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
+    patches = math.prod(
+        i // p for i, p in zip(model["image_size"], model["patch_size"], strict=True)
+    )
+    visible = int(patches * (1 - config.mask_ratio))
+    if visible in (0, patches):
+        what = "visible" if visible == 0 else "hidden"
+        raise UserError(
+            f"mask_ratio {config.mask_ratio} leaves no {what} patch of {patches}: "
+            f"pass a {'smaller' if visible == 0 else 'larger'} --mask-ratio or a smaller --patch-size"
+        )
+    for name in ("hard_share_start", "hard_share_end"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
+
+
+def _choices(name: str) -> tuple[Any, ...]:
+    """Allowed values of an option that is a Literal, else ()."""
+    import typing
+
+    hint = typing.get_type_hints(PretrainConfig)[name]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

@@ -1,0 +1,204 @@
+"""Batches of views. What a sample looks like depends on (seed, epoch, sample index) alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from hpm.data.sources import Source
+from hpm.data.transforms import UnreadableImage, evaluation_view, training_view
+from hpm.errors import UserError
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+Key = tuple[int, int]  # (epoch, index of the sample)
+MakeView = Callable[[Source, Key], np.ndarray]
+
+
+@dataclass
+class Batch:
+    """images: uint8 [B C H W]; indices: int64 [B], which samples they are; unreadable: (index,
+    what is wrong) of each sample that another one had to stand in for."""
+
+    images: Tensor
+    indices: Tensor
+    unreadable: list[tuple[int, str]]
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable)
+
+
+@dataclass(frozen=True)
+class TrainingViews:
+    """Random views, the same for the same (seed, epoch, index)."""
+
+    size: tuple[int, int]
+    channels: int
+    seed: int
+    crop_scale: tuple[float, float]
+    flip: bool
+    min_side: int
+
+    def __call__(self, source: Source, key: Key) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, *key])
+        return training_view(
+            source.open(key[1]), self.size, self.channels, rng, self.crop_scale, self.flip,
+            self.min_side,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationViews:
+    """The centre of each image."""
+
+    size: tuple[int, int]
+    channels: int
+    min_side: int = 1
+
+    def __call__(self, source: Source, key: Key) -> np.ndarray:
+        return evaluation_view(source.open(key[1]), self.size, self.channels, self.min_side)
+
+
+class Views(Dataset):
+    """Views by (epoch, index). An unreadable image is passed over: with `stand_in` the next one
+    takes its place, so that batches keep their size; without, there is no view (None)."""
+
+    def __init__(self, source: Source, make_view: MakeView, stand_in: bool):
+        self.source = source
+        self.make_view = make_view
+        self.stand_in = stand_in
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, list[tuple[int, str]]]:
+        epoch, index = key
+        unreadable = []
+        for offset in range(len(self.source) if self.stand_in else 1):
+            candidate = (index + offset) % len(self.source)
+            try:
+                view = self.make_view(self.source, (epoch, candidate))
+                return view, candidate, unreadable
+            except (UnreadableImage, OSError) as error:
+                unreadable.append((candidate, " ".join(str(error).split())))
+        return None, index, unreadable
+
+
+class StepSampler(Sampler[list[Key]]):
+    """The samples of one process, a list per optimiser step, from `start_step` to `total_steps`.
+
+    Each epoch is a permutation of all samples; what does not fill a last batch is left out.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        total_steps: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.start_step, self.total_steps = start_step, total_steps
+        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.steps_per_epoch = num_samples // batch_size
+
+    def __len__(self) -> int:
+        return self.total_steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                rng = np.random.default_rng([self.seed, epoch])
+                order, order_epoch = rng.permutation(self.num_samples), epoch
+            batch = order[position * self.batch_size :][: self.batch_size]
+            yield [(epoch, int(i)) for i in batch[self.part]]
+
+
+def training_loader(
+    source: Source, views: TrainingViews, sampler: StepSampler, workers: int, pin_memory: bool
+) -> DataLoader:
+    """One batch per step of the sampler."""
+    return DataLoader(
+        Views(source, views, stand_in=True),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def evaluation_batches(
+    source: Source, size: tuple[int, int], channels: int, batch_size: int, workers: int = 0
+) -> Iterator[Batch]:
+    """All readable images once, in order."""
+    views = Views(source, EvaluationViews(size, channels), stand_in=False)
+    keys = [(0, i) for i in range(len(source))]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    yield from DataLoader(
+        views,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        collate_fn=_collate,
+        num_workers=workers,
+    )
+
+
+def _collate(samples: list[tuple[np.ndarray | None, int, list[tuple[int, str]]]]) -> Batch:
+    views = [view for view, _, _ in samples if view is not None]
+    indices = [index for view, index, _ in samples if view is not None]
+    unreadable = [problem for _, _, problems in samples for problem in problems]
+    images = torch.from_numpy(np.stack(views)) if views else torch.empty(0, dtype=torch.uint8)
+    return Batch(images, torch.tensor(indices, dtype=torch.int64), unreadable)
+
+
+def readable(
+    source: Source, size: tuple[int, int], channels: int, seed: int, min_side: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, view) of the images that can be read, in a random order fixed by the seed."""
+    views = EvaluationViews(size, channels, min_side)
+    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
+        try:
+            yield int(index), views(source, (0, int(index)))
+        except (UnreadableImage, OSError):
+            continue
+
+
+def measure_statistics(
+    source: Source, size: tuple[int, int], channels: int, seed: int, min_side: int = 1,
+    count: int = 512,
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Mean and standard deviation of each channel, in [0, 1], over `count` random images."""
+    sums, squares, images = np.zeros(channels), np.zeros(channels), 0
+    for _, view in readable(source, size, channels, seed, min_side):
+        pixels = view.reshape(channels, -1) / 255
+        sums += pixels.mean(1)
+        squares += (pixels**2).mean(1)
+        images += 1
+        if images == count:
+            break
+    if images == 0:
+        raise UserError(f"{source.name}: no readable image among {len(source)}")
+    mean = sums / images
+    # A channel that never varies must not be divided by zero.
+    std = np.sqrt(np.maximum(squares / images - mean**2, 1e-6))
+    return mean.tolist(), std.tolist()
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 [B C H W] -> float32, standardised by mean and std [C] (of values in [0, 1])."""
+    return (images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+
+def default_workers(world_size: int = 1) -> int:
+    """One process per spare core, at most 8, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, (cores or 1) // world_size - 1))

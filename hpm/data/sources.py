@@ -1,0 +1,303 @@
+"""Where images come from: a folder, a list file, parquet, or the built-in demo."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from hpm.data import demo
+from hpm.errors import UserError
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
+    ".pgm",
+)  # fmt: skip
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("val", "validation", "valid", "test", "testing")
+
+
+class Source(Protocol):
+    """A fixed sequence of images, perhaps with labels."""
+
+    name: str
+    labels: np.ndarray | None  # int64 [images], numbers into `classes`; None: no labels
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """The image, perhaps not decoded yet. Raises OSError and its like if it cannot be."""
+        ...
+
+    def path(self, index: int) -> str:
+        """Where the image lies, as told to the user."""
+        ...
+
+
+@dataclass
+class Splits:
+    """What a data argument holds: images to train on and, perhaps, images to test on."""
+
+    train: Source
+    test: Source | None = None
+
+
+def open_source(data: str) -> Splits:
+    """Open whatever `data` names. Raises UserError where there are no images."""
+    if data == "demo":
+        return Splits(DemoSource("train"), DemoSource("test"))
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise UserError(
+            f"{data}: no such folder or file; name a folder of images, a list file, parquet or demo"
+        )
+    if path.suffix.lower() == ".parquet":
+        return Splits(ParquetSource(str(path), [path]))
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return Splits(FileSource(str(path), [path]))
+    return Splits(_open_list(path))
+
+
+@dataclass
+class FileSource:
+    """Image files."""
+
+    name: str
+    paths: Sequence[Path | str]
+    labels: np.ndarray | None = None
+    classes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+    def path(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class DemoSource:
+    """The built-in images of `data/demo.py`."""
+
+    def __init__(self, split: str):
+        self.name = f"demo ({split})"
+        self.split = split
+        self.classes = list(demo.CLASSES)
+        self.labels = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
+
+    def __len__(self) -> int:
+        return demo.SIZES[self.split]
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(demo.render(index, self.split).image)
+
+    def path(self, index: int) -> str:
+        return f"demo/{self.split}/{index}"
+
+
+class ParquetSource:
+    """Parquet in the Hugging Face layout: a column `image: {bytes, path}`, perhaps `label: int`.
+
+    The encoded bytes are held in memory, shared by all loading processes.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path]):
+        try:
+            import pyarrow
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise UserError("parquet needs pyarrow: pip install 'hpm[parquet]'") from None
+        self.name = name
+        self.files = list(files)
+        try:
+            schema = parquet.read_schema(self.files[0])
+            if "image" not in schema.names:
+                columns = ", ".join(schema.names)
+                raise UserError(f"{self.files[0]}: no column 'image' (it has {columns})")
+            wanted = [c for c in ("image", "label") if c in schema.names]
+            table = parquet.read_table(list(map(str, self.files)), columns=wanted)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{self.files[0]}: not readable parquet ({_line(error)})") from None
+        image = table["image"]
+        is_struct = pyarrow.types.is_struct(image.type)
+        if is_struct and "bytes" not in [f.name for f in image.type]:
+            raise UserError(f"{self.files[0]}: column 'image' holds no field 'bytes'")
+        parts = image.chunks
+        self._bytes = [part.field("bytes") if is_struct else part for part in parts]
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.labels = None
+        self.classes = []
+        if "label" in wanted:
+            values = table["label"].to_pylist()
+            names = _label_names(schema.metadata or {})
+            self.classes = names or sorted({str(v) for v in values}, key=_natural)
+            numbers = {c: i for i, c in enumerate(self.classes)}
+            self.labels = np.array([v if names else numbers[str(v)] for v in values])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def open(self, index: int) -> Image.Image:
+        chunk = int(np.searchsorted(self._ends, index, side="right"))
+        start = self._ends[chunk - 1] if chunk else 0
+        data = self._bytes[chunk][int(index - start)].as_py()
+        if data is None:
+            raise OSError("no bytes in this row")
+        return Image.open(io.BytesIO(data))
+
+    def path(self, index: int) -> str:
+        return f"{self.files[0] if len(self.files) == 1 else self.name}, row {index}"
+
+
+class Subset:
+    """Some images of another source, in the given order."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source = source
+        self.indices = indices
+        self.name = source.name
+        self.classes = source.classes
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, index: int) -> Image.Image:
+        return self.source.open(int(self.indices[index]))
+
+    def path(self, index: int) -> str:
+        return self.source.path(int(self.indices[index]))
+
+
+def object_mask(source: Source, index: int) -> np.ndarray | None:
+    """Where the objects of an image are, bool [H W]; None where the source does not know."""
+    if isinstance(source, Subset):
+        return object_mask(source.source, int(source.indices[index]))
+    if isinstance(source, DemoSource):
+        return demo.render(index, source.split).mask
+    return None
+
+
+def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """Split a source in two at random: (the rest, `count` images)."""
+    order = np.random.default_rng([seed, len(source)]).permutation(len(source))
+    return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+
+
+def _open_folder(path: Path) -> Splits:
+    files = sorted(path.rglob("*.parquet"))
+    if files:
+        train = [f for f in files if f.stem.lower().startswith(TRAIN_NAMES)]
+        test = [f for f in files if f.stem.lower().startswith(TEST_NAMES)]
+        if not train:
+            return Splits(ParquetSource(str(path), files))
+        return Splits(
+            ParquetSource(f"{path} (train)", train),
+            ParquetSource(f"{path} (test)", test) if test else None,
+        )
+    inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    train_folder = next((inside[n] for n in TRAIN_NAMES if n in inside), None)
+    test_folder = next((inside[n] for n in TEST_NAMES if n in inside), None)
+    # A folder `train` among others that are no splits may well be a class (of vehicles, say).
+    if train_folder and (test_folder or len(inside) == 1):
+        return Splits(
+            _image_folder(train_folder), _image_folder(test_folder) if test_folder else None
+        )
+    return Splits(_image_folder(path))
+
+
+def _image_folder(root: Path) -> FileSource:
+    """All images below `root`; labelled by first-level folder if every image lies in one."""
+    files = _find_images(root)
+    if not files:
+        raise UserError(
+            f"{root}: no images in this folder or below it (looked for {' '.join(IMAGE_SUFFIXES)})"
+        )
+    paths = [os.path.join(root, f) for f in files]
+    tops = [f.split(os.sep)[0] if os.sep in f else None for f in files]
+    classes = sorted({top for top in tops if top is not None})
+    if None in tops or not classes:
+        return FileSource(str(root), paths)
+    numbers = {c: i for i, c in enumerate(classes)}
+    labels = np.array([numbers[top] for top in tops if top is not None])
+    return FileSource(str(root), paths, labels, classes)
+
+
+def _find_images(root: Path) -> list[str]:
+    """Relative paths, sorted; links are followed, but no folder is entered twice."""
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        for file in files:
+            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
+                found.append(os.path.relpath(os.path.join(folder, file), root))
+    return sorted(found)
+
+
+def _open_list(path: Path) -> FileSource:
+    """`path label` per line, the label optional; paths are relative to the list's folder."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: neither a folder, parquet, an image nor a text list of images"
+        ) from None
+    paths, names = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        image, label = _split_line(path.parent, line.strip())
+        if image is None:
+            raise UserError(f"{path}, line {number}: no such image: {line.strip()}")
+        paths.append(image)
+        names.append(label)
+    if not paths:
+        raise UserError(f"{path}: the list names no image")
+    if all(n is None for n in names):
+        return FileSource(str(path), paths)
+    if None in names:
+        raise UserError(f"{path}: some lines have a label and some have none")
+    classes = sorted({n for n in names if n is not None}, key=_natural)
+    numbers = {c: i for i, c in enumerate(classes)}
+    return FileSource(str(path), paths, np.array([numbers[n] for n in names if n]), classes)
+
+
+def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
+    """(image, label) of a line; a path may hold spaces. The image is None where it is missing."""
+    path, _, label = line.rpartition(" ")
+    if path and (folder / path.strip()).is_file():
+        return str(folder / path.strip()), label
+    return (str(folder / line), None) if (folder / line).is_file() else (None, None)
+
+
+def _label_names(metadata: dict[bytes, bytes]) -> list[str]:
+    """Class names, as Hugging Face writes them into the schema; empty where there are none."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return list(features["label"]["names"])
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _natural(text: str) -> tuple[int, int | str]:
+    return (0, int(text)) if text.lstrip("-").isdigit() else (1, text)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

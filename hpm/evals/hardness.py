@@ -1,0 +1,139 @@
+"""Are the hard patches hard? Predicted against actual losses, patch by patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from hpm.data.loader import evaluation_batches, normalize
+from hpm.data.sources import Source, object_mask
+from hpm.data.transforms import evaluation_view
+from hpm.losses import ranking_accuracy, squared_error
+from hpm.masking import hide_top, noise, num_hidden_patches
+from hpm.models.mim import MaskedImageModel
+from hpm.models.patches import gather_patches, patchify
+from hpm.run import Trained
+from hpm.targets import Target, pixel_target
+
+Map = Float[Tensor, "batch patches"]
+
+
+@dataclass
+class LossMaps:
+    """Of each patch: the loss that it has (NaN where no mask hid it), the loss predicted for it."""
+
+    actual: Map
+    predicted: Map | None
+
+
+@torch.no_grad()
+def loss_maps(
+    model: MaskedImageModel,
+    teacher: MaskedImageModel,
+    images: Float[Tensor, "batch channels height width"],
+    sample_ids: Int[Tensor, " batch"],
+    target: Target,
+    mask_ratio: float,
+    num_masks: int = 10,
+    seed: int = 0,
+) -> LossMaps:
+    """Actual loss: the student's, mean over random masks. Predicted loss: the teacher's, which
+    sees the whole image, as in mining."""
+    num_patches = model.encoder.num_patches
+    num_hidden = num_hidden_patches(num_patches, mask_ratio)
+    targets = pixel_target(images, model.encoder.patch_size, target)
+    total = torch.zeros(len(images), num_patches, device=images.device)
+    count = torch.zeros_like(total)
+    for draw in range(num_masks):
+        priority = noise(sample_ids, num_patches, seed, epoch=0, draw=draw)
+        visible_ids, hidden_ids = hide_top(priority, num_hidden)
+        prediction, _ = model(images, visible_ids, hidden_ids)
+        patch_loss = squared_error(prediction, gather_patches(targets, hidden_ids))
+        total.scatter_add_(1, hidden_ids, patch_loss)
+        count.scatter_add_(1, hidden_ids, torch.ones_like(patch_loss))
+    predicted = teacher.predict_loss(images)[1].float() if teacher.predictor else None
+    return LossMaps(total / count, predicted)
+
+
+def measure(
+    trained: Trained, source: Source, device: torch.device, seed: int = 0
+) -> dict[str, float]:
+    """`hardness` of a model and its teacher over all readable images of a source."""
+    model, teacher, config = trained.model, trained.teacher, trained.config
+    assert model is not None and teacher is not None and config is not None
+    height, width = model.encoder.image_size
+    mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
+    totals: dict[str, float] = {}
+    count = 0
+    for batch in evaluation_batches(source, (height, width), config.channels, batch_size=64):
+        if not len(batch.images):
+            continue
+        images = normalize(batch.images, mean, std).to(device)
+        maps = loss_maps(
+            model, teacher, images, batch.indices.to(device), config.target, config.mask_ratio,
+            seed=seed,
+        )  # fmt: skip
+        objects = object_views(source, batch.indices, (height, width))
+        for name, value in hardness(maps, objects, model.encoder.patch_size):
+            totals[name] = totals.get(name, 0.0) + value * len(images)
+        count += len(images)
+    return {name: total / count for name, total in totals.items()}
+
+
+def object_views(
+    source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int]
+) -> Float[Tensor, "batch height width"] | None:
+    """Where objects are in the evaluation views of a source, 0 to 1; None where it cannot tell."""
+    masks = [object_mask(source, int(index)) for index in indices]
+    if any(mask is None for mask in masks):
+        return None
+    views = [evaluation_view(Image.fromarray(mask), size, 1)[0] for mask in masks]  # type: ignore[arg-type]
+    return torch.stack([torch.from_numpy(view) for view in views]) / 255
+
+
+def hardness(
+    maps: LossMaps, objects: Float[Tensor, "batch height width"] | None, patch_size: tuple[int, ...]
+) -> Iterator[tuple[str, float]]:
+    """Measures of a predictor, nothing where there is none.
+
+    ranking_accuracy: share of an image's pairs of patches in the right order; 0.5 is chance.
+    rank_correlation: Spearman's, of predicted and actual loss, mean over the images.
+    hard_on_objects, chance_on_objects: share of the quarter of highest predicted patches, and of
+    all patches, that lie on objects (at least half of the patch), where `objects` says so.
+    """
+    if maps.predicted is None:
+        return
+    known = ~maps.actual.isnan()
+    pairs = [
+        (predicted[k][None], actual[k][None])
+        for predicted, actual, k in zip(maps.predicted, maps.actual, known, strict=True)
+    ]
+    accuracies = torch.stack([ranking_accuracy(p, a) for p, a in pairs])
+    yield "ranking_accuracy", accuracies.nanmean().item()
+    correlations = torch.stack([spearman(p[0], a[0]) for p, a in pairs])
+    yield "rank_correlation", correlations.nanmean().item()
+    if objects is not None:
+        on_object = patchify(objects[:, None], patch_size).mean(-1) >= 0.5
+        on_object = on_object.to(maps.predicted.device)
+        quarter = max(1, maps.predicted.shape[1] // 4)
+        hardest = maps.predicted.topk(quarter, dim=1).indices
+        yield "hard_on_objects", on_object.gather(1, hardest).float().mean().item()
+        yield "chance_on_objects", on_object.float().mean().item()
+
+
+def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Rank correlation; ties get their mean rank. NaN where one of them is constant."""
+    ranks = torch.stack([mean_ranks(x), mean_ranks(y)])
+    return torch.corrcoef(ranks)[0, 1].float()
+
+
+def mean_ranks(x: Float[Tensor, " n"]) -> Tensor:
+    """Ranks from 0 in float64, equal values sharing the mean of theirs."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double() - 1
+    return (last - (counts.double() - 1) / 2)[inverse]

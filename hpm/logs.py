@@ -1,0 +1,126 @@
+"""What a run tells while it trains: progress bar, train.log, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# A plain line is printed this many times where there is no terminal for a bar.
+PLAIN_LINES = 50
+
+
+class RunLog:
+    """Writes to the run folder and to the screen; the processes other than the main stay silent.
+
+    A log that cannot be written is said once and never stops training.
+    """
+
+    def __init__(self, folder: Path, start_step: int, total_steps: int, active: bool):
+        self.folder = folder
+        self.active = active
+        self.total_steps = total_steps
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._last_line = -1
+        self._failed = False
+        self._tensorboard: Any = None
+        self._progress: Progress | None = None
+        if not active:
+            return
+        with self._never_fail():
+            _forget_after(folder / "metrics.jsonl", start_step)
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder), purge_step=start_step or None)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=20),
+                MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=self.console, transient=False,
+            )  # fmt: skip
+            self._task = self._progress.add_task(
+                "training", total=total_steps, completed=start_step, status=""
+            )
+            self._progress.start()
+
+    def close(self) -> None:
+        """Leave the screen and the files in order."""
+        if self._progress:
+            self._progress.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def info(self, text: str) -> None:
+        """A line for the screen and for train.log."""
+        if not self.active:
+            return
+        self.console.print(text, markup=False)
+        with self._never_fail(), open(self.folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Named numbers of a step, for metrics.jsonl and TensorBoard."""
+        if not self.active:
+            return
+        with self._never_fail():
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            for name, value in values.items():
+                if self._tensorboard:
+                    self._tensorboard.add_scalar(name, value, step)
+
+    def progress(self, step: int, status: str) -> None:
+        """Move the bar, or now and then print a line where there is none."""
+        if self._progress:
+            self._progress.update(self._task, completed=step, status=status)
+        elif self.active:
+            line = step * PLAIN_LINES // self.total_steps
+            if line != self._last_line:
+                self._last_line = line
+                self.info(f"step {step}/{self.total_steps}  {status}")
+
+    @contextlib.contextmanager
+    def _never_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                self._failed = True
+                self.console.print(f"warning: logging failed ({error})", markup=False)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: the GPU's, or this process's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged beyond the checkpoint that it goes on from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,206 @@
+"""The run folder, and what can be read back from it (or from one of its files)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hpm.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_exactly,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+from hpm.config import FREE_OPTIONS, PretrainConfig
+from hpm.data.loader import normalize
+from hpm.errors import UserError
+from hpm.models.build import build_encoder, build_model
+from hpm.models.mim import MaskedImageModel
+from hpm.models.vit import VisionTransformer
+from hpm.version import __version__
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a pre-training run."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    @property
+    def backbone(self) -> Path:
+        return self.folder / "backbone.safetensors"
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    def latest_checkpoint(self) -> Path | None:
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def load_encoder(self) -> Backbone:
+        return load_encoder(self.folder)
+
+    def claim(self, config: PretrainConfig) -> None:
+        """Take the folder for this config. UserError where it holds anything else."""
+        options = dataclasses.asdict(config)
+        if self.config_file.exists():
+            before = _read_config(self.config_file)
+            for name, value in json.loads(json.dumps(options)).items():
+                if name not in FREE_OPTIONS and before.get(name, value) != value:
+                    raise UserError(
+                        f"{self.folder} holds another run: there {name} is {before[name]}, "
+                        f"here {value}; choose another --out"
+                    )
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
+        header = (
+            f"# hpm {__version__}, torch {torch.__version__}, python "
+            f"{platform.python_version()}, {platform.platform()}\n"
+            f"# command: {' '.join(sys.argv)}\n"
+        )
+        text = yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)
+        write_text(self.config_file, header + text)
+
+
+class Backbone(nn.Module):
+    """A trained encoder with its own normalisation.
+
+    forward: images [B C H W], either uint8 (0 to 255, normalised here) or floating point (already
+    normalised by `mean` and `std`) -> pooled [B D], the mean of the patches (or the class token
+    with pool="cls"), and patches [B N D], both after the final norm.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, encoder: VisionTransformer, mean: list[float], std: list[float], pool: str = "mean"
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.pool = pool
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(
+        self, images: Tensor
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
+        if images.dtype == torch.uint8:
+            images = normalize(images, self.mean, self.std)
+        tokens = self.encoder(images)
+        cls_token, patches = tokens[:, 0], tokens[:, 1:]
+        return (patches.mean(1) if self.pool == "mean" else cls_token), patches
+
+
+@dataclass
+class Trained:
+    """A trained encoder, how its input is normalised, and, where they were kept (in a checkpoint,
+    not in a backbone file), the whole model and its teacher."""
+
+    name: str
+    architecture: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    encoder: VisionTransformer
+    model: MaskedImageModel | None = None
+    teacher: MaskedImageModel | None = None
+    config: PretrainConfig | None = None
+    folder: Path | None = None
+
+    def backbone(self, pool: str = "mean", teacher: bool = False) -> Backbone:
+        encoder = self.encoder
+        if teacher:
+            if self.teacher is None:
+                raise UserError(f"{self.name} holds a backbone only, no teacher")
+            encoder = self.teacher.encoder
+        return Backbone(encoder, self.mean, self.std, pool)
+
+
+def save_backbone(
+    path: Path, encoder: VisionTransformer, architecture: dict[str, Any], mean: list[float],
+    std: list[float],
+) -> None:  # fmt: skip
+    """Write `backbone.safetensors` (timm's names) and the JSON that describes it."""
+    names = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
+    about = {name: architecture[name] for name in names} | {"mean": mean, "std": std}
+    about |= {"kind": "hpm encoder", "hpm": __version__, "layer_norm_eps": 1e-6}
+    write_tensors(path, encoder.state_dict(), about)
+    write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+
+
+def load_encoder(path: str | Path, pool: str = "mean", teacher: bool = False) -> Backbone:
+    """The encoder of a run folder, a checkpoint or a backbone file, in evaluation mode.
+
+    Raises UserError where the path holds none.
+    """
+    return load(path).backbone(pool, teacher).eval()
+
+
+def load(path: str | Path) -> Trained:
+    """Read a run folder (its latest checkpoint, else its backbone), a checkpoint or a backbone."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or file")
+    run = Run(path)
+    if path.is_dir():
+        file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)
+        if file is None:
+            raise UserError(f"{path}: holds no checkpoint and no backbone.safetensors")
+        trained = load(file)
+        trained.name, trained.folder = str(path), path
+        return trained
+    tensors, meta = read_tensors(path)
+    if meta.get("kind") == "hpm encoder":
+        encoder = build_encoder(meta)
+        load_exactly(encoder, tensors, path)
+        return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
+    checkpoint = load_checkpoint(path)
+    meta, architecture = checkpoint.meta, checkpoint.meta["architecture"]
+    model, teacher = build_model(architecture), build_model(architecture)
+    load_exactly(model, checkpoint.model, path)
+    load_exactly(teacher, checkpoint.teacher, path)
+    return Trained(
+        str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
+        PretrainConfig(**meta["config"]),
+    )  # fmt: skip
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: mend it, or choose another --out")
+    return content
