@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import sys
+from argparse import HelpFormatter
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,8 +140,9 @@ def _parse(verb: str, arguments: list[str], name: str | None = None) -> Any:
 class _Parser(ArgumentParser):
     """Shows options as they are mostly typed: with hyphens."""
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z_]+", lambda m: m[0].replace("_", "-"), super().format_help())
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        text = super().format_help(formatter)
+        return re.sub(r"--[a-z_]+", lambda m: m[0].replace("_", "-"), text)
 
 
 def _spell_out(

@@ -123,7 +123,7 @@ class PretrainConfig:
     normalize: Literal["measured", "imagenet"] = "measured"
     """Mean and deviation of the channels: measured from the data, or ImageNet's."""
     holdout: int = 128
-    """Images kept out of training to measure on: from the val split, or else taken from the data."""
+    """Images kept out of training to measure on: of the val split, or else of the data."""
     max_unreadable: float = 0.1
     """Stop when more than this share of the images cannot be read."""
 
@@ -231,9 +231,8 @@ def preset_path(name: str) -> Path:
         return Path(name)
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
     if name not in presets:
-        raise UserError(
-            f"no preset or file '{name}'{nearest(name, presets)} (presets: {', '.join(sorted(presets))})"
-        )
+        known = ", ".join(sorted(presets))
+        raise UserError(f"no preset or file '{name}'{nearest(name, presets)} (presets: {known})")
     return presets[name]
 
 
@@ -345,7 +344,7 @@ def _check_mask(config: PretrainConfig, model: dict[str, Any]) -> None:
         what = "visible" if visible == 0 else "hidden"
         raise UserError(
             f"mask_ratio {config.mask_ratio} leaves no {what} patch of {patches}: "
-            f"pass a {'smaller' if visible == 0 else 'larger'} --mask-ratio or a smaller --patch-size"
+            f"pass a {'smaller' if visible == 0 else 'larger'} --mask-ratio, or smaller patches"
         )
     for name in ("hard_share_start", "hard_share_end"):
         if not 0 <= getattr(config, name) <= 1:

@@ -172,7 +172,7 @@ class _Pretraining:
         for step in range(self.step, schedule.total):
             batch: Batch = next(batches)
             window.data_wait += time.perf_counter() - window.mark
-            if len(batch.images) < config.batch_size // distributed.world_size():
+            if len(batch.images) < _batch_size(config) // distributed.world_size():
                 raise UserError(f"{self.source.name}: no readable image")
             self._count_unreadable(batch)
 

@@ -77,7 +77,7 @@ class Views(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, list[tuple[int, str]]]:
         epoch, index = key
-        unreadable = []
+        unreadable: list[tuple[int, str]] = []
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
@@ -146,7 +146,7 @@ def evaluation_batches(
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     yield from DataLoader(
         views,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         collate_fn=_collate,
         num_workers=workers,
     )

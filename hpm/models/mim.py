@@ -15,7 +15,7 @@ Images = Float[Tensor, "batch channels *size"]
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, a norm and a linear head; the head reads the last `num_outputs` tokens."""
+    """Transformer blocks, a norm and a linear head, which reads the last `num_outputs` tokens."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, output_dim: int):
         super().__init__()

@@ -1,9 +1,10 @@
-"""Vision Transformer encoder that can run on a subset of its patches (parameters named as timm's)."""
+"""Vision Transformer encoder that can run on a subset of its patches; named as timm's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +68,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size: tuple[int, ...], channels: int, dim: int):
         super().__init__()
         self.patch_size = patch_size
-        convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
+        convolution: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)]
         self.proj = convolution(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(
