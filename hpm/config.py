@@ -1,14 +1,12 @@
 """Every option on one page: one typed dataclass per verb, read by the command line and by Python.
 
 A duration is written as text with its unit, `40 epochs`, `500 steps` or `5%` (of the training), and
-is converted to steps once, by `duration_steps`.
+is converted to steps once, by `schedule.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -144,6 +142,12 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     """How many of the latest are kept."""
 
+    @property
+    def global_batch_size(self) -> int:
+        """Images per step over all processes, once the config is resolved."""
+        assert self.batch_size is not None, "the config is not resolved"
+        return self.batch_size
+
 
 # May differ between a run and its continuation: none of them changes what is learned.
 FREE_OPTIONS = {
@@ -264,96 +268,3 @@ def resolve_model(config: PretrainConfig) -> dict[str, Any]:
         "decoder_heads": config.decoder_heads or size.decoder_heads,
         "with_predictor": config.predictor_loss != "none",
     }
-
-
-def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
-    """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
-    if match is None:
-        raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
-    value, unit = float(match[1]), match[2].rstrip("s")
-    return value * {"epoch": steps_per_epoch, "step": 1, "%": total_steps / 100}[unit]
-
-
-def check_pretrain(config: PretrainConfig) -> None:
-    """Refuse what cannot work, before anything is loaded. Raises UserError."""
-    for field in dataclasses.fields(config):
-        choices = _choices(field.name)
-        value = getattr(config, field.name)
-        if choices and value not in choices:
-            raise UserError(
-                f"{field.name} is '{value}'; it must be one of {', '.join(map(str, choices))}"
-                f"{nearest(str(value), map(str, choices))}"
-            )
-    model = resolve_model(config)
-    for image, patch in zip(model["image_size"], model["patch_size"], strict=True):
-        if patch < 1 or image < 1:
-            raise UserError("image_size and patch_size must be at least 1 pixel")
-        if patch > image:
-            raise UserError(
-                f"patch_size {patch} is larger than image_size {image}: pass a smaller --patch-size"
-            )
-        if image % patch:
-            raise UserError(
-                f"patch_size {patch} does not divide image_size {image}: "
-                f"the nearest that fits is --image-size {max(1, round(image / patch)) * patch}"
-            )
-    _check_widths(model)
-    _check_mask(config, model)
-    if config.mask == "easy_to_hard" and config.predictor_loss == "none":
-        raise UserError(
-            "mask easy_to_hard needs a loss predictor, but predictor_loss is none: "
-            "pass --mask random for plain MAE"
-        )
-    for name in ("epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints",
-                 "decoder_dim", "decoder_depth", "decoder_heads"):  # fmt: skip
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    for name in ("holdout", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad"):
-        if not getattr(config, name) >= 0 or math.isinf(getattr(config, name)):
-            raise UserError(f"{name} is {getattr(config, name)}; it must not be negative")
-    if config.batch_size and config.batch_size % config.accumulate:
-        raise UserError(
-            f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
-        )
-    low, high = config.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UserError(f"crop_scale is [{low}, {high}]; it must rise between 0 and 1")
-    for name in ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every",
-                 "checkpoint_every"):  # fmt: skip
-        duration_steps(getattr(config, name), 100, 10)
-
-
-def _check_widths(model: dict[str, Any]) -> None:
-    for dim, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
-        if model[dim] % model[heads] or model[dim] % 4:
-            raise UserError(
-                f"{dim} {model[dim]} must be a multiple of 4 and of {heads} {model[heads]}"
-            )
-
-
-def _check_mask(config: PretrainConfig, model: dict[str, Any]) -> None:
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
-    patches = math.prod(
-        i // p for i, p in zip(model["image_size"], model["patch_size"], strict=True)
-    )
-    visible = int(patches * (1 - config.mask_ratio))
-    if visible in (0, patches):
-        what = "visible" if visible == 0 else "hidden"
-        raise UserError(
-            f"mask_ratio {config.mask_ratio} leaves no {what} patch of {patches}: "
-            f"pass a {'smaller' if visible == 0 else 'larger'} --mask-ratio, or smaller patches"
-        )
-    for name in ("hard_share_start", "hard_share_end"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
-
-
-def _choices(name: str) -> tuple[Any, ...]:
-    """Allowed values of an option that is a Literal, else ()."""
-    import typing
-
-    hint = typing.get_type_hints(PretrainConfig)[name]
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()

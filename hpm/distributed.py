@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -102,7 +102,14 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+def main_first(action: Callable[[], Any]) -> None:
+    """Do something in the main process alone; the others wait, and fail with it if it fails."""
+    problem = None
+    if is_main():
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+    problem = from_main(problem)
+    if problem:
+        raise UserError(problem)

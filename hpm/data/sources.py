@@ -99,7 +99,8 @@ class DemoSource:
         self.name = f"demo ({split})"
         self.split = split
         self.classes = list(demo.CLASSES)
-        self.labels = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
+        labels: np.ndarray = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
+        self.labels: np.ndarray | None = labels
 
     def __len__(self) -> int:
         return demo.SIZES[self.split]

@@ -57,8 +57,9 @@ def random_crop(
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
     # No box of that shape fits, as in a very long image: the largest centred one does.
-    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    dx = (width - min(width, height * 4 / 3)) / 2
+    dy = (height - min(height, width * 4 / 3)) / 2
+    return dx, dy, width - dx, height - dy
 
 
 class _reading:

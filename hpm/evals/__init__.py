@@ -107,8 +107,10 @@ def print_result(result: Result, console: Console) -> None:
     hard = result.hardness
     if hard:
         console.print(
-            f"hard patches: ranking accuracy {hard['ranking_accuracy']:.3f} (0.5 is chance), "
-            f"rank correlation {hard['rank_correlation']:.3f}"
+            f"predictor, on hidden patches: ranking accuracy {hard['ranking_accuracy']:.3f} "
+            f"(0.5 is chance), rank correlation {hard['rank_correlation']:.3f}\n"
+            f"teacher, on whole images:     ranking accuracy {hard['mining_accuracy']:.3f} "
+            f"(0.5 is chance), rank correlation {hard['mining_correlation']:.3f}"
         )
     if "hard_on_objects" in hard:
         console.print(

@@ -25,9 +25,11 @@ Map = Float[Tensor, "batch patches"]
 
 @dataclass
 class LossMaps:
-    """Of each patch: the loss that it has (NaN where no mask hid it), the loss predicted for it."""
+    """Of each patch: the loss that it has when hidden (NaN where no mask hid it), the loss that
+    the student predicts then, and the loss that the teacher predicts seeing the whole image."""
 
     actual: Map
+    predicted_hidden: Map | None
     predicted: Map | None
 
 
@@ -42,22 +44,25 @@ def loss_maps(
     num_masks: int = 10,
     seed: int = 0,
 ) -> LossMaps:
-    """Actual loss: the student's, mean over random masks. Predicted loss: the teacher's, which
-    sees the whole image, as in mining."""
+    """The student's losses are means over random masks; the teacher's is what mining goes by."""
     num_patches = model.encoder.num_patches
     num_hidden = num_hidden_patches(num_patches, mask_ratio)
     targets = pixel_target(images, model.encoder.patch_size, target)
     total = torch.zeros(len(images), num_patches, device=images.device)
-    count = torch.zeros_like(total)
+    predicted_total, count = torch.zeros_like(total), torch.zeros_like(total)
     for draw in range(num_masks):
         priority = noise(sample_ids, num_patches, seed, epoch=0, draw=draw)
         visible_ids, hidden_ids = hide_top(priority, num_hidden)
-        prediction, _ = model(images, visible_ids, hidden_ids)
+        prediction, predicted_loss = model(images, visible_ids, hidden_ids)
         patch_loss = squared_error(prediction, gather_patches(targets, hidden_ids))
         total.scatter_add_(1, hidden_ids, patch_loss)
         count.scatter_add_(1, hidden_ids, torch.ones_like(patch_loss))
-    predicted = teacher.predict_loss(images)[1].float() if teacher.predictor else None
-    return LossMaps(total / count, predicted)
+        if predicted_loss is not None:
+            predicted_total.scatter_add_(1, hidden_ids, predicted_loss.float())
+    if teacher.predictor is None:
+        return LossMaps(total / count, None, None)
+    predicted = teacher.predict_loss(images)[1].float()
+    return LossMaps(total / count, predicted_total / count, predicted)
 
 
 def measure(
@@ -101,22 +106,26 @@ def hardness(
 ) -> Iterator[tuple[str, float]]:
     """Measures of a predictor, nothing where there is none.
 
-    ranking_accuracy: share of an image's pairs of patches in the right order; 0.5 is chance.
-    rank_correlation: Spearman's, of predicted and actual loss, mean over the images.
-    hard_on_objects, chance_on_objects: share of the quarter of highest predicted patches, and of
-    all patches, that lie on objects (at least half of the patch), where `objects` says so.
+    ranking_accuracy: share of an image's pairs of patches that the student's predictor puts in
+    the right order when they are hidden, as it was trained to; 0.5 is chance.
+    rank_correlation: Spearman's, of the same two maps, mean over the images.
+    mining_accuracy, mining_correlation: the same for the teacher's prediction from the whole
+    image, by which patches are mined.
+    hard_on_objects, chance_on_objects: share of the quarter of patches that the teacher predicts
+    to be hardest, and of all patches, that lie on objects (at least half of the patch), where
+    `objects` says so.
     """
-    if maps.predicted is None:
+    if maps.predicted is None or maps.predicted_hidden is None:
         return
-    known = ~maps.actual.isnan()
-    pairs = [
-        (predicted[k][None], actual[k][None])
-        for predicted, actual, k in zip(maps.predicted, maps.actual, known, strict=True)
-    ]
-    accuracies = torch.stack([ranking_accuracy(p, a) for p, a in pairs])
-    yield "ranking_accuracy", accuracies.nanmean().item()
-    correlations = torch.stack([spearman(p[0], a[0]) for p, a in pairs])
-    yield "rank_correlation", correlations.nanmean().item()
+    for name, predicted in (("rank", maps.predicted_hidden), ("mining", maps.predicted)):
+        accuracies, correlations = [], []
+        for p, actual in zip(predicted, maps.actual, strict=True):
+            known = ~actual.isnan()
+            accuracies.append(ranking_accuracy(p[known][None], actual[known][None]))
+            correlations.append(spearman(p[known], actual[known]))
+        accuracy_name = "ranking_accuracy" if name == "rank" else "mining_accuracy"
+        yield accuracy_name, torch.stack(accuracies).nanmean().item()
+        yield f"{name}_correlation", torch.stack(correlations).nanmean().item()
     if objects is not None:
         on_object = patchify(objects[:, None], patch_size).mean(-1) >= 0.5
         on_object = on_object.to(maps.predicted.device)

@@ -1,0 +1,130 @@
+"""Refuse what cannot work before anything is loaded: one clear line each."""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Any, Literal
+
+from hpm.config import PretrainConfig, resolve_model
+from hpm.errors import UserError, nearest
+from hpm.schedule import duration_steps
+
+COUNTS = (
+    "epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "decoder_dim",
+    "decoder_depth", "decoder_heads",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
+)  # fmt: skip
+SHARES = ("hard_share_start", "hard_share_end", "max_unreadable")
+DURATIONS = (
+    "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
+)  # fmt: skip
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Raises UserError for the first option that cannot work, alone or with another."""
+    _check_types(config)
+    architecture = resolve_model(config)
+    _check_sizes(architecture)
+    _check_mask(config, architecture)
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    for name in SHARES:
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
+    for name in DURATIONS:
+        try:
+            duration_steps(getattr(config, name), 100, 10)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    if config.batch_size and config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"crop_scale is [{low}, {high}]; it must rise between 0 and 1")
+    if config.normalize == "imagenet" and config.channels != 3:
+        raise UserError(
+            f"normalize imagenet has 3 channels, but channels is {config.channels}: "
+            "pass --normalize measured"
+        )
+
+
+def _check_types(config: PretrainConfig) -> None:
+    """From Python nothing has looked at the types yet."""
+    for name, hint in typing.get_type_hints(PretrainConfig).items():
+        value = getattr(config, name)
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            if value not in choices:
+                known = ", ".join(map(str, choices))
+                hint = nearest(str(value), map(str, choices))
+                raise UserError(f"{name} is '{value}'{hint} (one of {known})")
+        elif not _fits(value, hint):
+            raise UserError(f"{name} cannot be {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return (
+            isinstance(value, (tuple, list))
+            and len(value) == len(arguments)
+            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
+        )
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _check_sizes(architecture: dict[str, Any]) -> None:
+    sizes = zip(architecture["image_size"], architecture["patch_size"], strict=True)
+    for image, patch in sizes:
+        if patch < 1 or image < 1:
+            raise UserError("image_size and patch_size must be at least 1 pixel")
+        if patch > image:
+            raise UserError(
+                f"image_size {image} is smaller than patch_size {patch}: pass smaller patches"
+            )
+        if image % patch:
+            fitting = max(1, round(image / patch)) * patch
+            raise UserError(
+                f"patch_size {patch} does not divide image_size {image}: "
+                f"the nearest that fits is --image-size {fitting}"
+            )
+    for dim, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
+        width, number = architecture[dim], architecture[heads]
+        if number < 1 or width % max(number, 1) or width % 4:
+            raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
+
+
+def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
+    sizes = zip(architecture["image_size"], architecture["patch_size"], strict=True)
+    patches = math.prod(image // patch for image, patch in sizes)
+    visible = int(patches * (1 - config.mask_ratio))
+    if visible in (0, patches):
+        lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
+        raise UserError(
+            f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
+            f"pass a {mend} --mask-ratio, or smaller patches"
+        )
+    if config.mask == "easy_to_hard" and config.predictor_loss == "none":
+        raise UserError(
+            "mask easy_to_hard needs a loss predictor, but predictor_loss is none: "
+            "pass --mask random for plain MAE"
+        )

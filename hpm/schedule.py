@@ -1,0 +1,111 @@
+"""Durations: converted to steps once, when the data and the number of processes are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+import torch
+
+from hpm.config import PretrainConfig, resolve_model
+from hpm.errors import UserError
+from hpm.optim import ema_decay, learning_rate
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All durations, in steps; what follows from them is a pure function of the step."""
+
+    total: int
+    steps_per_epoch: int
+    warmup: float
+    peak_lr: float
+    ema_horizon_start: float
+    ema_horizon_end: float
+    ema_ramp: float
+    evaluate_every: int
+    checkpoint_every: int
+
+    @property
+    def epochs(self) -> float:
+        return self.total / self.steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """0-based epoch that a 0-based step belongs to."""
+        return step // self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.total, self.warmup, self.peak_lr)
+
+    def ema_decay(self, step: int) -> float:
+        return ema_decay(step, self.ema_horizon_start, self.ema_horizon_end, self.ema_ramp)
+
+    def evaluates(self, steps_done: int) -> bool:
+        return steps_done % self.evaluate_every == 0 or steps_done == self.total
+
+    def saves(self, steps_done: int) -> bool:
+        return steps_done % self.checkpoint_every == 0 or steps_done == self.total
+
+
+def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
+    """The schedule of a resolved config for that many training images."""
+    batch_size = config.global_batch_size
+    steps_per_epoch = num_images // batch_size
+    total = config.steps or config.epochs * steps_per_epoch
+
+    def steps(text: str) -> float:
+        return duration_steps(text, total, steps_per_epoch)
+
+    return Schedule(
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup=steps(config.warmup),
+        peak_lr=config.base_lr * batch_size / 256,
+        ema_horizon_start=steps(config.ema_horizon_start),
+        ema_horizon_end=steps(config.ema_horizon_end),
+        ema_ramp=steps(config.ema_ramp),
+        evaluate_every=max(1, round(steps(config.eval_every))),
+        checkpoint_every=max(1, round(steps(config.checkpoint_every))),
+    )
+
+
+def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
+    """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
+    if match is None:
+        raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
+    value, unit = float(match[1]), match[2].rstrip("s")
+    return value * {"epoch": steps_per_epoch, "step": 1, "%": total_steps / 100}[unit]
+
+
+def resolve(
+    config: PretrainConfig, num_images: int, device: torch.device, world_size: int
+) -> PretrainConfig:
+    """Replace what was left open by what it means for this data, model and machine."""
+    architecture = resolve_model(config)
+    share = config.accumulate * world_size
+    batch_size = config.batch_size or min(256, num_images) // share * share
+    if not 0 < batch_size <= num_images:
+        raise UserError(
+            f"a batch of {batch_size or share} needs more than the {num_images} images that there "
+            "are to train on: pass a smaller --batch-size"
+        )
+    if batch_size % share:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by {world_size} processes and accumulate "
+            f"{config.accumulate}: pass a multiple of {share}"
+        )
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    height, width = architecture["patch_size"]
+    return dataclasses.replace(
+        config,
+        patch_size=(height, width),
+        decoder_dim=architecture["decoder_dim"],
+        decoder_depth=architecture["decoder_depth"],
+        decoder_heads=architecture["decoder_heads"],
+        batch_size=batch_size,
+        precision=precision,
+    )

@@ -1,0 +1,208 @@
+"""The state of a run: everything that a config builds, and that a checkpoint brings back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpm import distributed
+from hpm.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_initial,
+    read_tensors,
+    restore,
+    save_checkpoint,
+)
+from hpm.config import PretrainConfig, resolve_model
+from hpm.data.loader import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    StepSampler,
+    TrainingViews,
+    default_workers,
+    measure_statistics,
+    normalize,
+    training_loader,
+)
+from hpm.data.sources import Source, hold_out, open_source
+from hpm.errors import UserError
+from hpm.logs import RunLog
+from hpm.masking import num_hidden_patches
+from hpm.models.build import build_model
+from hpm.optim import adamw
+from hpm.run import Run, Trained, save_backbone
+from hpm.schedule import make_schedule, resolve
+from hpm.teacher import Teacher
+
+
+class State:
+    """Data, model, teacher, optimiser and log of a run, at the step where it stands.
+
+    Building it goes on from the latest checkpoint of the run folder, if there is one. Raises
+    UserError where the folder, the data or the weights do not fit the config.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device):
+        splits = open_source(config.data)
+        self.device = device
+        self.source, self.held_out = _split(splits.train, splits.test, config)
+        self.config = config = resolve(config, len(self.source), device, distributed.world_size())
+        self.schedule = make_schedule(config, len(self.source))
+        self.architecture = resolve_model(config)
+        height, width = self.architecture["image_size"]
+        self.image_size = (height, width)
+        self.min_side = min(self.architecture["patch_size"])
+        self.run = Run(Path(config.out))
+        distributed.main_first(lambda: self.run.claim(config))
+        self.step = 0
+        self.unreadable: dict[int, str] = {}
+
+        self.model = build_model(self.architecture, config.seed).to(device)
+        self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
+        latest = distributed.from_main(self.run.latest_checkpoint())
+        messages = [self._initialise(Path(config.init))] if config.init and not latest else []
+        self.teacher = Teacher(self.model)
+        self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
+        if latest:
+            self._resume(load_checkpoint(latest))
+            messages.append(f"going on from {latest}, step {self.step}")
+        else:
+            self.mean, self.std = self._statistics()
+        self.normalization = torch.tensor([self.mean, self.std], device=device)
+        self.parallel = distributed.data_parallel(self.model)
+        self.log = RunLog(self.run.folder, self.step, self.schedule.total, distributed.is_main())
+        for message in [self._introduction(), *messages]:
+            self.log.info(message)
+
+    @property
+    def trained(self) -> Trained:
+        """The model as it is now, for measures and figures."""
+        return Trained(
+            self.config.out, self.architecture, self.mean, self.std, self.model.encoder,
+            self.model, self.teacher.model, self.config,
+        )  # fmt: skip
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of each batch, from the present step to the last."""
+        config = self.config
+        rank, world_size = distributed.rank(), distributed.world_size()
+        views = TrainingViews(
+            self.image_size, config.channels, config.seed, config.crop_scale, config.flip,
+            self.min_side,
+        )  # fmt: skip
+        sampler = StepSampler(
+            len(self.source), config.global_batch_size, self.schedule.total, config.seed,
+            self.step, rank, world_size,
+        )  # fmt: skip
+        workers = default_workers(world_size) if config.workers is None else config.workers
+        pin_memory = self.device.type == "cuda"
+        for batch in training_loader(self.source, views, sampler, workers, pin_memory):
+            if len(batch.images) * world_size < config.global_batch_size:
+                raise UserError(f"{self.source.name}: no readable image")
+            self._count_unreadable(batch)
+            yield batch
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """uint8 [B C H W] -> normalised float32 on the device."""
+        images = images.to(self.device, non_blocking=True)
+        return normalize(images, *self.normalization)
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        unreadable = distributed.gather(self.unreadable)
+        meta = {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "architecture": self.architecture,
+            "mean": self.mean,
+            "std": self.std,
+            "num_images": len(self.source),
+            "unreadable": {i: text for part in unreadable for i, text in part.items()},
+        }
+        distributed.main_first(
+            lambda: save_checkpoint(
+                self.run.checkpoints, self.model, self.teacher.model, self.optimizer, meta,
+                self.config.keep_checkpoints,
+            )
+        )  # fmt: skip
+
+    def save_backbone(self) -> None:
+        """Write the backbone of a finished run, once."""
+        if not self.run.backbone.exists():
+            save_backbone(
+                self.run.backbone, self.model.encoder, self.architecture, self.mean, self.std
+            )
+
+    def _initialise(self, path: Path) -> str:
+        """Weights of an earlier run, checkpoint or backbone file."""
+        if path.is_dir():
+            run = Run(path)
+            path = run.latest_checkpoint() or run.backbone
+        state, meta = read_tensors(path)
+        if "step" in meta:
+            state = load_checkpoint(path).model
+        return "init: " + load_initial(self.model, state, path, self.config.init_partial)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        meta = checkpoint.meta
+        if meta["num_images"] != len(self.source):
+            raise UserError(
+                f"{self.config.data} has {len(self.source)} training images, but the run began "
+                f"with {meta['num_images']}: put the data back, or choose another --out"
+            )
+        restore(checkpoint, self.model, self.teacher.model, self.optimizer)
+        self.step, self.mean, self.std = meta["step"], meta["mean"], meta["std"]
+        self.unreadable = {int(index): text for index, text in meta["unreadable"].items()}
+
+    def _statistics(self) -> tuple[list[float], list[float]]:
+        if self.config.normalize == "imagenet":
+            return IMAGENET_MEAN, IMAGENET_STD
+        config = self.config
+        return measure_statistics(
+            self.source, self.image_size, config.channels, config.seed, self.min_side
+        )
+
+    def _count_unreadable(self, batch: Batch) -> None:
+        for index, problem in batch.unreadable:
+            if index not in self.unreadable:
+                self.unreadable[index] = problem
+                self.log.info(f"cannot read {self.source.path(index)} ({problem}), passed over")
+        if len(self.unreadable) > self.config.max_unreadable * len(self.source):
+            raise UserError(
+                f"{len(self.unreadable)} of {len(self.source)} images cannot be read, more than "
+                f"max_unreadable {self.config.max_unreadable}: mend them (train.log names each), "
+                "or pass a larger --max-unreadable"
+            )
+
+    def _introduction(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        held_out = len(self.held_out) if self.held_out else 0
+        return (
+            f"{self.config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
+            f"{len(self.source)} images of {self.source.name}, {held_out} held out, "
+            f"{self.schedule.total} steps of {self.config.batch_size} images "
+            f"({self.schedule.epochs:.4g} epochs), {self.device}, {self.config.precision}, "
+            f"{distributed.world_size()} process(es), into {self.config.out}"
+        )
+
+
+def _split(
+    train: Source, test: Source | None, config: PretrainConfig
+) -> tuple[Source, Source | None]:
+    """(images to train on, images to measure on)."""
+    if config.holdout == 0:
+        return train, None
+    if test is not None:
+        return train, hold_out(test, min(config.holdout, len(test)), config.seed)[1]
+    count = min(config.holdout, len(train) // 10)
+    return hold_out(train, count, config.seed) if count else (train, None)
