@@ -1,0 +1,39 @@
+# Two commands do everything on a machine that has only Python 3.11 or later:
+#   make demo    the whole tour on the built-in images
+#   make test    lint, types and tests
+# PYTHON=... picks another interpreter; THREADS=... another number of threads for the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A test that takes all threads for itself gets slower on a busy machine, not faster.
+THREADS ?= 2
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: demo test lint types test-slow clean
+
+demo: $(VENV)/installed
+	$(BIN)/hpm demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check hpm tests
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# The versions that were tested, torch's CPU build among them; see the README for a GPU.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt torch --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,44 @@
+"""Shape annotations are checked at run time in every test, and nothing takes more than its threads."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything of hpm is imported; subprocesses of the tests run unchecked, as a user would.
+install_import_hook("hpm", "typecheck.typechecker")
+
+import torch  # noqa: E402
+from helpers import write_images  # noqa: E402
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data():
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real images (../shared/data) are not here")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """48 small images in three class folders."""
+    return write_images(tmp_path_factory.mktemp("images"), classes=3, per_class=16)
+
+
+@pytest.fixture(scope="session")
+def finished_run(image_folder, tmp_path_factory):
+    """A short finished run on `image_folder`."""
+    import hpm
+    from helpers import TINY
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
+
+
+sys.path.insert(0, str(Path(__file__).parent))
