@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpm.data.loader import (
+    StepSampler,
+    TrainingViews,
+    Views,
+    evaluation_batches,
+    measure_statistics,
+    normalize,
+    training_loader,
+)
+from hpm.data.sources import FileSource, open_source
+from hpm.errors import UserError
+
+VIEWS = TrainingViews((16, 16), 3, 0, (0.2, 1.0), True, 4)
+
+
+def batches(source, workers=0, **sampler):
+    sampler = StepSampler(len(source), 8, 12, seed=0, **sampler)
+    return list(training_loader(source, VIEWS, sampler, workers, pin_memory=False))
+
+
+def test_an_epoch_is_a_permutation():
+    keys = [key for step in StepSampler(20, 5, 8, seed=1) for key in step]
+    assert sorted(i for e, i in keys if e == 0) == list(range(20))
+    assert sorted(i for e, i in keys if e == 1) == list(range(20))
+    assert [i for e, i in keys if e == 0] != [i for e, i in keys if e == 1]
+
+
+def test_neither_workers_nor_restarts_nor_processes_change_a_sample(image_folder):
+    source = open_source(str(image_folder)).train
+    whole = batches(source)
+    with_workers = batches(source, workers=2)
+    restarted = batches(source, start_step=7)
+    parts = [batches(source, rank=rank, world_size=2) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.images, with_workers[step].images)
+        assert torch.equal(batch.indices, with_workers[step].indices)
+        joined = torch.cat([part[step].images for part in parts])
+        assert torch.equal(batch.images, joined)
+        if step >= 7:
+            assert torch.equal(batch.images, restarted[step - 7].images)
+    # Six steps are an epoch: the same image looks different in the next.
+    first, second = whole[0], {int(i): v for b in whole[6:] for i, v in zip(b.indices, b.images)}  # noqa: B905
+    assert not torch.equal(first.images[0], second[int(first.indices[0])])
+
+
+def broken_source(tmp_path, number=6, broken=(2, 3)):
+    for index in range(number):
+        path = tmp_path / f"{index}.png"
+        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(path)
+        if index in broken:
+            path.write_bytes(b"no image")
+    return open_source(str(tmp_path)).train
+
+
+def test_an_unreadable_image_is_passed_over(tmp_path):
+    source = broken_source(tmp_path)
+    view, index, unreadable = Views(source, VIEWS, stand_in=True)[0, 2]
+    assert index == 4 and view[0].mean() == 160
+    assert [i for i, _ in unreadable] == [2, 3]
+    read = list(evaluation_batches(source, (8, 8), 3, batch_size=2))
+    assert torch.cat([b.indices for b in read]).tolist() == [0, 1, 4, 5]
+    assert torch.cat([b.images[:, 0, 0, 0] for b in read if len(b.images)]).tolist() == [
+        0, 40, 160, 200,
+    ]  # fmt: skip
+    assert [i for b in read for i, _ in b.unreadable] == [2, 3]
+
+
+def test_statistics(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    mean, std = measure_statistics(open_source(str(tmp_path)).train, (8, 8), 3, seed=0)
+    assert mean == pytest.approx((pixels / 255).mean((0, 1, 2)).tolist())
+    assert std == pytest.approx((pixels / 255).std((0, 1, 2)).tolist())
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    ours = normalize(images, torch.tensor(mean), torch.tensor(std))
+    assert ours.mean((0, 2, 3)).abs().max() < 1e-5
+    torch.testing.assert_close(
+        ours.std((0, 2, 3), correction=0), torch.ones(3), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_no_readable_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    source = FileSource("here", [tmp_path / "a.png"])
+    with pytest.raises(UserError, match="here: no readable image among 1"):
+        measure_statistics(source, (8, 8), 3, seed=0)

@@ -1,0 +1,150 @@
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+from helpers import write_images
+from PIL import Image
+
+from hpm.data.sources import Subset, hold_out, object_mask, open_source
+from hpm.errors import UserError
+
+
+def test_class_folders(image_folder):
+    splits = open_source(str(image_folder))
+    assert len(splits.train) == 48 and splits.test is None
+    assert splits.train.classes == ["class_0", "class_1", "class_2"]
+    for index in (0, 20, 47):
+        assert f"class_{splits.train.labels[index]}" in splits.train.path(index)
+        assert splits.train.open(index).size == (20, 20)
+
+
+def test_flat_and_nested_folders_without_classes(tmp_path):
+    write_images(tmp_path / "deep" / "er", classes=1, per_class=2)
+    assert open_source(str(tmp_path)).train.classes == ["deep"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat.JPG")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    source = open_source(str(tmp_path)).train
+    assert len(source) == 3 and source.labels is None
+
+
+def test_splits_of_a_folder(tmp_path):
+    write_images(tmp_path / "train", per_class=2)
+    write_images(tmp_path / "val", per_class=1)
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 6 and len(splits.test) == 3
+
+
+def test_a_class_that_is_called_train(tmp_path):
+    for vehicle in ("bus", "train"):
+        write_images(tmp_path / vehicle, classes=1, per_class=2)
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 4 and splits.train.classes == ["bus", "train"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_images(tmp_path / "images", classes=1, per_class=2)
+    (tmp_path / "images" / "circle").symlink_to(tmp_path / "images")
+    assert len(open_source(str(tmp_path / "images")).train) == 2
+
+
+def test_list_file(image_folder, tmp_path):
+    spaced = image_folder / "class_0" / "with space.png"
+    Image.new("RGB", (8, 8)).save(spaced)
+    lines = ["class_1/000.png 10", "class_0/with space.png 9", "", "class_2/003.png 10"]
+    (image_folder / "list.txt").write_text("\n".join(lines))
+    source = open_source(str(image_folder / "list.txt")).train
+    assert source.classes == ["9", "10"] and source.labels.tolist() == [1, 0, 1]
+    assert source.path(1).endswith("with space.png")
+    spaced.unlink()
+
+
+def test_list_file_without_labels(image_folder):
+    (image_folder / "list.txt").write_text("class_1/000.png\nclass_0/001.png\n")
+    assert open_source(str(image_folder / "list.txt")).train.labels is None
+
+
+def test_list_file_with_a_missing_image(image_folder):
+    (image_folder / "list.txt").write_text("class_1/000.png 1\nclass_9/000.png 1\n")
+    with pytest.raises(UserError, match=r"line 2: no such image: class_9/000.png 1"):
+        open_source(str(image_folder / "list.txt"))
+
+
+def encoded(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "png")
+    return file.getvalue()
+
+
+def write_parquet(path, labels, names=None):
+    images = [{"bytes": encoded((10 * n, 0, 0)), "path": f"{n}.png"} for n in range(len(labels))]
+    table = pyarrow.table({"image": images, "label": labels})
+    if names:
+        features = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    parquet.write_table(table, path, row_group_size=2)
+
+
+def test_parquet(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", [0, 1, 2])
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", [2, 1])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [1])
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 5 and len(splits.test) == 1
+    assert splits.train.labels.tolist() == [0, 1, 2, 2, 1]
+    colours = [splits.train.open(i).getpixel((0, 0))[0] for i in range(5)]
+    assert colours == [0, 10, 20, 0, 10]
+
+
+def test_parquet_with_class_names(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [1, 0], names=["cat", "dog"])
+    source = open_source(str(tmp_path / "a.parquet")).train
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [1, 0]
+
+
+def test_cifar10(shared_data):
+    splits = open_source(str(shared_data / "cifar10"))
+    assert len(splits.train) == 50000 and len(splits.test) == 10000
+    assert len(splits.train.classes) == 10
+    assert np.bincount(splits.test.labels).tolist() == [1000] * 10
+    assert splits.train.open(49999).size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: p / "nowhere", "no such folder or file"),
+        (lambda p: p, "no images in this folder"),
+        (lambda p: _write(p / "list.txt", b""), "names no image"),
+        (lambda p: _write(p / "list.txt", b"\xff\xfe\x00"), "text list"),
+        (lambda p: _write(p / "a.parquet", b"PAR1"), "not readable parquet"),
+    ],
+)
+def test_bad_sources(tmp_path, make, words):
+    with pytest.raises(UserError, match=words):
+        open_source(str(make(tmp_path)))
+
+
+def _write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_hold_out_parts_a_source(image_folder):
+    source = open_source(str(image_folder)).train
+    rest, held = hold_out(source, 10, seed=1)
+    paths = [s.path(i) for s in (rest, held) for i in range(len(s))]
+    assert len(rest) == 38 and len(held) == 10 and len(set(paths)) == 48
+    for part in (rest, held):
+        for index in range(len(part)):
+            assert f"class_{part.labels[index]}" in part.path(index)
+
+
+def test_objects_are_known_of_demo_alone(image_folder):
+    demo = Subset(open_source("demo").train, np.array([5, 3]))
+    assert object_mask(demo, 1).shape == (64, 64)
+    assert object_mask(open_source(str(image_folder)).train, 0) is None
