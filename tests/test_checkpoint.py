@@ -1,0 +1,171 @@
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hpm import checkpoint
+from hpm.errors import UserError
+from hpm.models.build import build_model
+from hpm.optim import adamw
+from hpm.run import load
+
+SMALL = {
+    "image_size": [8, 8], "patch_size": [4, 4], "channels": 3, "embed_dim": 16, "depth": 1,
+    "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
+    "with_predictor": True,
+}  # fmt: skip
+
+
+def trained(seed=0):
+    model = build_model(SMALL, seed)
+    optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def save(folder, step, model, optimizer, keep=2):
+    return checkpoint.save_checkpoint(folder, model, model, optimizer, {"step": step}, keep)
+
+
+def test_everything_comes_back(tmp_path):
+    model, optimizer = trained()
+    torch.manual_seed(5)
+    path = save(tmp_path, 7, model, optimizer)
+    expected = torch.rand(3)
+    other, other_optimizer = trained(seed=1)
+    teacher = build_model(SMALL, 2)
+    saved = checkpoint.load_checkpoint(path)
+    checkpoint.restore(saved, other, teacher, other_optimizer)
+    assert saved.meta["step"] == 7
+    assert torch.equal(torch.rand(3), expected)
+    for restored in (other, teacher):
+        for a, b in zip(model.parameters(), restored.parameters(), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert optimizer.state[a].keys() == other_optimizer.state[b].keys()
+        for kind, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][kind])
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    model, optimizer = trained()
+    for step in (1, 2, 10, 300):
+        save(tmp_path, step, model, optimizer)
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names == ["step_00000010.safetensors", "step_00000300.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="no space left; make room"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """A limit on the size of files stands in for a full disk: the write really fails halfway."""
+    model, optimizer = trained()
+    first = save(tmp_path, 1, model, optimizer)
+    code = (
+        "import sys, torch; from pathlib import Path; from hpm.checkpoint import write_tensors\n"
+        "from hpm.errors import UserError\n"
+        "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(10**6)}, {})\n"
+        "except UserError as error: print('refused:', error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "step_00000002.safetensors")],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )  # fmt: skip
+    assert "refused:" in result.stdout and "no space left" in result.stdout, result
+    assert checkpoint.list_checkpoints(tmp_path) == [first]
+    assert checkpoint.load_checkpoint(first).meta["step"] == 1
+    assert os.listdir(tmp_path) == [first.name]
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_truncated_checkpoint(tmp_path, size):
+    path = save(tmp_path, 1, *trained())
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match="truncated or not a weights file"):
+        checkpoint.load_checkpoint(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (self.where,))
+
+    def __init__(self, where):
+        self.where = where
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt"])
+def test_pickled_code_is_refused_and_not_run(tmp_path, suffix):
+    path, trap = tmp_path / f"weights{suffix}", tmp_path / "trap"
+    torch.save({"model": Evil(str(trap))}, path)
+    with pytest.raises(UserError, match="holds pickled code"):
+        checkpoint.read_tensors(path)
+    assert not trap.exists()
+
+
+def test_pickled_code_under_a_harmless_name(tmp_path):
+    path, trap = tmp_path / "step_00000001.safetensors", tmp_path / "trap"
+    torch.save({"model": Evil(str(trap))}, path)
+    with pytest.raises(UserError, match="truncated or not a weights file"):
+        load(path)
+    assert not trap.exists()
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    path = save(tmp_path, 1, *trained())
+    other = build_model(SMALL | {"depth": 2})
+    saved = checkpoint.load_checkpoint(path)
+    with pytest.raises(UserError, match=r"another architecture \(encoder.blocks.1.norm1.weight"):
+        checkpoint.load_exactly(other, saved.model, path)
+    wider = build_model(SMALL | {"embed_dim": 32})
+    with pytest.raises(UserError, match=r"\(1, 1, 16\) instead of \(1, 1, 32\)"):
+        checkpoint.load_exactly(wider, saved.model, path)
+
+
+def test_initial_weights(tmp_path):
+    source = build_model(SMALL, seed=1)
+    target = build_model(SMALL, seed=2)
+    everything = source.state_dict()
+    summary = checkpoint.load_initial(target, everything, tmp_path, partial=False)
+    assert summary.startswith(f"{len(everything)} of {len(everything)} tensors matched")
+    for a, b in zip(source.parameters(), target.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    backbone = source.encoder.state_dict()
+    fresh = build_model(SMALL, seed=3)
+    with pytest.raises(UserError, match="not, the first mask_token; pass --init-partial"):
+        checkpoint.load_initial(fresh, backbone, tmp_path, partial=False)
+    summary = checkpoint.load_initial(fresh, backbone, tmp_path, partial=True)
+    assert f"{len(backbone)} of {len(everything)} tensors matched" in summary
+    assert torch.equal(fresh.encoder.cls_token, source.encoder.cls_token)
+
+    with pytest.raises(UserError, match="holds no weights of such a model"):
+        checkpoint.load_initial(fresh, {"other": torch.zeros(1)}, tmp_path, partial=True)
+
+
+def test_a_safetensors_file_of_something_else(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load(path)
+    assert load_file(path)["x"].shape == (2,)

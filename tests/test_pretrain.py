@@ -1,0 +1,289 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from helpers import TINY, run_hpm, tiny_arguments, write_images
+from safetensors.torch import load_file
+
+import hpm
+from hpm import watch
+from hpm.checkpoint import list_checkpoints, load_checkpoint
+from hpm.config import PretrainConfig
+from hpm.state import State
+
+
+def pretrain(folder, out, **changes):
+    return hpm.pretrain(data=str(folder), out=str(out), **TINY | changes)
+
+
+def final(run):
+    return load_checkpoint(run.latest_checkpoint())
+
+
+def assert_same_weights(a, b):
+    for part in ("model", "teacher", "optimizer"):
+        first, second = getattr(a, part), getattr(b, part)
+        assert first.keys() == second.keys()
+        for name in first:
+            assert torch.equal(first[name], second[name]), (part, name)
+
+
+def stop_after(monkeypatch, steps):
+    """Pull the plug when a checkpoint of that step has been written."""
+    save = State.save
+
+    def save_and_stop(state):
+        save(state)
+        if state.step == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "save", save_and_stop)
+
+
+def test_the_run_folder(finished_run):
+    folder = finished_run.folder
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "train.log", "metrics.jsonl", "checkpoints", "figures",
+            "backbone.safetensors", "backbone.json"} <= names  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["patch_size"] == [4, 4] and config["precision"] == "float32"
+    assert "command:" in (folder / "config.yaml").read_text()
+    assert [p.name for p in finished_run.figures.iterdir()] == ["step_00000008.png"]
+    metrics = finished_run.metrics()
+    assert [m["step"] for m in metrics if "reconstruction_loss" in m] == [2, 4, 6, 8]
+    last = metrics[-1]
+    assert 0 <= last["held_out/ranking_accuracy"] <= 1
+    assert -1 <= last["held_out/rank_correlation"] <= 1
+    first = metrics[0]
+    assert {"predictor_loss", "ranking_accuracy", "grad_norm", "learning_rate", "hard_share",
+            "images_per_second", "data_wait", "memory_gb"} <= set(first)  # fmt: skip
+
+
+def test_the_backbone_is_the_encoder(finished_run):
+    encoder = hpm.load_encoder(finished_run.folder)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    pooled, patches = encoder(images)
+    assert pooled.shape == (2, 96) and patches.shape == (2, 16, 96)
+    torch.testing.assert_close(pooled, patches.mean(1))
+    normalized = (images / 255 - encoder.mean.view(3, 1, 1)) / encoder.std.view(3, 1, 1)
+    torch.testing.assert_close(encoder(normalized)[0], pooled)
+    from_file = hpm.load_encoder(finished_run.backbone)
+    torch.testing.assert_close(from_file(images)[0], pooled, rtol=0, atol=0)
+    about = json.loads(finished_run.backbone.with_suffix(".json").read_text())
+    assert about["image_size"] == [16, 16] and len(about["mean"]) == 3
+    names = set(load_file(finished_run.backbone))
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
+            "norm.weight"} <= names  # fmt: skip
+
+
+def test_loss_falls(image_folder, tmp_path):
+    run = pretrain(image_folder, tmp_path / "run", steps=60, log_every=10)
+    losses = [m["reconstruction_loss"] for m in run.metrics() if "reconstruction_loss" in m]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("stopped_at", [3, 4])
+def test_resuming_is_bitwise_the_same(image_folder, tmp_path, monkeypatch, stopped_at):
+    """An epoch has 5 steps: both stops are in the middle of one, the first not at a reading."""
+    options = {"steps": 12, "accumulate": 2, "checkpoint_every": f"{stopped_at} steps"}
+    whole = pretrain(image_folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stopped_at)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(image_folder, tmp_path / "stopped", **options)
+    resumed = pretrain(image_folder, tmp_path / "stopped", **options)
+    assert_same_weights(final(whole), final(resumed))
+    steps = [m["step"] for m in resumed.metrics() if "reconstruction_loss" in m]
+    assert steps == sorted(set(steps))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
+    options = {"steps": 400, "checkpoint_every": "100%", "eval_every": "100%", "log_every": 1}
+    arguments = [
+        sys.executable, "-m", "hpm", "pretrain", str(image_folder), "--out",
+        str(tmp_path / "run"), *tiny_arguments(**options),
+    ]  # fmt: skip
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped and saved; the same command goes on" in errors
+    (stopped,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert 0 < load_checkpoint(stopped).meta["step"] < 400
+    again = subprocess.run(arguments, capture_output=True, text=True)
+    assert again.returncode == 0 and "going on from" in again.stderr
+    whole = pretrain(image_folder, tmp_path / "whole", **options)
+    assert_same_weights(final(whole), final(hpm.Run(tmp_path / "run")))
+
+
+def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
+    def contents():
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in finished_run.folder.rglob("*.safetensors")
+        }
+
+    before = contents()
+    pretrain(image_folder, finished_run.folder)
+    assert contents() == before
+    with pytest.raises(hpm.UserError, match="another run: there steps is 8, here 9"):
+        pretrain(image_folder, finished_run.folder, steps=9)
+    assert contents() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "has_predictor"),
+    [
+        ({"mask": "random", "predictor_loss": "none"}, False),
+        ({"mask": "random"}, True),
+        ({"predictor_loss": "absolute"}, True),
+        ({"target": "pixels", "channels": 1, "image_size": (16, 24), "patch_size": (4, 8)}, True),
+        ({"normalize": "imagenet", "precision": "bfloat16"}, True),
+    ],
+)
+def test_baselines_and_variants(image_folder, tmp_path, options, has_predictor):
+    run = pretrain(image_folder, tmp_path / "run", **options)
+    metrics = [m for m in run.metrics() if "reconstruction_loss" in m]
+    assert all(math.isfinite(m["reconstruction_loss"]) for m in metrics)
+    assert ("predictor_loss" in metrics[0]) == has_predictor
+    assert (metrics[-1]["hard_share"] > 0) == (options.get("mask") != "random")
+    assert (any("predictor" in name for name in final(run).model)) == has_predictor
+
+
+def test_accumulation_changes_nothing_but_rounding(image_folder, tmp_path):
+    whole = pretrain(image_folder, tmp_path / "whole", mask="random")
+    parts = pretrain(image_folder, tmp_path / "parts", mask="random", accumulate=4)
+    for a, b in zip(whole.metrics(), parts.metrics(), strict=True):
+        if "reconstruction_loss" in a:
+            assert a["reconstruction_loss"] == pytest.approx(b["reconstruction_loss"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_the_teacher_is_not_run_while_its_result_is_not_used(image_folder, tmp_path, monkeypatch):
+    from hpm.teacher import Teacher
+
+    calls = []
+    looked = Teacher.__call__
+    monkeypatch.setattr(Teacher, "__call__", lambda s, x: calls.append(1) or looked(s, x))
+    pretrain(image_folder, tmp_path / "random", mask="random")
+    assert not calls
+    # int(12 hidden x alpha) is 0 in the first of 16 epochs, as alpha is 1/32.
+    options = {"steps": None, "epochs": 16, "hard_share_start": 0.0, "holdout": 0}
+    pretrain(image_folder, tmp_path / "hard", **options)
+    assert len(calls) == 14 * 6
+
+
+def test_starting_from_other_weights(finished_run, image_folder, tmp_path):
+    run = pretrain(image_folder, tmp_path / "whole", init=str(finished_run.folder), base_lr=0.0)
+    start, end = final(finished_run).model, final(run).model
+    for name, tensor in start.items():
+        assert torch.equal(tensor, end[name]), name
+    assert "tensors matched" in (run.folder / "train.log").read_text()
+    with pytest.raises(hpm.UserError, match="pass --init-partial"):
+        pretrain(image_folder, tmp_path / "partial", init=str(finished_run.backbone))
+    run = pretrain(
+        image_folder, tmp_path / "allowed", init=str(finished_run.backbone), init_partial=True
+    )
+    assert "54 of" in (run.folder / "train.log").read_text()
+
+
+def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
+    from hpm import pretrain as _  # noqa: F401
+
+    learn = sys.modules["hpm.pretrain"]._learn
+    monkeypatch.setattr(
+        sys.modules["hpm.pretrain"], "_learn",
+        lambda state, images, *ids: learn(state, images * (math.nan if state.step == 5 else 1), *ids),
+    )  # fmt: skip
+    with pytest.raises(hpm.UserError, match=r"not finite at step 5.*step_00000004"):
+        pretrain(image_folder, tmp_path / "run")
+    (saved,) = (tmp_path / "run").glob("not_finite_step_00000005_rank_0.safetensors")
+    batch = load_file(saved)
+    assert batch["images"].shape == (8, 3, 16, 16) and batch["hidden_ids"].shape == (8, 12)
+    checkpoint = final(hpm.Run(tmp_path / "run"))
+    assert checkpoint.meta["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
+
+
+def test_unreadable_images_are_counted_and_survive_a_restart(tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", per_class=12)
+    for name in ("class_0/003.png", "class_1/007.png"):
+        (images / name).write_bytes(b"broken")
+    options = {"holdout": 0, "log_every": 1}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(images, tmp_path / "run", **options)
+    run = pretrain(images, tmp_path / "run", **options)
+    log = (run.folder / "train.log").read_text()
+    assert log.count("cannot read") == 2 and "003.png" in log and "007.png" in log
+    assert run.metrics()[-1]["unreadable"] == 2
+    assert len(final(run).meta["unreadable"]) == 2
+    with pytest.raises(hpm.UserError, match="images cannot be read, more than max_unreadable 0.01"):
+        pretrain(images, tmp_path / "strict", max_unreadable=0.01, **options)
+
+
+def test_data_that_changed_under_a_run(tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", per_class=8)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(images, tmp_path / "run", holdout=0)
+    (images / "class_0" / "000.png").unlink()
+    with pytest.raises(hpm.UserError, match="23 training images, but the run began with 24"):
+        pretrain(images, tmp_path / "run", holdout=0)
+
+
+def test_python_options_are_checked(tmp_path):
+    with pytest.raises(hpm.UserError, match="unknown option 'mask_rato'; did you mean 'mask_ratio'"):
+        hpm.pretrain(data="demo", out=str(tmp_path), mask_rato=0.5)
+    with pytest.raises(hpm.UserError, match="mask_ratio cannot be 'high'"):
+        hpm.pretrain(data="demo", out=str(tmp_path), mask_ratio="high")
+    with pytest.raises(hpm.UserError, match="out"):
+        hpm.pretrain(data="demo")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_training(image_folder, tmp_path, monkeypatch):
+    from hpm.logs import json as logs_json
+
+    def fail(*args):
+        raise OSError("no")
+
+    monkeypatch.setattr(logs_json, "dumps", fail)
+    monkeypatch.setattr("hpm.checkpoint.json", json.__class__("json"))
+    monkeypatch.undo()
+    monkeypatch.setattr("hpm.logs.memory_gb", lambda device: 1.0)
+    monkeypatch.setattr("hpm.logs.open", fail, raising=False)
+    run = pretrain(image_folder, tmp_path / "run")
+    assert run.backbone.exists() and not (run.folder / "metrics.jsonl").exists()
+
+
+def test_interrupted_is_told_apart(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(watch.Stop, "received", signal.SIGTERM)
+    with pytest.raises(hpm.Interrupted) as stopped:
+        pretrain(image_folder, tmp_path / "run")
+    assert stopped.value.signal_number == signal.SIGTERM
+    assert PretrainConfig(**final(hpm.Run(tmp_path / "run")).meta["config"]).data == str(
+        image_folder
+    )
+
+
+def test_pretraining_on_the_command_line(image_folder, tmp_path):
+    result = run_hpm(
+        "pretrain", image_folder, "--out", tmp_path / "run", "--config", "demo", *tiny_arguments()
+    )
+    assert result.returncode == 0, result.stderr
+    assert "hpm.load_encoder" in result.stderr and "step 8/8" in result.stderr

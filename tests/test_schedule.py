@@ -1,0 +1,105 @@
+import dataclasses
+
+import pytest
+import torch
+
+from hpm.config import PretrainConfig, make_config, preset_path, read_preset
+from hpm.errors import UserError
+from hpm.optim import adamw, ema_decay, learning_rate
+from hpm.schedule import duration_steps, make_schedule, resolve
+
+CPU = torch.device("cpu")
+
+
+def schedule(num_images=1000, world_size=1, **options):
+    config = PretrainConfig("demo", "out", **options)
+    return make_schedule(resolve(config, num_images, CPU, world_size), num_images)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("40 epochs", 400), ("1 epoch", 10), ("0.5epochs", 5), ("500 steps", 500), ("1 step", 1),
+     ("5%", 10), ("0.8 %", 1.6)],
+)  # fmt: skip
+def test_durations(text, steps):
+    assert duration_steps(text, total_steps=200, steps_per_epoch=10) == pytest.approx(steps)
+
+
+@pytest.mark.parametrize("text", ["5", "", "five steps", "-5%", "5 minutes", "5%%"])
+def test_no_durations(text):
+    with pytest.raises(UserError, match="write '40 epochs', '500 steps' or '5%'"):
+        duration_steps(text, 200, 10)
+
+
+def test_the_papers_constants():
+    """Decay 0.999 to 0.9999 over 100 epochs, lr 1.5e-4 x batch / 256, 40 epochs of warm-up."""
+    options = read_preset("vit_base_in1k")
+    config = make_config(PretrainConfig, options | {"data": "x", "out": "y"})
+    paper = make_schedule(resolve(config, 1_281_167, CPU, 1), 1_281_167)
+    assert paper.steps_per_epoch == 1_281_167 // config.batch_size
+    assert paper.epochs == 200
+    assert paper.peak_lr == pytest.approx(1.5e-4 * config.batch_size / 256)
+    assert paper.warmup == 40 * paper.steps_per_epoch
+    assert paper.ema_decay(0) == pytest.approx(0.999)
+    assert paper.ema_decay(50 * paper.steps_per_epoch) == pytest.approx((0.999 + 0.9999) / 2)
+    for epoch in (100, 199):
+        assert paper.ema_decay(epoch * paper.steps_per_epoch) == pytest.approx(0.9999)
+
+
+def test_every_preset_is_valid():
+    from hpm.checks import check_pretrain
+    from hpm.config import PRESETS
+
+    presets = sorted(PRESETS.glob("*.yaml"))
+    assert len(presets) >= 4
+    for preset in presets:
+        options = {"data": "x", "out": "y"} | read_preset(preset.stem)
+        check_pretrain(make_config(PretrainConfig, options))
+        assert preset_path(preset.stem) == preset
+
+
+def test_the_teacher_leaves_its_initialisation_on_small_data():
+    """With the defaults the average of 500 steps keeps little of where it began."""
+    small = schedule(num_images=640, batch_size=64, epochs=50)
+    kept = 1.0
+    for step in range(small.total):
+        kept *= small.ema_decay(step)
+    assert kept < 1e-3
+    paper_constants = 1.0
+    for step in range(small.total):
+        paper_constants *= ema_decay(step, 1000, 10000, 50 * 10)
+    assert paper_constants > 0.5
+
+
+def test_steps_or_epochs():
+    assert schedule(batch_size=100, epochs=7).total == 70
+    half = schedule(batch_size=100, steps=25)
+    assert half.total == 25 and half.epochs == 2.5
+    assert [half.epoch(step) for step in (0, 9, 10, 24)] == [0, 0, 1, 2]
+
+
+def test_batch_size_is_global_and_defaults_to_what_there_is():
+    assert schedule(num_images=1000).peak_lr == pytest.approx(1.5e-4)
+    config = PretrainConfig("demo", "out")
+    assert resolve(config, 100, CPU, 1).batch_size == 100
+    assert resolve(config, 101, CPU, 2).batch_size == 100
+    one = schedule(batch_size=64)
+    assert one == schedule(batch_size=64, world_size=4)
+    with pytest.raises(UserError, match="smaller --batch-size"):
+        resolve(dataclasses.replace(config, batch_size=101), 100, CPU, 1)
+    with pytest.raises(UserError, match="multiple of 3"):
+        resolve(dataclasses.replace(config, batch_size=64), 100, CPU, 3)
+
+
+def test_learning_rate_is_continuous_and_ends_at_zero():
+    rates = [learning_rate(step, 100, 10, 1.0) for step in range(101)]
+    assert rates[0] == 0 and rates[10] == 1 and rates[100] == pytest.approx(0, abs=1e-12)
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 0.1 + 1e-9
+    assert learning_rate(0, 100, 0, 1.0) == 1.0
+
+
+def test_weight_decay_spares_one_dimensional_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, spared = adamw(model, 1e-3, (0.9, 0.95), 0.05).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.05
+    assert [p.ndim for p in spared["params"]] == [1, 1, 1] and spared["weight_decay"] == 0
