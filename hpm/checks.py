@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import typing
-from typing import Any, Literal
+from typing import Any
 
 from hpm.config import PretrainConfig, resolve_model
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError
 from hpm.schedule import duration_steps
 
 COUNTS = (
@@ -25,7 +24,6 @@ DURATIONS = (
 
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises UserError for the first option that cannot work, alone or with another."""
-    _check_types(config)
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
@@ -57,37 +55,6 @@ def check_pretrain(config: PretrainConfig) -> None:
             f"normalize imagenet has 3 channels, but channels is {config.channels}: "
             "pass --normalize measured"
         )
-
-
-def _check_types(config: PretrainConfig) -> None:
-    """From Python nothing has looked at the types yet."""
-    for name, hint in typing.get_type_hints(PretrainConfig).items():
-        value = getattr(config, name)
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            if value not in choices:
-                known = ", ".join(map(str, choices))
-                hint = nearest(str(value), map(str, choices))
-                raise UserError(f"{name} is '{value}'{hint} (one of {known})")
-        elif not _fits(value, hint):
-            raise UserError(f"{name} cannot be {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return (
-            isinstance(value, (tuple, list))
-            and len(value) == len(arguments)
-            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
-        )
-    if arguments:
-        return any(_fits(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 def _check_sizes(architecture: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ is converted to steps once, by `schedule.py`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -218,15 +220,54 @@ Config = TypeVar("Config", PretrainConfig, EvalConfig, ShowConfig, DemoConfig)
 
 
 def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
-    """A config from keyword arguments, checked; UserError names the nearest option."""
-    known = {f.name for f in dataclasses.fields(cls)}
+    """A config from keyword arguments, their names and types checked. Raises UserError."""
+    hints = typing.get_type_hints(cls)
     for name in options:
-        if name not in known:
-            raise UserError(f"unknown option '{name}'{nearest(name, known)}")
-    try:
-        return cls(**options)
-    except TypeError as error:
-        raise UserError(f"{cls.__name__}: {str(error).split('() ')[-1]}") from None
+        if name not in hints:
+            raise UserError(f"unknown option '{name}'{nearest(name, hints)}")
+    for field in dataclasses.fields(cls):
+        if field.name not in options and field.default is dataclasses.MISSING:
+            raise UserError(f"{field.name} is missing")
+    return cls(**{name: _typed(name, value, hints[name]) for name, value in options.items()})
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its type wants it: YAML has no tuples and takes 1e-3 for text."""
+    if typing.get_origin(hint) is Literal:
+        known = typing.get_args(hint)
+        if value not in known:
+            words = [str(k) for k in known]
+            raise UserError(
+                f"{name} is '{value}'{nearest(str(value), words)} (one of {', '.join(words)})"
+            )
+        return value
+    if isinstance(value, list):
+        value = tuple(value)
+    if hint is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if not _fits(value, hint):
+        raise UserError(f"{name} cannot be {value!r}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
+    if origin is tuple:
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(arguments)
+            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
+        )
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def preset_path(name: str) -> Path:

@@ -23,7 +23,7 @@ from hpm.checkpoint import (
     write_tensors,
     write_text,
 )
-from hpm.config import FREE_OPTIONS, PretrainConfig
+from hpm.config import FREE_OPTIONS, PretrainConfig, make_config
 from hpm.data.loader import normalize
 from hpm.errors import UserError
 from hpm.models.build import build_encoder, build_model
@@ -192,7 +192,7 @@ def load(path: str | Path) -> Trained:
     load_exactly(teacher, checkpoint.teacher, path)
     return Trained(
         str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
-        PretrainConfig(**meta["config"]),
+        make_config(PretrainConfig, meta["config"]),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Shape annotations are checked at run time in every test, and nothing takes more than its threads."""
+"""Shapes are checked at run time in every test, and nothing takes more than its threads."""
 
 import os
 import sys
@@ -34,8 +34,9 @@ def image_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished_run(image_folder, tmp_path_factory):
     """A short finished run on `image_folder`."""
-    import hpm
     from helpers import TINY
+
+    import hpm
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)

@@ -1,3 +1,4 @@
+import copy
 import errno
 import os
 import resource
@@ -32,7 +33,8 @@ def trained(seed=0):
 
 
 def save(folder, step, model, optimizer, keep=2):
-    return checkpoint.save_checkpoint(folder, model, model, optimizer, {"step": step}, keep)
+    teacher = copy.deepcopy(model)
+    return checkpoint.save_checkpoint(folder, model, teacher, optimizer, {"step": step}, keep)
 
 
 def test_everything_comes_back(tmp_path):

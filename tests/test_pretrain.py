@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import hpm
 from hpm import watch
 from hpm.checkpoint import list_checkpoints, load_checkpoint
-from hpm.config import PretrainConfig
 from hpm.state import State
 
 
@@ -200,12 +199,10 @@ def test_starting_from_other_weights(finished_run, image_folder, tmp_path):
 
 
 def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
-    from hpm import pretrain as _  # noqa: F401
-
-    learn = sys.modules["hpm.pretrain"]._learn
+    to_device = State.to_device
     monkeypatch.setattr(
-        sys.modules["hpm.pretrain"], "_learn",
-        lambda state, images, *ids: learn(state, images * (math.nan if state.step == 5 else 1), *ids),
+        State, "to_device",
+        lambda state, images: to_device(state, images) * (math.nan if state.step == 5 else 1),
     )  # fmt: skip
     with pytest.raises(hpm.UserError, match=r"not finite at step 5.*step_00000004"):
         pretrain(image_folder, tmp_path / "run")
@@ -247,7 +244,7 @@ def test_data_that_changed_under_a_run(tmp_path, monkeypatch):
 
 
 def test_python_options_are_checked(tmp_path):
-    with pytest.raises(hpm.UserError, match="unknown option 'mask_rato'; did you mean 'mask_ratio'"):
+    with pytest.raises(hpm.UserError, match="option 'mask_rato'; did you mean 'mask_ratio'"):
         hpm.pretrain(data="demo", out=str(tmp_path), mask_rato=0.5)
     with pytest.raises(hpm.UserError, match="mask_ratio cannot be 'high'"):
         hpm.pretrain(data="demo", out=str(tmp_path), mask_ratio="high")
@@ -257,15 +254,9 @@ def test_python_options_are_checked(tmp_path):
 
 
 def test_a_log_that_cannot_be_written_does_not_stop_training(image_folder, tmp_path, monkeypatch):
-    from hpm.logs import json as logs_json
-
     def fail(*args):
         raise OSError("no")
 
-    monkeypatch.setattr(logs_json, "dumps", fail)
-    monkeypatch.setattr("hpm.checkpoint.json", json.__class__("json"))
-    monkeypatch.undo()
-    monkeypatch.setattr("hpm.logs.memory_gb", lambda device: 1.0)
     monkeypatch.setattr("hpm.logs.open", fail, raising=False)
     run = pretrain(image_folder, tmp_path / "run")
     assert run.backbone.exists() and not (run.folder / "metrics.jsonl").exists()
@@ -276,9 +267,7 @@ def test_interrupted_is_told_apart(tmp_path, image_folder, monkeypatch):
     with pytest.raises(hpm.Interrupted) as stopped:
         pretrain(image_folder, tmp_path / "run")
     assert stopped.value.signal_number == signal.SIGTERM
-    assert PretrainConfig(**final(hpm.Run(tmp_path / "run")).meta["config"]).data == str(
-        image_folder
-    )
+    assert final(hpm.Run(tmp_path / "run")).meta["step"] == 1
 
 
 def test_pretraining_on_the_command_line(image_folder, tmp_path):

@@ -44,7 +44,7 @@ def test_neither_workers_nor_restarts_nor_processes_change_a_sample(image_folder
         if step >= 7:
             assert torch.equal(batch.images, restarted[step - 7].images)
     # Six steps are an epoch: the same image looks different in the next.
-    first, second = whole[0], {int(i): v for b in whole[6:] for i, v in zip(b.indices, b.images)}  # noqa: B905
+    first, second = whole[0], {int(i): v for b in whole[6:] for i, v in zip(b.indices, b.images)}
     assert not torch.equal(first.images[0], second[int(first.indices[0])])
 
 

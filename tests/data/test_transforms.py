@@ -24,7 +24,7 @@ def test_area_and_shape_of_crops():
     widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     areas = widths * heights / (400 * 300)
     assert 0.19 < areas.min() < 0.25 and areas.max() <= 1
-    assert 0.7 < (widths / heights).min() and (widths / heights).max() < 1.4
+    assert (widths / heights).min() > 0.7 and (widths / heights).max() < 1.4
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])

@@ -25,7 +25,9 @@ def some_ids(model, batch=2, num_hidden=8):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7])
-@pytest.mark.parametrize("sizes", [((16, 24), (4, 8)), ((12, 12), (3, 3)), ((8, 16, 16), (2, 8, 8))])
+@pytest.mark.parametrize(
+    "sizes", [((16, 24), (4, 8)), ((12, 12), (3, 3)), ((8, 16, 16), (2, 8, 8))]
+)
 def test_any_size_and_any_number_of_channels(sizes, channels):
     image_size, patch_size = sizes
     if len(image_size) == 3:
@@ -49,9 +51,7 @@ def test_nothing_hidden_reaches_the_encoder():
     images = torch.randn(2, 3, 16, 24)
     patches = patchify(images, (4, 8))
     index = hidden_ids[..., None].expand(-1, -1, patches.shape[-1])
-    other = unpatchify(
-        patches.scatter(1, index, torch.full_like(patches, 1e6)), (4, 3), (4, 8)
-    )
+    other = unpatchify(patches.scatter(1, index, torch.full_like(patches, 1e6)), (4, 3), (4, 8))
     assert not torch.equal(images, other)
     assert torch.equal(model.encoder(images, visible_ids), model.encoder(other, visible_ids))
     for ours, others in zip(

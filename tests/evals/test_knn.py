@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_images
+
+import hpm
+from hpm.data.sources import Splits, open_source
+from hpm.evals.features import Features, extract, labelled_splits, raw_pixels
+from hpm.evals.knn import knn
+
+
+def naive_knn(train, test, num_classes, k, temperature):
+    """One query at a time, in float64."""
+    right = 0
+    bank = train.features.double().numpy()
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    for query, label in zip(test.features.double().numpy(), test.labels.tolist()):
+        similarity = bank @ (query / np.linalg.norm(query))
+        votes = np.zeros(num_classes)
+        for i in np.argsort(-similarity)[:k]:
+            votes[train.labels[i]] += np.exp(similarity[i] / temperature)
+        right += int(votes.argmax() == label)
+    return 100 * right / len(test.labels)
+
+
+def random_features(count, dim=8, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    features = torch.randn(count, dim, generator=generator)
+    features[:, 0] += labels
+    return Features(features, labels)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_knn_equals_a_naive_version(temperature):
+    train, test = random_features(150), random_features(60, seed=1)
+    ours = dict(knn(train, test, 4, (1, 10, 20, 100, 200), temperature))
+    assert list(ours) == ["knn_1", "knn_10", "knn_20", "knn_100"]  # 200 is more than there are
+    for k in (1, 10, 20, 100):
+        assert ours[f"knn_{k}"] == pytest.approx(naive_knn(train, test, 4, k, temperature))
+
+
+def test_known_answers():
+    corners = torch.eye(3)
+    train = Features(corners.repeat(5, 1), torch.arange(3).repeat(5))
+    test = Features(corners + 0.01, torch.tensor([0, 1, 0]))
+    assert dict(knn(train, test, 3, (5,))) == {"knn_5": pytest.approx(200 / 3)}
+
+
+def test_each_image_once_with_its_own_label(tmp_path):
+    """Broken images take their labels with them; a mean grey value tells which image is which."""
+    images = write_images(tmp_path, classes=2, per_class=7)
+    (images / "class_0" / "002.png").write_bytes(b"broken")
+    source = open_source(str(images)).train
+    told = []
+    mean = {"mean": lambda views: views.float().mean((2, 3))}
+    found = extract(mean, source, source.labels, (20, 20), 3, 4, told.append)["mean"]
+    assert len(found.features) == len(found.labels) == 13 and len(told) == 1
+    expected, labels = [], []
+    for index in range(len(source)):
+        if "class_0/002" not in source.path(index):
+            pixels = np.asarray(source.open(index)).astype(np.float32)
+            expected.append(pixels.mean((0, 1)))
+            labels.append(int(f"class_{1}" in source.path(index)))
+    np.testing.assert_allclose(found.features.numpy(), np.array(expected), rtol=1e-5)
+    assert found.labels.tolist() == labels
+
+
+def test_raw_pixels_are_small_and_centred():
+    features = raw_pixels(torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8))
+    assert features.shape == (2, 3 * 32 * 43)
+    assert features.mean(1).abs().max() < 1e-3
+
+
+def test_a_split_is_held_out_by_class(image_folder):
+    data = labelled_splits(Splits(open_source(str(image_folder)).train), seed=0)
+    assert np.bincount(data.test_labels).tolist() == [3, 3, 3]
+    paths = [s.path(i) for s in (data.train, data.test) for i in range(len(s))]
+    assert len(set(paths)) == len(paths) == 48
+
+
+def test_labels_of_two_splits_are_numbered_alike(tmp_path):
+    write_images(tmp_path / "one", per_class=2)
+    (tmp_path / "list.txt").write_text(
+        "one/class_2/000.png class_2\none/class_0/000.png class_0\none/class_1/000.png class_1\n"
+    )
+    splits = Splits(
+        open_source(str(tmp_path / "one")).train, open_source(str(tmp_path / "list.txt")).train
+    )
+    data = labelled_splits(splits, seed=0)
+    assert data.test_labels.tolist() == [2, 0, 1]
+
+
+def splits_of(tmp_path, train, test):
+    write_images(tmp_path / "train", classes=train, per_class=2)
+    write_images(tmp_path / "val", classes=test, per_class=2)
+    return open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "words"),
+    [(2, 3, "has 1 classes that .*train has not, the first 'class_2'"),
+     (3, 2, "has 1 classes that .*val has not, the first 'class_2'")],
+)  # fmt: skip
+def test_more_classes_in_one_split(tmp_path, train, test, words):
+    with pytest.raises(hpm.UserError, match=words):
+        labelled_splits(splits_of(tmp_path, train, test), seed=0)
+
+
+def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
+    write_images(tmp_path, classes=2, per_class=1)
+    with pytest.raises(hpm.UserError, match="class 'class_0' has one image only"):
+        labelled_splits(open_source(str(tmp_path)), seed=0)
+
+
+def test_evaluate(finished_run, image_folder):
+    result = hpm.evaluate("knn", str(finished_run.folder), str(image_folder), k=(1, 5))
+    assert set(result.values) == {"trained", "random weights", "raw pixels"}
+    for numbers in result.values.values():
+        assert set(numbers) == {"knn_1", "knn_5"}
+        assert all(0 <= value <= 100 for value in numbers.values())
+    assert result.values["raw pixels"]["knn_5"] > 80  # the colours tell the classes
+    assert {"ranking_accuracy", "rank_correlation", "mining_accuracy"} <= set(result.hardness)
+    saved = json.loads(result.file.read_text())
+    assert saved["values"] == result.values and saved["about"]["seconds"] > 0
+    assert "random weights" in str(result)
+    again = hpm.evaluate("knn", str(finished_run.folder), str(image_folder), k=(1, 5))
+    assert again.values == result.values
+    alone = hpm.evaluate("knn", str(finished_run.backbone), str(image_folder), k=(1, 5))
+    assert alone.values == result.values and not alone.hardness and alone.file is None
+
+
+def test_bad_evaluations(finished_run, image_folder, tmp_path):
+    run, data = str(finished_run.folder), str(image_folder)
+    with pytest.raises(hpm.UserError, match="no evaluation 'kn'; did you mean 'knn'"):
+        hpm.evaluate("kn", run, data)
+    with pytest.raises(hpm.UserError, match="k 100 is more than the 39 training images"):
+        hpm.evaluate("knn", run, data, k=(100,))
+    with pytest.raises(hpm.UserError, match="no labels"):
+        hpm.evaluate("knn", run, str(image_folder / "class_0"))
+    with pytest.raises(hpm.UserError, match="no such run folder"):
+        hpm.evaluate("knn", str(tmp_path / "none"), data)
+    with pytest.raises(hpm.UserError, match="holds no checkpoint"):
+        hpm.evaluate("knn", str(tmp_path), data)
+    with pytest.raises(hpm.UserError, match="a backbone only, no teacher"):
+        hpm.evaluate("knn", str(finished_run.backbone), data, teacher=True)
+    with pytest.raises(hpm.UserError, match="no loss predictor"):
+        hpm.evaluate("hardness", str(finished_run.backbone), data)

@@ -1,0 +1,165 @@
+"""The command line as a person types it, and what it says to mistakes."""
+
+import re
+
+import pytest
+from helpers import assert_refused, run_hpm, tiny_arguments, write_images
+
+import hpm
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    return tmp_path_factory.mktemp("empty")
+
+
+def refused(image_folder, tmp_path, *words, data=None, extra=(), **changes):
+    arguments = [*tiny_arguments(**changes), *extra]
+    result = run_hpm("pretrain", data or image_folder, "--out", tmp_path / "run", *arguments)
+    assert_refused(result, *words)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_help():
+    result = run_hpm("--help")
+    assert result.returncode == 0
+    for verb in ("demo", "pretrain", "eval", "show"):
+        assert re.search(rf"^  {verb} ", result.stdout, re.MULTILINE)
+    result = run_hpm("pretrain", "--help")
+    assert result.returncode == 0 and "--mask-ratio" in result.stdout
+    assert "Share of the patches that is hidden" in result.stdout
+    assert run_hpm("--version").stdout.strip() == hpm.__version__
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_size": 32}, ["image_size 16 is smaller than patch_size 32"]),
+        ({"patch_size": 5}, ["patch_size 5 does not divide image_size 16", "--image-size 15"]),
+        ({"mask_ratio": 1.0}, ["mask_ratio is 1.0", "between 0 and 1"]),
+        ({"mask_ratio": -0.5}, ["mask_ratio is -0.5", "between 0 and 1"]),
+        ({"mask_ratio": 0.99}, ["leaves no visible patch of 16", "smaller --mask-ratio"]),
+        ({"mask_ratio": "high"}, ["mask_ratio cannot be 'high'", "a number"]),
+        ({"model": "vit_smal"}, ["model is 'vit_smal'", "did you mean 'vit_small'"]),
+        ({"predictor_loss": "none"}, ["mask easy_to_hard", "predictor_loss is none"]),
+        ({"warmup": "soon"}, ["warmup: 'soon' is not a duration"]),
+        ({"batch_size": 1000}, ["a batch of 1000", "44 images", "--batch-size"]),
+        ({"decoder_dim": 30, "decoder_heads": 4}, ["decoder_dim 30 must be a multiple"]),
+        ({"accumulate": 3}, ["accumulate 3 does not divide batch_size 8"]),
+        ({"init": "nowhere.pt"}, ["nowhere.pt: no such file"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_that_cannot_work(image_folder, tmp_path, monkeypatch, capsys, changes, words):
+    """In this process, for speed: what `hpm` prints and returns is the same."""
+    from hpm.cli import main
+
+    code = main(
+        ["pretrain", str(image_folder), "--out", str(tmp_path / "run"), *tiny_arguments(**changes)]
+    )
+    errors = capsys.readouterr().err
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("hpm: error: ")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_unknown_option_verb_and_preset(image_folder, tmp_path):
+    refused(image_folder, tmp_path, "unknown option '--mask-rato'; did you mean 'mask-ratio'",
+            extra=["--mask-rato", "0.5"])  # fmt: skip
+    assert_refused(run_hpm("pretrian", image_folder), "no verb 'pretrian'", "'pretrain'")
+    refused(image_folder, tmp_path, "no preset or file 'vit_base_in1'", "'vit_base_in1k'",
+            extra=["--config", "vit_base_in1"])  # fmt: skip
+    (tmp_path / "mine.yaml").write_text("mask_rato: 0.5\n")
+    refused(image_folder, tmp_path, "mask_rato", extra=["--config", tmp_path / "mine.yaml"])
+    assert_refused(run_hpm("pretrain", image_folder), "out missing")
+    assert_refused(run_hpm("eval", "kn", "run", "data"), "no evaluation 'kn'", "knn")
+
+
+def test_bad_data(empty, tmp_path, image_folder):
+    refused(image_folder, tmp_path, "no images in this folder", data=empty)
+    refused(image_folder, tmp_path, "no such folder or file", data=empty / "nowhere")
+    unreadable = tmp_path / "unreadable"
+    unreadable.mkdir()
+    for number in range(9):
+        (unreadable / f"{number}.jpg").write_bytes(b"no image")
+    refused(image_folder, tmp_path, "no readable image among 9", data=unreadable, holdout=0)
+    tiny = write_images(tmp_path / "tiny", size=3)
+    refused(image_folder, tmp_path, "no readable image", data=tiny, holdout=0)
+    listed = tmp_path / "list.txt"
+    listed.write_text("missing.png 1\n")
+    refused(image_folder, tmp_path, "list.txt, line 1: no such image", data=listed)
+
+
+def test_bad_output_folders(image_folder, tmp_path, finished_run):
+    result = run_hpm(
+        "pretrain", image_folder, "--out", finished_run.folder, *tiny_arguments(mask_ratio=0.5)
+    )
+    assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5")
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run_hpm("pretrain", image_folder, "--out", tmp_path, *tiny_arguments())
+    assert_refused(result, "exists and is no run folder")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_is_kept(image_folder, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments()]
+    assert run_hpm(*arguments).returncode == 0
+    latest = sorted((out / "checkpoints").iterdir())[-1]
+    latest.write_bytes(latest.read_bytes()[:1000])
+    assert_refused(run_hpm(*arguments), latest.name, "truncated")
+    assert latest.stat().st_size == 1000
+    latest.unlink()  # the checkpoint before it is still there
+    again = run_hpm(*arguments)
+    assert again.returncode == 0 and "going on from" in again.stderr and "step 4" in again.stderr
+
+
+def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
+    import resource
+
+    out = tmp_path / "run"
+    result = run_hpm(
+        "pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    assert_refused(result, "no space left; make room, then run the same command again")
+    assert not list((out / "checkpoints").iterdir())
+    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
+    assert run_hpm(*arguments).returncode == 0
+
+
+def test_eval_and_show(finished_run, image_folder, tmp_path):
+    result = run_hpm("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
+    assert result.returncode == 0, result.stderr
+    for words in ("trained", "random weights", "raw pixels", "k = 5", "ranking accuracy",
+                  "rank correlation"):  # fmt: skip
+        assert words in result.stdout
+    figure = tmp_path / "fig.png"
+    result = run_hpm("show", finished_run.folder, image_folder, "--out", figure)
+    assert result.returncode == 0 and figure.stat().st_size > 10_000
+    assert_refused(
+        run_hpm("show", finished_run.backbone, image_folder, "--out", figure), "a backbone only"
+    )
+    assert_refused(
+        run_hpm("show", finished_run.folder, image_folder, "--out", tmp_path / "a.txt"), ".png"
+    )
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    result = run_hpm("demo", "--out", tmp_path / "demo", timeout=400)
+    assert result.returncode == 0, result.stderr
+    rows = {
+        name: [float(n) for n in re.findall(r"\d+\.\d", line)]
+        for line in result.stdout.splitlines()
+        for name in ("trained", "random weights", "raw pixels")
+        if name in line
+    }
+    assert max(rows["trained"]) > max(rows["random weights"]) + 3
+    assert max(rows["trained"]) > max(rows["raw pixels"])
+    hard, chance = map(int, re.search(r"(\d+) % lies on objects \((\d+) %", result.stdout.replace(
+        "\n", " ")).groups())  # fmt: skip
+    assert hard > 2 * chance
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000

@@ -1,0 +1,68 @@
+"""Two processes at the same global batch are one process, but for rounding."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import tiny_arguments
+
+
+def torchrun(*arguments, processes=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(processes), "-m", "hpm", *map(str, arguments)],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "reconstruction_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def runs(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    options = tiny_arguments(log_every=1, accumulate=2, base_lr=1e-3)
+    for name, processes in (("one", 1), ("two", 2)):
+        result = torchrun(
+            "pretrain", image_folder, "--out", folder / name, *options, processes=processes
+        )
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_two_processes_give_the_losses_of_one(runs):
+    one, two = losses(runs / "one"), losses(runs / "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two):
+        for name in ("reconstruction_loss", "predictor_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+        assert a["hard_share"] == b["hard_share"] > 0
+
+
+def test_only_the_main_process_writes(runs):
+    assert len(list((runs / "two").glob("events.*"))) == 1
+    assert (runs / "two" / "train.log").read_text().count("going on") == 0
+    assert (runs / "two" / "backbone.safetensors").exists()
+
+
+def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
+    """A finished run stays finished, whoever asks."""
+    before = (runs / "one" / "backbone.safetensors").stat().st_mtime_ns
+    options = tiny_arguments(log_every=1, accumulate=2, base_lr=1e-3)
+    result = torchrun("pretrain", image_folder, "--out", runs / "one", *options)
+    assert result.returncode == 0, result.stderr
+    assert "is finished already" in result.stderr
+    assert (runs / "one" / "backbone.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_mistake_is_told_once(image_folder, tmp_path):
+    result = torchrun(
+        "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments(batch_size=7)
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("hpm: error:") == 1
+    assert "cannot be shared by 2 processes" in result.stderr
