@@ -69,7 +69,7 @@ class Run:
     def claim(self, config: PretrainConfig) -> None:
         """Take the folder for this config. UserError where it holds anything else."""
         options = dataclasses.asdict(config)
-        if self.config_file.exists():
+        if self.config_file.exists() and self.latest_checkpoint() is not None:
             before = _read_config(self.config_file)
             for name, value in json.loads(json.dumps(options)).items():
                 if name not in FREE_OPTIONS and before.get(name, value) != value:
@@ -78,7 +78,9 @@ class Run:
                         f"here {value}; choose another --out"
                     )
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
+        known = self.config_file.exists()
+        if not known and self.folder.exists() and not _is_empty(self.folder):
             raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,6 +196,10 @@ def load(path: str | Path) -> Trained:
         str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
         make_config(PretrainConfig, meta["config"]),
     )  # fmt: skip
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _read_config(path: Path) -> dict[str, Any]:

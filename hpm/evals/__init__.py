@@ -97,10 +97,11 @@ def print_result(result: Result, console: Console) -> None:
     if result.values:
         measures = list(next(iter(result.values.values())))
         about = result.about
-        table = Table(title=f"{result.protocol}, top-1 %: {about['run']} on {about['data']}")
+        console.print(f"top-1 accuracy in %, {about['run']} on {about['data']}", soft_wrap=True)
+        table = Table()
         table.add_column("features")
         for measure in measures:
-            table.add_column(measure.replace("knn_", "k = "), justify="right")
+            table.add_column(measure.replace("knn_", "kNN, k = "), justify="right")
         for name, numbers in result.values.items():
             table.add_row(name, *[f"{numbers[m]:.1f}" for m in measures])
         console.print(table)
@@ -110,12 +111,14 @@ def print_result(result: Result, console: Console) -> None:
             f"predictor, on hidden patches: ranking accuracy {hard['ranking_accuracy']:.3f} "
             f"(0.5 is chance), rank correlation {hard['rank_correlation']:.3f}\n"
             f"teacher, on whole images:     ranking accuracy {hard['mining_accuracy']:.3f} "
-            f"(0.5 is chance), rank correlation {hard['mining_correlation']:.3f}"
+            f"(0.5 is chance), rank correlation {hard['mining_correlation']:.3f}",
+            soft_wrap=True,
         )
     if "hard_on_objects" in hard:
         console.print(
             f"of the quarter predicted hardest, {100 * hard['hard_on_objects']:.0f} % lies on "
-            f"objects ({100 * hard['chance_on_objects']:.0f} % by chance)"
+            f"objects ({100 * hard['chance_on_objects']:.0f} % by chance)",
+            soft_wrap=True,
         )
 
 
