@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 SIZES = {"train": 4096, "test": 1024}
 SUPERSAMPLING = 2
-REFERENCE = 64  # pixels: texture periods are given for an image of this size
+GAP = 0.03  # of the image's side: at least so far are two objects apart
 
 Field = np.ndarray  # float32 [H W]
 
@@ -42,129 +43,177 @@ def render(index: int, split: str = "train", size: int = 64) -> DemoImage:
         raise IndexError(f"index {index} is outside of {split}'s {SIZES[split]} images")
     rng = np.random.default_rng([list(SIZES).index(split), index])
     label = index % len(CLASSES)
-    fine = size * SUPERSAMPLING
-    y, x = np.mgrid[0:fine, 0:fine].astype(np.float32) / fine + 0.5 / fine
-    canvas = _background(rng, x, y)
-    masks = []
-    for center, radius in _places(rng):
-        inside, colour = _object(rng, label, (x - center[0]) / radius, (y - center[1]) / radius,
-                                 radius * REFERENCE)  # fmt: skip
-        canvas = np.where(inside[..., None], colour, canvas)
-        masks.append(_shrink(inside.astype(np.float32)) >= 0.5)
-    image = (_shrink(canvas).clip(0, 1) * 255).round().astype(np.uint8)
-    boxes = np.array([_box(mask) for mask in masks])
-    return DemoImage(image, label, np.logical_or.reduce(masks), boxes)
+    hue = rng.random()
+    image = _background(rng, size, hue)
+    mask = np.zeros((size, size), bool)
+    boxes = []
+    for center, radius in _places(rng, label):
+        rows, columns, cover, colour = _object(rng, label, center, radius, size, hue)
+        image[rows, columns] = image[rows, columns] * (1 - cover[..., None]) + colour
+        inside = cover >= 0.5
+        mask[rows, columns] |= inside
+        boxes.append(_box(inside, rows.start, columns.start))
+    pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    return DemoImage(pixels, label, mask, np.array(boxes))
 
 
-def _background(rng: np.random.Generator, x: Field, y: Field) -> np.ndarray:
-    """Slow waves between two muted colours, under a faint fine texture: [H W 3]."""
-    first, second = rng.uniform(0.15, 0.85, (2, 3)).astype(np.float32)
-    waves = np.zeros_like(x)
-    for _ in range(3):
-        waves += np.sin(_wave(rng, x, y, frequency=rng.uniform(0.3, 1.6)))
-    grain = np.sin(_wave(rng, x, y, rng.uniform(8, 14)))
-    grain = grain * np.sin(_wave(rng, x, y, rng.uniform(8, 14)))
-    mix = (0.5 + waves / 5 + rng.uniform(0.02, 0.1) * grain)[..., None]
-    # Colours half way to each other: less contrast than on any object.
-    middle = (first + second) / 2
-    return (middle + 0.6 * (first - middle)) * mix + (middle + 0.6 * (second - middle)) * (1 - mix)
+def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:
+    """Slow plane waves of colour under a faint fine grain: float32 [H W 3]."""
+    base = _colour(rng.uniform(0.35, 0.65), rng.uniform(0.05, 0.3), hue)
+    # Periods per image, and how far each wave moves the three channels.
+    frequency = np.concatenate([rng.uniform(0.3, 1.8, 4), rng.uniform(5, 11, 4)])
+    # The slow waves change the hue; the grain is grey, so that it is not taken for an object.
+    colours = np.concatenate(
+        [rng.uniform(-0.09, 0.09, (4, 3)), rng.uniform(0.004, 0.022) * np.ones((4, 3))]
+    )
+    angle, phase = rng.uniform(0, 2 * np.pi, (2, 8))
+    at = (np.arange(size) + 0.5) / size
+    across = np.outer(at, 2 * np.pi * frequency * np.cos(angle)) + phase
+    down = np.outer(at, 2 * np.pi * frequency * np.sin(angle))
+    # sin(a + b) = sin a cos b + cos a sin b: sums of outer products, far fewer sines than pixels.
+    left = np.concatenate([np.cos(down), np.sin(down)], 1)
+    right = np.concatenate([np.sin(across), np.cos(across)], 1)[..., None] * np.tile(
+        colours, (2, 1)
+    )
+    waves = np.einsum("yk,kz->yz", left, right.transpose(1, 0, 2).reshape(16, -1))
+    return (base + waves.reshape(size, size, 3)).astype(np.float32)
 
 
-def _wave(rng: np.random.Generator, x: Field, y: Field, frequency: float) -> Field:
-    """Phase of a plane wave of `frequency` periods per image, in a random direction."""
-    angle, phase = rng.uniform(0, 2 * np.pi, 2)
-    along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
-    return np.float32(2 * np.pi * frequency) * along + np.float32(phase)
+def _colour(light: float, chroma: float, hue: float) -> np.ndarray:
+    """A colour [3] of mean `light`, `chroma` away from grey towards `hue` (1 is once around)."""
+    away = np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
+    return (light + chroma * away).clip(0, 1).astype(np.float32)
 
 
-def _places(rng: np.random.Generator) -> list[tuple[tuple[float, float], float]]:
-    """Centres and radii, as shares of the image: one large object, or two smaller ones apart."""
-    if rng.random() < 0.5:
-        radius = rng.uniform(0.26, 0.36)
-        return [(tuple(rng.uniform(radius, 1 - radius, 2)), radius)]
-    radii = rng.uniform(0.19, 0.25, 2)
-    # On opposite sides of the middle, along a random one of the two diagonals.
-    offsets = np.array([0.5 - radii[0], radii[1] - 0.5]) * rng.uniform(0.85, 1, 2)
-    sign = rng.choice([-1, 1])
-    jitter = rng.uniform(-0.03, 0.03, (2, 2))
-    return [
-        ((0.5 + o + j[0], 0.5 + sign * o + j[1]), r)
-        for o, r, j in zip(offsets, radii, jitter, strict=True)
-    ]
+def _places(rng: np.random.Generator, label: int) -> list[tuple[np.ndarray, float]]:
+    """Centres (x, y) and radii, as shares of the image's side: one large object or two smaller.
+
+    What is drawn is an object's area. Were it the radius, plump classes would cover more of the
+    image than lean ones, and the size would tell the class.
+    """
+    one = rng.random() < 0.5
+    areas = rng.uniform(0.15, 0.32, 1) if one else rng.uniform(0.075, 0.105, 2)
+    radii = np.sqrt(areas / _unit_area(label))
+    if one:
+        return [(_centers(rng, radii)[0], float(radii[0]))]
+    while True:  # a pair in some dozens of tries is apart
+        first, second = _centers(rng, np.repeat(radii, 64)).reshape(2, 64, 2)
+        apart = np.hypot(*(first - second).T) > radii.sum() + GAP
+        if apart.any():
+            chosen = int(apart.argmax())
+            return [(first[chosen], float(radii[0])), (second[chosen], float(radii[1]))]
+
+
+def _centers(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
+    """Uniform centres [n 2] of discs that lie inside the image."""
+    return radii[:, None] + rng.random((len(radii), 2)) * (1 - 2 * radii[:, None])
+
+
+@lru_cache
+def _unit_area(label: int) -> float:
+    """Area of a class's shape where its radius is 1."""
+    at = np.linspace(-1, 1, 256, dtype=np.float32)
+    return 4 * float(SHAPES_AND_TEXTURES[label][0](at[None, :], at[:, None]).mean())
 
 
 def _object(
-    rng: np.random.Generator, label: int, u: Field, v: Field, radius: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where the object is [H W] and its colours [H W 3]; u, v are in radii from its centre."""
+    rng: np.random.Generator, label: int, center: np.ndarray, radius: float, size: int, hue: float
+) -> tuple[slice, slice, Field, np.ndarray]:
+    """The window (rows, columns) that an object lies in, its cover of each pixel there in [0, 1],
+    and its colours times the cover [h w 3]. `hue` is the background's, to keep away from."""
+    low = np.maximum(np.floor((center - radius) * size), 0).astype(int).tolist()
+    high = np.minimum(np.ceil((center + radius) * size), size).astype(int).tolist()
+    x, y = (
+        ((np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING / size - c)
+        .astype(np.float32)
+        for a, b, c in zip(low, high, center, strict=True)
+    )  # fmt: skip
+    x, y = x[None, :], y[:, None]
+    shape, texture = SHAPES_AND_TEXTURES[label]
+    inside = shape(*_turn(rng, x / radius, y / radius))
+    # As long at every radius: a patch sees about one period, whatever the object's size.
+    period = rng.uniform(6, 9) / 64
+    u, v = _turn(rng, x / period, y / period)
+    shift = rng.uniform(-1, 1, 2)
+    bright = texture(u + np.float32(shift[0]), v + np.float32(shift[1]))
+    hues = hue + rng.uniform(0.2, 0.8, 2)
+    dark = _colour(rng.uniform(0.08, 0.22), rng.uniform(0.05, 0.2), hues[0])
+    light = _colour(rng.uniform(0.7, 0.92), rng.uniform(0.1, 0.35), hues[1])
+    cover, lit = _shrink(inside), _shrink(inside & bright)
+    colour = cover[..., None] * dark + lit[..., None] * (light - dark)
+    return slice(low[1], high[1]), slice(low[0], high[0]), cover, colour
+
+
+def _turn(rng: np.random.Generator, x: Field, y: Field) -> tuple[Field, Field]:
+    """The coordinates in a randomly rotated frame."""
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    u, v = cos * u + sin * v, cos * v - sin * u
-    shape, texture = SHAPES_AND_TEXTURES[label]
-    period = rng.uniform(6.5, 9.5) / radius
-    phase = rng.uniform(0, 1, 2)
-    value = texture(u / period + np.float32(phase[0]), v / period + np.float32(phase[1]))
-    dark = rng.uniform(0, 0.35, 3)
-    light = rng.uniform(0.55, 1, 3)
-    # One channel of each is pushed apart, so that the two colours differ in hue as well.
-    light[rng.integers(3)] = rng.uniform(0.2, 0.6)
-    colours = np.array([dark, light], dtype=np.float32)
-    return shape(u, v), colours[value.astype(np.int64)]
+    return (cos * x + sin * y).astype(np.float32), (cos * y - sin * x).astype(np.float32)
 
 
-def _shrink(fine: np.ndarray) -> np.ndarray:
+def _shrink(fine: np.ndarray) -> Field:
     """Average over the supersampled pixels: smooth edges."""
     s = SUPERSAMPLING
-    return fine.reshape(len(fine) // s, s, fine.shape[1] // s, s, *fine.shape[2:]).mean((1, 3))
+    total = sum(fine[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s))
+    return np.asarray(total / s**2)
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def _box(inside: np.ndarray, top: int, left: int) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    return (left + int(columns[0]), top + int(rows[0]),
+            left + int(columns[-1]) + 1, top + int(rows[-1]) + 1)  # fmt: skip
 
 
-# Shapes: (u, v) in radii -> True inside.
+# Shapes: (u, v) in radii -> True inside. All lie inside the unit disc, and cover half of it or
+# more, so that two of any of them fit into an image.
 
 
 def _disc(u: Field, v: Field) -> np.ndarray:
-    return u**2 + v**2 < 0.9
+    return u**2 + v**2 < 1
 
 
 def _square(u: Field, v: Field) -> np.ndarray:
-    return np.maximum(abs(u), abs(v)) < 0.75
+    return np.maximum(abs(u), abs(v)) < 0.707
 
 
 def _triangle(u: Field, v: Field) -> np.ndarray:
-    return (v < 0.55) & (v + 1.732 * abs(u) > -1.05) & (v > 1.732 * abs(u) - 1.05)
-
-
-def _ring(u: Field, v: Field) -> np.ndarray:
-    radius = u**2 + v**2
-    return (radius < 1) & (radius > 0.16)
-
-
-def _cross(u: Field, v: Field) -> np.ndarray:
-    return (np.minimum(abs(u), abs(v)) < 0.36) & (np.maximum(abs(u), abs(v)) < 0.95)
+    # Corners cut by a circle: a sharp one would be lean.
+    edges = np.maximum(v, 0.866 * abs(u) - 0.5 * v)
+    return (edges < 0.59) & (u**2 + v**2 < 1)
 
 
 def _star(u: Field, v: Field) -> np.ndarray:
-    return np.hypot(u, v) < 0.72 + 0.3 * np.cos(5 * np.arctan2(v, u))
+    # A corner at 1, a notch at 0.62, straight lines between them in a fan of ten sectors.
+    turn = abs((np.arctan2(v, u) / (2 * np.pi) * 5) % 1 - 0.5)  # 0.5 at a corner, 0 at a notch
+    angle = (0.5 - turn) * (2 * np.pi / 5)
+    a, b = 0.62 * np.cos(np.pi / 5), 0.62 * np.sin(np.pi / 5)
+    return np.hypot(u, v) * (b * np.cos(angle) + (1 - a) * np.sin(angle)) < b
+
+
+def _cross(u: Field, v: Field) -> np.ndarray:
+    return (np.minimum(abs(u), abs(v)) < 0.34) & (np.maximum(abs(u), abs(v)) < 0.94)
+
+
+def _ring(u: Field, v: Field) -> np.ndarray:
+    return abs(u**2 + v**2 - 0.6) < 0.4
 
 
 def _bar(u: Field, v: Field) -> np.ndarray:
-    return (abs(u) < 1) & (abs(v) < 0.5)
+    return (abs(u) < 0.87) & (abs(v) < 0.49)
 
 
-def _half(u: Field, v: Field) -> np.ndarray:
-    return (u**2 + (v + 0.4) ** 2 < 1) & (v > -0.4)
+def _mushroom(u: Field, v: Field) -> np.ndarray:
+    return (u**2 + v**2 < 1) & (v > -0.1) | (abs(u) < 0.3) & (v > -0.5) & (v < 0)
 
 
 def _crescent(u: Field, v: Field) -> np.ndarray:
-    return (u**2 + v**2 < 1) & ((u - 0.55) ** 2 + v**2 > 0.36)
+    return (u**2 + v**2 < 1) & ((u - 0.7) ** 2 + v**2 > 0.5)
 
 
 def _heart(u: Field, v: Field) -> np.ndarray:
-    return (u * 1.15) ** 2 + (1.25 * v + 0.75 * np.sqrt(abs(u)) - 0.3) ** 2 < 0.95
+    w, up = abs(u), -v
+    lobe = (w - 0.45) ** 2 + (up - 0.33) ** 2 < 0.185
+    return lobe | (w + 0.9 * abs(up - 0.05) < 0.92) & (up < 0.4)
 
 
 # Textures: (u, v) in periods -> True where light.
@@ -179,24 +228,24 @@ def _checks(u: Field, v: Field) -> np.ndarray:
 
 
 def _dots(u: Field, v: Field) -> np.ndarray:
-    return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.1
+    return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.11
+
+
+def _rings(u: Field, v: Field) -> np.ndarray:
+    return np.hypot(u, v) % 1 < 0.5
 
 
 def _zigzag(u: Field, v: Field) -> np.ndarray:
-    return (u + 0.8 * abs(v / 1.5 % 1 - 0.5)) % 1 < 0.5
+    return (u + 1.2 * abs(v / 1.6 % 1 - 0.5)) % 1 < 0.5
 
 
 def _lattice(u: Field, v: Field) -> np.ndarray:
-    return (u % 1 < 0.28) | (v % 1 < 0.28)
+    return (u % 1 < 0.3) | (v % 1 < 0.3)
 
 
 def _bricks(u: Field, v: Field) -> np.ndarray:
-    row = np.floor(1.6 * v)
-    return (1.6 * v % 1 > 0.28) & ((0.7 * u + 0.5 * (row % 2)) % 1 > 0.2)
-
-
-def _waves(u: Field, v: Field) -> np.ndarray:
-    return (u + 0.3 * np.sin(2 * np.pi * v / 1.4)) % 1 < 0.5
+    row = np.floor(1.4 * v)
+    return (1.4 * v % 1 > 0.3) & ((0.65 * u + 0.5 * (row % 2)) % 1 > 0.2)
 
 
 def _pluses(u: Field, v: Field) -> np.ndarray:
@@ -204,25 +253,24 @@ def _pluses(u: Field, v: Field) -> np.ndarray:
     return (np.minimum(a, b) < 0.13) & (np.maximum(a, b) < 0.4)
 
 
-def _pinstripes(u: Field, v: Field) -> np.ndarray:
-    return (u % 1 < 0.2) | ((u % 1 > 0.4) & (u % 1 < 0.6))
+def _blotches(u: Field, v: Field) -> np.ndarray:
+    # Waves whose periods have no common multiple: blotches that never repeat.
+    return np.sin(4.3 * u + 1.9 * v) + np.sin(5.1 * v - 2.2 * u) + np.sin(3.1 * (u + v)) > 0.2
 
 
-def _scales(u: Field, v: Field) -> np.ndarray:
-    shifted = u + 0.5 * (np.floor(v) % 2)
-    radius = np.hypot(shifted % 1 - 0.5, v % 1)
-    return (radius < 0.5) & (radius > 0.25)
+def _spokes(u: Field, v: Field) -> np.ndarray:
+    return np.arctan2(v, u) * (8 / (2 * np.pi)) % 1 < 0.5
 
 
 Drawing = Callable[[Field, Field], np.ndarray]
 
 SHAPES_AND_TEXTURES: list[tuple[Drawing, Drawing]] = [
-    (_disc, _stripes), (_square, _checks), (_triangle, _dots), (_ring, _zigzag),
-    (_cross, _lattice), (_star, _bricks), (_bar, _waves), (_half, _pluses),
-    (_crescent, _pinstripes), (_heart, _scales),
+    (_disc, _stripes), (_square, _checks), (_triangle, _dots), (_star, _rings),
+    (_cross, _zigzag), (_ring, _lattice), (_bar, _bricks), (_mushroom, _pluses),
+    (_crescent, _blotches), (_heart, _spokes),
 ]  # fmt: skip
 
-CLASSES = (
-    "striped disc", "checked square", "dotted triangle", "zigzag ring", "latticed cross",
-    "bricked star", "wavy bar", "half disc of pluses", "pinstriped crescent", "scaly heart",
+CLASSES: tuple[str, ...] = (
+    "striped disc", "checkered square", "dotted triangle", "ringed star", "zigzag cross",
+    "latticed ring", "bricked bar", "mushroom of pluses", "blotched crescent", "spoked heart",
 )  # fmt: skip

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -89,10 +88,6 @@ class FileSource:
         return str(self.paths[index])
 
 
-# Drawing an image takes as long as training on it: keep those drawn (50 MB for a split).
-_rendered = lru_cache(maxsize=8192)(demo.render)
-
-
 class DemoSource:
     """The built-in images of `data/demo.py`."""
 
@@ -107,7 +102,7 @@ class DemoSource:
         return demo.SIZES[self.split]
 
     def open(self, index: int) -> Image.Image:
-        return Image.fromarray(_rendered(index, self.split).image)
+        return Image.fromarray(demo.render(index, self.split).image)
 
     def path(self, index: int) -> str:
         return f"demo/{self.split}/{index}"
@@ -192,7 +187,7 @@ def object_mask(source: Source, index: int) -> np.ndarray | None:
     if isinstance(source, Subset):
         return object_mask(source.source, int(source.indices[index]))
     if isinstance(source, DemoSource):
-        return _rendered(index, source.split).mask
+        return demo.render(index, source.split).mask
     return None
 
 
