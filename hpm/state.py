@@ -61,7 +61,8 @@ class State:
         self.run = Run(Path(config.out))
         distributed.main_first(lambda: self.run.claim(config))
         self.step = 0
-        self.unreadable: dict[int, str] = {}
+        self.unreadable: dict[int, str] = {}  # of all processes, as of the last reading
+        self._found: dict[int, str] = {}  # by this process since then
 
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
@@ -105,7 +106,7 @@ class State:
         for batch in training_loader(self.source, views, sampler, workers, pin_memory):
             if len(batch.images) * world_size < config.global_batch_size:
                 raise UserError(f"{self.source.name}: no readable image")
-            self._count_unreadable(batch)
+            self._found.update(batch.unreadable)
             yield batch
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -117,9 +118,27 @@ class State:
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
+    def count_unreadable(self) -> None:
+        """Report what any process could not read; UserError when it is too much.
+
+        All processes do this together, so that all of them stop or none.
+        """
+        for found in distributed.gather(self._found):
+            for index, problem in found.items():
+                if index not in self.unreadable:
+                    path = self.source.path(index)
+                    self.log.info(f"cannot read {path} ({problem}), passed over")
+                    self.unreadable[index] = problem
+        self._found = {}
+        if len(self.unreadable) > self.config.max_unreadable * len(self.source):
+            raise UserError(
+                f"{len(self.unreadable)} of {len(self.source)} images cannot be read, more than "
+                f"max_unreadable {self.config.max_unreadable}: mend them (train.log names each), "
+                "or pass a larger --max-unreadable"
+            )
+
     def save(self) -> None:
         """Write a checkpoint."""
-        unreadable = distributed.gather(self.unreadable)
         meta = {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
@@ -127,7 +146,7 @@ class State:
             "mean": self.mean,
             "std": self.std,
             "num_images": len(self.source),
-            "unreadable": {i: text for part in unreadable for i, text in part.items()},
+            "unreadable": self.unreadable,
         }
         distributed.main_first(
             lambda: save_checkpoint(
@@ -171,18 +190,6 @@ class State:
         return measure_statistics(
             self.source, self.image_size, config.channels, config.seed, self.min_side
         )
-
-    def _count_unreadable(self, batch: Batch) -> None:
-        for index, problem in batch.unreadable:
-            if index not in self.unreadable:
-                self.unreadable[index] = problem
-                self.log.info(f"cannot read {self.source.path(index)} ({problem}), passed over")
-        if len(self.unreadable) > self.config.max_unreadable * len(self.source):
-            raise UserError(
-                f"{len(self.unreadable)} of {len(self.source)} images cannot be read, more than "
-                f"max_unreadable {self.config.max_unreadable}: mend them (train.log names each), "
-                "or pass a larger --max-unreadable"
-            )
 
     def _introduction(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)

@@ -71,6 +71,7 @@ def read(state: State, window: Window, num_hard: int) -> None:
     finite = rows[:, [0, 1, 3]].isfinite().all(1)
     if not finite.all():
         _stop_not_finite(state, window, int((~finite).nonzero()[0]))
+    state.count_unreadable()
     reconstruction, predictor, accuracy, grad_norm = rows.mean(0).tolist()
     values = {"reconstruction_loss": reconstruction}
     if state.model.predictor is not None:
