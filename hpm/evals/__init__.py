@@ -85,7 +85,7 @@ def evaluate(
     result = Result(protocol, about, values, hard)
     if trained.folder is not None:
         name = re.sub(r"\W+", "_", config.data.strip("/.")) or "data"
-        weights = "_teacher" if config.teacher else ""
+        weights = f"_{config.pool}" + ("_teacher" if config.teacher else "")
         result.file = trained.folder / "evals" / f"{protocol}_{name}{weights}.json"
         content = {"about": about, "values": values, "hardness": hard}
         write_text(result.file, json.dumps(content, indent=2) + "\n")
