@@ -168,8 +168,6 @@ class EvalConfig:
     """Labelled images (see pretrain); splits train and val (or test), or a fifth is held out."""
     test: str | None = None
     """Images to test on, where they are not a split of the data."""
-    pool: Literal["mean", "cls"] = "mean"
-    """Features: mean of the patches, or the class token."""
     teacher: bool = False
     """Use the teacher's weights (run or checkpoint only)."""
     k: tuple[int, ...] = (10, 20, 100, 200)

@@ -118,11 +118,15 @@ class Backbone(nn.Module):
     def forward(
         self, images: Tensor
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
-        if images.dtype == torch.uint8:
-            images = normalize(images, self.mean, self.std)
-        tokens = self.encoder(images)
+        tokens = self.tokens(images)
         cls_token, patches = tokens[:, 0], tokens[:, 1:]
         return (patches.mean(1) if self.pool == "mean" else cls_token), patches
+
+    def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
+        """Class token, then patches."""
+        if images.dtype == torch.uint8:
+            images = normalize(images, self.mean, self.std)
+        return self.encoder(images)
 
 
 @dataclass

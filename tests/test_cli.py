@@ -151,14 +151,14 @@ def test_eval_and_show(finished_run, image_folder, tmp_path):
 def test_demo(tmp_path):
     result = run_hpm("demo", "--out", tmp_path / "demo", timeout=400)
     assert result.returncode == 0, result.stderr
-    rows = {
-        name: [float(n) for n in re.findall(r"\d+\.\d", line)]
-        for line in result.stdout.splitlines()
-        for name in ("trained", "random weights", "raw pixels")
-        if name in line
-    }
-    assert max(rows["trained"]) > max(rows["random weights"]) + 3
-    assert max(rows["trained"]) > max(rows["raw pixels"])
+    best = {}
+    for line in result.stdout.splitlines():
+        for name in ("trained", "random weights", "raw pixels"):
+            if name in line:
+                numbers = [float(n) for n in re.findall(r"\d+\.\d", line)]
+                best[name] = max(numbers + [best.get(name, 0)])
+    assert best["trained"] > best["random weights"] + 5
+    assert best["trained"] > best["raw pixels"]
     hard, chance = map(int, re.search(r"(\d+) % lies on objects \((\d+) %", result.stdout.replace(
         "\n", " ")).groups())  # fmt: skip
     assert hard > 2 * chance

@@ -59,12 +59,12 @@ def render(index: int, split: str = "train", size: int = 64) -> DemoImage:
 
 def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:
     """Slow plane waves of colour under a faint fine grain: float32 [H W 3]."""
-    base = _colour(rng.uniform(0.35, 0.65), rng.uniform(0.05, 0.3), hue)
+    base = _colour(rng.uniform(0.4, 0.6), rng.uniform(0.05, 0.2), hue)
     # Periods per image, and how far each wave moves the three channels.
     frequency = np.concatenate([rng.uniform(0.3, 1.8, 4), rng.uniform(5, 11, 4)])
     # The slow waves change the hue; the grain is grey, so that it is not taken for an object.
     colours = np.concatenate(
-        [rng.uniform(-0.09, 0.09, (4, 3)), rng.uniform(0.004, 0.022) * np.ones((4, 3))]
+        [rng.uniform(-0.06, 0.06, (4, 3)), rng.uniform(0.004, 0.022) * np.ones((4, 3))]
     )
     angle, phase = rng.uniform(0, 2 * np.pi, (2, 8))
     at = (np.arange(size) + 0.5) / size

@@ -78,14 +78,17 @@ def evaluate(
     if protocol == "hardness" and not hard:
         raise UserError(f"{config.run} has no loss predictor, so there is nothing to measure")
     about = {
-        "run": config.run, "weights": "teacher" if config.teacher else "student",
-        "data": config.data, "test": config.test, "pool": config.pool,
-        "temperature": config.temperature, "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+        "run": config.run,
+        "weights": "teacher" if config.teacher else "student",
+        "data": config.data,
+        "test": config.test,
+        "temperature": config.temperature,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     result = Result(protocol, about, values, hard)
     if trained.folder is not None:
         name = re.sub(r"\W+", "_", config.data.strip("/.")) or "data"
-        weights = f"_{config.pool}" + ("_teacher" if config.teacher else "")
+        weights = "_teacher" if config.teacher else ""
         result.file = trained.folder / "evals" / f"{protocol}_{name}{weights}.json"
         content = {"about": about, "values": values, "hardness": hard}
         write_text(result.file, json.dumps(content, indent=2) + "\n")
@@ -129,32 +132,31 @@ def _knn(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         random_encoder = build_encoder(trained.architecture)
-    backbone = trained.backbone(config.pool, config.teacher).to(device).eval()
-    random = Backbone(random_encoder, trained.mean, trained.std, config.pool).to(device).eval()
+    backbones = {
+        "trained": trained.backbone(teacher=config.teacher).to(device).eval(),
+        "random weights": Backbone(random_encoder, trained.mean, trained.std).to(device).eval(),
+    }
 
-    def pooled(backbone: Backbone) -> Callable[[torch.Tensor], torch.Tensor]:
-        @torch.inference_mode()
-        def embed(images: torch.Tensor) -> torch.Tensor:
-            return backbone(images.to(device))[0]
+    @torch.inference_mode()
+    def embed(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name, backbone in backbones.items():
+            tokens = backbone.tokens(images.to(device))
+            features[f"{name}, class token"] = tokens[:, 0]
+            features[f"{name}, mean of patches"] = tokens[:, 1:].mean(1)
+        return features | {"raw pixels": raw_pixels(images)}
 
-        return embed
-
-    embeddings = {
-        "trained": pooled(backbone), "random weights": pooled(random), "raw pixels": raw_pixels,
-    }  # fmt: skip
     size, channels = tuple(trained.architecture["image_size"]), trained.architecture["channels"]
-    train = extract(embeddings, data.train, data.train_labels, size, channels, config.batch_size,
-                    report)  # fmt: skip
-    test = extract(embeddings, data.test, data.test_labels, size, channels, config.batch_size,
-                   report)  # fmt: skip
-    count = len(train["trained"].labels)
+    train = extract(embed, data.train, data.train_labels, size, channels, config.batch_size, report)
+    test = extract(embed, data.test, data.test_labels, size, channels, config.batch_size, report)
+    count = len(train["raw pixels"].labels)
     if count < min(config.k):
         raise UserError(f"k {min(config.k)} is more than the {count} training images")
-    if not train["trained"].features.isfinite().all():
+    if not all(found.features.isfinite().all() for found in train.values()):
         raise UserError(f"{trained.name}: the features are not finite; the run has diverged")
     return {
         name: dict(knn(train[name], test[name], len(data.classes), config.k, config.temperature))
-        for name in embeddings
+        for name in train
     }
 
 

@@ -25,7 +25,7 @@ class Features:
 
 
 def extract(
-    embeddings: dict[str, Callable[[Tensor], Tensor]],
+    embed: Callable[[Tensor], dict[str, Tensor]],
     source: Source,
     labels: np.ndarray,
     size: tuple[int, int],
@@ -33,20 +33,19 @@ def extract(
     batch_size: int,
     report: Callable[[str], None],
 ) -> dict[str, Features]:
-    """Features of all readable images under several embeddings (uint8 [B C H W] -> [B D]).
+    """Features of all readable images, of every kind that `embed` gives: uint8 [B C H W] -> [B D].
 
-    Images are read once for all embeddings; unreadable ones are reported and left out, their
-    labels with them.
+    Unreadable images are reported and left out, their labels with them.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in embeddings}
+    found: dict[str, list[Tensor]] = {}
     indices = []
     for batch in evaluation_batches(source, size, channels, batch_size):
         for index, problem in batch.unreadable:
             report(f"cannot read {source.path(index)} ({problem}), passed over")
         if len(batch.images):
             indices.append(batch.indices)
-            for name, embed in embeddings.items():
-                found[name].append(embed(batch.images).float().cpu())
+            for name, features in embed(batch.images).items():
+                found.setdefault(name, []).append(features.float().cpu())
     if not indices:
         raise UserError(f"{source.name}: no readable image")
     kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[torch.cat(indices)]

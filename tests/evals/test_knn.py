@@ -55,8 +55,15 @@ def test_each_image_once_with_its_own_label(tmp_path):
     (images / "class_0" / "002.png").write_bytes(b"broken")
     source = open_source(str(images)).train
     told = []
-    mean = {"mean": lambda views: views.float().mean((2, 3))}
-    found = extract(mean, source, source.labels, (20, 20), 3, 4, told.append)["mean"]
+    found = extract(
+        lambda views: {"mean": views.float().mean((2, 3))},
+        source,
+        source.labels,
+        (20, 20),
+        3,
+        4,
+        told.append,
+    )["mean"]
     assert len(found.features) == len(found.labels) == 13 and len(told) == 1
     expected, labels = [], []
     for index in range(len(source)):
@@ -117,7 +124,10 @@ def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
 
 def test_evaluate(finished_run, image_folder):
     result = hpm.evaluate("knn", str(finished_run.folder), str(image_folder), k=(1, 5))
-    assert set(result.values) == {"trained", "random weights", "raw pixels"}
+    assert set(result.values) == {
+        "trained, class token", "trained, mean of patches", "random weights, class token",
+        "random weights, mean of patches", "raw pixels",
+    }  # fmt: skip
     for numbers in result.values.values():
         assert set(numbers) == {"knn_1", "knn_5"}
         assert all(0 <= value <= 100 for value in numbers.values())
