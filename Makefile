@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: demo test lint types test-slow clean
+.PHONY: demo test lint types test-slow readme clean
 
 demo: $(VENV)/installed
 	$(BIN)/hpm demo
@@ -34,6 +34,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt torch --editable '.[dev]'
 	touch $@
+
+# The demo's numbers and figure, as the README shows them.
+readme: $(VENV)/installed
+	$(BIN)/python docs/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -156,7 +156,7 @@ def test_demo(tmp_path):
         for name in ("trained", "random weights", "raw pixels"):
             if name in line:
                 numbers = [float(n) for n in re.findall(r"\d+\.\d", line)]
-                best[name] = max(numbers + [best.get(name, 0)])
+                best[name] = max([*numbers, best.get(name, 0)])
     assert best["trained"] > best["random weights"] + 5
     assert best["trained"] > best["raw pixels"]
     hard, chance = map(int, re.search(r"(\d+) % lies on objects \((\d+) %", result.stdout.replace(

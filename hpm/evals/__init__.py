@@ -100,11 +100,11 @@ def print_result(result: Result, console: Console) -> None:
     if result.values:
         measures = list(next(iter(result.values.values())))
         about = result.about
-        console.print(f"top-1 accuracy in %, {about['run']} on {about['data']}", soft_wrap=True)
+        console.print(f"top-1 of {result.protocol} in %, {about['run']} on {about['data']}", soft_wrap=True)
         table = Table()
-        table.add_column("features")
+        table.add_column("features", no_wrap=True)
         for measure in measures:
-            table.add_column(measure.replace("knn_", "kNN, k = "), justify="right")
+            table.add_column(measure.replace("knn_", "k = "), justify="right")
         for name, numbers in result.values.items():
             table.add_row(name, *[f"{numbers[m]:.1f}" for m in measures])
         console.print(table)
