@@ -183,15 +183,16 @@ def _one_line(error: str, prog: str) -> str:
     if missing:
         names = missing[1].split(", ")
         return f"{' and '.join(names)} missing (see {prog} --help)"
-    match = re.search(r'Parser key "(\w+)": .*Got value: (.*)', text)
-    if match:
+    key = re.search(r'Parser key "(\w+)"', text)
+    if key:
+        given = re.search(r".*Got value: (.*)", text)  # the last one: of a union, the whole
+        value = f"'{given[1]}'" if given else "this value"
         choices = re.search(r"Literal\[(.*?)\]", text)
         if choices:
             known = choices[1].replace("'", "").split(", ")
-            return (
-                f"{match[1]} is '{match[2]}'{nearest(match[2], known)} (one of {', '.join(known)})"
-            )
-        return f"{match[1]} cannot be '{match[2]}': it must be {_kind(text)}"
+            hint = nearest(value.strip("'"), known)
+            return f"{key[1]} is {value}{hint} (one of {', '.join(known)})"
+        return f"{key[1]} cannot be {value}: it must be {_kind(text)}"
     unknown = re.search(r"(?:[Kk]ey|Option|arguments?)[^'\"]*['\"](\w+)['\"]", text)
     return f"{text}{nearest(unknown[1], _all_options()) if unknown else ''}"
 

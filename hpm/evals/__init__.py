@@ -100,7 +100,9 @@ def print_result(result: Result, console: Console) -> None:
     if result.values:
         measures = list(next(iter(result.values.values())))
         about = result.about
-        console.print(f"top-1 of {result.protocol} in %, {about['run']} on {about['data']}", soft_wrap=True)
+        console.print(
+            f"top-1 of {result.protocol} in %, {about['run']} on {about['data']}", soft_wrap=True
+        )
         table = Table()
         table.add_column("features", no_wrap=True)
         for measure in measures:
