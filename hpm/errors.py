@@ -15,5 +15,5 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as `; did you mean 'mask_ratio'?`, empty where nothing known is near."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""

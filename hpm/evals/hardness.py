@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
@@ -98,7 +99,7 @@ def object_views(
     if any(mask is None for mask in masks):
         return None
     views = [evaluation_view(Image.fromarray(mask), size, 1)[0] for mask in masks]  # type: ignore[arg-type]
-    return torch.stack([torch.from_numpy(view) for view in views]) / 255
+    return torch.from_numpy(np.stack(views)) / 255
 
 
 def hardness(
