@@ -102,12 +102,13 @@ def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer,
+    folder: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
     meta: dict[str, Any], keep: int,
 ) -> Path:  # fmt: skip
     """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
-    tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
+    if teacher is not None:
+        tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}|{kind}"] = value
@@ -139,11 +140,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+    checkpoint: Checkpoint, model: nn.Module, teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:  # fmt: skip
     """Put everything back where it was."""
     load_exactly(model, checkpoint.model, checkpoint.path)
-    load_exactly(teacher, checkpoint.teacher, checkpoint.path)
+    if teacher is not None:
+        load_exactly(teacher, checkpoint.teacher, checkpoint.path)
     parameters = dict(model.named_parameters())
     for name, value in checkpoint.optimizer.items():
         parameter_name, _, kind = name.partition("|")

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hpm.config import PretrainConfig, resolve_model
+from hpm.config import (
+    AttentiveConfig,
+    EvalConfig,
+    KnnConfig,
+    LabelledEvalConfig,
+    LinearConfig,
+    PretrainConfig,
+    resolve_model,
+)
 from hpm.errors import UserError
 from hpm.schedule import duration_steps
 
@@ -19,6 +27,7 @@ NOT_NEGATIVE = (
 SHARES = ("hard_share_start", "hard_share_end", "max_unreadable")
 DURATIONS = (
     "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
+    "probe_every",
 )  # fmt: skip
 
 
@@ -95,3 +104,31 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
             "mask easy_to_hard needs a loss predictor, but predictor_loss is none: "
             "pass --mask random for plain MAE"
         )
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raises UserError for the first option of an evaluation that cannot work.
+
+    Fine-tuning has more, which need the backbone: see `evals/finetune.py`.
+    """
+    for name in ("batch_size", "images", "epochs", "cache_gb"):
+        if getattr(config, name, 1) <= 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("workers", "seed"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    if isinstance(config, LabelledEvalConfig) and not 0 < config.train_share <= 1:
+        raise UserError(f"train_share is {config.train_share}; it must be above 0 and at most 1")
+    if isinstance(config, KnnConfig) and (config.temperature <= 0 or min(config.k, default=0) < 1):
+        raise UserError("temperature and every k must be positive")
+    if isinstance(config, (LinearConfig, AttentiveConfig)):
+        if not config.lr or min(config.lr) <= 0:
+            raise UserError("lr needs one number or more, all of them positive")
+        if not config.weight_decay or min(config.weight_decay) < 0:
+            raise UserError("weight_decay needs one number or more, none of them negative")
+        if config.probe_batch_size < 2:
+            raise UserError(f"probe_batch_size is {config.probe_batch_size}; it must be at least 2")
+    crop_scale = getattr(config, "crop_scale", (1.0, 1.0))
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise UserError(f"crop_scale is {list(crop_scale)}; it must rise between 0 and 1")

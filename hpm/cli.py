@@ -15,19 +15,25 @@ from rich.console import Console
 
 import hpm
 from hpm import distributed
-from hpm.config import DemoConfig, EvalConfig, PretrainConfig, ShowConfig, preset_path
+from hpm.config import PROTOCOLS, DemoConfig, EvalConfig, PretrainConfig, ShowConfig, preset_path
 from hpm.errors import UserError, nearest
 
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
     "pretrain": (PretrainConfig, "a folder of images in, a backbone out"),
-    "eval": (EvalConfig, "measure a backbone: hpm eval knn RUN DATA, hpm eval hardness RUN DATA"),
+    "eval": (
+        EvalConfig,
+        f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
+    ),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "show": ["run", "data"],
 }  # fmt: skip
+
+# Verbs that take a preset or YAML file.
+WITH_PRESETS = ("pretrain", "eval")
 
 USAGE = "\n".join(
     [
@@ -86,21 +92,24 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _eval(arguments: list[str]) -> int:
-    from hpm.evals import PROTOCOLS, evaluate, print_result
+    from hpm.evals import print_result, run_evaluation
 
-    if not arguments or arguments[0] not in PROTOCOLS:
-        if arguments and not arguments[0].startswith("-"):
-            hint = nearest(arguments[0], PROTOCOLS)
-            raise UserError(f"no evaluation '{arguments[0]}'{hint}: {' or '.join(PROTOCOLS)}")
-        if "--help" not in arguments and "-h" not in arguments:
-            raise UserError(f"name an evaluation: {' or '.join(PROTOCOLS)}")
-        arguments = ["knn", *arguments]
+    known = ", ".join(PROTOCOLS)
+    if not arguments:
+        raise UserError(f"name an evaluation: {known}")
     protocol, *rest = arguments
-    config = vars(_parse("eval", rest, f"eval {protocol}"))
-    result = evaluate(protocol, config.pop("run"), config.pop("data"), **config)
-    print_result(result, Console())
-    if result.file:
-        print(f"written to {result.file}")
+    if protocol in ("-h", "--help"):
+        for name, config in PROTOCOLS.items():
+            print(f"hpm eval {name:10} RUN DATA   {' '.join((config.__doc__ or '').split())}")
+        print("hpm eval PROTOCOL --help lists the options of one")
+        return 0
+    if protocol not in PROTOCOLS:
+        raise UserError(f"no evaluation '{protocol}'{nearest(protocol, PROTOCOLS)} ({known})")
+    result = run_evaluation(_parse("eval", rest, protocol))
+    if distributed.is_main():
+        print_result(result, Console())
+        if result.file:
+            print(f"written to {result.file}")
     return 0
 
 
@@ -111,15 +120,18 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
-def _parse(verb: str, arguments: list[str], name: str | None = None) -> Any:
-    """The verb's config, read and checked by jsonargparse."""
+def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
+    """The config of a verb (or of an evaluation's protocol), read and checked by jsonargparse."""
     config, about = VERBS[verb]
+    if protocol:
+        config, about = PROTOCOLS[protocol], ""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=f"hpm {name or verb}", description=about, exit_on_error=False)
+    prog = " ".join(["hpm", verb, *([protocol] if protocol else [])])
+    parser = _Parser(prog=prog, description=about or None, exit_on_error=False)
     parser.usage = " ".join(
         [parser.prog, *[p.upper() for p in POSITIONAL[verb]], "[--OPTION VALUE]"]
     )
-    if verb == "pretrain":
+    if verb in WITH_PRESETS:
         parser.add_argument(
             "--config", action="config", help="A preset's name or a YAML file; options come on top."
         )
@@ -206,7 +218,8 @@ def _kind(text: str) -> str:
 
 
 def _all_options() -> set[str]:
-    return {field.name for config, _ in VERBS.values() for field in dataclasses.fields(config)}
+    configs = [*[config for config, _ in VERBS.values()], *PROTOCOLS.values()]
+    return {field.name for config in configs for field in dataclasses.fields(config)}
 
 
 def _complain(text: str) -> None:

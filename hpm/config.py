@@ -139,6 +139,11 @@ class PretrainConfig:
     """Steps between two readings of the losses."""
     eval_every: str = "10%"
     """Between two measurements and figures on the held-out images."""
+    probe: str | None = None
+    """Labelled images (see eval) to probe the features on while training, by kNN and a linear
+    probe, judged on a fifth of their training split; the best checkpoint is kept."""
+    probe_every: str = "20%"
+    """Between two probes."""
     checkpoint_every: str = "5%"
     """Between two checkpoints."""
     keep_checkpoints: int = 2
@@ -154,32 +159,168 @@ class PretrainConfig:
 # May differ between a run and its continuation: none of them changes what is learned.
 FREE_OPTIONS = {
     "out", "device", "workers", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "max_unreadable",
+    "max_unreadable", "probe", "probe_every",
 }  # fmt: skip
 
 
 @dataclass
 class EvalConfig:
-    """Measure how good a backbone is."""
+    """What every evaluation takes."""
 
     run: str
     """Run folder, checkpoint or backbone file."""
     data: str
-    """Labelled images (see pretrain); splits train and val (or test), or a fifth is held out."""
+    """Images, labelled for all but hardness and stats (see pretrain); with splits train and val
+    (or test), or else a fifth is held out."""
     test: str | None = None
     """Images to test on, where they are not a split of the data."""
+    compare: str | None = None
+    """A second run; the differences are given with their intervals."""
     teacher: bool = False
     """Use the teacher's weights (run or checkpoint only)."""
+    baselines: bool = True
+    """Measure random weights of the same architecture, and raw pixels, as well."""
+    out: str | None = None
+    """Folder for the numbers (default: evals/ in the run folder)."""
+    batch_size: int = 128
+    """Images at a time."""
+    workers: int | None = None
+    """Processes that load images (default: one per spare core, at most 8)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of the random weights, held-out parts, batches and masks."""
+
+
+@dataclass
+class LabelledEvalConfig(EvalConfig):
+    """What every evaluation with labels takes."""
+
+    train_share: float = 1.0
+    """Share of each class's training images that is used: 0.01 and 0.1 are the usual few-label
+    settings."""
+
+
+@dataclass
+class KnnConfig(LabelledEvalConfig):
+    """Nearest neighbours of frozen features."""
+
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; those larger than the training set are left out."""
     temperature: float = 0.07
     """Of the neighbours' weights, exp(similarity / temperature)."""
-    batch_size: int = 128
-    """Images at a time."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    seed: int = 0
-    """Of the random baseline, the masks and the held-out part."""
+
+
+@dataclass
+class LinearConfig(LabelledEvalConfig):
+    """Linear probe on frozen features: a grid of settings at once, chosen on a held-out part of
+    the training set."""
+
+    augment: bool = False
+    """Train on a random crop and flip of each image, anew in each epoch (as MAE does), instead of
+    on features computed once."""
+    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    """Learning rates of the grid, per 256 images of a batch."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-3, 1e-2)
+    """Weight decays of the grid."""
+    epochs: int = 90
+    """Passes over the training features."""
+    probe_batch_size: int = 1024
+    """Features per step (at most a sixteenth of the training set)."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """With augment: smallest and largest area of a crop, as a share of the image."""
+
+
+@dataclass
+class AttentiveConfig(LabelledEvalConfig):
+    """Attentive probe on frozen features: one learned query pools the patches."""
+
+    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """Learning rates of the grid."""
+    weight_decay: tuple[float, ...] = (0.05,)
+    """Weight decays of the grid."""
+    epochs: int = 40
+    """Passes over the training images."""
+    probe_batch_size: int = 256
+    """Images per step (at most a sixteenth of the training set)."""
+    cache_gb: float = 8.0
+    """Patches are kept in memory up to this size, or else computed anew in each epoch."""
+
+
+@dataclass
+class FinetuneConfig(LabelledEvalConfig):
+    """Train the whole encoder with labels (the recipe of DeiT and MAE)."""
+
+    batch_size: int = 256
+    """Images per optimiser step, over all processes."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after another, to save memory."""
+    epochs: int = 100
+    """Passes over the training images."""
+    image_size: int | tuple[int, int] | None = None
+    """Pixels (default: as pre-trained); positions are interpolated."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What the head reads: the mean of the patches, or the class token."""
+    base_lr: float = 5e-4
+    """Peak learning rate per 256 images of a batch."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup: str = "5%"
+    """Linear warm-up of the learning rate."""
+    layer_decay: float = 0.8
+    """Factor of the learning rate from each layer to the one below."""
+    weight_decay: float = 0.05
+    """Of AdamW, on all but 1-D parameters and tokens."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block."""
+    label_smoothing: float = 0.1
+    """Share of each label that is spread over all classes."""
+    mixup: float = 0.8
+    """alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """alpha of cutmix; 0 for none."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment, as timm writes it; none for none."""
+    random_erase: float = 0.25
+    """Probability of random erasing."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest area of a random crop, as a share of the image."""
+    flip: bool = True
+    """Mirror half of the images."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    checkpoint_every: str = "5%"
+    """Between two checkpoints, from which the same command goes on."""
+
+
+@dataclass
+class StatsConfig(EvalConfig):
+    """Features without labels: effective rank, likeness of patches, ranking accuracy."""
+
+    images: int = 10_000
+    """Images to measure on, drawn at random; all if there are fewer."""
+
+
+@dataclass
+class HardnessConfig(EvalConfig):
+    """Does the predictor know what is hard?"""
+
+    images: int = 256
+    """Images to measure on, drawn at random; all if there are fewer."""
+
+
+PROTOCOLS: dict[str, type[EvalConfig]] = {
+    "knn": KnnConfig,
+    "linear": LinearConfig,
+    "attentive": AttentiveConfig,
+    "finetune": FinetuneConfig,
+    "stats": StatsConfig,
+    "hardness": HardnessConfig,
+}
 
 
 @dataclass
@@ -214,7 +355,7 @@ class DemoConfig:
     """Optimiser steps, instead of the preset's."""
 
 
-Config = TypeVar("Config", PretrainConfig, EvalConfig, ShowConfig, DemoConfig)
+Config = TypeVar("Config")
 
 
 def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
@@ -223,7 +364,7 @@ def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
     for name in options:
         if name not in hints:
             raise UserError(f"unknown option '{name}'{nearest(name, hints)}")
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name not in options and field.default is dataclasses.MISSING:
             raise UserError(f"{field.name} is missing")
     return cls(**{name: _typed(name, value, hints[name]) for name, value in options.items()})

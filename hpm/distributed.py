@@ -113,3 +113,18 @@ def main_first(action: Callable[[], Any]) -> None:
     problem = from_main(problem)
     if problem:
         raise UserError(problem)
+
+
+def part_of(count: int) -> Tensor:
+    """Which of `count` items are this process's: every n-th one, so that all get alike many."""
+    return torch.arange(rank(), count, world_size())
+
+
+def join_parts(values: Tensor, count: int) -> Tensor:
+    """All `count` values, from those that each process has of its `part_of(count)`."""
+    if not dist.is_initialized():
+        return values
+    joined = values.new_empty(count, *values.shape[1:])
+    for process, part in enumerate(gather(values)):
+        joined[process :: world_size()] = part
+    return joined

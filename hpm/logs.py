@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import track as rich_track
+
+from hpm import distributed
 
 # A plain line is printed this many times where there is no terminal for a bar.
 PLAIN_LINES = 50
@@ -104,6 +107,13 @@ class RunLog:
             if not self._failed:
                 self._failed = True
                 self.console.print(f"warning: logging failed ({error})", markup=False)
+
+
+def track(steps: Iterable[Any], description: str) -> Iterable[Any]:
+    """The steps, with a progress bar where the main process has a terminal."""
+    console = Console(file=sys.stderr)
+    shown = console.is_terminal and distributed.is_main()
+    return rich_track(steps, description, console=console, transient=True, disable=not shown)
 
 
 def memory_gb(device: torch.device) -> float:

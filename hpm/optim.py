@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from hpm.models.classifier import Classifier
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: weight decay on matrices and tokens, none on 1-D parameters (biases, norms)."""
@@ -23,6 +25,36 @@ def adamw(
     """AdamW over `parameter_groups`, fused into one kernel."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def layer_decay_groups(
+    model: Classifier, lr: float, layer_decay: float, weight_decay: float
+) -> list[dict]:
+    """Parameter groups whose learning rates fall by `layer_decay` from each layer to the one below.
+
+    The head and the norm in front of it are at `lr`; the last block one factor below, and so on;
+    tokens, positions and patch projection are the lowest layer (BEiT; MAE, appendix A.1). No weight
+    decay on 1-D parameters, on the class token and on the positions. Each group has its `lr_scale`.
+    """
+    top = len(model.encoder.blocks) + 1
+    groups: dict[tuple[int, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        name = name.removeprefix("encoder.")
+        layer = top
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        scale, decay = layer_decay ** (top - layer), weight_decay if decays else 0.0
+        group = groups.setdefault(
+            (layer, decay),
+            {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def learning_rate(

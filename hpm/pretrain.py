@@ -16,8 +16,9 @@ from hpm.masking import hard_share, hardest_first, hide_top, noise
 from hpm.models.patches import gather_patches
 from hpm.run import Run
 from hpm.state import State
+from hpm.stop import Interrupted, Stop, stop_signals
 from hpm.targets import pixel_target
-from hpm.watch import Interrupted, Step, Stop, Window, evaluate, read, stop_signals
+from hpm.watch import Step, Window, evaluate, read
 
 
 def pretrain(config: str | None = None, **options: Any) -> Run:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +21,6 @@ from hpm.logs import memory_gb
 from hpm.state import State
 
 FIGURE_IMAGES = 8
-
-
-class Interrupted(Exception):
-    """The run was told to stop and has saved its state; `signal_number` says by which signal."""
-
-    def __init__(self, signal_number: int):
-        super().__init__("stopped and saved; the same command goes on from here")
-        self.signal_number = signal_number
 
 
 @dataclass
@@ -134,30 +122,3 @@ def _stop_not_finite(state: State, window: Window, row: int) -> None:
         f"{state.run.latest_checkpoint() or 'none yet'}; its batch: {file}; "
         "lower --base-lr, or train in --precision float32, in another --out"
     )
-
-
-class Stop:
-    """Which signal asked the run to stop, 0 for none."""
-
-    received = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once."""
-    stop = Stop()
-
-    def receive(number: int, frame: Any) -> None:
-        if stop.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.received = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,12 +124,12 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def training_loader(
-    source: Source, views: TrainingViews, sampler: StepSampler, workers: int, pin_memory: bool
+    source: Source, make_view: MakeView, steps: Iterable[list[Key]], workers: int, pin_memory: bool
 ) -> DataLoader:
-    """One batch per step of the sampler."""
+    """One batch of views per list of keys."""
     return DataLoader(
-        Views(source, views, stand_in=True),
-        batch_sampler=sampler,
+        Views(source, make_view, stand_in=True),
+        batch_sampler=steps,
         collate_fn=_collate,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,6 +36,16 @@ def training_view(
         if flip and rng.random() < 0.5:
             view = ImageOps.mirror(view)
         return _to_array(view)
+
+
+def augmented_view(
+    image: Image.Image, channels: int, augment: Callable[[Image.Image], Any], min_side: int = 1
+) -> View:
+    """A view made by a transform of another library, from RGB (or RGBA) to an image of the size."""
+    with _reading():
+        # Those transforms know RGB; grey is turned back afterwards.
+        view = augment(_decode(image, max(channels, 3), min_side))
+        return _to_array(view.convert(MODES[channels]))
 
 
 def evaluation_view(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,45 +12,137 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpm.data.loader import evaluation_batches
+from hpm import distributed
+from hpm.data.loader import Batch, default_workers, evaluation_batches
 from hpm.data.sources import Source, Splits, Subset
 from hpm.errors import UserError
+from hpm.run import Backbone
+
+RAW_PIXELS = "raw pixels"
+Embed = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass
 class Features:
     """Features and labels of the same images, in the same order."""
 
-    features: Float[Tensor, "images dim"]
+    features: Float[Tensor, images * dims]
     labels: Int[Tensor, " images"]
+
+    def __getitem__(self, ids: Tensor) -> Features:
+        return Features(self.features[ids], self.labels[ids])
+
+
+@dataclass
+class Subject:
+    """A backbone that is evaluated, and what it wants to see."""
+
+    name: str
+    backbone: Backbone
+    architecture: dict[str, Any]
+
+    @property
+    def view(self) -> tuple[tuple[int, int], int]:
+        """(image size, channels)."""
+        height, width = self.architecture["image_size"]
+        return (height, width), self.architecture["channels"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read for an evaluation."""
+
+    batch_size: int
+    workers: int | None
+    report: Callable[[str], None]
+
+    def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
+        """This process's share of the readable images, in order, in batches."""
+        ids = distributed.part_of(len(source)).numpy()
+        world_size = distributed.world_size()
+        workers = default_workers(world_size) if self.workers is None else self.workers
+        own = Subset(source, ids)
+        for batch in evaluation_batches(own, size, channels, self.batch_size, workers):
+            for index, problem in batch.unreadable:
+                self.report(f"cannot read {own.path(index)} ({problem}), passed over")
+            if len(batch.images):
+                yield Batch(batch.images, torch.from_numpy(ids)[batch.indices], [])
+
+
+def pooled(subjects: list[Subject], baseline: bool) -> Embed:
+    """What `extract` computes of uint8 images for backbones of one view: class token and mean of
+    the patches of each, and (as a baseline) raw pixels."""
+
+    @torch.inference_mode()
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        features = {}
+        for subject in subjects:
+            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
+            features[f"{subject.name}, class token"] = tokens[:, 0]
+            features[f"{subject.name}, mean of patches"] = tokens[:, 1:].mean(1)
+        return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
+
+    return embed
+
+
+def pooled_features(
+    subjects: list[Subject], source: Source, labels: np.ndarray, reading: Reading, baseline: bool
+) -> dict[str, Features]:
+    """Pooled features of all subjects, and raw pixels, of all readable images."""
+    found: dict[str, Features] = {}
+    for view in dict.fromkeys(subject.view for subject in subjects):
+        alike = [subject for subject in subjects if subject.view == view]
+        with_pixels = baseline and view == subjects[0].view
+        found |= extract(pooled(alike, with_pixels), source, labels, *view, reading)
+    first = subjects[0].view
+    if any(s.view != first for s in subjects) and baseline:
+        found[RAW_PIXELS] = found.pop(RAW_PIXELS)  # to the end of the table
+    check_finite(found)
+    return found
+
+
+def check_finite(found: dict[str, Features]) -> None:
+    """UserError where features are NaN or infinite."""
+    for name, features in found.items():
+        if not features.features.isfinite().all():
+            raise UserError(
+                f"the features ({name}) are not finite: the run has diverged; "
+                "evaluate an earlier checkpoint, or pre-train with a lower --base-lr"
+            )
 
 
 def extract(
-    embed: Callable[[Tensor], dict[str, Tensor]],
+    embed: Embed,
     source: Source,
     labels: np.ndarray,
     size: tuple[int, int],
     channels: int,
-    batch_size: int,
-    report: Callable[[str], None],
+    reading: Reading,
 ) -> dict[str, Features]:
-    """Features of all readable images, of every kind that `embed` gives: uint8 [B C H W] -> [B D].
+    """Features of all readable images, of every kind that `embed` gives: uint8 [B C H W] -> [B *].
 
-    Unreadable images are reported and left out, their labels with them.
+    Unreadable images are reported and left out, their labels with them. Several processes share
+    the images; each has all of the result.
     """
     found: dict[str, list[Tensor]] = {}
-    indices = []
-    for batch in evaluation_batches(source, size, channels, batch_size):
-        for index, problem in batch.unreadable:
-            report(f"cannot read {source.path(index)} ({problem}), passed over")
-        if len(batch.images):
-            indices.append(batch.indices)
-            for name, features in embed(batch.images).items():
-                found.setdefault(name, []).append(features.float().cpu())
+    parts: list[Tensor] = []
+    for batch in reading.batches(source, size, channels):
+        parts.append(batch.indices)
+        for name, features in embed(batch.images).items():
+            found.setdefault(name, []).append(features.float().cpu())
+    gathered = distributed.gather((parts, found))
+    indices = [index for their_indices, _ in gathered for index in their_indices]
     if not indices:
         raise UserError(f"{source.name}: no readable image")
-    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[torch.cat(indices)]
-    return {name: Features(torch.cat(parts), kept) for name, parts in found.items()}
+    ids = torch.cat(indices)
+    order = ids.argsort()
+    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[ids[order]]
+    names = next(list(theirs) for _, theirs in gathered if theirs)
+    result = {}
+    for name in names:
+        rows = torch.cat([row for _, theirs in gathered for row in theirs.get(name, [])])
+        result[name] = Features(rows[order] if len(gathered) > 1 else rows, kept)
+    return result
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -72,8 +165,11 @@ class Labelled:
     classes: list[str]
 
 
-def labelled_splits(splits: Splits, seed: int) -> Labelled:
-    """Check and align the labels of two splits; without a second one, hold a fifth out by class."""
+def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labelled:
+    """Check and align the labels of two splits; without a second one, hold a fifth out by class.
+
+    Of the training images a share of each class is kept, at least one image.
+    """
     train, test = splits.train, splits.test
     if train.labels is None:
         raise UserError(
@@ -81,7 +177,8 @@ def labelled_splits(splits: Splits, seed: int) -> Labelled:
             "a list file with labels, or parquet with a label column"
         )
     if test is None:
-        train, test = _hold_out_by_class(train, train.labels, seed)
+        rest, held = hold_out_by_class(train, seed)
+        train, test = Subset(train, rest), Subset(train, held)
     if test.labels is None:
         raise UserError(f"{test.name}: the images have no labels")
     assert train.labels is not None
@@ -102,17 +199,39 @@ def labelled_splits(splits: Splits, seed: int) -> Labelled:
         )
     numbers = {name: i for i, name in enumerate(train.classes)}
     renumber = np.array([numbers[name] for name in test.classes])
-    return Labelled(train, train.labels, test, renumber[test.labels], train.classes)
+    labelled = Labelled(train, train.labels, test, renumber[test.labels], train.classes)
+    return labelled if train_share == 1 else _fewer_labels(labelled, train_share, seed)
 
 
-def _hold_out_by_class(source: Source, labels: np.ndarray, seed: int) -> tuple[Source, Source]:
-    rng = np.random.default_rng([seed, len(source)])
+def _fewer_labels(data: Labelled, share: float, seed: int) -> Labelled:
+    rng = np.random.default_rng([seed, len(data.train), 1])
+    kept = []
+    for label in np.unique(data.train_labels):
+        members = rng.permutation(np.flatnonzero(data.train_labels == label))
+        kept.append(members[: max(1, round(share * len(members)))])
+    ids = np.sort(np.concatenate(kept))
+    return replace(data, train=Subset(data.train, ids), train_labels=data.train_labels[ids])
+
+
+def hold_out_by_class(source: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of (the rest, a fifth of each class). UserError for a class of one image."""
+    assert source.labels is not None
+    return split_by_class(source.labels, source.classes, source.name, seed)
+
+
+def split_by_class(
+    labels: np.ndarray, classes: list[str], name: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of (the rest, a fifth of each class). UserError for a class of one image."""
+    rng = np.random.default_rng([seed, len(labels)])
     held = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
-            raise UserError(f"{source.name}: class '{source.classes[label]}' has one image only")
+            raise UserError(
+                f"{name}: class '{classes[label]}' has one image only, and a part of each class "
+                "has to be held out: add images of it, or leave the class out"
+            )
         held.append(members[: max(1, len(members) // 5)])
     test = np.sort(np.concatenate(held))
-    rest = np.setdiff1d(np.arange(len(source)), test)
-    return Subset(source, rest), Subset(source, test)
+    return np.setdiff1d(np.arange(len(labels)), test), test

@@ -9,38 +9,58 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpm import distributed
 from hpm.evals.features import Features
+from hpm.evals.metrics import Ranked, rank
+
+QUERIES = 512
 
 
 def knn(
-    train: Features, test: Features, num_classes: int, ks: Sequence[int], temperature: float = 0.07
-) -> Iterator[tuple[str, float]]:
-    """Yield (`knn_K`, top-1 accuracy in percent) for every K that the training set is large
-    enough for."""
+    train: Features,
+    test: Features,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Ranked]]:
+    """Yield (`k = K`, where the true class of each test image stands) for every K that the
+    training set is large enough for.
+
+    Several processes share the queries; each has all of the result.
+    """
+    device = device or torch.device("cpu")
     ks = [k for k in ks if k <= len(train.features)]
-    right = dict.fromkeys(ks, 0)
-    for features, labels in zip(test.features.split(512), test.labels.split(512), strict=True):
-        votes = neighbour_votes(features, train, num_classes, ks, temperature)
+    bank = F.normalize(train.features.to(device), dim=1)
+    labels = train.labels.to(device)
+    parts: dict[int, list[Tensor]] = {k: [] for k in ks}
+    mine = distributed.part_of(len(test.labels))
+    for ids in mine.split(QUERIES):
+        queries = F.normalize(test.features[ids].to(device), dim=1)
+        votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
         for k in ks:
-            right[k] += int((votes[k].argmax(1) == labels).sum())
+            parts[k].append(rank(votes[k], test.labels[ids].to(device)).ranks)
     for k in ks:
-        yield f"knn_{k}", 100 * right[k] / len(test.labels)
+        ranks = torch.cat([*parts[k], torch.empty(0, dtype=torch.int64)])
+        yield f"k = {k}", Ranked(distributed.join_parts(ranks, len(test.labels)), test.labels)
 
 
 def neighbour_votes(
     queries: Float[Tensor, "queries dim"],
-    train: Features,
+    bank: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
     num_classes: int,
     ks: Sequence[int],
     temperature: float,
 ) -> dict[int, Float[Tensor, "queries classes"]]:
-    """Sum of exp(cosine / temperature) over the k nearest training images, for each class."""
-    similarity = F.normalize(queries, dim=1) @ F.normalize(train.features, dim=1).T
-    nearest, ids = similarity.topk(max(ks, default=1), dim=1)
+    """Sum of exp(cosine / temperature) over the k nearest training images, for each class.
+
+    Queries and bank have unit length.
+    """
+    nearest, ids = (queries @ bank.T).topk(max(ks, default=1), dim=1)
     weights = ((nearest - 1) / temperature).exp()  # a common factor: no overflow
-    labels: Int[Tensor, "queries k"] = train.labels[ids]
     votes = {}
     for k in ks:
-        empty = torch.zeros(len(queries), num_classes)
-        votes[k] = empty.scatter_add(1, labels[:, :k], weights[:, :k])
+        empty = torch.zeros(len(queries), num_classes, device=queries.device)
+        votes[k] = empty.scatter_add(1, labels[ids[:, :k]], weights[:, :k])
     return votes

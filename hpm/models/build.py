@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from hpm.models.classifier import Classifier, Pool
 from hpm.models.mim import MaskedImageModel
+from hpm.models.patches import grid_size, interpolate_positions
 from hpm.models.vit import VisionTransformer
 
 ENCODER_OPTIONS = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
 
 
-def build_encoder(architecture: dict[str, Any]) -> VisionTransformer:
-    """An encoder of the given architecture (see `config.resolve_model`), randomly initialised."""
-    return VisionTransformer(**{name: architecture[name] for name in ENCODER_OPTIONS})
+def build_encoder(
+    architecture: dict[str, Any], seed: int | None = None, drop_path: float = 0.0
+) -> VisionTransformer:
+    """An encoder of the given architecture (see `config.resolve_model`), randomly initialised.
+
+    With a seed, from that seed and without touching the global random state.
+    """
+    options = {name: architecture[name] for name in ENCODER_OPTIONS}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return VisionTransformer(**options, drop_path=drop_path)
 
 
 def build_model(architecture: dict[str, Any], seed: int = 0) -> MaskedImageModel:
@@ -28,3 +40,28 @@ def build_model(architecture: dict[str, Any], seed: int = 0) -> MaskedImageModel
             architecture["decoder_heads"],
             with_predictor=architecture["with_predictor"],
         )
+
+
+def build_classifier(
+    architecture: dict[str, Any],
+    weights: dict[str, Tensor] | None,
+    num_classes: int,
+    pool: Pool = "mean",
+    image_size: tuple[int, int] | None = None,
+    drop_path: float = 0.0,
+    seed: int = 0,
+) -> Classifier:
+    """An encoder with these weights (random ones for None) and a new head, initialised from `seed`.
+
+    Positions are interpolated for another image size. Raises ValueError where patches do not fit.
+    """
+    before = tuple(architecture["image_size"])
+    size, patch_size = image_size or before, tuple(architecture["patch_size"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(architecture | {"image_size": size}, drop_path=drop_path)
+        if weights is not None:
+            grids = grid_size(before, patch_size), grid_size(size, patch_size)
+            positions = interpolate_positions(weights["pos_embed"], *grids)
+            encoder.load_state_dict(weights | {"pos_embed": positions})
+        return Classifier(encoder, num_classes, pool)

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 Size = tuple[int, ...]
 
@@ -59,6 +60,22 @@ def gather_patches(values: Tensor, ids: Tensor) -> Tensor:
     """Take `values [B N ...]` at `ids [B K]`: [B K ...]."""
     index = ids.reshape(*ids.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
     return values.gather(1, index)
+
+
+def interpolate_positions(
+    positions: Float[Tensor, "1 tokens dim"], grid: Size, new_grid: Size
+) -> Float[Tensor, "1 new_tokens dim"]:
+    """Positions of a class token and of a 2-D grid of patches, resampled to another grid (bicubic).
+
+    As vision transformers are fine-tuned at another image size (Dosovitskiy et al. 2021, 3.2).
+    """
+    if grid == new_grid:
+        return positions
+    dim = positions.shape[-1]
+    cls_token, patches = positions[:, :1], positions[:, 1:]
+    patches = patches.reshape(1, *grid, dim).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([cls_token, patches.permute(0, 2, 3, 1).reshape(1, -1, dim)], dim=1)
 
 
 def sincos_positions(grid: Size, dim: int) -> Float[Tensor, "tokens dim"]:

@@ -47,19 +47,37 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """Leaves a residual branch out for whole samples, at random, in training (stochastic depth).
+
+    What is kept is scaled up, so that the expectation stays.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        if self.rate == 0 or not self.training:
+            return x
+        kept = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.rate)
+        return x * kept / (1 - self.rate)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -91,6 +109,7 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads of a block.
         mlp_ratio: hidden width of a block's MLP, relative to `embed_dim`.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
 
     Raises:
         ValueError: where sizes do not fit each other.
@@ -105,6 +124,7 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.image_size = tuple(image_size)
@@ -118,7 +138,10 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         positions = sincos_positions(self.grid, embed_dim)[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            [Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates]
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_weights)

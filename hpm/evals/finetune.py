@@ -1,0 +1,367 @@
+"""Fine-tuning: the whole encoder trained with labels (the recipe of DeiT and MAE, appendix A.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm import distributed
+from hpm.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    write_tensors,
+)
+from hpm.config import FinetuneConfig, pair
+from hpm.data.loader import Key, StepSampler, default_workers, normalize, training_loader
+from hpm.data.sources import Source
+from hpm.data.transforms import View, augmented_view
+from hpm.errors import UserError
+from hpm.evals.features import Labelled, Reading, Subject
+from hpm.evals.metrics import Ranked, join, rank
+from hpm.extras import need
+from hpm.logs import RunLog
+from hpm.models.build import build_classifier
+from hpm.models.classifier import Classifier
+from hpm.optim import layer_decay_groups, learning_rate
+from hpm.schedule import duration_steps
+from hpm.stop import Interrupted, stop_signals
+
+LOG_EVERY = 10
+# How a fine-tuning is run, not what it learns: may differ when it goes on.
+FREE = {
+    "run", "compare", "baselines", "out", "workers", "device", "checkpoint_every", "test", "data",
+    "teacher",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneViews:
+    """Random crop, flip and RandAugment by timm, the same for the same (seed, epoch, index)."""
+
+    size: tuple[int, int]
+    channels: int
+    seed: int
+    transform: Callable[[Image.Image], Any]
+
+    def __call__(self, source: Source, key: Key) -> View:
+        seed_everything(self.seed, *key)
+        return augmented_view(source.open(key[1]), self.channels, self.transform)
+
+
+def seed_everything(*key: int) -> None:
+    """Seed all generators that timm draws from."""
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])  # noqa: NPY002
+    torch.manual_seed(words[2])
+
+
+class Recipe:
+    """The augmentation and the loss, as timm has them."""
+
+    def __init__(
+        self, config: FinetuneConfig, subject: Subject, size: tuple[int, int], num_classes: int
+    ):
+        augment = config.rand_augment
+        backbone = subject.backbone
+        data = need("timm.data", "finetune", "fine-tuning")
+        erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
+        factory = need("timm.data.transforms_factory", "finetune", "fine-tuning")
+        self.config, self.num_classes = config, num_classes
+        self.channels = subject.architecture["channels"]
+        colours = backbone.mean.expand(3) if self.channels == 1 else backbone.mean[:3]
+        transform = factory.transforms_imagenet_train(
+            size,
+            scale=config.crop_scale,
+            hflip=0.5 if config.flip else 0.0,
+            color_jitter=None,
+            auto_augment=None if augment == "none" else augment,
+            interpolation="bicubic",
+            mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
+            normalize=False,
+        )
+        # The last transform turns the image into a tensor; ours are turned where all others are.
+        transform.transforms.pop()
+        self.views = FinetuneViews(size, self.channels, config.seed, transform)
+        self.erase = None
+        if config.random_erase > 0:
+            device = str(backbone.mean.device)
+            self.erase = erasing.RandomErasing(config.random_erase, mode="pixel", device=device)
+        self.mix = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self.mix = data.Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )  # fmt: skip
+
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, autocast: Callable[[], Any]
+    ) -> Tensor:
+        """Cross-entropy of a batch of normalised images, erased and mixed."""
+        smoothing = self.config.label_smoothing
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+            smoothing = 0.0  # it is in the mixed labels already
+        with autocast():
+            logits = model(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None:
+    """Raises UserError for the first option that cannot work."""
+    size = pair(config.image_size) if config.image_size else tuple(architecture["image_size"])
+    for image, patch in zip(size, architecture["patch_size"], strict=True):
+        if image < patch or image % patch:
+            fitting = max(1, round(image / patch)) * patch
+            raise UserError(
+                f"image_size {image} is not a multiple of this backbone's patch_size {patch}: "
+                f"the nearest that fits is --image-size {fitting}"
+            )
+    if config.rand_augment != "none" and architecture["channels"] > 3:
+        raise UserError(
+            f"rand_augment knows grey and RGB, but this backbone has "
+            f"{architecture['channels']} channels: pass --rand-augment none"
+        )
+    for name in ("epochs", "batch_size", "accumulate"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("label_smoothing", "drop_path", "random_erase"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 0 and below 1")
+    for name in ("mixup", "cutmix", "base_lr", "min_lr", "weight_decay", "clip_grad"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    if not 0 < config.layer_decay <= 1:
+        raise UserError(f"layer_decay is {config.layer_decay}; it must lie between 0 and 1")
+    duration_steps(config.warmup, 100, 10)
+    duration_steps(config.checkpoint_every, 100, 10)
+
+
+def finetune(
+    config: FinetuneConfig, subject: Subject, weights: dict[str, Tensor] | None, data: Labelled,
+    folder: Path, reading: Reading,
+) -> Ranked:  # fmt: skip
+    """Train a classifier from these encoder weights (random ones for None), then test it.
+
+    Saves itself into `folder`, and goes on from there. The test images are looked at once, after
+    the last step.
+    """
+    check_finetune(config, subject.architecture)
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        return _Finetuning(config, subject, weights, data, folder).run(reading)
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        torch.set_rng_state(generators[2])
+
+
+class _Finetuning:
+    """What a fine-tuning is made of, at the step where it stands."""
+
+    def __init__(
+        self, config: FinetuneConfig, subject: Subject, weights: dict[str, Tensor] | None,
+        data: Labelled, folder: Path,
+    ):  # fmt: skip
+        architecture, num_classes = subject.architecture, len(data.classes)
+        height, width = pair(config.image_size or tuple(architecture["image_size"]))
+        self.config, self.subject, self.data, self.folder = config, subject, data, folder
+        self.size = (height, width)
+        self.device = subject.backbone.mean.device
+        self.world_size = distributed.world_size()
+        # An even number for each part of each process: mixup pairs images.
+        share = 2 * self.world_size * config.accumulate
+        self.batch_size = min(config.batch_size, len(data.train)) // share * share
+        if not self.batch_size:
+            raise UserError(
+                f"{min(config.batch_size, len(data.train))} images are too few for a batch of "
+                f"{self.world_size} process(es), accumulate {config.accumulate}"
+            )
+        self.steps_per_epoch = len(data.train) // self.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        self.recipe = Recipe(config, subject, self.size, num_classes)
+        self.model: Classifier = build_classifier(
+            architecture,
+            weights,
+            num_classes,
+            config.pool,
+            self.size,
+            config.drop_path,
+            config.seed,
+        ).to(self.device)
+        groups = layer_decay_groups(
+            self.model, config.base_lr, config.layer_decay, config.weight_decay
+        )
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+        self.step = 0
+        self.fingerprint = float(
+            sum(t.double().abs().sum() for t in self.model.state_dict().values())
+        )
+        self._resume()
+
+    def run(self, reading: Reading) -> Ranked:
+        """All steps that are left, then the test."""
+        if self.step < self.total:
+            self._train()
+        file = self.folder / "classifier.safetensors"
+        if distributed.is_main() and not file.exists():
+            backbone = self.subject.backbone
+            about = {
+                "kind": "hpm classifier",
+                "architecture": self.subject.architecture | {"image_size": list(self.size)},
+                "pool": self.config.pool,
+                "classes": self.data.classes,
+                "mean": backbone.mean.tolist(),
+                "std": backbone.std.tolist(),
+            }
+            write_tensors(file, self.model.state_dict(), about)
+        return self._test(reading)
+
+    def _train(self) -> None:
+        config = self.config
+        log = RunLog(self.folder, self.step, self.total, distributed.is_main())
+        log.info(
+            f"fine-tuning {self.subject.name}: {len(self.data.train)} images of "
+            f"{len(self.data.classes)} classes, {self.total} steps of {self.batch_size}, "
+            f"from step {self.step}, into {self.folder}"
+        )
+        peak = config.base_lr * self.batch_size / 256
+        warmup = duration_steps(config.warmup, self.total, self.steps_per_epoch)
+        save_every = max(
+            1, round(duration_steps(config.checkpoint_every, self.total, self.steps_per_epoch))
+        )
+        parallel = distributed.data_parallel(self.model.train())
+        mean, std = self.subject.backbone.mean, self.subject.backbone.std
+        labels = torch.from_numpy(np.asarray(self.data.train_labels, dtype=np.int64))
+        losses: list[Tensor] = []
+        try:
+            with stop_signals() as stop:
+                for batch in self._batches():
+                    seed_everything(config.seed, self.step, distributed.rank(), 1)
+                    rate = learning_rate(self.step, self.total, warmup, peak, config.min_lr)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rate * group["lr_scale"]
+                    parts = zip(
+                        batch.images.chunk(config.accumulate),
+                        batch.indices.chunk(config.accumulate), strict=True,
+                    )  # fmt: skip
+                    for number, (images, indices) in enumerate(parts, 1):
+                        images = normalize(images.to(self.device), mean, std)
+                        expected = labels[indices].to(self.device)
+                        last = number == config.accumulate
+                        with distributed.no_gradient_sync(parallel, last):
+                            loss = self.recipe.loss(parallel, images, expected, self._autocast)
+                            (loss / config.accumulate).backward()
+                        losses.append(loss.detach())
+                    if config.clip_grad is not None:
+                        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    self.step += 1
+                    done = self.step == self.total
+                    stopping = stop.received > 0 and self.world_size == 1
+                    saving = self.step % save_every == 0 or done or stopping
+                    if saving or self.step % LOG_EVERY == 0:
+                        self._read(log, losses, rate)
+                        stopping = distributed.any_process(stop.received > 0, self.device)
+                    if saving or stopping:
+                        self._save()
+                    if stopping and not done:
+                        raise Interrupted(stop.received)
+        finally:
+            log.close()
+
+    def _batches(self) -> Any:
+        config = self.config
+        sampler = StepSampler(
+            len(self.data.train), self.batch_size, self.total, config.seed, self.step,
+            distributed.rank(), self.world_size,
+        )  # fmt: skip
+        workers = default_workers(self.world_size) if config.workers is None else config.workers
+        pinned = self.device.type == "cuda"
+        for batch in training_loader(self.data.train, self.recipe.views, sampler, workers, pinned):
+            if len(batch.images) * self.world_size < self.batch_size:
+                raise UserError(f"{self.data.train.name}: no readable image")
+            yield batch
+
+    def _autocast(self) -> torch.autocast:
+        on_gpu = self.device.type == "cuda"
+        enabled = self.config.precision == "bfloat16" or (
+            self.config.precision == "auto" and on_gpu
+        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _read(self, log: RunLog, losses: list[Tensor], rate: float) -> None:
+        loss = float(distributed.mean(torch.stack(losses).mean()))
+        losses.clear()
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss is not finite at step {self.step}: lower --base-lr, or pass "
+                "--precision float32, in another --out"
+            )
+        log.metrics(self.step, {"loss": loss, "learning_rate": rate})
+        log.progress(self.step, f"loss {loss:.4f}")
+
+    @torch.inference_mode()
+    def _test(self, reading: Reading) -> Ranked:
+        self.model.eval()
+        mean, std = self.subject.backbone.mean, self.subject.backbone.std
+        labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
+        parts = []
+        channels = self.subject.architecture["channels"]
+        for batch in reading.batches(self.data.test, self.size, channels):
+            with self._autocast():
+                logits = self.model(normalize(batch.images.to(self.device), mean, std))
+            parts.append(rank(logits.float().cpu(), labels[batch.indices]))
+        everyones = [part for parts in distributed.gather(parts) for part in parts]
+        if not everyones:
+            raise UserError(f"{self.data.test.name}: no readable image")
+        return join(everyones)
+
+    def _save(self) -> None:
+        meta = {"step": self.step, "identity": self._identity()}
+        distributed.main_first(
+            lambda: save_checkpoint(
+                self.folder / "checkpoints", self.model, None, self.optimizer, meta, keep=1
+            )
+        )
+
+    def _resume(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = distributed.from_main(list_checkpoints(self.folder / "checkpoints"))
+        if not found:
+            return
+        checkpoint = load_checkpoint(found[-1])
+        before, now = checkpoint.meta.get("identity", {}), self._identity()
+        differing = [name for name in now if before.get(name) != now[name]]
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"{self.folder} holds another fine-tuning: there {name} is {before.get(name)}, "
+                f"here {now[name]}; choose another --out"
+            )
+        restore(checkpoint, self.model, None, self.optimizer)
+        self.step = checkpoint.meta["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a fine-tuning to go on."""
+        options = dataclasses.asdict(self.config)
+        kept = {name: value for name, value in options.items() if name not in FREE}
+        kept |= {"images": len(self.data.train), "classes": self.data.classes}
+        return json.loads(json.dumps(kept | {"weights": self.fingerprint}))

@@ -1,0 +1,85 @@
+"""Features without labels: how many dimensions they use, and whether patches have collapsed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpm.data.sources import Source
+from hpm.evals.features import (
+    RAW_PIXELS,
+    Embed,
+    Reading,
+    Subject,
+    check_finite,
+    extract,
+    raw_pixels,
+)
+from hpm.models.patches import patchify
+
+LIKENESS = "patch likeness of "
+
+
+def stats(
+    subjects: list[Subject], source: Source, reading: Reading, baseline: bool
+) -> dict[str, dict[str, float]]:
+    """For every kind of features: `rank` (effective rank), `of` (the most it could be) and, for
+    those made of patches, `patch_similarity` (mean cosine of two patches of one image)."""
+    values: dict[str, dict[str, float]] = {}
+    for view in dict.fromkeys(subject.view for subject in subjects):
+        alike = [subject for subject in subjects if subject.view == view]
+        embed = _embed(alike, baseline and view == subjects[0].view)
+        found = extract(embed, source, np.zeros(len(source), int), *view, reading)
+        check_finite(found)
+        for name, features in found.items():
+            if not name.startswith(LIKENESS):
+                x = features.features
+                values[name] = {"rank": effective_rank(x), "of": float(min(x.shape))}
+        for name, features in found.items():
+            if name.startswith(LIKENESS):
+                likeness = features.features.mean().item()
+                values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
+    return values
+
+
+def _embed(subjects: list[Subject], baseline: bool) -> Embed:
+    @torch.inference_mode()
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        features = {}
+        for subject in subjects:
+            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
+            mean = f"{subject.name}, mean of patches"
+            features[f"{subject.name}, class token"] = tokens[:, 0]
+            features[mean] = tokens[:, 1:].mean(1)
+            features[LIKENESS + mean] = patch_similarity(tokens[:, 1:])
+        if baseline:
+            patches = patchify(images.float() / 255, tuple(subjects[0].architecture["patch_size"]))
+            features[RAW_PIXELS] = raw_pixels(images)
+            features[LIKENESS + RAW_PIXELS] = patch_similarity(patches)
+        return features
+
+    return embed
+
+
+def effective_rank(features: Float[Tensor, "images dim"]) -> float:
+    """RankMe (Garrido et al. 2023, equation 1): exp of the entropy of the singular values' shares.
+
+    From 1 (all features alike up to a factor) to min(images, dim) (all directions alike strong).
+    """
+    x = features.double()
+    # The smaller of the two products has the squares of all singular values that are not zero.
+    product = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    singular = torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def patch_similarity(patches: Float[Tensor, "batch patches dim"]) -> Float[Tensor, " batch"]:
+    """Mean cosine similarity of two different patches of an image; 1 is collapse."""
+    count = patches.shape[1]
+    unit = F.normalize(patches.float(), dim=-1)
+    # The sum over all pairs is the square of the sum; each patch with itself counts 1.
+    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1))

@@ -1,0 +1,45 @@
+"""The encoder with a classifier on top, as it is fine-tuned."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
+
+Pool = Literal["mean", "cls"]
+HEAD_STD = 2e-5
+
+
+class Classifier(nn.Module):
+    """Pooled tokens, a norm and a linear head (MAE, appendix A.1).
+
+    pool="mean": the mean of the patches, then `fc_norm`, which takes the place of the encoder's
+    own norm. pool="cls": the class token after the encoder's norm. The head starts near zero
+    (deviation 2e-5), and positions are trained along.
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: Pool = "mean"):
+        super().__init__()
+        self.encoder = encoder
+        self.pool = pool
+        self.fc_norm: nn.Module = nn.Identity()
+        if pool == "mean":
+            self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=LAYER_NORM_EPS)
+            encoder.norm = nn.Identity()  # type: ignore[assignment]
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        encoder.pos_embed.requires_grad_(True)
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, images: Float[Tensor, "batch channels *size"]
+    ) -> Float[Tensor, "batch classes"]:
+        return self.head(self.pooled(images))
+
+    def pooled(self, images: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch dim"]:
+        """What the head reads."""
+        tokens = self.encoder(images)
+        return self.fc_norm(tokens[:, 1:].mean(1) if self.pool == "mean" else tokens[:, 0])
