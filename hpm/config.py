@@ -219,9 +219,9 @@ class LinearConfig(LabelledEvalConfig):
     augment: bool = False
     """Train on a random crop and flip of each image, anew in each epoch (as MAE does), instead of
     on features computed once."""
-    lr: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    lr: tuple[float, ...] = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
     """Learning rates of the grid, per 256 images of a batch."""
-    weight_decay: tuple[float, ...] = (0.0, 1e-3, 1e-2)
+    weight_decay: tuple[float, ...] = (0.0, 1e-2, 1e-1)
     """Weight decays of the grid."""
     epochs: int = 90
     """Passes over the training features."""
@@ -235,7 +235,7 @@ class LinearConfig(LabelledEvalConfig):
 class AttentiveConfig(LabelledEvalConfig):
     """Attentive probe on frozen features: one learned query pools the patches."""
 
-    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    lr: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     """Learning rates of the grid."""
     weight_decay: tuple[float, ...] = (0.05,)
     """Weight decays of the grid."""

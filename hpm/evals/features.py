@@ -79,7 +79,7 @@ def pooled(subjects: list[Subject], baseline: bool) -> Embed:
         for subject in subjects:
             tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
             features[f"{subject.name}, class token"] = tokens[:, 0]
-            features[f"{subject.name}, mean of patches"] = tokens[:, 1:].mean(1)
+            features[f"{subject.name}, patch mean"] = tokens[:, 1:].mean(1)
         return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
 
     return embed

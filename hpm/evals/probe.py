@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ CHOOSING, TESTED = 0, 1  # the two copies of every head
 Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels, ids
 
 
+@runtime_checkable
 class Bank(Protocol):
     """Features of a data set by id, in batches: from memory, or computed when asked for."""
 
@@ -100,8 +101,8 @@ class LinearHeads(nn.Module):
         (dim,) = feature_shape
         self.norm = nn.BatchNorm1d(dim, eps=1e-6, momentum=None, affine=False)
         self.num_classes = num_classes
-        self.weights = nn.ParameterList([torch.zeros(dim, 2 * num_classes)] * settings)
-        self.biases = nn.ParameterList([torch.zeros(2 * num_classes)] * settings)
+        self.weights = nn.ParameterList(torch.zeros(dim, 2 * num_classes) for _ in range(settings))
+        self.biases = nn.ParameterList(torch.zeros(2 * num_classes) for _ in range(settings))
 
     def of_setting(self, setting: int) -> list[nn.Parameter]:
         return [self.weights[setting], self.biases[setting]]
@@ -119,54 +120,56 @@ class LinearHeads(nn.Module):
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
-class AttentivePool(nn.Module):
-    """One learned query attends to the patches (cross-attention), then a linear layer.
-
-    As in recent work on masked image models, whose patches hold what their mean does not.
-    """
-
-    def __init__(self, dim: int, num_heads: int, num_classes: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Parameter(torch.randn(1, num_heads, 1, dim // num_heads) * 0.02)
-        self.kv = nn.Linear(dim, dim // num_heads * num_heads * 2)
-        self.head = nn.Linear(dim // num_heads * num_heads, num_classes)
-
-    def forward(
-        self, patches: Float[Tensor, "batch patches dim"]
-    ) -> Float[Tensor, "batch classes"]:
-        batch, count, _ = patches.shape
-        k, v = self.kv(patches).view(batch, count, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query = self.query.expand(batch, -1, -1, -1)
-        return self.head(F.scaled_dot_product_attention(query, k, v).flatten(1))
-
-
 class AttentiveHeads(nn.Module):
-    """Batch normalisation without scale and shift, then a pool and head per setting, twice."""
+    """Batch normalisation without scale and shift, cross-attention of one learned query to the
+    patches, then a linear layer; for every setting, twice.
+
+    As in recent work on masked image models, whose patches hold what their mean does not. A single
+    query needs neither keys nor values of the patches: its product with a key is a product of the
+    patch with a vector (the key's bias would add the same to all patches), and a mean of values is
+    the value of a mean. So each head costs two products per patch and not two matrices.
+    """
 
     def __init__(self, feature_shape: torch.Size, num_classes: int, settings: int):
         super().__init__()
         _, dim = feature_shape
         heads = max(1, dim // 64)
+        head_dim = dim // heads
         self.norm = nn.BatchNorm1d(dim, eps=1e-6, momentum=None, affine=False)
-        pools = []
-        for _ in range(settings):
-            pool = AttentivePool(dim, heads, num_classes)
-            twin = AttentivePool(dim, heads, num_classes)
-            twin.load_state_dict(pool.state_dict())
-            pools += [nn.ModuleList([pool, twin])]
-        self.pools = nn.ModuleList(pools)
+        projection = torch.empty(3, heads, head_dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        output = torch.empty(num_classes, heads * head_dim)
+        output.uniform_(-((heads * head_dim) ** -0.5), (heads * head_dim) ** -0.5)
+        start = {
+            "query": 0.02 * torch.randn(heads, head_dim),
+            "key": projection[0],
+            "value": projection[1],
+            "value_bias": torch.zeros(heads, head_dim),
+            "output": output,
+            "output_bias": torch.zeros(num_classes),
+        }
+        # [2, ...] each: both copies of a head start alike.
+        self.parts = nn.ModuleList(
+            nn.ParameterDict({name: torch.stack([t, t]) for name, t in start.items()})
+            for _ in range(settings)
+        )
 
     def of_setting(self, setting: int) -> list[nn.Parameter]:
-        return list(self.pools[setting].parameters())
+        return list(self.parts[setting].parameters())
 
     def forward(
         self, features: Float[Tensor, "batch patches dim"]
     ) -> Float[Tensor, "settings 2 batch classes"]:
-        normed = self.norm(features.transpose(1, 2)).transpose(1, 2)
-        return torch.stack(
-            [torch.stack([pool(normed) for pool in both]) for both in self.pools]  # type: ignore[attr-defined]
+        patches = self.norm(features.transpose(1, 2)).transpose(1, 2)
+        query, key, value, value_bias, output, output_bias = (
+            torch.stack([part[name] for part in self.parts])  # type: ignore[index]
+            for name in ("query", "key", "value", "value_bias", "output", "output_bias")
         )
+        seeking = torch.einsum("schd,schde->sche", query, key) / query.shape[-1] ** 0.5
+        settings, copies, heads, dim = seeking.shape
+        weights = (patches @ seeking.view(-1, dim).T).softmax(1)
+        means = (weights.transpose(1, 2) @ patches).view(-1, settings, copies, heads, dim)
+        pooled = torch.einsum("bsche,schde->scbhd", means, value) + value_bias[:, :, None]
+        return pooled.flatten(3) @ output.transpose(2, 3) + output_bias[:, :, None]
 
     @staticmethod
     def optimizer(groups: list[dict]) -> torch.optim.Optimizer:

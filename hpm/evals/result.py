@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -75,7 +76,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def _table(result: Result) -> Table:
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("features", no_wrap=True)
     settings = list(next(iter(result.values.values())))
     if result.protocol == "knn":

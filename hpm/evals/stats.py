@@ -51,7 +51,7 @@ def _embed(subjects: list[Subject], baseline: bool) -> Embed:
         features = {}
         for subject in subjects:
             tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
-            mean = f"{subject.name}, mean of patches"
+            mean = f"{subject.name}, patch mean"
             features[f"{subject.name}, class token"] = tokens[:, 0]
             features[mean] = tokens[:, 1:].mean(1)
             features[LIKENESS + mean] = patch_similarity(tokens[:, 1:])

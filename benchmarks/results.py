@@ -1,0 +1,53 @@
+"""RESULTS.md is written by the scripts that measure: each owns the section between its markers."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+HEAD = """# What was measured
+
+Every section is written by the script named in it, never by hand. What needs a GPU and had none
+when these scripts ran is missing, not estimated.
+"""
+
+
+def write_section(name: str, text: str, file: Path = RESULTS) -> None:
+    """Put `text` (Markdown) in the place of the section of that name, or at the end."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    whole = file.read_text(encoding="utf-8") if file.exists() else HEAD
+    section = f"{begin}\n{text.strip()}\n{end}\n"
+    if begin in whole:
+        before, rest = whole.split(begin, 1)
+        whole = before + section + rest.split(end, 1)[1].lstrip("\n")
+    else:
+        whole = f"{whole.rstrip()}\n\n{section}"
+    file.write_text(whole, encoding="utf-8")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """What it was measured on."""
+    if torch.cuda.is_available():
+        chip = f"one of {torch.cuda.device_count()} {torch.cuda.get_device_name(0)}"
+    else:
+        chip = f"{os.cpu_count()} CPU cores ({_cpu_name()}), no GPU"
+    return f"{chip}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
