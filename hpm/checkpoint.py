@@ -106,6 +106,18 @@ def save_checkpoint(
     meta: dict[str, Any], keep: int,
 ) -> Path:  # fmt: skip
     """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
+    path = folder / f"step_{meta['step']:08d}.safetensors"
+    write_checkpoint(path, model, teacher, optimizer, meta)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def write_checkpoint(
+    path: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write everything that training goes on from."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if teacher is not None:
         tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
@@ -115,11 +127,7 @@ def save_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    path = folder / f"step_{meta['step']:08d}.safetensors"
     write_tensors(path, tensors, meta)
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from hpm.run import Run
 from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
 from hpm.targets import pixel_target
-from hpm.watch import Step, Window, evaluate, read
+from hpm.watch import Step, Window, evaluate, probe, read
 
 
 def pretrain(config: str | None = None, **options: Any) -> Run:
@@ -47,6 +47,13 @@ def run_pretraining(config: PretrainConfig) -> Run:
                 _train(state, stop)
             if distributed.is_main():
                 state.save_backbone()
+            if state.best_probe:
+                best = state.best_probe
+                state.log.info(
+                    f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
+                    f"{best['step']} ({state.run.best_checkpoint}); probing took "
+                    f"{state.probe_seconds:.1f} s in all"
+                )
             state.log.info(
                 f"done: {state.run.backbone}\n  import hpm\n"
                 f'  encoder = hpm.load_encoder("{config.out}")\n'
@@ -87,13 +94,16 @@ def _train(state: State, stop: Stop) -> None:
         means = torch.stack([*torch.stack(losses).mean(0), grad_norm.detach()])
         window.steps.append(Step(means, batch, visible, hidden))
         evaluating, saving = schedule.evaluates(state.step), schedule.saves(state.step)
+        probing = state.probe is not None and schedule.probes(state.step)
         stopping = stop.received > 0 and distributed.world_size() == 1
-        if evaluating or saving or stopping or state.step % config.log_every == 0:
+        if evaluating or probing or saving or stopping or state.step % config.log_every == 0:
             read(state, window, num_hard)
             # Several processes agree here, where they all wait for each other anyway.
             stopping = distributed.any_process(stop.received > 0, state.device)
             if evaluating:
                 evaluate(state, num_hard)
+            if probing:
+                probe(state)
             if saving or stopping:
                 state.save()
             if stopping and state.step < schedule.total:

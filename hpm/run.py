@@ -51,6 +51,11 @@ class Run:
         return self.folder / "backbone.safetensors"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """What the probe while training found best."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
     def config_file(self) -> Path:
         return self.folder / "config.yaml"
 

@@ -25,6 +25,7 @@ class Schedule:
     ema_horizon_end: float
     ema_ramp: float
     evaluate_every: int
+    probe_every: int
     checkpoint_every: int
 
     @property
@@ -43,6 +44,9 @@ class Schedule:
 
     def evaluates(self, steps_done: int) -> bool:
         return steps_done % self.evaluate_every == 0 or steps_done == self.total
+
+    def probes(self, steps_done: int) -> bool:
+        return steps_done % self.probe_every == 0 or steps_done == self.total
 
     def saves(self, steps_done: int) -> bool:
         return steps_done % self.checkpoint_every == 0 or steps_done == self.total
@@ -66,6 +70,7 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
         ema_horizon_end=steps(config.ema_horizon_end),
         ema_ramp=steps(config.ema_ramp),
         evaluate_every=max(1, round(steps(config.eval_every))),
+        probe_every=max(1, round(steps(config.probe_every))),
         checkpoint_every=max(1, round(steps(config.checkpoint_every))),
     )
 

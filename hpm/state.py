@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from hpm.checkpoint import (
     read_tensors,
     restore,
     save_checkpoint,
+    write_checkpoint,
 )
 from hpm.config import PretrainConfig, resolve_model
 from hpm.data.loader import (
@@ -32,6 +34,7 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import Source, hold_out, open_source
 from hpm.errors import UserError
+from hpm.evals.ongoing import OngoingProbe
 from hpm.logs import RunLog
 from hpm.masking import num_hidden_patches
 from hpm.models.build import build_model
@@ -57,6 +60,11 @@ class State:
         self.architecture = resolve_model(config)
         height, width = self.architecture["image_size"]
         self.image_size = (height, width)
+        self.probe = (
+            OngoingProbe(config.probe, config.seed, config.workers) if config.probe else None
+        )
+        self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
+        self.probe_seconds = 0.0
         self.min_side = min(self.architecture["patch_size"])
         self.run = Run(Path(config.out))
         distributed.main_first(lambda: self.run.claim(config))
@@ -139,7 +147,24 @@ class State:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        meta = {
+        distributed.main_first(
+            lambda: save_checkpoint(
+                self.run.checkpoints, self.model, self.teacher.model, self.optimizer, self._meta(),
+                self.config.keep_checkpoints,
+            )
+        )  # fmt: skip
+
+    def save_best(self) -> None:
+        """Write the checkpoint that the probe found best; it is never pruned."""
+        distributed.main_first(
+            lambda: write_checkpoint(
+                self.run.best_checkpoint, self.model, self.teacher.model, self.optimizer,
+                self._meta(),
+            )
+        )  # fmt: skip
+
+    def _meta(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "architecture": self.architecture,
@@ -147,13 +172,9 @@ class State:
             "std": self.std,
             "num_images": len(self.source),
             "unreadable": self.unreadable,
+            "best_probe": self.best_probe,
+            "probe_seconds": self.probe_seconds,
         }
-        distributed.main_first(
-            lambda: save_checkpoint(
-                self.run.checkpoints, self.model, self.teacher.model, self.optimizer, meta,
-                self.config.keep_checkpoints,
-            )
-        )  # fmt: skip
 
     def save_backbone(self) -> None:
         """Write the backbone of a finished run, once."""
@@ -182,6 +203,8 @@ class State:
         restore(checkpoint, self.model, self.teacher.model, self.optimizer)
         self.step, self.mean, self.std = meta["step"], meta["mean"], meta["std"]
         self.unreadable = {int(index): text for index, text in meta["unreadable"].items()}
+        self.best_probe = meta.get("best_probe", {})
+        self.probe_seconds = meta.get("probe_seconds", 0.0)
 
     def _statistics(self) -> tuple[list[float], list[float]]:
         if self.config.normalize == "imagenet":

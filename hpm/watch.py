@@ -107,6 +107,28 @@ def evaluate(state: State, num_hard: int) -> None:
     state.model.train()
 
 
+def probe(state: State) -> None:
+    """Probe the features on the labelled images, and keep the weights if they are the best yet."""
+    assert state.probe is not None
+    began = time.perf_counter()
+    state.model.eval()
+    with state.autocast():
+        values = state.probe.measure(state.trained, state.device)
+    state.model.train()
+    seconds = time.perf_counter() - began
+    state.probe_seconds += seconds
+    best = values["linear"] > state.best_probe.get("linear", -1)
+    if best:
+        state.best_probe = {"step": state.step} | values
+        state.save_best()
+    values |= {"seconds": seconds}
+    state.log.metrics(state.step, {f"probe/{name}": value for name, value in values.items()})
+    state.log.info(
+        f"step {state.step}, probe: kNN {values['knn']:.1f} %, linear {values['linear']:.1f} %"
+        f"{', the best yet' if best else ''} ({seconds:.1f} s)"
+    )
+
+
 def _stop_not_finite(state: State, window: Window, row: int) -> None:
     """Save the batch for a replay and say where it and the last good weights are."""
     step = window.steps[row]

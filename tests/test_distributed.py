@@ -59,6 +59,35 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     assert (runs / "one" / "backbone.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [("knn", ["--k=[1,5]"]), ("linear", ["--epochs=3"]), ("linear", ["--epochs=3", "--augment"]),
+     ("finetune", ["--epochs=2", "--batch-size=12"])],
+)  # fmt: skip
+def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):
+    """Exactly, but for fine-tuning, whose processes augment on their own."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        result = torchrun(
+            "eval",
+            protocol,
+            runs / "one",
+            image_folder,
+            "--out",
+            out,
+            "--workers=0",
+            *options,
+            processes=processes,
+        )
+        assert result.returncode == 0, result.stderr
+        (file,) = out.glob("*.json")
+        found[processes] = json.loads(file.read_text())
+    assert found[1]["values"].keys() == found[2]["values"].keys()
+    if protocol != "finetune":
+        assert found[1]["values"] == found[2]["values"]
+
+
 def test_a_mistake_is_told_once(image_folder, tmp_path):
     result = torchrun(
         "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments(batch_size=7)

@@ -10,6 +10,7 @@ from published import our_state
 from safetensors.torch import load_file
 
 from hpm import losses, masking, optim
+from hpm.models.classifier import Classifier
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, sincos_positions
 from hpm.models.vit import VisionTransformer
@@ -213,6 +214,39 @@ def test_sampler_frequencies(golden):
         share = (num_hidden - num_hard) / (num_patches - num_hard)
         error = (share * (1 - share) * (1 / draws + 1 / published_draws)) ** 0.5
         assert (frequency - expected).abs().max() < 5 * error
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_classifier(golden, model, pool):
+    weights = {
+        name.removeprefix(f"classifier.{pool}.weights."): tensor
+        for name, tensor in golden.tensors.items()
+        if name.startswith(f"classifier.{pool}.weights.")
+    }
+    classifier = Classifier(model.encoder, len(weights["head.bias"]), pool).eval()
+    missing = classifier.load_state_dict(weights, strict=False).missing_keys
+    assert all(name.startswith("encoder.") for name in missing)
+    close(classifier.pooled(golden.tensors["images"]), golden.tensors[f"classifier.{pool}.pooled"])
+    close(classifier(golden.tensors["images"]), golden.tensors[f"classifier.{pool}.logits"])
+
+
+def test_layer_decay(golden, model):
+    expected = golden.numbers["layer_decay"]
+    classifier = Classifier(model.encoder, 7, "mean")
+    names = {p: name.removeprefix("encoder.") for name, p in classifier.named_parameters()}
+    groups = optim.layer_decay_groups(
+        classifier, 1e-3, expected["layer_decay"], expected["weight_decay"]
+    )
+    ours = {
+        names[parameter]: {"lr_scale": group["lr_scale"], "weight_decay": group["weight_decay"]}
+        for group in groups
+        for parameter in group["params"]
+    }
+    # Where the published classifier trains something that ours has not, or the other way round.
+    assert set(ours) == set(expected["params"])
+    for name, values in expected["params"].items():
+        assert ours[name] == pytest.approx(values), name
+    assert all(group["lr"] == pytest.approx(1e-3 * group["lr_scale"]) for group in groups)
 
 
 def test_learning_rate_schedule(golden):

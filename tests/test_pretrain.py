@@ -13,8 +13,8 @@ from helpers import TINY, run_hpm, tiny_arguments, write_images
 from safetensors.torch import load_file
 
 import hpm
-from hpm import watch
-from hpm.checkpoint import list_checkpoints, load_checkpoint
+from hpm import stop
+from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
 from hpm.state import State
 
 
@@ -263,7 +263,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_training(image_folder, tmp_p
 
 
 def test_interrupted_is_told_apart(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr(watch.Stop, "received", signal.SIGTERM)
+    monkeypatch.setattr(stop.Stop, "received", signal.SIGTERM)
     with pytest.raises(hpm.Interrupted) as stopped:
         pretrain(image_folder, tmp_path / "run")
     assert stopped.value.signal_number == signal.SIGTERM
@@ -276,3 +276,41 @@ def test_pretraining_on_the_command_line(image_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "hpm.load_encoder" in result.stderr and "step 8/8" in result.stderr
+
+
+def test_a_probe_while_training(tmp_path, image_folder):
+    """Logged beside the loss; the best checkpoint is kept, not pruned, and judged without the
+    test split."""
+    options = TINY | {"steps": 8, "keep_checkpoints": 1}
+    run = hpm.pretrain(
+        data=str(image_folder), out=str(tmp_path / "run"), probe=str(image_folder),
+        probe_every="2 steps", **options,
+    )  # fmt: skip
+    probes = [line for line in run.metrics() if "probe/knn" in line]
+    assert [line["step"] for line in probes] == [2, 4, 6, 8]
+    for line in probes:
+        assert 0 <= line["probe/knn"] <= 100 and 0 <= line["probe/linear"] <= 100
+        assert line["probe/seconds"] > 0
+    best = max(probes, key=lambda line: line["probe/linear"])  # the first of equals
+    _, meta = read_tensors(run.best_checkpoint)
+    assert meta["step"] == best["step"]
+    assert meta["best_probe"]["linear"] == best["probe/linear"]
+    assert len(list(run.checkpoints.iterdir())) == 2
+    log = (run.folder / "train.log").read_text()
+    assert "best probe: linear" in log and "s in all" in log
+    # A probe changes nothing of what is learned.
+    plain = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "plain"), **options)
+    one, two = (read_tensors(r.backbone)[0] for r in (run, plain))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_bad_probes(tmp_path, image_folder):
+    def refused(words, probe):
+        with pytest.raises(hpm.UserError, match=words):
+            hpm.pretrain(data=str(image_folder), out=str(tmp_path / "r"), probe=probe, **TINY)
+
+    refused("the images have no labels", str(image_folder / "class_0"))
+    refused("no such folder", str(tmp_path / "none"))
+    few = write_images(tmp_path / "few", classes=2, per_class=4)
+    refused("leaves 8 images|leaves 6 images", str(few))
+    assert not (tmp_path / "r" / "checkpoints").exists()

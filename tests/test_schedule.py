@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from hpm.config import PretrainConfig, make_config, preset_path, read_preset
+from hpm.config import FinetuneConfig, PretrainConfig, make_config, preset_path, read_preset
 from hpm.errors import UserError
 from hpm.optim import adamw, ema_decay, learning_rate
 from hpm.schedule import duration_steps, make_schedule, resolve
@@ -53,6 +53,9 @@ def test_every_preset_is_valid():
     presets = sorted(PRESETS.glob("*.yaml"))
     assert len(presets) >= 4
     for preset in presets:
+        if preset.stem.startswith("finetune_"):
+            make_config(FinetuneConfig, {"run": "x", "data": "y"} | read_preset(preset.stem))
+            continue
         options = {"data": "x", "out": "y"} | read_preset(preset.stem)
         check_pretrain(make_config(PretrainConfig, options))
         assert preset_path(preset.stem) == preset

@@ -116,6 +116,10 @@ class LinearHeads(nn.Module):
         return logits.view(len(features), -1, 2, self.num_classes).permute(1, 2, 0, 3)
 
     @staticmethod
+    def peak(lr: float, batch_size: int) -> float:
+        return lr * batch_size / 256
+
+    @staticmethod
     def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
@@ -170,6 +174,10 @@ class AttentiveHeads(nn.Module):
         means = (weights.transpose(1, 2) @ patches).view(-1, settings, copies, heads, dim)
         pooled = torch.einsum("bsche,schde->scbhd", means, value) + value_bias[:, :, None]
         return pooled.flatten(3) @ output.transpose(2, 3) + output_bias[:, :, None]
+
+    @staticmethod
+    def peak(lr: float, batch_size: int) -> float:
+        return lr  # the steps of AdamW have a length of their own
 
     @staticmethod
     def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
@@ -297,7 +305,7 @@ def _groups(
     return [
         {
             "params": [p for head in heads.values() for p in head.of_setting(number)],
-            "peak": setting.lr * batch_size / 256,
+            "peak": recipe.heads.peak(setting.lr, batch_size),
             "lr": 0.0,
             "weight_decay": setting.weight_decay,
         }

@@ -6,8 +6,9 @@ import torch
 from helpers import write_images
 
 import hpm
+from hpm.checkpoint import read_tensors, write_tensors
 from hpm.data.sources import Splits, open_source
-from hpm.evals.features import Features, extract, labelled_splits, raw_pixels
+from hpm.evals.features import Features, Reading, extract, labelled_splits, raw_pixels
 from hpm.evals.knn import knn
 
 
@@ -22,7 +23,11 @@ def naive_knn(train, test, num_classes, k, temperature):
         for i in np.argsort(-similarity)[:k]:
             votes[train.labels[i]] += np.exp(similarity[i] / temperature)
         right += int(votes.argmax() == label)
-    return 100 * right / len(test.labels)
+    return right / len(test.labels)
+
+
+def top1(ranked):
+    return (ranked.ranks == 0).double().mean().item()
 
 
 def random_features(count, dim=8, classes=4, seed=0):
@@ -37,16 +42,17 @@ def random_features(count, dim=8, classes=4, seed=0):
 def test_knn_equals_a_naive_version(temperature):
     train, test = random_features(150), random_features(60, seed=1)
     ours = dict(knn(train, test, 4, (1, 10, 20, 100, 200), temperature))
-    assert list(ours) == ["knn_1", "knn_10", "knn_20", "knn_100"]  # 200 is more than there are
+    assert list(ours) == ["k = 1", "k = 10", "k = 20", "k = 100"]  # 200 is more than there are
     for k in (1, 10, 20, 100):
-        assert ours[f"knn_{k}"] == pytest.approx(naive_knn(train, test, 4, k, temperature))
+        assert top1(ours[f"k = {k}"]) == pytest.approx(naive_knn(train, test, 4, k, temperature))
 
 
 def test_known_answers():
     corners = torch.eye(3)
     train = Features(corners.repeat(5, 1), torch.arange(3).repeat(5))
     test = Features(corners + 0.01, torch.tensor([0, 1, 0]))
-    assert dict(knn(train, test, 3, (5,))) == {"knn_5": pytest.approx(200 / 3)}
+    found = dict(knn(train, test, 3, (5,)))
+    assert found["k = 5"].ranks[:2].tolist() == [0, 0] and found["k = 5"].ranks[2] > 0
 
 
 def test_each_image_once_with_its_own_label(tmp_path):
@@ -61,8 +67,7 @@ def test_each_image_once_with_its_own_label(tmp_path):
         source.labels,
         (20, 20),
         3,
-        4,
-        told.append,
+        Reading(4, 0, told.append),
     )["mean"]
     assert len(found.features) == len(found.labels) == 13 and len(told) == 1
     expected, labels = [], []
@@ -125,13 +130,16 @@ def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
 def test_evaluate(finished_run, image_folder):
     result = hpm.evaluate("knn", str(finished_run.folder), str(image_folder), k=(1, 5))
     assert set(result.values) == {
-        "trained, class token", "trained, mean of patches", "random weights, class token",
-        "random weights, mean of patches", "raw pixels",
+        "trained, class token", "trained, patch mean", "random weights, class token",
+        "random weights, patch mean", "raw pixels",
     }  # fmt: skip
     for numbers in result.values.values():
-        assert set(numbers) == {"knn_1", "knn_5"}
-        assert all(0 <= value <= 100 for value in numbers.values())
-    assert result.values["raw pixels"]["knn_5"] > 80  # the colours tell the classes
+        assert set(numbers) == {"k = 1", "k = 5"}
+        for measured in numbers.values():
+            low, top1, high = (measured[n] for n in ("top1_low", "top1", "top1_high"))
+            assert 0 <= low <= top1 <= high <= 100
+            assert measured["top5"] == 100  # of three classes
+    assert result.values["raw pixels"]["k = 5"]["top1"] > 80  # the colours tell the classes
     assert {"ranking_accuracy", "rank_correlation", "mining_accuracy"} <= set(result.hardness)
     saved = json.loads(result.file.read_text())
     assert saved["values"] == result.values and saved["about"]["seconds"] > 0
@@ -158,3 +166,31 @@ def test_bad_evaluations(finished_run, image_folder, tmp_path):
         hpm.evaluate("knn", str(finished_run.backbone), data, teacher=True)
     with pytest.raises(hpm.UserError, match="no loss predictor"):
         hpm.evaluate("hardness", str(finished_run.backbone), data)
+
+
+def test_features_that_are_not_finite(finished_run, image_folder, tmp_path):
+    tensors, meta = read_tensors(finished_run.backbone)
+    tensors["norm.weight"] = tensors["norm.weight"] * float("nan")
+    write_tensors(tmp_path / "backbone.safetensors", tensors, meta)
+    for protocol in ("knn", "linear", "attentive", "stats"):
+        with pytest.raises(hpm.UserError, match="not finite: the run has diverged"):
+            hpm.evaluate(protocol, str(tmp_path), str(image_folder), workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("channels", 1), ("patch_size", [8, 8]), ("embed_dim", 48)]
+)
+def test_a_backbone_that_is_not_what_it_says(finished_run, image_folder, tmp_path, name, value):
+    """Other channels, patches or width than its own description."""
+    tensors, meta = read_tensors(finished_run.backbone)
+    write_tensors(tmp_path / "backbone.safetensors", tensors, meta | {name: value})
+    with pytest.raises(hpm.UserError, match="of another architecture"):
+        hpm.evaluate("knn", str(tmp_path), str(image_folder))
+
+
+def test_few_labels(image_folder):
+    data = labelled_splits(open_source(str(image_folder)), seed=0, train_share=0.25)
+    assert np.bincount(data.train_labels).tolist() == [3, 3, 3]  # of 13
+    assert len(data.test) == 9
+    least = labelled_splits(open_source(str(image_folder)), seed=0, train_share=0.001)
+    assert np.bincount(least.train_labels).tolist() == [1, 1, 1]

@@ -1,0 +1,74 @@
+"""A probe of the features while they are being trained: kNN and a linear probe, small and quick.
+
+Of the labelled images the training split alone is used, and a fifth of it judges: what the test
+split says stays unseen until the end, so the checkpoint that is chosen by this probe can be tested
+on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from hpm import distributed
+from hpm.data.loader import default_workers
+from hpm.data.sources import Source, Splits, Subset, open_source
+from hpm.errors import UserError
+from hpm.evals.features import Reading, Subject, labelled_splits, pooled_features, split_by_class
+from hpm.evals.knn import knn
+from hpm.evals.metrics import Ranked
+from hpm.evals.probe import Cached, LinearHeads, Recipe, grid, probe
+from hpm.run import Trained
+
+MOST_IMAGES = 20_000
+NAME, POOLED = "trained", "trained, patch mean"
+K = 20
+LEARNING_RATES, EPOCHS, BATCH_SIZE = (0.01, 0.1, 1.0), 30, 1024
+
+
+class OngoingProbe:
+    """The labelled images of `--probe`, split once. Raises UserError where they do not do."""
+
+    def __init__(self, data: str, seed: int, workers: int | None):
+        whole = open_source(data).train
+        self.data = labelled_splits(Splits(_some(whole, seed)), seed)
+        # A class must be there to learn, to choose by and to judge.
+        split_by_class(self.data.train_labels, self.data.classes, self.data.train.name, seed)
+        count = len(self.data.train)
+        if count < K:
+            raise UserError(
+                f"probe: {whole.name} leaves {count} images to learn from; it takes {K}"
+            )
+        world_size = distributed.world_size()
+        workers = default_workers(world_size) if workers is None else workers
+        self.seed, self.reading = seed, Reading(128, workers, lambda line: None)
+
+    def measure(self, trained: Trained, device: torch.device) -> dict[str, float]:
+        """Top-1 in percent of `knn` and `linear` on the mean of the patches."""
+        data = self.data
+        backbone = trained.backbone().to(device).eval()
+        subjects = [Subject(NAME, backbone, trained.architecture)]
+        train, test = (
+            {POOLED: pooled_features(subjects, source, labels, self.reading, False)[POOLED]}
+            for source, labels in ((data.train, data.train_labels), (data.test, data.test_labels))
+        )
+        classes = len(data.classes)
+        nearest = dict(knn(train[POOLED], test[POOLED], classes, (K,), device=device))
+        bank = Cached(train)
+        held = split_by_class(bank.labels.numpy(), data.classes, data.train.name, self.seed)[1]
+        settings = grid(LEARNING_RATES, (0.0,))
+        recipe = Recipe(LinearHeads, settings, EPOCHS, BATCH_SIZE, self.seed, device)
+        probed = probe(bank, bank, Cached(test), held, classes, recipe)[POOLED]
+        return {"knn": _top1(nearest[f"k = {K}"]), "linear": _top1(probed.ranked)}
+
+
+def _some(source: Source, seed: int) -> Source:
+    """At most MOST_IMAGES images, drawn at random."""
+    if len(source) <= MOST_IMAGES:
+        return source
+    rng = np.random.default_rng([seed, len(source), 2])
+    return Subset(source, np.sort(rng.permutation(len(source))[:MOST_IMAGES]))
+
+
+def _top1(ranked: Ranked) -> float:
+    return 100 * (ranked.ranks == 0).double().mean().item()

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+from helpers import write_images
+
+import hpm
+from hpm.evals.features import Features
+from hpm.evals.metrics import accuracies
+from hpm.evals.probe import (
+    CHOOSING,
+    TESTED,
+    AttentiveHeads,
+    Cached,
+    LinearHeads,
+    Recipe,
+    Setting,
+    grid,
+    probe,
+)
+
+CPU = torch.device("cpu")
+
+
+def recipe(heads=LinearHeads, settings=None, epochs=20, seed=0):
+    settings = settings or grid((1e-4, 1e-2, 0.1, 1.0), (0.0, 1e-2))
+    return Recipe(heads, settings, epochs, 64, seed, CPU)
+
+
+def blobs(count, seed, noise=0.3, classes=4, dim=8):
+    """Separable where there is little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    features = torch.nn.functional.one_hot(labels, dim).float()
+    return Features(features + noise * torch.randn(count, dim, generator=generator), labels)
+
+
+def probed(train, test, heads=LinearHeads, **options):
+    held = np.arange(0, len(train.labels), 5)
+    bank = Cached({"x": train})
+    return probe(bank, bank, Cached({"x": test}), held, 4, recipe(heads, **options))["x"]
+
+
+def test_separable_features_are_learned():
+    found = probed(blobs(400, 0), blobs(200, 1))
+    assert accuracies(found.ranked)["top1"] > 95
+    assert found.held_out_top1 > 95
+
+
+def test_random_labels_give_chance():
+    train, test = blobs(400, 0), blobs(400, 1)
+    shuffled = Features(train.features, train.labels[torch.randperm(400)])
+    test = Features(test.features, torch.randint(0, 4, (400,)))
+    assert 15 < accuracies(probed(shuffled, test).ranked)["top1"] < 35
+
+
+def test_the_test_set_chooses_nothing():
+    """Its labels may be anything: the chosen setting and what is held out stay the same."""
+    train, test = blobs(300, 0, noise=1.0), blobs(200, 1, noise=1.0)
+    shuffled = Features(test.features, test.labels[torch.randperm(200)])
+    honest, blind = probed(train, test), probed(train, shuffled)
+    assert (honest.setting, honest.held_out_top1) == (blind.setting, blind.held_out_top1)
+    assert accuracies(honest.ranked)["top1"] > accuracies(blind.ranked)["top1"] + 20
+
+
+@pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])
+def test_a_grid_gives_what_each_setting_gives_alone(heads):
+    """The heads of a grid share one pass over the features and nothing else."""
+    train, test = blobs(200, 0, noise=1.0), blobs(100, 1, noise=1.0)
+    if heads is AttentiveHeads:
+        train = Features(train.features[:, None].repeat(1, 3, 1), train.labels)
+        test = Features(test.features[:, None].repeat(1, 3, 1), test.labels)
+    settings = [Setting(1e-3, 0.0), Setting(0.3, 0.0), Setting(0.05, 0.1)]
+    whole = probed(train, test, heads, settings=settings)
+    alone = [probed(train, test, heads, settings=[setting]) for setting in settings]
+    if heads is LinearHeads:  # attentive heads start at random: each at another place in the grid
+        best = alone[settings.index(whole.setting)]
+        assert whole.held_out_top1 == pytest.approx(max(a.held_out_top1 for a in alone))
+        assert torch.equal(best.ranked.ranks, whole.ranked.ranks)
+    assert whole.held_out_top1 >= 25
+
+
+@pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])
+def test_held_out_images_teach_nothing_to_the_heads_that_choose(heads):
+    """Held-out labels that contradict all others: seen by the tested copy alone."""
+    train = blobs(400, 0, noise=0.1)
+    if heads is AttentiveHeads:
+        train = Features(train.features[:, None].repeat(1, 3, 1), train.labels)
+    held = np.arange(0, 400, 5)
+    wrong = train.labels.clone()
+    wrong[held] = (wrong[held] + 1) % 4
+    bank = Cached({"x": Features(train.features, wrong)})
+    rate = 0.1 if heads is LinearHeads else 1e-2
+    found = probe(bank, bank, bank, held, 4, recipe(heads, grid((rate,), (0.0,))))["x"]
+    assert found.held_out_top1 < 5
+    assert (TESTED, CHOOSING) == (1, 0)
+
+
+def test_attentive_heads_equal_plain_cross_attention():
+    """The cheap form against keys and values computed for every patch, in float64."""
+    torch.manual_seed(0)
+    heads = AttentiveHeads(torch.Size([5, 128]), 3, 2).double().train()
+    for parameter in heads.parameters():
+        parameter.data.normal_(std=0.5)
+    x = torch.randn(6, 5, 128, dtype=torch.float64)
+    logits = heads(x)
+    normed = (x - x.mean((0, 1))) / (x.var((0, 1), unbiased=False) + 1e-6).sqrt()
+    for setting, part in enumerate(heads.parts):
+        for copy in (CHOOSING, TESTED):
+            pooled = []
+            for head in range(2):
+                k = normed @ part["key"][copy, head].T
+                v = normed @ part["value"][copy, head].T + part["value_bias"][copy, head]
+                scores = k @ part["query"][copy, head] / 64**0.5
+                pooled.append((scores.softmax(1)[..., None] * v).sum(1))
+            expected = torch.cat(pooled, 1) @ part["output"][copy].T + part["output_bias"][copy]
+            torch.testing.assert_close(logits[setting, copy], expected)
+
+
+def test_attention_finds_the_one_patch_that_tells():
+    """The mean of the patches drowns it; attention does not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count):
+        labels = torch.arange(count) % 2
+        patches = torch.randn(count, 16, 8, generator=generator)
+        place = torch.randint(0, 16, (count,), generator=generator)
+        patches[torch.arange(count), place, 0] = 6  # "look here"
+        patches[torch.arange(count), place, 1] = 3.0 * (2 * labels - 1)
+        return Features(patches, labels)
+
+    train, test = images(600), images(300)
+    attentive = probed(train, test, AttentiveHeads, settings=grid((3e-2,), (0.0,)), epochs=30)
+    mean = probed(
+        Features(train.features.mean(1), train.labels), Features(test.features.mean(1), test.labels)
+    )
+    assert accuracies(attentive.ranked)["top1"] > 95
+    assert accuracies(mean.ranked)["top1"] < 90
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [("linear", {}), ("linear", {"augment": True}), ("attentive", {}),
+     ("attentive", {"cache_gb": 1e-9})],
+)  # fmt: skip
+def test_probes_from_end_to_end(finished_run, image_folder, protocol, options):
+    """The colours of `image_folder` tell its classes, so a probe learns them."""
+    run, data = str(finished_run.folder), str(image_folder)
+    result = hpm.evaluate(protocol, run, data, epochs=30, workers=0, **options)
+    names = {name.split(",")[0] for name in result.values}
+    assert names == {"trained", "random weights", "raw pixels"}
+    assert list(result.values)[-1] == "raw pixels"
+    for name, values in result.values.items():
+        assert values[protocol]["top1"] >= 60, (name, values)
+        assert set(result.chosen[name]) == {"lr", "weight_decay", "held_out_top1"}
+    assert result.about["train_images"] == 39 and result.about["test_images"] == 9
+
+
+def test_compare_gives_the_difference(finished_run, image_folder):
+    run = str(finished_run.folder)
+    result = hpm.evaluate("linear", run, str(image_folder), compare=run, epochs=5, workers=0)
+    for name in ("trained, class token", "trained, patch mean"):
+        assert result.differences[name]["linear"] == {"top1": 0, "top1_low": 0, "top1_high": 0}
+        assert result.values[name] == result.values[name.replace("trained", "compared")]
+    assert "+0.0 points" in str(result)
+
+
+def test_augmented_views_of_broken_images(finished_run, tmp_path):
+    images = write_images(tmp_path, classes=2, per_class=10)
+    (images / "class_0" / "002.png").write_bytes(b"broken")
+    result = hpm.evaluate(
+        "linear", str(finished_run.folder), str(images), augment=True, epochs=3, workers=0
+    )
+    assert result.values["trained, patch mean"]["linear"]["top1"] >= 0

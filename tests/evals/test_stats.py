@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hpm
+from hpm.evals.stats import effective_rank, patch_similarity
+
+
+def naive_rank(features):
+    singular = torch.linalg.svdvals(features.double())
+    shares = singular / singular.sum() + 1e-7
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 1000))
+def test_effective_rank_is_that_of_the_definition(images, dim, seed):
+    features = torch.randn(images, dim, generator=torch.Generator().manual_seed(seed))
+    found = effective_rank(features)
+    assert found == pytest.approx(naive_rank(features), rel=1e-4)
+    assert 1 - 1e-3 <= found <= min(images, dim) * (1 + 1e-3)
+    # The scale of features does not matter, nor does a rotation of them.
+    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0].float()
+    assert effective_rank(7 * features @ turn) == pytest.approx(found, rel=1e-3)
+
+
+def test_known_effective_ranks():
+    assert effective_rank(torch.eye(6)) == pytest.approx(6, rel=1e-4)
+    assert effective_rank(torch.outer(torch.arange(1.0, 9), torch.randn(5))) == pytest.approx(
+        1, rel=1e-3
+    )
+
+
+@given(st.integers(2, 9), st.integers(0, 1000))
+def test_patch_similarity_equals_a_naive_version(count, seed):
+    patches = torch.randn(2, count, 5, generator=torch.Generator().manual_seed(seed))
+    expected = [
+        torch.stack(
+            [
+                torch.cosine_similarity(image[i].double(), image[j].double(), dim=0)
+                for i in range(count)
+                for j in range(count)
+                if i != j
+            ]
+        ).mean()
+        for image in patches
+    ]
+    torch.testing.assert_close(
+        patch_similarity(patches).double(), torch.stack(expected), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_collapsed_patches_are_all_alike():
+    assert patch_similarity(torch.ones(1, 4, 3)).item() == pytest.approx(1)
+
+
+def test_stats_needs_no_labels(finished_run, image_folder):
+    run, data = str(finished_run.folder), str(image_folder / "class_0")
+    result = hpm.evaluate("stats", run, data)
+    trained = result.values["trained, patch mean"]["stats"]
+    assert 1 <= trained["rank"] <= trained["of"] == 16
+    assert -1 <= trained["patch_similarity"] <= 1
+    assert "random weights, patch mean" in result.values and "raw pixels" in result.values
+    assert 0 <= result.hardness["ranking_accuracy"] <= 1
+    assert "effective rank" in str(result)
