@@ -12,10 +12,10 @@ result = json.loads((RUN / "evals" / "knn_demo.json").read_text())
 measures = list(next(iter(result["values"].values())))
 hard = result["hardness"]
 lines = [
-    "| features | " + " | ".join(m.replace("knn_", "k = ") for m in measures) + " |",
+    "| features | " + " | ".join(measures) + " |",
     "|---" * (len(measures) + 1) + "|",
     *[
-        f"| {name} | " + " | ".join(f"{numbers[m]:.1f}" for m in measures) + " |"
+        f"| {name} | " + " | ".join(f"{numbers[m]['top1']:.1f}" for m in measures) + " |"
         for name, numbers in result["values"].items()
     ],
     "",

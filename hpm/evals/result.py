@@ -76,7 +76,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def _table(result: Result) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("features", no_wrap=True)
     settings = list(next(iter(result.values.values())))
     if result.protocol == "knn":
