@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from hpm.config import (
@@ -13,18 +14,21 @@ from hpm.config import (
     LinearConfig,
     PretrainConfig,
     resolve_model,
+    secondary_mask_ratio,
 )
 from hpm.errors import UserError
+from hpm.masking import HARD_SHARES
 from hpm.schedule import duration_steps
 
 COUNTS = (
     "epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "decoder_dim",
-    "decoder_depth", "decoder_heads",
+    "decoder_depth", "decoder_heads", "predictor_dim", "predictor_depth", "predictor_heads",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
 )  # fmt: skip
 SHARES = ("hard_share_start", "hard_share_end", "max_unreadable")
+MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
 DURATIONS = (
     "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
     "probe_every",
@@ -36,6 +40,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
+    _check_target(config)
     for name in COUNTS:
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -45,8 +50,9 @@ def check_pretrain(config: PretrainConfig) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"{name} is {value}; it must not be negative")
     for name in SHARES:
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must lie between 0 and 1")
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it must lie between 0 and 1")
     for name in DURATIONS:
         try:
             duration_steps(getattr(config, name), 100, 10)
@@ -67,8 +73,7 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 
 def _check_sizes(architecture: dict[str, Any]) -> None:
-    sizes = zip(architecture["image_size"], architecture["patch_size"], strict=True)
-    for image, patch in sizes:
+    for image, patch in sizes_of(architecture):
         if patch < 1 or image < 1:
             raise UserError("image_size and patch_size must be at least 1 pixel")
         if patch > image:
@@ -81,17 +86,24 @@ def _check_sizes(architecture: dict[str, Any]) -> None:
                 f"patch_size {patch} does not divide image_size {image}: "
                 f"the nearest that fits is --image-size {fitting}"
             )
-    for dim, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
+    for dim, heads in (
+        ("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads"),
+        ("predictor_dim", "predictor_heads"),
+    ):  # fmt: skip
         width, number = architecture[dim], architecture[heads]
         if number < 1 or width % max(number, 1) or width % 4:
             raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
 
 
+def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
+    """(pixels of the image, pixels of a patch) along each axis."""
+    return list(zip(architecture["image_size"], architecture["patch_size"], strict=True))
+
+
 def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
     if not 0 < config.mask_ratio < 1:
         raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
-    sizes = zip(architecture["image_size"], architecture["patch_size"], strict=True)
-    patches = math.prod(image // patch for image, patch in sizes)
+    patches = math.prod(image // patch for image, patch in sizes_of(architecture))
     visible = int(patches * (1 - config.mask_ratio))
     if visible in (0, patches):
         lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
@@ -99,10 +111,54 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
             f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
             f"pass a {mend} --mask-ratio, or smaller patches"
         )
-    if config.mask == "easy_to_hard" and config.predictor_loss == "none":
+    if config.mask in MINED_BY_LOSS and config.predictor_loss == "none":
         raise UserError(
-            "mask easy_to_hard needs a loss predictor, but predictor_loss is none: "
+            f"mask {config.mask} needs a loss predictor, but predictor_loss is none: "
             "pass --mask random for plain MAE"
+        )
+    if config.mask == "uniform":
+        grid = [image // patch for image, patch in sizes_of(architecture)]
+        if any(size % 2 for size in grid):
+            raise UserError(
+                f"mask uniform needs an even grid, but image_size and patch_size make "
+                f"{grid[0]} x {grid[1]} patches: pass another --image-size"
+            )
+        if config.mask_ratio != 0.75:
+            raise UserError(
+                f"mask uniform leaves one patch of four, but mask_ratio is {config.mask_ratio}: "
+                "pass --mask-ratio 0.75, or another --mask"
+            )
+    covered = secondary_mask_ratio(config)
+    if not 0 <= covered < 1:
+        raise UserError(f"secondary_mask_ratio is {covered}; it must be at least 0 and below 1")
+
+
+def _check_target(config: PretrainConfig) -> None:
+    for option, target in (("target_model", "frozen"), ("codebook", "tokens")):
+        value = getattr(config, option)
+        if config.target == target and value is None:
+            mend = "hpm tokenize makes one" if option == "codebook" else "such as timm/NAME"
+            raise UserError(f"target {target} needs --{option.replace('_', '-')}: {mend}")
+        if config.target != target and value is not None:
+            raise UserError(
+                f"{option} is {value}, but target is {config.target}: pass --target {target}"
+            )
+    if config.codebook is not None and not Path(config.codebook).expanduser().is_file():
+        raise UserError(f"codebook {config.codebook}: no such file; hpm tokenize makes one")
+    if config.target == "frozen" and config.channels not in (1, 3):
+        raise UserError(
+            f"target frozen takes grey or RGB images, but channels is {config.channels}: "
+            "pass another --target"
+        )
+    if config.target == "teacher" and config.ema_horizon_end.strip() in ("1 step", "1 steps"):
+        raise UserError(
+            "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it the "
+            "student: pass a longer one"
+        )
+    if config.ranking_signal != "target" and "pixels" not in config.target:
+        raise UserError(
+            f"ranking_signal {config.ranking_signal} is a loss in pixels, but target is "
+            f"{config.target}: leave it out, or pass --target pixels"
         )
 
 

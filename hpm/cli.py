@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -15,7 +16,16 @@ from rich.console import Console
 
 import hpm
 from hpm import distributed
-from hpm.config import PROTOCOLS, DemoConfig, EvalConfig, PretrainConfig, ShowConfig, preset_path
+from hpm.config import (
+    PROTOCOLS,
+    AblateConfig,
+    DemoConfig,
+    EvalConfig,
+    PretrainConfig,
+    ShowConfig,
+    TokenizeConfig,
+    preset_path,
+)
 from hpm.errors import UserError, nearest
 
 VERBS: dict[str, tuple[Any, str]] = {
@@ -25,15 +35,21 @@ VERBS: dict[str, tuple[Any, str]] = {
         EvalConfig,
         f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
     ),
+    "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
+    "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
-    "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "show": ["run", "data"],
+    "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
+    "tokenize": ["data"], "show": ["run", "data"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
-WITH_PRESETS = ("pretrain", "eval")
+WITH_PRESETS = ("pretrain", "eval", "ablate")
+
+# May be given several times.
+REPEATED = ("vary",)
 
 USAGE = "\n".join(
     [
@@ -74,7 +90,11 @@ def _run(arguments: list[str]) -> int:
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
-    return {"demo": _demo, "pretrain": _pretrain, "eval": _eval, "show": _show}[verb](rest)
+    run = {
+        "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
+        "tokenize": _tokenize, "show": _show,
+    }[verb]  # fmt: skip
+    return run(rest)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -110,6 +130,24 @@ def _eval(arguments: list[str]) -> int:
         print_result(result, Console())
         if result.file:
             print(f"written to {result.file}")
+    return 0
+
+
+def _ablate(arguments: list[str]) -> int:
+    from hpm.ablate import ablate
+
+    table = ablate(_parse("ablate", arguments))
+    if distributed.is_main():
+        print(f"{table.read_text()}\nwritten to {table} (with .csv and .png beside it)")
+    return 0
+
+
+def _tokenize(arguments: list[str]) -> int:
+    from hpm.tokens import tokenize
+
+    path, distance = tokenize(_parse("tokenize", arguments))
+    print(f"mean squared distance of a patch to its token: {distance:.4g}")
+    print(f"written to {path}: hpm pretrain ... --target tokens --codebook {path}")
     return 0
 
 
@@ -162,6 +200,7 @@ def _spell_out(
 ) -> list[str]:
     """Write each argument as `--name=value`: every option takes one value (true, for a flag)."""
     written, places, waiting = [], iter(positional), list(arguments)
+    repeated: dict[str, list[str]] = {}
     while waiting:
         argument = waiting.pop(0)
         if not argument.startswith("--"):
@@ -184,8 +223,11 @@ def _spell_out(
         if name == "config":
             # A preset is a file inside of the package.
             value = str(preset_path(value))
-        written.append(f"--{name}={value}")
-    return written
+        if name in REPEATED:
+            repeated.setdefault(name, []).append(value)
+        else:
+            written.append(f"--{name}={value}")
+    return written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
 
 
 def _one_line(error: str, prog: str) -> str:

@@ -16,8 +16,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from hpm.errors import UserError, nearest
+from hpm.masking import HARD_SHARES, Mask, Schedule
 
 Model = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
+RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -70,21 +73,53 @@ class PretrainConfig:
     decoder_heads: int | None = None
     """Attention heads of each decoder (default: by model)."""
 
-    mask: Literal["easy_to_hard", "random"] = "easy_to_hard"
-    """Which patches to hide: the hardest, more and more of them, or any."""
+    mask: Mask = "easy_to_hard"
+    """Which patches to hide. By the teacher's predicted losses: the hardest more and more
+    (easy_to_hard) or less and less (hard_to_easy), a fixed share of them (moderate), always the
+    hardest or the easiest. By the teacher's attention of the class token: attention. By chance:
+    random, block (one square), multi_block, uniform (one visible in each 2x2 patches), or noise of
+    a colour, from large to small blobs: red_noise, green_noise, purple_noise, blue_noise."""
     mask_ratio: float = 0.75
     """Share of the patches that is hidden, between 0 and 1."""
-    hard_share_start: float = 0.0
-    """Share of the hidden patches that are the hardest ones when training starts (alpha_0)."""
-    hard_share_end: float = 0.5
-    """The same when training ends (alpha_T)."""
-    target: Literal["normalized_pixels", "pixels"] = "normalized_pixels"
-    """What is reconstructed: pixels standardised within their patch, or raw pixels."""
+    secondary_mask_ratio: float | None = None
+    """Share of the visible patches whose content is replaced by a learned one (default: 0.25 for
+    mask uniform, else none)."""
+    hard_share_start: float | None = None
+    """Share of the hidden patches that are mined when training starts (alpha_0; default: by mask,
+    0 for easy_to_hard)."""
+    hard_share_end: float | None = None
+    """The same when training ends (alpha_T; default: by mask, 0.5 for easy_to_hard)."""
+    hard_share_schedule: Schedule = "linear"
+    """How the share goes from the one to the other; constant: as at the end, throughout."""
+    teacher_view: Literal["full", "masked"] = "full"
+    """What the teacher sees when it predicts losses: the whole image (the paper), or images masked
+    as the student's, as few as hide every patch once: what the predictor was trained on."""
+    target: TargetName = "normalized_pixels"
+    """What is reconstructed: pixels standardised within their patch, raw pixels, histograms of
+    oriented gradients, the EMA teacher's features, a frozen model's features, or the tokens of a
+    codebook."""
+    target_model: str | None = None
+    """Of target frozen: timm/NAME, hf/NAME (hf/facebook/dino-vits16), or a folder."""
+    codebook: str | None = None
+    """Of target tokens: the file that `hpm tokenize` wrote."""
+    ranking_signal: RankingSignal = "target"
+    """Of pixel targets: the loss that the predictor ranks by, in raw or in normalised pixels."""
     predictor_loss: Literal["relative", "absolute", "none"] = "relative"
     """How the predictor learns: from pairwise order, by regression, or not at all (plain MAE
     together with --mask random)."""
     predictor_weight: float = 1.0
     """Weight of the predictor's loss beside the reconstruction's."""
+    predictor_detach: bool = False
+    """Keep the predictor's loss from training the encoder."""
+    predictor_dim: int | None = None
+    """Width of the predictor (default: decoder_dim)."""
+    predictor_depth: int | None = None
+    """Blocks of the predictor (default: decoder_depth)."""
+    predictor_heads: int | None = None
+    """Attention heads of the predictor (default: decoder_heads)."""
+    predictor_head: Literal["patch", "scalar"] = "patch"
+    """Output of the predictor: the mean of as many values as the patch has pixels (the paper), or
+    one number."""
 
     epochs: int = 100
     """Passes over the training images."""
@@ -148,6 +183,14 @@ class PretrainConfig:
     """Between two checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest are kept."""
+
+    @property
+    def hard_shares(self) -> tuple[float, float]:
+        """Share of the hidden patches that are mined, at first and at last."""
+        start, end = HARD_SHARES.get(self.mask, (0.0, 0.0))
+        if self.hard_share_start is not None:
+            start = self.hard_share_start
+        return start, end if self.hard_share_end is None else self.hard_share_end
 
     @property
     def global_batch_size(self) -> int:
@@ -346,6 +389,52 @@ class ShowConfig:
 
 
 @dataclass
+class AblateConfig(PretrainConfig):
+    """Pre-train with some options varied, over seeds, and compare (all options of pretrain)."""
+
+    vary: tuple[str, ...] = ()
+    """An option and its values, `mask=random,easy_to_hard`; may be given several times: every
+    combination is run."""
+    seeds: int = 3
+    """How many seeds, from --seed on."""
+    labels: str | None = None
+    """Labelled images for kNN and linear probe (default: the data, where it has labels)."""
+
+
+@dataclass
+class TokenizeConfig:
+    """Learn a codebook of discrete tokens for `--target tokens`."""
+
+    data: str
+    """Images (see pretrain); the training split alone is used."""
+    out: str = "codebook.safetensors"
+    """File to write."""
+    of: str = "pixels"
+    """What is tokenised: pixels of patches, or the features of a frozen model (timm/NAME, hf/NAME
+    or a folder)."""
+    codes: int = 512
+    """Number of tokens."""
+    image_size: int | tuple[int, int] = 224
+    """Pixels, as in pre-training."""
+    patch_size: int | tuple[int, int] = 16
+    """Pixels, as in pre-training."""
+    channels: int = 3
+    """As in pre-training."""
+    images: int = 10_000
+    """Images to learn from, drawn at random; all if there are fewer."""
+    patches: int = 200_000
+    """Patches to learn from, drawn at random."""
+    rounds: int = 100
+    """Most rounds of k-means."""
+    workers: int = 0
+    """Processes that load images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of what is drawn, and of the first codes."""
+
+
+@dataclass
 class DemoConfig:
     """The whole tour on built-in images: pre-train, measure, draw. Minutes on a CPU."""
 
@@ -433,6 +522,13 @@ def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def secondary_mask_ratio(config: PretrainConfig) -> float:
+    """Share of the visible patches that are covered: that asked for, or the mask's own."""
+    if config.secondary_mask_ratio is None:
+        return 0.25 if config.mask == "uniform" else 0.0
+    return config.secondary_mask_ratio
+
+
 def resolve_model(config: PretrainConfig) -> dict[str, Any]:
     """Everything that fixes the architecture: plain numbers, as stored beside the weights."""
     size = SIZES[config.model]
@@ -447,4 +543,10 @@ def resolve_model(config: PretrainConfig) -> dict[str, Any]:
         "decoder_depth": config.decoder_depth or size.decoder_depth,
         "decoder_heads": config.decoder_heads or size.decoder_heads,
         "with_predictor": config.predictor_loss != "none",
+        "predictor_dim": config.predictor_dim or config.decoder_dim or size.decoder_dim,
+        "predictor_depth": config.predictor_depth or config.decoder_depth or size.decoder_depth,
+        "predictor_heads": config.predictor_heads or config.decoder_heads or size.decoder_heads,
+        "predictor_head": config.predictor_head,
+        "detach_predictor": config.predictor_detach,
+        "with_cover": bool(secondary_mask_ratio(config)),
     }

@@ -13,11 +13,12 @@ from torch import Tensor
 from hpm.checkpoint import write_atomically
 from hpm.data.loader import normalize
 from hpm.evals.hardness import LossMaps, loss_maps
-from hpm.masking import hardest_first, hide_top, noise, num_hidden_patches, to_mask
+from hpm.masking import make_mask, num_hidden_patches, to_mask
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.run import Trained
-from hpm.targets import Target, patch_statistics
+from hpm.targets import PixelTarget, patch_statistics
+from hpm.teacher import attention
 
 
 @dataclass
@@ -27,7 +28,9 @@ class Picture:
     images: Tensor  # uint8 [B C H W]
     maps: LossMaps  # [B N] each
     mask: Bool[Tensor, "batch patches"]  # True where hidden
-    reconstruction: Tensor  # uint8 [B C H W], hidden patches predicted, visible ones as they are
+    # uint8 [B C H W], hidden patches predicted, visible ones as they are; None where the target
+    # is nothing that can be shown.
+    reconstruction: Tensor | None
     grid: tuple[int, ...]
 
 
@@ -46,21 +49,26 @@ def picture(
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     normalized = normalize(images, mean, std).to(device)
     sample_ids = sample_ids.to(device)
+    target = trained.find_target(device)
     maps = loss_maps(
-        model, teacher, normalized, sample_ids, config.target, config.mask_ratio, num_masks, seed
+        model, teacher, normalized, sample_ids, target, config.mask_ratio, num_masks, seed
     )
     num_patches = model.encoder.num_patches
     num_hidden = num_hidden_patches(num_patches, config.mask_ratio)
-    priority = noise(sample_ids, num_patches, seed, epoch=1)
-    if maps.predicted is not None:
-        priority = hardest_first(priority, maps.predicted, int(num_hidden * hard_share))
-    visible_ids, hidden_ids = hide_top(priority, num_hidden)
-    filled = reconstruct(model, normalized, visible_ids, hidden_ids, config.target).cpu()
-    pixels = ((filled * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255).round().clamp(0, 255)
-    return Picture(
-        images, maps, to_mask(hidden_ids, num_patches).cpu(), pixels.to(torch.uint8),
-        model.encoder.grid,
+    signal = maps.predicted
+    if config.mask == "attention":
+        signal = attention(teacher, normalized)[1]
+    visible_ids, hidden_ids = make_mask(
+        config.mask, sample_ids, model.encoder.grid, num_hidden, seed, 1, signal,
+        int(num_hidden * hard_share),
     )  # fmt: skip
+    pixels = None
+    if isinstance(target, PixelTarget):
+        filled = reconstruct(model, normalized, visible_ids, hidden_ids, target).cpu()
+        pixels = (filled * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    mask = to_mask(hidden_ids, num_patches).cpu()
+    return Picture(images, maps, mask, pixels, model.encoder.grid)
 
 
 def reconstruct(
@@ -68,7 +76,7 @@ def reconstruct(
     images: Float[Tensor, "batch channels height width"],
     visible_ids: Int[Tensor, "batch visible"],
     hidden_ids: Int[Tensor, "batch hidden"],
-    target: Target,
+    target: PixelTarget,
 ) -> Float[Tensor, "batch channels height width"]:
     """The images with their hidden patches predicted.
 
@@ -77,7 +85,7 @@ def reconstruct(
     """
     prediction = model(images, visible_ids, hidden_ids)[0].float()
     patches = patchify(images, model.encoder.patch_size)
-    if target == "normalized_pixels":
+    if target.normalized:
         mean, std = patch_statistics(gather_patches(patches, hidden_ids))
         prediction = prediction * std + mean
     index = hidden_ids[..., None].expand_as(prediction)
@@ -92,7 +100,7 @@ def draw(shown: Picture, path: Path, title: str) -> None:
 
     columns = ["image", "actual loss"]
     columns += ["predicted loss"] if shown.maps.predicted is not None else []
-    columns += ["mask", "reconstruction"]
+    columns += ["mask"] + (["reconstruction"] if shown.reconstruction is not None else [])
     rows = len(shown.images)
     figure = Figure(figsize=(1.7 * len(columns), 1.7 * rows + 0.7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -105,8 +113,9 @@ def draw(shown: Picture, path: Path, title: str) -> None:
             "image": image,
             "actual loss": shown.maps.actual[row].reshape(shown.grid).float().cpu().numpy(),
             "mask": _grey_out(image, hidden.numpy()),
-            "reconstruction": _displayable(shown.reconstruction[row]),
         }
+        if shown.reconstruction is not None:
+            panels["reconstruction"] = _displayable(shown.reconstruction[row])
         if shown.maps.predicted is not None:
             predicted = shown.maps.predicted[row].reshape(shown.grid)
             panels["predicted loss"] = predicted.float().cpu().numpy()

@@ -109,11 +109,19 @@ class RunLog:
                 self.console.print(f"warning: logging failed ({error})", markup=False)
 
 
-def track(steps: Iterable[Any], description: str) -> Iterable[Any]:
+def say(text: str) -> None:
+    """A line for the screen, of the main process."""
+    if distributed.is_main():
+        Console(file=sys.stderr, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def track(steps: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
     """The steps, with a progress bar where the main process has a terminal."""
     console = Console(file=sys.stderr)
     shown = console.is_terminal and distributed.is_main()
-    return rich_track(steps, description, console=console, transient=True, disable=not shown)
+    return rich_track(
+        steps, description, total=total, console=console, transient=True, disable=not shown
+    )
 
 
 def memory_gb(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +22,13 @@ def normalized_squared_error(prediction: Values, target: Values) -> PatchLoss:
     prediction = F.normalize(prediction.float(), dim=-1)
     target = F.normalize(target.float(), dim=-1)
     return (prediction - target).square().sum(-1)
+
+
+def token_cross_entropy(
+    logits: Float[Tensor, "batch hidden codes"], tokens: Int[Tensor, "batch hidden"]
+) -> PatchLoss:
+    """Cross-entropy of each patch's discrete token (BEiT, equation 2)."""
+    return F.cross_entropy(logits.float().transpose(1, 2), tokens, reduction="none")
 
 
 def relative_loss(predicted_loss: PatchLoss, patch_loss: PatchLoss) -> tuple[Scalar, Scalar]:

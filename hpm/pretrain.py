@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpm import distributed
 from hpm.checks import check_pretrain
-from hpm.config import PretrainConfig, make_config, read_preset
-from hpm.losses import absolute_loss, ranking_accuracy, relative_loss, squared_error
-from hpm.masking import hard_share, hardest_first, hide_top, noise
+from hpm.config import PretrainConfig, make_config, read_preset, secondary_mask_ratio
+from hpm.losses import absolute_loss, ranking_accuracy, relative_loss
+from hpm.masking import (
+    HARD_SHARES,
+    TEACHER_VIEW,
+    choose_covered,
+    hard_share,
+    make_mask,
+    noise,
+)
 from hpm.models.patches import gather_patches
 from hpm.run import Run
 from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
-from hpm.targets import pixel_target
+from hpm.teacher import attention, predicted_losses, predicted_losses_masked
 from hpm.watch import Step, Window, evaluate, probe, read
 
 
@@ -74,23 +82,24 @@ def _train(state: State, stop: Stop) -> None:
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
 
-        losses, ids = [], []
+        losses, masks = [], []
         image_parts = batch.images.chunk(config.accumulate)
         index_parts = batch.indices.chunk(config.accumulate)
         for part in range(config.accumulate):
             images = state.to_device(image_parts[part])
-            visible_ids, hidden_ids = _mine(state, images, index_parts[part], step, num_hard)
+            mined = _mine(state, images, index_parts[part], step, num_hard)
             last = part == config.accumulate - 1
             with distributed.no_gradient_sync(state.parallel, last):
-                losses.append(_learn(state, images, visible_ids, hidden_ids))
-            ids.append((visible_ids, hidden_ids))
+                losses.append(_learn(state, images, mined))
+            masks.append(mined)
         grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.teacher.update(state.model, schedule.ema_decay(step))
         state.step = step + 1
 
-        visible, hidden = (torch.cat(parts) for parts in zip(*ids, strict=True))
+        visible = torch.cat([mined.visible_ids for mined in masks])
+        hidden = torch.cat([mined.hidden_ids for mined in masks])
         means = torch.stack([*torch.stack(losses).mean(0), grad_norm.detach()])
         window.steps.append(Step(means, batch, visible, hidden))
         evaluating, saving = schedule.evaluates(state.step), schedule.saves(state.step)
@@ -112,51 +121,90 @@ def _train(state: State, stop: Stop) -> None:
 
 
 def _num_hard(state: State, step: int) -> int:
-    """How many of the hidden patches are the hardest ones: int(M alpha)."""
+    """How many of the hidden patches are mined: int(M alpha)."""
     config, schedule = state.config, state.schedule
-    if config.mask == "random":
+    if config.mask not in HARD_SHARES:
         return 0
     alpha = hard_share(
-        schedule.epoch(step), schedule.epochs, config.hard_share_start, config.hard_share_end
+        schedule.epoch(step), schedule.epochs, *config.hard_shares, config.hard_share_schedule
     )
     return int(state.num_hidden * alpha)
 
 
-def _mine(
-    state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard: int
-) -> tuple[Tensor, Tensor]:
-    """(visible_ids, hidden_ids): the teacher's hardest patches are hidden, the rest at random."""
+class Mined(NamedTuple):
+    """What the student is shown and asked, and what the teacher made of the whole images."""
+
+    visible_ids: Int[Tensor, "batch visible"]
+    hidden_ids: Int[Tensor, "batch hidden"]
+    covered_ids: Int[Tensor, "batch covered"] | None
+    features: Float[Tensor, "batch tokens dim"] | None
+
+
+def _mine(state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard: int) -> Mined:
+    """The patches that the teacher finds hardest are hidden, the rest at random."""
+    config, encoder = state.config, state.model.encoder
     sample_ids = sample_ids.to(state.device, non_blocking=True)
-    num_patches = state.model.encoder.num_patches
-    priority = noise(sample_ids, num_patches, state.config.seed, state.schedule.epoch(step))
-    if num_hard > 0:
-        with state.autocast():
-            _, predicted_loss = state.teacher(images)
-        priority = hardest_first(priority, predicted_loss.float(), num_hard)
-    return hide_top(priority, state.num_hidden)
+    epoch = state.schedule.epoch(step)
+    features, signal = _ask_teacher(state, images, sample_ids, epoch, num_hard)
+    visible_ids, hidden_ids = make_mask(
+        config.mask, sample_ids, encoder.grid, state.num_hidden, config.seed, epoch, signal,
+        num_hard,
+    )  # fmt: skip
+    covered_ids = None
+    if ratio := secondary_mask_ratio(config):
+        covered_ids = choose_covered(
+            sample_ids, visible_ids, ratio, encoder.num_patches, config.seed, epoch
+        )
+    return Mined(visible_ids, hidden_ids, covered_ids, features)
 
 
-def _learn(state: State, images: Tensor, visible_ids: Tensor, hidden_ids: Tensor) -> Tensor:
+def _ask_teacher(
+    state: State, images: Tensor, sample_ids: Tensor, epoch: int, num_hard: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(features, what is mined by), as far as they are needed: nothing is run in vain."""
+    config, teacher = state.config, state.teacher.model
+    features = signal = None
+    with state.autocast():
+        if num_hard > 0 and config.mask == "attention":
+            features, signal = attention(teacher, images)
+        elif num_hard > 0 and config.teacher_view == "masked":
+            priority = noise(
+                sample_ids, teacher.encoder.num_patches, config.seed, epoch, TEACHER_VIEW
+            )
+            signal = predicted_losses_masked(teacher, images, priority, state.num_hidden)
+        elif num_hard > 0:
+            features, signal = predicted_losses(teacher, images)
+        if features is None and state.target.needs_teacher:
+            with torch.no_grad():
+                features = teacher.encoder(images)
+    return features, signal
+
+
+def _learn(state: State, images: Tensor, mined: Mined) -> Tensor:
     """Reconstruct the hidden patches, predict how well, and take both losses backward.
 
     Returns [3]: reconstruction loss, predictor's loss, ranking accuracy.
     """
-    config = state.config
+    config, hidden_ids = state.config, mined.hidden_ids
     with state.autocast():
-        prediction, predicted_loss = state.parallel(images, visible_ids, hidden_ids)
-    target = pixel_target(images, state.model.encoder.patch_size, config.target)
-    patch_loss = squared_error(prediction, gather_patches(target, hidden_ids))
+        with torch.no_grad():
+            target = gather_patches(state.target(images, mined.features), hidden_ids)
+        prediction, predicted_loss = state.parallel(
+            images, mined.visible_ids, hidden_ids, mined.covered_ids
+        )
+    patch_loss = state.target.patch_loss(prediction, target)
     reconstruction_loss = patch_loss.mean()
     predictor_loss = torch.zeros_like(reconstruction_loss)
     accuracy = torch.full_like(reconstruction_loss, math.nan)
     if predicted_loss is not None:
+        patch_loss = state.target.ranked_by(patch_loss.detach(), images, hidden_ids)
         if config.predictor_loss == "relative":
             total, pairs = relative_loss(predicted_loss, patch_loss)
             # Pairs are counted over all processes, as if they were one.
             predictor_loss = total / distributed.mean(pairs).clamp(min=1)
         else:
             predictor_loss = absolute_loss(predicted_loss, patch_loss)
-        accuracy = ranking_accuracy(predicted_loss.detach().float(), patch_loss.detach())
+        accuracy = ranking_accuracy(predicted_loss.detach().float(), patch_loss)
     loss = reconstruction_loss + config.predictor_weight * predictor_loss
     (loss / config.accumulate).backward()
     return torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])

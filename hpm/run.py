@@ -29,6 +29,7 @@ from hpm.errors import UserError
 from hpm.models.build import build_encoder, build_model
 from hpm.models.mim import MaskedImageModel
 from hpm.models.vit import VisionTransformer
+from hpm.targets import Target, make_target
 from hpm.version import __version__
 
 
@@ -148,6 +149,14 @@ class Trained:
     teacher: MaskedImageModel | None = None
     config: PretrainConfig | None = None
     folder: Path | None = None
+    target: Target | None = None  # of a run that is in training; see `find_target`
+
+    def find_target(self, device: torch.device) -> Target:
+        """What the model was trained to reconstruct. UserError where a part of it is not here."""
+        assert self.config is not None
+        if self.target is None:
+            self.target = make_target(self.config, self.architecture, self.mean, self.std, device)
+        return self.target
 
     def backbone(self, pool: str = "mean", teacher: bool = False) -> Backbone:
         encoder = self.encoder

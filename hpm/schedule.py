@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpm.config import PretrainConfig, resolve_model
+from hpm.config import PretrainConfig, resolve_model, secondary_mask_ratio
 from hpm.errors import UserError
 from hpm.optim import ema_decay, learning_rate
 
@@ -108,6 +108,9 @@ def resolve(
     return dataclasses.replace(
         config,
         patch_size=(height, width),
+        hard_share_start=config.hard_shares[0],
+        hard_share_end=config.hard_shares[1],
+        secondary_mask_ratio=secondary_mask_ratio(config),
         decoder_dim=architecture["decoder_dim"],
         decoder_depth=architecture["decoder_depth"],
         decoder_heads=architecture["decoder_heads"],

@@ -38,9 +38,7 @@ def show(config: ShowConfig) -> Path:
     rng = np.random.default_rng([config.seed, len(source)])
     some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
     height, width = trained.model.encoder.image_size
-    share = trained.config.hard_share_end if config.hard_share is None else config.hard_share
-    if trained.config.mask == "random" and config.hard_share is None:
-        share = 0.0
+    share = trained.config.hard_shares[1] if config.hard_share is None else config.hard_share
     (batch,) = evaluation_batches(some, (height, width), trained.config.channels, config.images)
     if not len(batch.images):
         raise UserError(f"{source.name}: none of the {len(some)} images can be read")

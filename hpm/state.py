@@ -41,6 +41,7 @@ from hpm.models.build import build_model
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
 from hpm.schedule import make_schedule, resolve
+from hpm.targets import make_target
 from hpm.teacher import Teacher
 
 
@@ -68,22 +69,27 @@ class State:
         self.min_side = min(self.architecture["patch_size"])
         self.run = Run(Path(config.out))
         distributed.main_first(lambda: self.run.claim(config))
+        latest = distributed.from_main(self.run.latest_checkpoint())
+        checkpoint = load_checkpoint(latest) if latest else None
+        if checkpoint:
+            self.mean, self.std = checkpoint.meta["mean"], checkpoint.meta["std"]
+        else:
+            self.mean, self.std = self._statistics()
+        self.normalization = torch.tensor([self.mean, self.std], device=device)
+        self.target = make_target(config, self.architecture, self.mean, self.std, device)
+        self.architecture["target_dim"] = self.target.dim
         self.step = 0
         self.unreadable: dict[int, str] = {}  # of all processes, as of the last reading
         self._found: dict[int, str] = {}  # by this process since then
 
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
-        latest = distributed.from_main(self.run.latest_checkpoint())
         messages = [self._initialise(Path(config.init))] if config.init and not latest else []
         self.teacher = Teacher(self.model)
         self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
-        if latest:
-            self._resume(load_checkpoint(latest))
+        if checkpoint:
+            self._resume(checkpoint)
             messages.append(f"going on from {latest}, step {self.step}")
-        else:
-            self.mean, self.std = self._statistics()
-        self.normalization = torch.tensor([self.mean, self.std], device=device)
         self.parallel = distributed.data_parallel(self.model)
         self.log = RunLog(self.run.folder, self.step, self.schedule.total, distributed.is_main())
         for message in [self._introduction(), *messages]:
@@ -94,7 +100,7 @@ class State:
         """The model as it is now, for measures and figures."""
         return Trained(
             self.config.out, self.architecture, self.mean, self.std, self.model.encoder,
-            self.model, self.teacher.model, self.config,
+            self.model, self.teacher.model, self.config, target=self.target,
         )  # fmt: skip
 
     def batches(self) -> Iterator[Batch]:
@@ -201,7 +207,7 @@ class State:
                 f"with {meta['num_images']}: put the data back, or choose another --out"
             )
         restore(checkpoint, self.model, self.teacher.model, self.optimizer)
-        self.step, self.mean, self.std = meta["step"], meta["mean"], meta["std"]
+        self.step = meta["step"]
         self.unreadable = {int(index): text for index, text in meta["unreadable"].items()}
         self.best_probe = meta.get("best_probe", {})
         self.probe_seconds = meta.get("probe_seconds", 0.0)

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -12,6 +13,10 @@ install_import_hook("hpm", "typecheck.typechecker")
 
 import torch  # noqa: E402
 from helpers import write_images  # noqa: E402
+
+# Neither the clock nor chance may decide whether a test passes.
+hypothesis.settings.register_profile("hpm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("hpm")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

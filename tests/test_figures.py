@@ -10,6 +10,7 @@ from hpm.masking import hide_top, noise
 from hpm.models.patches import patchify
 from hpm.run import load
 from hpm.show import show
+from hpm.targets import PixelTarget
 
 
 def test_the_reconstruction_is_pasted_into_the_visible_part(finished_run):
@@ -17,7 +18,8 @@ def test_the_reconstruction_is_pasted_into_the_visible_part(finished_run):
     images = torch.randn(2, 3, 16, 16)
     visible_ids, hidden_ids = hide_top(noise(torch.arange(2), 16, 0, 0), 12)
     with torch.no_grad():
-        filled = reconstruct(trained.model, images, visible_ids, hidden_ids, "normalized_pixels")
+        target = PixelTarget((4, 4), 3, normalized=True)
+        filled = reconstruct(trained.model, images, visible_ids, hidden_ids, target)
         prediction, _ = trained.model(images, visible_ids, hidden_ids)
     before, after = patchify(images, (4, 4)), patchify(filled, (4, 4))
     for image in range(2):

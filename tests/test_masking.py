@@ -1,3 +1,6 @@
+import math
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -85,3 +88,119 @@ def test_noise_is_uniform_and_a_pure_function_of_its_keys():
     ):
         correlation = torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]
         assert abs(correlation) < 5 / first.numel() ** 0.5
+
+
+ALL_MASKS = get_args(masking.Mask)
+
+
+@given(
+    st.sampled_from(ALL_MASKS), st.sampled_from([(8, 8), (4, 6), (14, 14), (2, 2), (6, 16)]),
+    st.floats(0.1, 0.9), st.floats(0, 1), st.integers(0, 5),
+)  # fmt: skip
+def test_every_mask_has_exact_counts(mask, grid, ratio, share, epoch):
+    count = math.prod(grid)
+    num_hidden = masking.num_hidden_patches(count, 0.75 if mask == "uniform" else ratio)
+    signal = torch.randn(5, count)
+    visible_ids, hidden_ids = masking.make_mask(
+        mask, torch.arange(5), grid, num_hidden, 3, epoch, signal, int(share * num_hidden)
+    )
+    assert visible_ids.shape == (5, count - num_hidden) and hidden_ids.shape == (5, num_hidden)
+    both = torch.cat([visible_ids, hidden_ids], 1).sort(dim=1).values
+    assert torch.equal(both, torch.arange(count).expand(5, -1))
+    # The same sample gets the same mask, whatever stands beside it in the batch.
+    again = masking.make_mask(
+        mask, torch.tensor([3]), grid, num_hidden, 3, epoch, signal[3:4], int(share * num_hidden)
+    )
+    assert torch.equal(again[1][0], hidden_ids[3])
+
+
+@pytest.mark.parametrize(("mask", "extreme"), [("hardest", "max"), ("easiest", "min")])
+def test_hardest_and_easiest(mask, extreme):
+    signal = torch.randn(4, 16)
+    _, hidden = masking.make_mask(mask, torch.arange(4), (4, 4), 6, 0, 0, signal, 6)
+    largest = extreme == "max"
+    expected = signal.topk(6, dim=1, largest=largest).indices.sort(dim=1).values
+    assert torch.equal(hidden, expected)
+
+
+def masks_of(name, grid, num_hidden, count=64, epoch=0):
+    ids = torch.arange(count)
+    _, hidden = masking.make_mask(name, ids, grid, num_hidden, 0, epoch)
+    return masking.to_mask(hidden, math.prod(grid)).view(count, *grid)
+
+
+@pytest.mark.parametrize(("grid", "num_hidden"), [((14, 14), 147), ((8, 8), 16), ((6, 16), 70)])
+def test_a_block_is_one_square(grid, num_hidden):
+    """Its bounding box is the smallest square that holds as many patches, within the image."""
+    side = 1
+    while math.prod(min(side, size) for size in grid) < num_hidden:
+        side += 1
+    places = set()
+    for mask in masks_of("block", grid, num_hidden):
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        assert rows[-1] - rows[0] < side and columns[-1] - columns[0] < side
+        places.add((int(rows[0]), int(columns[0])))
+    assert len(places) > 1
+
+
+def test_multi_block_hides_whole_blocks():
+    """Most hidden patches have hidden neighbours, much more than at random."""
+
+    def neighbours(mask):
+        return (mask[:, 1:] & mask[:, :-1]).float().sum() / mask.sum()
+
+    blocks, random = (masks_of(name, (14, 14), 78) for name in ("multi_block", "random"))
+    assert neighbours(blocks) > 0.75 > 0.5 > neighbours(random)
+
+
+def test_uniform_leaves_one_of_each_four():
+    masks = masks_of("uniform", (6, 8), 36, count=400)
+    cells = (~masks).view(400, 3, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(400, 12, 4)
+    assert (cells.sum(2) == 1).all()
+    share = cells.float().mean((0, 1))
+    assert (share - 0.25).abs().max() < 0.03
+    with pytest.raises(ValueError, match="no cells of two"):
+        masks_of("uniform", (5, 4), 15)
+
+
+def test_the_colours_of_noise():
+    """Blobs: how often does a hidden patch have a hidden neighbour? Red most, blue least."""
+    together = {}
+    for colour in ("red", "green", "purple", "blue", "random"):
+        masks = masks_of(colour if colour == "random" else f"{colour}_noise", (14, 14), 98)
+        together[colour] = (masks[:, 1:] & masks[:, :-1]).float().mean().item()
+    assert together["red"] > together["green"] > together["random"] > together["blue"]
+    # Over the whole image, no patch is hidden more often than another.
+    for colour in ("red", "green", "purple", "blue"):
+        share = masks_of(f"{colour}_noise", (6, 6), 18, count=2000).float().mean(0)
+        assert (share - 0.5).abs().max() < 0.07, colour
+
+
+def test_schedules_of_the_hard_share():
+    linear = [masking.hard_share(e, 10, 0.1, 0.6) for e in range(10)]
+    cosine = [masking.hard_share(e, 10, 0.1, 0.6, "cosine") for e in range(10)]
+    assert linear[-1] == cosine[-1] == pytest.approx(0.6)
+    assert cosine == sorted(cosine) and cosine[0] < linear[0]
+    assert cosine[4] == pytest.approx(linear[4])
+    assert {masking.hard_share(e, 10, 0.1, 0.6, "constant") for e in range(10)} == {0.6}
+    assert masking.hard_share(9, 10, 0.5, 0.0) == 0
+
+
+@given(st.integers(2, 40), st.floats(0.05, 0.95))
+def test_rotating_masks_hide_every_patch(count, ratio):
+    num_hidden = max(1, int(count * ratio))
+    priority = torch.rand(3, count)
+    masks = masking.rotating_masks(priority, num_hidden)
+    assert len(masks) == math.ceil(count / num_hidden)
+    hidden = torch.stack([masking.to_mask(h, count) for _, h in masks])
+    assert hidden.any(0).all() and (hidden.sum(2) == num_hidden).all()
+
+
+def test_covered_patches_are_visible_ones():
+    ids = torch.arange(6)
+    visible_ids, _ = masking.make_mask("uniform", ids, (8, 8), 48, 0, 0)
+    covered = masking.choose_covered(ids, visible_ids, 0.25, 64, 0, 0)
+    assert covered.shape == (6, 4)
+    for row in range(6):
+        chosen = covered[row].tolist()
+        assert len(set(chosen)) == 4 and set(chosen) <= set(visible_ids[row].tolist())

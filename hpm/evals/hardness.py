@@ -14,12 +14,12 @@ from torch import Tensor
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import Source, object_mask
 from hpm.data.transforms import evaluation_view
-from hpm.losses import ranking_accuracy, squared_error
+from hpm.losses import ranking_accuracy
 from hpm.masking import hide_top, noise, num_hidden_patches
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify
 from hpm.run import Trained
-from hpm.targets import Target, pixel_target
+from hpm.targets import Target
 
 Map = Float[Tensor, "batch patches"]
 
@@ -48,14 +48,16 @@ def loss_maps(
     """The student's losses are means over random masks; the teacher's is what mining goes by."""
     num_patches = model.encoder.num_patches
     num_hidden = num_hidden_patches(num_patches, mask_ratio)
-    targets = pixel_target(images, model.encoder.patch_size, target)
+    features = teacher.encoder(images) if target.needs_teacher else None
+    targets = target(images, features)
     total = torch.zeros(len(images), num_patches, device=images.device)
     predicted_total, count = torch.zeros_like(total), torch.zeros_like(total)
     for draw in range(num_masks):
         priority = noise(sample_ids, num_patches, seed, epoch=0, draw=draw)
         visible_ids, hidden_ids = hide_top(priority, num_hidden)
         prediction, predicted_loss = model(images, visible_ids, hidden_ids)
-        patch_loss = squared_error(prediction, gather_patches(targets, hidden_ids))
+        patch_loss = target.patch_loss(prediction, gather_patches(targets, hidden_ids))
+        patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
         total.scatter_add_(1, hidden_ids, patch_loss)
         count.scatter_add_(1, hidden_ids, torch.ones_like(patch_loss))
         if predicted_loss is not None:
@@ -81,8 +83,8 @@ def measure(
             continue
         images = normalize(batch.images, mean, std).to(device)
         maps = loss_maps(
-            model, teacher, images, batch.indices.to(device), config.target, config.mask_ratio,
-            seed=seed,
+            model, teacher, images, batch.indices.to(device), trained.find_target(device),
+            config.mask_ratio, seed=seed,
         )  # fmt: skip
         objects = object_views(source, batch.indices, (height, width))
         for name, value in hardness(maps, objects, model.encoder.patch_size):

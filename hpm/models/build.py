@@ -15,6 +15,13 @@ from hpm.models.vit import VisionTransformer
 ENCODER_OPTIONS = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
 
 
+# Not in the checkpoints of the first version, whose models had what is the default now.
+MODEL_OPTIONS = (
+    "target_dim", "predictor_dim", "predictor_depth", "predictor_heads", "predictor_head",
+    "detach_predictor", "with_cover",
+)  # fmt: skip
+
+
 def build_encoder(
     architecture: dict[str, Any], seed: int | None = None, drop_path: float = 0.0
 ) -> VisionTransformer:
@@ -39,6 +46,7 @@ def build_model(architecture: dict[str, Any], seed: int = 0) -> MaskedImageModel
             architecture["decoder_depth"],
             architecture["decoder_heads"],
             with_predictor=architecture["with_predictor"],
+            **{name: architecture[name] for name in MODEL_OPTIONS if name in architecture},
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hpm.models.patches import gather_patches, sincos_positions
+from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
 from hpm.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, init_weights
 
 Images = Float[Tensor, "batch channels *size"]
@@ -43,6 +44,11 @@ class MaskedImageModel(nn.Module):
         decoder_dim, decoder_depth, decoder_heads: shape of both decoders.
         target_dim: values per patch of the target (default: the patch's pixels).
         with_predictor: False for a plain masked autoencoder.
+        predictor_dim, predictor_depth, predictor_heads: where the predictor's shape is its own.
+        predictor_head: `patch`, the mean of as many outputs as a patch has pixels (the paper's), or
+            `scalar`.
+        detach_predictor: keep the predictor's loss from all but the predictor.
+        with_cover: have a learned patch, which can take the place of visible ones.
     """
 
     def __init__(
@@ -53,10 +59,17 @@ class MaskedImageModel(nn.Module):
         decoder_heads: int = 16,
         target_dim: int | None = None,
         with_predictor: bool = True,
+        predictor_dim: int | None = None,
+        predictor_depth: int | None = None,
+        predictor_heads: int | None = None,
+        predictor_head: Literal["patch", "scalar"] = "patch",
+        detach_predictor: bool = False,
+        with_cover: bool = False,
     ):
         super().__init__()
         pixels = prod(encoder.patch_size) * encoder.channels
         self.encoder = encoder
+        self.detach_predictor = detach_predictor
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         positions = sincos_positions(encoder.grid, decoder_dim)[None]
@@ -64,11 +77,21 @@ class MaskedImageModel(nn.Module):
         self.reconstructor = Decoder(
             decoder_dim, decoder_depth, decoder_heads, target_dim or pixels
         )
-        self.predictor = (
-            Decoder(decoder_dim, decoder_depth, decoder_heads, pixels) if with_predictor else None
-        )
+        self.predictor = None
+        self.predictor_embed: nn.Module = nn.Identity()
+        if with_predictor:
+            self.predictor = Decoder(
+                predictor_dim or decoder_dim,
+                predictor_depth or decoder_depth,
+                predictor_heads or decoder_heads,
+                1 if predictor_head == "scalar" else pixels,
+            )
+            if predictor_dim not in (None, decoder_dim):
+                self.predictor_embed = nn.Linear(decoder_dim, predictor_dim)
+        self.cover = nn.Parameter(torch.zeros(1, 1, pixels)) if with_cover else None
         nn.init.normal_(self.mask_token, std=0.02)
-        for part in (self.decoder_embed, self.reconstructor, self.predictor):
+        parts = (self.decoder_embed, self.reconstructor, self.predictor, self.predictor_embed)
+        for part in parts:
             if part is not None:
                 part.apply(init_weights)
 
@@ -77,29 +100,54 @@ class MaskedImageModel(nn.Module):
         images: Images,
         visible_ids: Int[Tensor, "batch visible"],
         hidden_ids: Int[Tensor, "batch hidden"],
+        covered_ids: Int[Tensor, "batch covered"] | None = None,
     ) -> tuple[Float[Tensor, "batch hidden values"], Float[Tensor, "batch hidden"] | None]:
-        """Predict targets and losses of the hidden patches from the visible ones."""
+        """Predict targets and losses of the hidden patches from the visible ones, of which those
+        in `covered_ids` show a learned patch instead of theirs."""
+        if covered_ids is not None:
+            images = self._with_cover(images, covered_ids)
         features = self.encoder(images, visible_ids)
         tokens = self._decoder_tokens(features, visible_ids, hidden_ids)
         num_hidden = hidden_ids.shape[1]
         prediction = self.reconstructor(tokens, num_hidden)
-        predicted_loss = None
-        if self.predictor is not None:
-            predicted_loss = self.predictor(tokens, num_hidden).mean(-1)
-        return prediction, predicted_loss
+        if self.predictor is None:
+            return prediction, None
+        return prediction, self._predicted_loss(tokens, num_hidden)
 
     def predict_loss(
-        self, images: Images
-    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch patches"]]:
-        """What the teacher does: features and predicted loss of every patch, nothing hidden.
+        self,
+        images: Images,
+        visible_ids: Int[Tensor, "batch visible"] | None = None,
+        hidden_ids: Int[Tensor, "batch hidden"] | None = None,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch predicted"]]:
+        """What the teacher does: features, and predicted loss of every patch of whole images, or of
+        the hidden patches where ids are given.
 
         Raises ValueError where the model has no predictor. The reconstructor is not run.
         """
         if self.predictor is None:
             raise ValueError("this model has no loss predictor")
-        features = self.encoder(images)
-        tokens = self.decoder_embed(features) + self.decoder_pos_embed
-        return features, self.predictor(tokens, self.encoder.num_patches).mean(-1)
+        features = self.encoder(images, visible_ids)
+        if visible_ids is None or hidden_ids is None:
+            tokens = self.decoder_embed(features) + self.decoder_pos_embed
+            return features, self._predicted_loss(tokens, self.encoder.num_patches)
+        tokens = self._decoder_tokens(features, visible_ids, hidden_ids)
+        return features, self._predicted_loss(tokens, hidden_ids.shape[1])
+
+    def _predicted_loss(self, tokens: Tensor, num_outputs: int) -> Tensor:
+        assert self.predictor is not None
+        if self.detach_predictor:
+            tokens = tokens.detach()
+        return self.predictor(self.predictor_embed(tokens), num_outputs).mean(-1)
+
+    def _with_cover(self, images: Images, covered_ids: Tensor) -> Images:
+        """The images with the learned patch in some places: nothing of what was there is left."""
+        assert self.cover is not None
+        patches = patchify(images, self.encoder.patch_size)
+        cover = self.cover.to(patches.dtype).expand(*covered_ids.shape, -1)
+        index = covered_ids[..., None].expand_as(cover)
+        patches = patches.scatter(1, index, cover)
+        return unpatchify(patches, self.encoder.grid, self.encoder.patch_size)
 
     def _decoder_tokens(self, features: Tensor, visible_ids: Tensor, hidden_ids: Tensor) -> Tensor:
         """[B 1+N D]: class token, visible patches, then mask tokens of the hidden ones.

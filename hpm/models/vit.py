@@ -28,11 +28,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        q, k, v = self._heads(x)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+    def of_first_token(
+        self, x: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """How the first token shares its attention among all tokens; each row adds up to 1."""
+        q, k, _ = self._heads(x)
+        scores = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5
+        return scores.float().softmax(-1)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B heads tokens D/heads]."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return q, k, v
 
 
 class Mlp(nn.Module):
@@ -152,6 +165,25 @@ class VisionTransformer(nn.Module):
         visible_ids: Int[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Normalised images -> class token, then one token per visible patch (default: all)."""
+        x = self._embed(images, visible_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def with_attention(
+        self, images: Float[Tensor, "batch channels *size"]
+    ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch heads patches"]]:
+        """Features of whole images, and how the class token attends to the patches in the last
+        block."""
+        x = self._embed(images, None)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last: Any = self.blocks[-1]
+        attention = last.attn.of_first_token(last.norm1(x))[..., 1:]
+        return self.norm(last(x)), attention
+
+    def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
+        """Class token and visible patches with their positions."""
         patches = patchify(images, self.patch_size)
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
         if visible_ids is not None:
@@ -159,10 +191,7 @@ class VisionTransformer(nn.Module):
             positions = gather_patches(positions, visible_ids)
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return torch.cat([cls_token, x], dim=1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -61,7 +61,8 @@ def test_patches_that_no_mask_hid_do_not_count():
 def test_loss_maps_are_means_over_masks(finished_run):
     trained = load(finished_run.folder)
     images, ids = torch.randn(2, 3, 16, 16), torch.tensor([4, 9])
-    arguments = (trained.model, trained.teacher, images, ids, "normalized_pixels", 0.75)
+    target = trained.find_target(torch.device("cpu"))
+    arguments = (trained.model, trained.teacher, images, ids, target, 0.75)
     ten = loss_maps(*arguments, num_masks=10, seed=1)
     again = loss_maps(*arguments, num_masks=10, seed=1)
     assert torch.equal(ten.actual, again.actual)

@@ -1,0 +1,48 @@
+"""Weights from the Hugging Face hub: from its cache on disk, else fetched, else one clear line."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlparse
+
+from hpm.errors import UserError
+from hpm.extras import need
+
+Loaded = TypeVar("Loaded")
+SECONDS = 3.0
+
+
+def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
+    """What `load` returns. Raises UserError where the weights are neither here nor to be had."""
+    constants: Any = need("huggingface_hub.constants", extra, f"fetching {name}")
+    before = constants.HF_HUB_OFFLINE
+    # Without a network the library would try again for most of a minute.
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError) as error:
+        where = f"it was looked for in {constants.HF_HUB_CACHE}"
+        if constants.HF_HUB_OFFLINE:
+            why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
+        else:
+            why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {_line(error)}"
+        raise UserError(
+            f"{name} {why}; fetch it where there is a network, or name a local folder"
+        ) from None
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(address: str) -> bool:
+    parts = urlparse(address)
+    try:
+        with socket.create_connection((parts.hostname, parts.port or 443), timeout=SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
