@@ -56,7 +56,7 @@ def ablate(config: AblateConfig) -> Path:
         say(f"run {number} of {len(planned)}: {describe(setting)}, seed {seed}")
         if not Run(Path(run.out)).backbone.exists():
             run_pretraining(run)
-        rows.append(setting | {"seed": seed} | measure(Path(run.out), labels, k))
+        rows.append(setting | {"seed": seed} | measure(Path(run.out), labels, k, config.workers))
         if distributed.is_main():
             write_results(config, settings, rows)
     return Path(config.out) / "ablation.md"
@@ -104,13 +104,14 @@ def describe(setting: Setting) -> str:
     return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
-def measure(folder: Path, labels: str | None, k: int) -> dict[str, float]:
+def measure(folder: Path, labels: str | None, k: int, workers: int | None) -> dict[str, float]:
     """The numbers of a finished run; the evaluations are done where they are not yet."""
     values: dict[str, float] = {}
     batch_size = yaml.safe_load(Run(folder).config_file.read_text())["batch_size"]
     if labels is not None:
         for protocol, setting in (("knn", f"k = {k}"), ("linear", "linear")):
             options: dict[str, Any] = {"k": (k,)} if protocol == "knn" else {}
+            options["workers"] = workers
             done = next((folder / "evals").glob(f"{protocol}_*.json"), None)
             if done:
                 found = json.loads(done.read_text())["values"]

@@ -269,7 +269,7 @@ class LinearConfig(LabelledEvalConfig):
     epochs: int = 90
     """Passes over the training features."""
     probe_batch_size: int = 1024
-    """Features per step (at most a sixteenth of the training set)."""
+    """Features per step (at most a sixteenth of the training set, or 32)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """With augment: smallest and largest area of a crop, as a share of the image."""
 
@@ -285,7 +285,7 @@ class AttentiveConfig(LabelledEvalConfig):
     epochs: int = 40
     """Passes over the training images."""
     probe_batch_size: int = 256
-    """Images per step (at most a sixteenth of the training set)."""
+    """Images per step (at most a sixteenth of the training set, or 32)."""
     cache_gb: float = 8.0
     """Patches are kept in memory up to this size, or else computed anew in each epoch."""
 

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from hpm.errors import UserError
 
+# These import torchvision where it is installed.
+NEED_TORCHVISION = ("timm", "torchvision", "transformers")
+
 
 def need(module: str, extra: str, job: str) -> ModuleType:
     """Import an optional module. Raises UserError naming the extra of `pip install` it is in."""
     try:
-        if module.split(".")[0] in ("timm", "torchvision"):
+        if module.split(".")[0] in NEED_TORCHVISION:
             _mend_torchvision()
         return importlib.import_module(module)
     except ImportError as error:

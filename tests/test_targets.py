@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import hpm
 from hpm.checks import check_pretrain
 from hpm.config import PretrainConfig
+from hpm.extras import need
 from hpm.frozen import of_hugging_face, of_timm
 from hpm.losses import squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, patchify
@@ -89,8 +90,6 @@ def test_token_loss_equals_a_naive_version():
 
 
 def timm_model(name, **options):
-    from hpm.extras import need
-
     torch.manual_seed(0)
     return need("timm", "timm", "x").create_model(name, num_classes=0, **options)
 
@@ -119,8 +118,7 @@ def test_frozen_timm_models():
 
 
 def test_frozen_models_of_hugging_face():
-    import transformers
-
+    transformers = need("transformers", "hf", "x")
     small = {
         "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 24, "image_size": 32, "patch_size": 8,
@@ -142,8 +140,7 @@ def test_frozen_models_of_hugging_face():
 
 def test_a_frozen_model_from_a_folder(tmp_path, image_folder):
     """Saved by transformers, named by its folder; trained on, resumed, shown."""
-    import transformers
-
+    transformers = need("transformers", "hf", "x")
     model = transformers.ViTModel(
         transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                intermediate_size=16, image_size=16, patch_size=8),

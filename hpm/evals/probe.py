@@ -27,6 +27,7 @@ from hpm.evals.metrics import Ranked, join, rank
 from hpm.logs import track
 from hpm.optim import learning_rate
 
+SMALLEST_BATCH = 32
 CHOOSING, TESTED = 0, 1  # the two copies of every head
 Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels, ids
 
@@ -249,7 +250,7 @@ def _train(
     bank: Bank, held: np.ndarray, num_classes: int, recipe: Recipe
 ) -> dict[str, LinearHeads | AttentiveHeads]:
     count = len(bank.labels)
-    batch_size = min(recipe.batch_size, max(2, count // 16))
+    batch_size = min(recipe.batch_size, max(SMALLEST_BATCH, count // 16), count)
     steps_per_epoch = count // batch_size
     is_held = torch.zeros(count, dtype=torch.bool)
     is_held[torch.from_numpy(held)] = True
