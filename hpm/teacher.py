@@ -21,7 +21,7 @@ class Teacher:
     def __call__(
         self, images: Float[Tensor, "batch channels *size"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch patches"]]:
-        """Features [B 1+N D] and predicted loss [B N] of whole images, nothing hidden."""
+        """Features [B P+N D] and predicted loss [B N] of whole images, nothing hidden."""
         return self.model.predict_loss(images)
 
     @torch.no_grad()
