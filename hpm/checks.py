@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 from hpm.config import (
+    SIZES,
+    TIMM,
     AttentiveConfig,
     EvalConfig,
     KnnConfig,
@@ -14,7 +16,7 @@ from hpm.config import (
     PretrainConfig,
     resolve_model,
 )
-from hpm.errors import UserError
+from hpm.errors import UserError, nearest
 from hpm.schedule import duration_steps
 
 COUNTS = (
@@ -33,6 +35,7 @@ DURATIONS = (
 
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises UserError for the first option that cannot work, alone or with another."""
+    _check_model(config)
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
@@ -66,6 +69,25 @@ def check_pretrain(config: PretrainConfig) -> None:
         )
 
 
+def _check_model(config: PretrainConfig) -> None:
+    """What timm has is checked where it is asked for its shape, by `resolve_model`."""
+    ours = not config.model.startswith(TIMM)
+    if ours and config.model not in SIZES:
+        raise UserError(
+            f"model is '{config.model}'{nearest(config.model, SIZES)} "
+            f"(one of {', '.join(SIZES)}, or {TIMM}NAME)"
+        )
+    if not config.pretrained:
+        return
+    if ours:
+        raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
+    if config.init:
+        raise UserError("pretrained and init are two different starts: pass one of them")
+    from hpm.models.timm_encoder import check_weights
+
+    check_weights(config.model.removeprefix(TIMM))
+
+
 def _check_sizes(architecture: dict[str, Any]) -> None:
     sizes = zip(architecture["image_size"], architecture["patch_size"], strict=True)
     for image, patch in sizes:
@@ -81,7 +103,10 @@ def _check_sizes(architecture: dict[str, Any]) -> None:
                 f"patch_size {patch} does not divide image_size {image}: "
                 f"the nearest that fits is --image-size {fitting}"
             )
-    for dim, heads in (("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads")):
+    widths = [("decoder_dim", "decoder_heads")]
+    if "model" not in architecture:  # timm's own fit
+        widths.insert(0, ("embed_dim", "num_heads"))
+    for dim, heads in widths:
         width, number = architecture[dim], architecture[heads]
         if number < 1 or width % max(number, 1) or width % 4:
             raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
