@@ -182,7 +182,7 @@ def load_initial(model: nn.Module, state: State, path: Path, partial: bool) -> s
     A backbone file, whose names lack the `encoder.` in front, is an encoder without decoders.
     """
     own = model.state_dict()
-    if "encoder.cls_token" in own and "cls_token" in state:
+    if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
         state = {f"encoder.{name}": tensor for name, tensor in state.items()}
     matching = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
     summary = f"{len(matching)} of {len(own)} tensors matched {path}"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hpm.config import (
+    SIZES,
+    TIMM,
     AttentiveConfig,
     EvalConfig,
     KnnConfig,
@@ -16,7 +18,7 @@ from hpm.config import (
     resolve_model,
     secondary_mask_ratio,
 )
-from hpm.errors import UserError
+from hpm.errors import UserError, nearest
 from hpm.masking import HARD_SHARES
 from hpm.schedule import duration_steps
 
@@ -37,6 +39,7 @@ DURATIONS = (
 
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises UserError for the first option that cannot work, alone or with another."""
+    _check_model(config)
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
@@ -72,6 +75,25 @@ def check_pretrain(config: PretrainConfig) -> None:
         )
 
 
+def _check_model(config: PretrainConfig) -> None:
+    """What timm has is checked where it is asked for its shape, by `resolve_model`."""
+    ours = not config.model.startswith(TIMM)
+    if ours and config.model not in SIZES:
+        raise UserError(
+            f"model is '{config.model}'{nearest(config.model, SIZES)} "
+            f"(one of {', '.join(SIZES)}, or {TIMM}NAME)"
+        )
+    if not config.pretrained:
+        return
+    if ours:
+        raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
+    if config.init:
+        raise UserError("pretrained and init are two different starts: pass one of them")
+    from hpm.models.timm_encoder import check_weights
+
+    check_weights(config.model.removeprefix(TIMM))
+
+
 def _check_sizes(architecture: dict[str, Any]) -> None:
     for image, patch in sizes_of(architecture):
         if patch < 1 or image < 1:
@@ -86,10 +108,10 @@ def _check_sizes(architecture: dict[str, Any]) -> None:
                 f"patch_size {patch} does not divide image_size {image}: "
                 f"the nearest that fits is --image-size {fitting}"
             )
-    for dim, heads in (
-        ("embed_dim", "num_heads"), ("decoder_dim", "decoder_heads"),
-        ("predictor_dim", "predictor_heads"),
-    ):  # fmt: skip
+    widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
+    if "model" not in architecture:  # timm's own fit
+        widths.insert(0, ("embed_dim", "num_heads"))
+    for dim, heads in widths:
         width, number = architecture[dim], architecture[heads]
         if number < 1 or width % max(number, 1) or width % 4:
             raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
@@ -115,6 +137,11 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
         raise UserError(
             f"mask {config.mask} needs a loss predictor, but predictor_loss is none: "
             "pass --mask random for plain MAE"
+        )
+    if config.mask == "attention" and config.model.startswith(TIMM):
+        raise UserError(
+            f"mask attention needs the attention of one of our own encoders, but model is "
+            f"{config.model}: pass another --mask, or --model vit_small"
         )
     if config.mask == "uniform":
         grid = [image // patch for image, patch in sizes_of(architecture)]

@@ -18,9 +18,9 @@ import yaml
 from hpm.errors import UserError, nearest
 from hpm.masking import HARD_SHARES, Mask, Schedule
 
-Model = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
+TIMM = "timm/"
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -58,12 +58,17 @@ class PretrainConfig:
     out: str
     """Run folder. The same command again continues an interrupted run."""
 
-    model: Model = "vit_small"
-    """Encoder; its decoders are sized to match."""
+    model: str = "vit_small"
+    """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large or vit_huge; or timm/NAME, a
+    plain Vision Transformer or a Hiera of timm. Its decoders are sized to match (for timm's: those
+    of our size with the nearest width)."""
+    pretrained: bool = False
+    """Start from timm's weights of a timm/NAME (its input was mostly normalised as --normalize
+    imagenet does)."""
     image_size: int | tuple[int, int] = 224
     """Pixels, one number or [height, width]."""
     patch_size: int | tuple[int, int] | None = None
-    """Pixels, one number or [height, width]; usually 16 (14 for vit_huge)."""
+    """Pixels, one number or [height, width]; usually 16 (14 for vit_huge; timm's as they are)."""
     channels: Literal[1, 3, 4] = 3
     """1: grey, 3: RGB, 4: RGBA."""
     decoder_dim: int | None = None
@@ -531,14 +536,14 @@ def secondary_mask_ratio(config: PretrainConfig) -> float:
 
 def resolve_model(config: PretrainConfig) -> dict[str, Any]:
     """Everything that fixes the architecture: plain numbers, as stored beside the weights."""
-    size = SIZES[config.model]
-    return {
+    encoder = _timm_shape(config) if config.model.startswith(TIMM) else {}
+    width = encoder.get("embed_dim")
+    size = nearest_size(width) if width else SIZES[config.model]
+    own = {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.num_heads}
+    return (encoder or own) | {
         "image_size": list(pair(config.image_size)),
-        "patch_size": list(pair(config.patch_size or size.patch_size)),
+        "patch_size": list(pair(config.patch_size or encoder.get("patch_size", size.patch_size))),
         "channels": config.channels,
-        "embed_dim": size.embed_dim,
-        "depth": size.depth,
-        "num_heads": size.num_heads,
         "decoder_dim": config.decoder_dim or size.decoder_dim,
         "decoder_depth": config.decoder_depth or size.decoder_depth,
         "decoder_heads": config.decoder_heads or size.decoder_heads,
@@ -550,3 +555,23 @@ def resolve_model(config: PretrainConfig) -> dict[str, Any]:
         "detach_predictor": config.predictor_detach,
         "with_cover": bool(secondary_mask_ratio(config)),
     }
+
+
+def nearest_size(embed_dim: int) -> ModelSize:
+    """Ours of the nearest width: its decoders serve encoders that are not ours."""
+    return min(SIZES.values(), key=lambda size: abs(size.embed_dim - embed_dim))
+
+
+def _timm_shape(config: PretrainConfig) -> dict[str, Any]:
+    """What the architecture says of a timm model. UserError where it cannot be used."""
+    from hpm.models.timm_encoder import timm_shape
+
+    shape = dict(timm_shape(config.model.removeprefix(TIMM)))
+    patch_size = config.patch_size
+    if shape.pop("fixed") and patch_size and pair(patch_size) != shape["patch_size"]:
+        height, width = shape["patch_size"]
+        raise UserError(
+            f"patch_size is {patch_size}, but the mask units of {config.model} are of {height} x "
+            f"{width} pixels: leave --patch-size out"
+        )
+    return {"model": config.model} | shape

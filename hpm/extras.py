@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,7 @@ NEED_TORCHVISION = ("timm", "torchvision", "transformers")
 def need(module: str, extra: str, job: str) -> ModuleType:
     """Import an optional module. Raises UserError naming the extra of `pip install` it is in."""
     try:
-        if module.split(".")[0] in NEED_TORCHVISION:
+        if module.split(".")[0] in NEED_TORCHVISION and find_spec("torchvision"):
             _mend_torchvision()
         return importlib.import_module(module)
     except ImportError as error:

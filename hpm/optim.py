@@ -9,13 +9,20 @@ from torch import nn
 
 from hpm.models.classifier import Classifier
 
+# Names of encoders' parameters, ours and timm's.
+TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "rope")
+FREQUENCIES = "rope.freqs"
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weight decay on matrices and tokens, none on 1-D parameters (biases, norms)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Two groups: weight decay on matrices and tokens, none on 1-D parameters (biases, norms) and
+    on the frequencies of rotary positions."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 and not name.endswith(FREQUENCIES)]
+    other = [p for name, p in trained if p.ndim <= 1 or name.endswith(FREQUENCIES)]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": other, "weight_decay": 0.0},
     ]
 
 
@@ -34,7 +41,7 @@ def layer_decay_groups(
 
     The head and the norm in front of it are at `lr`; the last block one factor below, and so on;
     tokens, positions and patch projection are the lowest layer (BEiT; MAE, appendix A.1). No weight
-    decay on 1-D parameters, on the class token and on the positions. Each group has its `lr_scale`.
+    decay on 1-D parameters, on prefix tokens and on positions. Each group has its `lr_scale`.
     """
     top = len(model.encoder.blocks) + 1
     groups: dict[tuple[int, float], dict] = {}
@@ -45,9 +52,9 @@ def layer_decay_groups(
         layer = top
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        elif name.startswith((*TOKENS, "patch_embed", "norm_pre")):
             layer = 0
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        decays = parameter.ndim > 1 and not name.startswith(TOKENS)
         scale, decay = layer_decay ** (top - layer), weight_decay if decays else 0.0
         group = groups.setdefault(
             (layer, decay),

@@ -27,10 +27,16 @@ from hpm.config import FREE_OPTIONS, PretrainConfig, make_config
 from hpm.data.loader import normalize
 from hpm.errors import UserError
 from hpm.models.build import build_encoder, build_model
+from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
-from hpm.models.vit import VisionTransformer
 from hpm.targets import Target, make_target
 from hpm.version import __version__
+
+# What describes an encoder; the first and last only of timm's.
+ENCODER_KEYS = (
+    "model", "image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads",
+    "class_token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,10 +118,10 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, encoder: VisionTransformer, mean: list[float], std: list[float], pool: str = "mean"
-    ):
+    def __init__(self, encoder: Encoder, mean: list[float], std: list[float], pool: str = "mean"):
         super().__init__()
+        if pool == "cls" and not encoder.has_class_token:
+            raise UserError("this encoder has no class token: take pool='mean'")
         self.encoder = encoder
         self.pool = pool
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -124,12 +130,21 @@ class Backbone(nn.Module):
     def forward(
         self, images: Tensor
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
+        cls_token, patches = self.parts(images)
+        if self.pool == "mean" or cls_token is None:
+            return patches.mean(1), patches
+        return cls_token, patches
+
+    def parts(
+        self, images: Tensor
+    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
+        """Class token (None where the encoder has none) and patches."""
         tokens = self.tokens(images)
-        cls_token, patches = tokens[:, 0], tokens[:, 1:]
-        return (patches.mean(1) if self.pool == "mean" else cls_token), patches
+        cls_token = tokens[:, 0] if self.encoder.has_class_token else None
+        return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
 
     def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
-        """Class token, then patches."""
+        """Prefix tokens (class token first, if there is one), then patches."""
         if images.dtype == torch.uint8:
             images = normalize(images, self.mean, self.std)
         return self.encoder(images)
@@ -144,7 +159,7 @@ class Trained:
     architecture: dict[str, Any]
     mean: list[float]
     std: list[float]
-    encoder: VisionTransformer
+    encoder: Encoder
     model: MaskedImageModel | None = None
     teacher: MaskedImageModel | None = None
     config: PretrainConfig | None = None
@@ -168,13 +183,14 @@ class Trained:
 
 
 def save_backbone(
-    path: Path, encoder: VisionTransformer, architecture: dict[str, Any], mean: list[float],
+    path: Path, encoder: Encoder, architecture: dict[str, Any], mean: list[float],
     std: list[float],
 ) -> None:  # fmt: skip
     """Write `backbone.safetensors` (timm's names) and the JSON that describes it."""
-    names = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
-    about = {name: architecture[name] for name in names} | {"mean": mean, "std": std}
-    about |= {"kind": "hpm encoder", "hpm": __version__, "layer_norm_eps": 1e-6}
+    about = {name: architecture[name] for name in ENCODER_KEYS if name in architecture}
+    about |= {"mean": mean, "std": std, "kind": "hpm encoder", "hpm": __version__}
+    if "model" not in architecture:
+        about |= {"layer_norm_eps": 1e-6}
     write_tensors(path, encoder.state_dict(), about)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 

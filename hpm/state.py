@@ -38,6 +38,7 @@ from hpm.evals.ongoing import OngoingProbe
 from hpm.logs import RunLog
 from hpm.masking import num_hidden_patches
 from hpm.models.build import build_model
+from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
 from hpm.schedule import make_schedule, resolve
@@ -85,6 +86,8 @@ class State:
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
         messages = [self._initialise(Path(config.init))] if config.init and not latest else []
+        if config.pretrained and not latest:
+            messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
         self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
         if checkpoint:
@@ -198,6 +201,19 @@ class State:
         if "step" in meta:
             state = load_checkpoint(path).model
         return "init: " + load_initial(self.model, state, path, self.config.init_partial)
+
+    def _pretrained(self) -> str:
+        """timm's weights, fetched by one process; the others then find them on the disk."""
+        encoder = self.model.encoder
+        assert isinstance(encoder, (TimmEncoder, HieraEncoder))
+
+        def load() -> None:
+            encoder.load_state_dict(pretrained_weights(encoder))
+
+        distributed.main_first(load)
+        if not distributed.is_main():
+            load()
+        return f"pretrained: the encoder has timm's weights of {self.config.model}"
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         meta = checkpoint.meta

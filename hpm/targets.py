@@ -166,12 +166,12 @@ class TeacherTarget(_RankedByLoss):
 
     needs_teacher = True
 
-    def __init__(self, dim: int, num_prefix_tokens: int = 1):
-        self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
+    def __init__(self, dim: int, num_patches: int):
+        self.dim, self.num_patches = dim, num_patches
 
     def __call__(self, images: Images, features: Tensor | None) -> Patches:
         assert features is not None
-        return features[:, self.num_prefix_tokens :]
+        return features[:, -self.num_patches :]
 
     def patch_loss(self, prediction: Patches, target: Patches) -> PatchLoss:
         return normalized_squared_error(prediction, target)
@@ -226,7 +226,7 @@ def make_target(
     if config.target == "hog":
         return HogTarget(patch_size, channels)
     if config.target == "teacher":
-        return TeacherTarget(architecture["embed_dim"])
+        return TeacherTarget(architecture["embed_dim"], math.prod(grid))
     if config.target == "frozen":
         assert config.target_model is not None
         return FrozenTarget(load_frozen(config.target_model).to(device), grid, *moments)

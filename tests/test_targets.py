@@ -76,7 +76,7 @@ def test_hog_does_not_care_for_brightness_and_contrast():
 
 def test_teacher_target_leaves_the_class_token_out():
     features = torch.randn(2, 1 + 4, 8)
-    target = TeacherTarget(8)
+    target = TeacherTarget(8, 4)
     assert torch.equal(target(images(), features), features[:, 1:])
     same = target.patch_loss(3 * features[:, 1:], features[:, 1:])
     torch.testing.assert_close(same, torch.zeros(2, 4), atol=1e-6, rtol=0)

@@ -70,16 +70,17 @@ class Reading:
 
 
 def pooled(subjects: list[Subject], baseline: bool) -> Embed:
-    """What `extract` computes of uint8 images for backbones of one view: class token and mean of
-    the patches of each, and (as a baseline) raw pixels."""
+    """What `extract` computes of uint8 images for backbones of one view: class token (if any)
+    and mean of the patches of each, and (as a baseline) raw pixels."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
-            features[f"{subject.name}, class token"] = tokens[:, 0]
-            features[f"{subject.name}, patch mean"] = tokens[:, 1:].mean(1)
+            cls_token, patches = subject.backbone.parts(images.to(subject.backbone.mean.device))
+            if cls_token is not None:
+                features[f"{subject.name}, class token"] = cls_token
+            features[f"{subject.name}, patch mean"] = patches.mean(1)
         return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
 
     return embed

@@ -137,6 +137,8 @@ def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None
             f"rand_augment knows grey and RGB, but this backbone has "
             f"{architecture['channels']} channels: pass --rand-augment none"
         )
+    if config.pool == "cls" and not architecture.get("class_token", True):
+        raise UserError(f"pool cls: {architecture['model']} has no class token, pass --pool mean")
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")

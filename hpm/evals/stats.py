@@ -50,11 +50,12 @@ def _embed(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
+            cls_token, patches = subject.backbone.parts(images.to(subject.backbone.mean.device))
             mean = f"{subject.name}, patch mean"
-            features[f"{subject.name}, class token"] = tokens[:, 0]
-            features[mean] = tokens[:, 1:].mean(1)
-            features[LIKENESS + mean] = patch_similarity(tokens[:, 1:])
+            if cls_token is not None:
+                features[f"{subject.name}, class token"] = cls_token
+            features[mean] = patches.mean(1)
+            features[LIKENESS + mean] = patch_similarity(patches)
         if baseline:
             patches = patchify(images.float() / 255, tuple(subjects[0].architecture["patch_size"]))
             features[RAW_PIXELS] = raw_pixels(images)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from hpm.models.classifier import Classifier, Pool
+from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
-from hpm.models.patches import grid_size, interpolate_positions
+from hpm.models.patches import grid_size
+from hpm.models.timm_encoder import PREFIX, timm_encoder
 from hpm.models.vit import VisionTransformer
 
 ENCODER_OPTIONS = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
@@ -24,15 +26,20 @@ MODEL_OPTIONS = (
 
 def build_encoder(
     architecture: dict[str, Any], seed: int | None = None, drop_path: float = 0.0
-) -> VisionTransformer:
+) -> Encoder:
     """An encoder of the given architecture (see `config.resolve_model`), randomly initialised.
 
-    With a seed, from that seed and without touching the global random state.
+    One of timm's where the architecture names such a `model`, else ours. With a seed, from that
+    seed and without touching the global random state.
     """
-    options = {name: architecture[name] for name in ENCODER_OPTIONS}
+    name = architecture.get("model", "")
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        if name.startswith(PREFIX):
+            sizes = {n: architecture[n] for n in ("image_size", "patch_size", "channels")}
+            return timm_encoder(name.removeprefix(PREFIX), **sizes, drop_path=drop_path)
+        options = {n: architecture[n] for n in ENCODER_OPTIONS}
         return VisionTransformer(**options, drop_path=drop_path)
 
 
@@ -69,7 +76,6 @@ def build_classifier(
         torch.manual_seed(seed)
         encoder = build_encoder(architecture | {"image_size": size}, drop_path=drop_path)
         if weights is not None:
-            grids = grid_size(before, patch_size), grid_size(size, patch_size)
-            positions = interpolate_positions(weights["pos_embed"], *grids)
-            encoder.load_state_dict(weights | {"pos_embed": positions})
+            grid = grid_size(before, patch_size)
+            encoder.load_state_dict(encoder.fit_positions(weights, grid))
         return Classifier(encoder, num_classes, pool)

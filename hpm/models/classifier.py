@@ -7,7 +7,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
+from hpm.models.encoder import Encoder
+from hpm.models.vit import LAYER_NORM_EPS
 
 Pool = Literal["mean", "cls"]
 HEAD_STD = 2e-5
@@ -18,19 +19,23 @@ class Classifier(nn.Module):
 
     pool="mean": the mean of the patches, then `fc_norm`, which takes the place of the encoder's
     own norm. pool="cls": the class token after the encoder's norm. The head starts near zero
-    (deviation 2e-5), and positions are trained along.
+    (deviation 2e-5), and positions are trained along. Raises ValueError for pool="cls" where the
+    encoder has no class token.
     """
 
-    def __init__(self, encoder: VisionTransformer, num_classes: int, pool: Pool = "mean"):
+    def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "mean"):
         super().__init__()
+        if pool == "cls" and not encoder.has_class_token:
+            raise ValueError("this encoder has no class token to pool")
         self.encoder = encoder
         self.pool = pool
         self.fc_norm: nn.Module = nn.Identity()
         if pool == "mean":
             self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=LAYER_NORM_EPS)
-            encoder.norm = nn.Identity()  # type: ignore[assignment]
+            encoder.norm = nn.Identity()
         self.head = nn.Linear(encoder.embed_dim, num_classes)
-        encoder.pos_embed.requires_grad_(True)
+        if encoder.pos_embed is not None:
+            encoder.pos_embed.requires_grad_(True)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
 
@@ -42,4 +47,5 @@ class Classifier(nn.Module):
     def pooled(self, images: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch dim"]:
         """What the head reads."""
         tokens = self.encoder(images)
-        return self.fc_norm(tokens[:, 1:].mean(1) if self.pool == "mean" else tokens[:, 0])
+        patches = tokens[:, self.encoder.num_prefix_tokens :]
+        return self.fc_norm(patches.mean(1) if self.pool == "mean" else tokens[:, 0])

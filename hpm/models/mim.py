@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hpm.models.encoder import Encoder
 from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
-from hpm.models.vit import LAYER_NORM_EPS, Block, VisionTransformer, init_weights
+from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights
 
 Images = Float[Tensor, "batch channels *size"]
 
@@ -53,7 +54,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: Encoder,
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -129,7 +130,9 @@ class MaskedImageModel(nn.Module):
             raise ValueError("this model has no loss predictor")
         features = self.encoder(images, visible_ids)
         if visible_ids is None or hidden_ids is None:
-            tokens = self.decoder_embed(features) + self.decoder_pos_embed
+            prefix = self.decoder_pos_embed[:, :1].expand(-1, self.encoder.num_prefix_tokens, -1)
+            positions = torch.cat([prefix, self.decoder_pos_embed[:, 1:]], dim=1)
+            tokens = self.decoder_embed(features) + positions
             return features, self._predicted_loss(tokens, self.encoder.num_patches)
         tokens = self._decoder_tokens(features, visible_ids, hidden_ids)
         return features, self._predicted_loss(tokens, hidden_ids.shape[1])
@@ -150,15 +153,15 @@ class MaskedImageModel(nn.Module):
         return unpatchify(patches, self.encoder.grid, self.encoder.patch_size)
 
     def _decoder_tokens(self, features: Tensor, visible_ids: Tensor, hidden_ids: Tensor) -> Tensor:
-        """[B 1+N D]: class token, visible patches, then mask tokens of the hidden ones.
+        """[B P+N D]: prefix tokens, visible patches, then mask tokens of the hidden ones.
 
         Attention does not care for the order, so nothing is put back into raster order: each
-        token carries its position, and the hidden patches are simply the last.
+        token carries its position, and the hidden patches are simply the last. All
+        prefix tokens have the one of index 0, which is zeros.
         """
         visible = self.decoder_embed(features)
         hidden = self.mask_token.to(visible.dtype).expand(*hidden_ids.shape, -1)
         positions = self.decoder_pos_embed.expand(len(features), -1, -1)
-        order = torch.cat(
-            [torch.zeros_like(visible_ids[:, :1]), visible_ids + 1, hidden_ids + 1], 1
-        )
+        prefix = visible_ids.new_zeros(len(features), self.encoder.num_prefix_tokens)
+        order = torch.cat([prefix, visible_ids + 1, hidden_ids + 1], dim=1)
         return torch.cat([visible, hidden], dim=1) + gather_patches(positions, order)

@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm.models.patches import gather_patches, grid_size, patchify, sincos_positions
+from hpm.models.encoder import Encoder
+from hpm.models.patches import (
+    gather_patches,
+    grid_size,
+    interpolate_positions,
+    patchify,
+    sincos_positions,
+)
 
 LAYER_NORM_EPS = 1e-6
 
@@ -111,7 +118,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Encoder):
     """ViT encoder with a class token and fixed sine-cosine positions.
 
     Args:
@@ -146,6 +153,8 @@ class VisionTransformer(nn.Module):
         self.num_patches = prod(self.grid)
         self.channels = channels
         self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.has_class_token = True
 
         self.patch_embed = PatchEmbed(self.patch_size, channels, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -185,6 +194,7 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
         """Class token and visible patches with their positions."""
         patches = patchify(images, self.patch_size)
+        assert self.pos_embed is not None
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
@@ -192,6 +202,11 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
         return torch.cat([cls_token, x], dim=1)
+
+    def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """Weights of the same encoder on another grid, positions resampled to this one's."""
+        positions = interpolate_positions(weights["pos_embed"], grid, self.grid)
+        return weights | {"pos_embed": positions}
 
 
 def init_weights(module: nn.Module) -> None:
