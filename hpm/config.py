@@ -61,8 +61,8 @@ class PretrainConfig:
     """Pixels, one number or [height, width]."""
     patch_size: int | tuple[int, int] | None = None
     """Pixels, one number or [height, width]; usually 16 (14 for vit_huge)."""
-    channels: Literal[1, 3, 4] = 3
-    """1: grey, 3: RGB, 4: RGBA."""
+    channels: int = 3
+    """1: grey, 3: RGB, 4: RGBA; up to 32 in TIFF and .npy."""
     decoder_dim: int | None = None
     """Width of the reconstructor and of the predictor (default: by model)."""
     decoder_depth: int | None = None

@@ -103,9 +103,9 @@ class Run:
 class Backbone(nn.Module):
     """A trained encoder with its own normalisation.
 
-    forward: images [B C H W], either uint8 (0 to 255, normalised here) or floating point (already
-    normalised by `mean` and `std`) -> pooled [B D], the mean of the patches (or the class token
-    with pool="cls"), and patches [B N D], both after the final norm.
+    forward: images [B C H W], either uint8 or uint16 (normalised here) or floating point (already
+    normalised by `mean` and `std`, whose full scale is 1) -> pooled [B D], the mean of the patches
+    (or the class token with pool="cls"), and patches [B N D], both after the final norm.
     """
 
     mean: Tensor
@@ -129,9 +129,13 @@ class Backbone(nn.Module):
 
     def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
         """Class token, then patches."""
-        if images.dtype == torch.uint8:
+        if images.dtype in (torch.uint8, torch.uint16):
             images = normalize(images, self.mean, self.std)
         return self.encoder(images)
+
+    def tokens_of_pixels(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
+        """The same of a batch as it is loaded, whose floating-point images are not normalised."""
+        return self.encoder(normalize(images.to(self.mean.device), self.mean, self.std))
 
 
 @dataclass

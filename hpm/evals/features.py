@@ -70,14 +70,14 @@ class Reading:
 
 
 def pooled(subjects: list[Subject], baseline: bool) -> Embed:
-    """What `extract` computes of uint8 images for backbones of one view: class token and mean of
+    """What `extract` computes of loaded images for backbones of one view: class token and mean of
     the patches of each, and (as a baseline) raw pixels."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
+            tokens = subject.backbone.tokens_of_pixels(images)
             features[f"{subject.name}, class token"] = tokens[:, 0]
             features[f"{subject.name}, patch mean"] = tokens[:, 1:].mean(1)
         return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
@@ -119,7 +119,7 @@ def extract(
     channels: int,
     reading: Reading,
 ) -> dict[str, Features]:
-    """Features of all readable images, of every kind that `embed` gives: uint8 [B C H W] -> [B *].
+    """Features of all readable images, of every kind that `embed` gives: [B C H W] -> [B *].
 
     Unreadable images are reported and left out, their labels with them. Several processes share
     the images; each has all of the result.

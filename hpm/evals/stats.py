@@ -50,7 +50,7 @@ def _embed(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            tokens = subject.backbone.tokens(images.to(subject.backbone.mean.device))
+            tokens = subject.backbone.tokens_of_pixels(images)
             mean = f"{subject.name}, patch mean"
             features[f"{subject.name}, class token"] = tokens[:, 0]
             features[mean] = tokens[:, 1:].mean(1)

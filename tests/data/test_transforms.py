@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hpm.data.transforms import UnreadableImage, evaluation_view, random_crop, training_view
+from hpm.data.arrays import UnreadableImage
+from hpm.data.transforms import evaluation_view, random_crop, training_view
 
 
 @given(
@@ -38,10 +39,21 @@ def test_every_mode_becomes_the_wanted_channels(channels, mode, stored):
         assert view.shape == (channels, 8, 12) and view.dtype == np.uint8
 
 
-def test_16_bits_are_scaled_not_clipped():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_not_clipped(channels):
     pixels = np.full((8, 8), 32768, dtype=np.uint16)
-    view = evaluation_view(Image.fromarray(pixels), (8, 8), 1)
-    assert (view == 127).all()
+    view = evaluation_view(Image.fromarray(pixels), (8, 8), channels)
+    assert view == pytest.approx(np.full((channels, 8, 8), 32768 / 257))
+
+
+@given(
+    width=st.integers(1, 60), height=st.integers(1, 60), size=st.tuples(*[st.integers(1, 40)] * 2)
+)  # fmt: skip
+def test_the_evaluation_view_is_that_of_pillow(width, height, size):
+    rng = np.random.default_rng(width)
+    image = Image.fromarray(rng.integers(0, 256, (height, width), np.uint8))
+    expected = np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
+    assert np.array_equal(evaluation_view(image, size, 1)[0], expected)
 
 
 def test_flip_and_determinism():
