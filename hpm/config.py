@@ -18,6 +18,7 @@ import yaml
 from hpm.errors import UserError, nearest
 
 Model = Literal["vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+Flip = Literal["none", "horizontal", "vertical", "both"]
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -118,8 +119,9 @@ class PretrainConfig:
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
-    flip: bool = True
-    """Mirror half of the images."""
+    flip: bool | Flip = True
+    """Mirror half of the images: horizontally (or true), vertically (which suits images without an
+    up and down, from the air or a microscope), both, or none (or false)."""
     normalize: Literal["measured", "imagenet"] = "measured"
     """Mean and deviation of the channels: measured from the data, or ImageNet's."""
     holdout: int = 128
@@ -289,8 +291,9 @@ class FinetuneConfig(LabelledEvalConfig):
     """Probability of random erasing."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
-    flip: bool = True
-    """Mirror half of the images."""
+    flip: bool | Flip = True
+    """Mirror half of the images: horizontally (or true), vertically (which suits images without an
+    up and down, from the air or a microscope), both, or none (or false)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     checkpoint_every: str = "5%"
@@ -392,6 +395,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
     if origin is tuple and arguments[-1] is Ellipsis:
         return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
     if origin is tuple:

@@ -27,6 +27,7 @@ BICUBIC = Image.Resampling.BICUBIC
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ALPHA = (1, 2)  # of TIFF's extra samples: associated, unassociated
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as Pillow says it
+LZW = 5  # of TIFF's compressions
 LARGEST = 1e30  # of a floating-point pixel: beyond it float32 overflows
 LUMA = np.array([299, 587, 114], np.float32) / 1000  # as Pillow turns RGB to grey
 View = np.ndarray  # [channels height width], uint8 or float32, 255 being full scale
@@ -90,6 +91,8 @@ class ArrayImage:
             raise UnreadableImage(f"{found} channel{plural} instead of {channels}")
         with reading((Exception,)):
             array = self.load()
+        if array.shape != self.shape:
+            raise UnreadableImage(f"{_times(array.shape)} values, not {_times(self.shape)} as told")
         if array.dtype.kind == "f":
             low, high = float(array.min()), float(array.max())
             if not -LARGEST < low <= high < LARGEST:  # false for NaN, too
@@ -230,9 +233,12 @@ def _open_tiff(file: File) -> Image.Image | ArrayImage:
         if samples == bands and not pages and (bits <= 8 or bands == 1 or image.mode == "CMYK"):
             return image
     tifffile = _need("tifffile", "TIFF of more than RGB in 8 bits")
-    _need("imagecodecs", "TIFF of more than RGB in 8 bits")
+    codecs = _need("imagecodecs", "TIFF of more than RGB in 8 bits")
 
     def load() -> np.ndarray:
+        if page.compression == LZW:
+            # By libtiff: the decoder that tifffile takes crashes the process on damaged files.
+            return codecs.tiff_decode(_content(file), index=None if len(series) > 1 else 0)
         with tifffile.TiffFile(_rewound(file)) as tiff:
             # One thread: loading has processes.
             return tiff.series[0].asarray(maxworkers=1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hpm.config import Flip
 from hpm.data.arrays import UnreadableImage, at_depth
 from hpm.data.sources import Source
 from hpm.data.transforms import evaluation_view, training_view
@@ -45,7 +46,7 @@ class TrainingViews:
     channels: int
     seed: int
     crop_scale: tuple[float, float]
-    flip: bool
+    flip: bool | Flip
     min_side: int
 
     def __call__(self, source: Source, key: Key) -> np.ndarray:

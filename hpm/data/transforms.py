@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from hpm.config import Flip
 from hpm.data.arrays import (
     BICUBIC,
     ArrayImage,
@@ -25,6 +26,9 @@ from hpm.data.arrays import (
 )
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
+    True: (2,), "horizontal": (2,), "vertical": (1,), "both": (2, 1), "none": (), False: (),
+}  # fmt: skip
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -34,17 +38,18 @@ def training_view(
     channels: int,
     rng: np.random.Generator,
     crop_scale: tuple[float, float] = (0.2, 1.0),
-    flip: bool = True,
+    flip: bool | Flip = True,
     min_side: int = 1,
 ) -> View:
-    """Random resized crop (bicubic) and horizontal flip; all choices are drawn from `rng`."""
+    """Random resized crop (bicubic) and flips; all choices are drawn from `rng`."""
     with reading():
         _draft(image, size, channels, crop_scale[0])
         pixels = _decode(image, channels, min_side)
         box = random_crop(rng, pixels.width, pixels.height, crop_scale)
         view = pixels.resized(size, box)
-        if flip and rng.random() < 0.5:
-            view = view[..., ::-1]
+        for axis in FLIPPED_AXES[flip]:
+            if rng.random() < 0.5:
+                view = np.flip(view, axis)
         return np.ascontiguousarray(view)
 
 

@@ -114,7 +114,8 @@ class Recipe:
         transform = factory.transforms_imagenet_train(
             size,
             scale=config.crop_scale,
-            hflip=0.5 if config.flip else 0.0,
+            hflip=0.5 if config.flip in (True, "horizontal", "both") else 0.0,
+            vflip=0.5 if config.flip in ("vertical", "both") else 0.0,
             color_jitter=None,
             auto_augment=config.rand_augment,
             interpolation="bicubic",

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from contextlib import suppress
 
 import imagecodecs
 import numpy as np
@@ -74,12 +75,13 @@ def test_one_picture_given_in_all_ways_gives_one_view(height, width, out_height,
         lambda image: evaluation_view(image, size, 3),
         lambda image: training_view(image, size, 3, np.random.default_rng(seed), (0.2, 1.0)),
     ):
+        # Pillow rounds 8 bits twice, after the rows and after the columns, in an order that depends
+        # on the size of the image, of which arrays show it the part around the crop.
         expected, same = map(make, exact)
-        assert same.dtype == np.uint8 and abs(expected.astype(int) - same).max() <= 1
+        assert same.dtype == np.uint8 and abs(expected.astype(int) - same).max() <= 2
         for image in near:
             view = make(image)
             assert view.dtype == np.float32 and view.shape == expected.shape
-            # Pillow rounds 8 bits twice, after the columns and after the rows.
             assert abs(view - expected).max() < 1.6
 
 
@@ -94,6 +96,8 @@ def test_every_layout_of_many_channels(channels, dtype):
         tiff(image, photometric="minisblack", planarconfig="separate"),
         tiff(image, photometric="minisblack"),  # a page each
         tiff(contiguous, photometric="minisblack", planarconfig="contig", compression="zlib"),
+        tiff(contiguous, photometric="minisblack", planarconfig="contig", compression="lzw"),
+        tiff(image, photometric="minisblack", compression="lzw"),
         tiff(image, imagej=True, metadata={"axes": "CYX"}),
     ]  # fmt: skip
     for file in files:
@@ -195,6 +199,14 @@ def test_what_cannot_be_used_is_unreadable(file, words, tmp_path):
     for given_as in (file, path):
         with pytest.raises(UnreadableImage, match=words):
             view_of(given_as, (8, 8), 7)
+
+
+def test_damaged_lzw_does_not_end_the_process():
+    """With the first codes changed, the decoder that tifffile takes crashes."""
+    damaged = bytearray(tiff(np.ones((7, 9, 9), np.uint8), compression="lzw").getvalue())
+    damaged[256:273] = bytes.fromhex("807960503824160d078442615011640e02")
+    with suppress(UnreadableImage):
+        view_of(io.BytesIO(damaged), (8, 8), 7)
 
 
 def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
@@ -333,7 +345,7 @@ def satellite(tmp_path_factory):
 def satellite_run(satellite, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "satellite"
     np.save(satellite / "class_0" / "broken.npy", np.zeros((9, 9, 5)))
-    options = TINY | {"channels": 7, "workers": 1}
+    options = TINY | {"channels": 7, "workers": 1, "flip": "both"}
     run = hpm.pretrain(data=str(satellite), out=str(out), **options)
     (satellite / "class_0" / "broken.npy").unlink()
     return run
@@ -357,9 +369,8 @@ def test_seven_channels_from_end_to_end(satellite, satellite_run, tmp_path):
     assert hpm.evaluate("stats", run, data, **common).values
     assert hpm.evaluate("hardness", run, data, **common).hardness
     options = {"epochs": 8, "batch_size": 8, "base_lr": 4e-2, "mixup": 0, "cutmix": 0}
-    finetuned = hpm.evaluate(
-        "finetune", run, data, rand_augment="none", **options, **common
-    )  # fmt: skip
+    common |= {"baselines": False, "flip": "vertical"}
+    finetuned = hpm.evaluate("finetune", run, data, rand_augment="none", **options, **common)
     assert finetuned.values["trained"]["finetune"]["top1"] > 60
     config = ShowConfig(run, data, str(tmp_path / "show.png"), images=2)
     assert np.asarray(Image.open(show(config))).std() > 10

@@ -75,6 +75,27 @@ def test_flip_and_determinism():
     assert 3 <= mirrored <= 17
 
 
+def test_flips():
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    upright = np.asarray(image)
+    ways = {
+        "none": [upright],
+        "horizontal": [upright, upright[:, ::-1]],
+        "vertical": [upright, upright[::-1]],
+        "both": [upright, upright[:, ::-1], upright[::-1], upright[::-1, ::-1]],
+    }
+
+    def views(flip):
+        rngs = map(np.random.default_rng, range(40))
+        return [training_view(image, (8, 8), 1, rng, (1.0, 1.0), flip) for rng in rngs]
+
+    for flip, expected in ways.items():
+        found = {view.tobytes() for view in views(flip)}
+        assert found == {np.ascontiguousarray(way).tobytes() for way in expected}
+    assert np.array_equal(views(True), views("horizontal"))
+    assert np.array_equal(views(False), views("none"))
+
+
 def test_exif_orientation_is_heeded():
     image = Image.new("RGB", (40, 20))
     image.paste((255, 0, 0), (0, 0, 20, 20))
