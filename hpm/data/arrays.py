@@ -75,13 +75,7 @@ class ArrayImage:
 
     def pixels(self, channels: int) -> Pixels:
         """Decoded. Raises UnreadableImage where the channels are others, or the numbers none."""
-        if self.dtype.kind not in "biuf":
-            raise UnreadableImage(f"elements of type {self.dtype} are no pixels")
-        # As many values as the largest image that Pillow opens, so that a broken or hostile header
-        # does not fill the memory.
-        limit = 2 * 4 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
-        if not 0 < math.prod(self.shape) <= limit:
-            raise UnreadableImage(f"{_times(self.shape)} values, not between 1 and {limit}")
+        self._check_size()
         axes = self.axes or _guess_axes(self.shape, channels)
         if sorted(axes) not in (["X", "Y"], ["C", "X", "Y"]):
             raise UnreadableImage(f"{_times(self.shape)} values, which is not one image")
@@ -89,18 +83,32 @@ class ArrayImage:
         if found != channels and not (self.colours and channels in (1, 3, 4) and found <= 4):
             plural = "s" if found > 1 else ""
             raise UnreadableImage(f"{found} channel{plural} instead of {channels}")
+        array = self._decoded()
+        array = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
+        return Pixels(
+            array.swapaxes(1, 2) if axes.index("X") < axes.index("Y") else array, channels
+        )
+
+    def _check_size(self) -> None:
+        if self.dtype.kind not in "biuf":
+            raise UnreadableImage(f"elements of type {self.dtype} are no pixels")
+        # As many values as the largest image that Pillow opens, so that a broken or hostile header
+        # does not fill the memory.
+        limit = 2 * 4 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+        if not 0 < math.prod(self.shape) <= limit:
+            raise UnreadableImage(f"{_times(self.shape)} values, not between 1 and {limit}")
+
+    def _decoded(self) -> np.ndarray:
         with reading((Exception,)):
             array = self.load()
         if array.shape != self.shape:
             raise UnreadableImage(f"{_times(array.shape)} values, not {_times(self.shape)} as told")
         if array.dtype.kind == "f":
+            # Of the whole image: whether it is readable must not depend on the crop.
             low, high = float(array.min()), float(array.max())
             if not -LARGEST < low <= high < LARGEST:  # false for NaN, too
                 raise UnreadableImage("some pixels are NaN, infinite or out of all bounds")
-        array = array[None] if "C" not in axes else np.moveaxis(array, axes.index("C"), 0)
-        return Pixels(
-            array if axes.index("Y") < axes.index("X") else array.swapaxes(1, 2), channels
-        )
+        return array
 
 
 @dataclass(frozen=True)
