@@ -35,11 +35,14 @@ DURATIONS = (
     "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
     "probe_every",
 )  # fmt: skip
+MOST_CHANNELS = 32
 
 
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises UserError for the first option that cannot work, alone or with another."""
     _check_model(config)
+    if not 1 <= config.channels <= MOST_CHANNELS:
+        raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)

@@ -239,7 +239,8 @@ def _one_line(error: str, prog: str) -> str:
         return f"{' and '.join(names)} missing (see {prog} --help)"
     key = re.search(r'Parser key "(\w+)"', text)
     if key:
-        given = re.search(r".*Got value: (.*)", text)  # the last one: of a union, the whole
+        # The last one: of a union, the whole.
+        given = re.search(r".*(?:Got|Given) value: (.*)", text)
         value = f"'{given[1]}'" if given else "this value"
         choices = re.search(r"Literal\[(.*?)\]", text)
         if choices:

@@ -21,6 +21,7 @@ from hpm.masking import HARD_SHARES, Mask, Schedule
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 TIMM = "timm/"
+Flip = Literal["none", "horizontal", "vertical", "both"]
 PRESETS = Path(__file__).parent / "configs"
 
 
@@ -69,8 +70,8 @@ class PretrainConfig:
     """Pixels, one number or [height, width]."""
     patch_size: int | tuple[int, int] | None = None
     """Pixels, one number or [height, width]; usually 16 (14 for vit_huge; timm's as they are)."""
-    channels: Literal[1, 3, 4] = 3
-    """1: grey, 3: RGB, 4: RGBA."""
+    channels: int = 3
+    """1: grey, 3: RGB, 4: RGBA; up to 32 in TIFF and .npy."""
     decoder_dim: int | None = None
     """Width of the reconstructor and of the predictor (default: by model)."""
     decoder_depth: int | None = None
@@ -158,8 +159,9 @@ class PretrainConfig:
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
-    flip: bool = True
-    """Mirror half of the images."""
+    flip: bool | Flip = True
+    """Mirror half of the images: horizontally (or true), vertically (which suits images without an
+    up and down, from the air or a microscope), both, or none (or false)."""
     normalize: Literal["measured", "imagenet"] = "measured"
     """Mean and deviation of the channels: measured from the data, or ImageNet's."""
     holdout: int = 128
@@ -337,8 +339,9 @@ class FinetuneConfig(LabelledEvalConfig):
     """Probability of random erasing."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
-    flip: bool = True
-    """Mirror half of the images."""
+    flip: bool | Flip = True
+    """Mirror half of the images: horizontally (or true), vertically (which suits images without an
+    up and down, from the air or a microscope), both, or none (or false)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     checkpoint_every: str = "5%"
@@ -486,6 +489,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
     if origin is tuple and arguments[-1] is Ellipsis:
         return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
     if origin is tuple:

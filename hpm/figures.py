@@ -25,11 +25,11 @@ from hpm.teacher import attention
 class Picture:
     """What the figure shows of a batch of images."""
 
-    images: Tensor  # uint8 [B C H W]
+    images: Tensor  # [B C H W], as in a batch
     maps: LossMaps  # [B N] each
     mask: Bool[Tensor, "batch patches"]  # True where hidden
-    # uint8 [B C H W], hidden patches predicted, visible ones as they are; None where the target
-    # is nothing that can be shown.
+    # As the images, hidden patches predicted, visible ones as they are; None where the target is
+    # nothing that can be shown.
     reconstruction: Tensor | None
     grid: tuple[int, ...]
 
@@ -39,7 +39,7 @@ def picture(
     trained: Trained, images: Tensor, sample_ids: Int[Tensor, " batch"], hard_share: float,
     num_masks: int = 10, seed: int = 0,
 ) -> Picture:  # fmt: skip
-    """Run a model and its teacher on uint8 images [B C H W] for the figure.
+    """Run a model and its teacher on a batch's images [B C H W] for the figure.
 
     The mask is one that training would draw at this hard share.
     """
@@ -66,7 +66,8 @@ def picture(
     if isinstance(target, PixelTarget):
         filled = reconstruct(model, normalized, visible_ids, hidden_ids, target).cpu()
         pixels = (filled * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255
-        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+        if images.dtype == torch.uint8:
+            pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     mask = to_mask(hidden_ids, num_patches).cpu()
     return Picture(images, maps, mask, pixels, model.encoder.grid)
 
@@ -107,7 +108,7 @@ def draw(shown: Picture, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for row in range(rows):
-        image = _displayable(shown.images[row])
+        image = _displayable(shown.images[row], shown.images[row])
         hidden = shown.mask[row].reshape(shown.grid)
         panels: dict[str, np.ndarray] = {
             "image": image,
@@ -115,7 +116,7 @@ def draw(shown: Picture, path: Path, title: str) -> None:
             "mask": _grey_out(image, hidden.numpy()),
         }
         if shown.reconstruction is not None:
-            panels["reconstruction"] = _displayable(shown.reconstruction[row])
+            panels["reconstruction"] = _displayable(shown.reconstruction[row], shown.images[row])
         if shown.maps.predicted is not None:
             predicted = shown.maps.predicted[row].reshape(shown.grid)
             panels["predicted loss"] = predicted.float().cpu().numpy()
@@ -129,8 +130,19 @@ def draw(shown: Picture, path: Path, title: str) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))
 
 
-def _displayable(image: Tensor) -> np.ndarray:
-    """uint8 [C H W] -> [H W 3]: grey is repeated, alpha left out."""
+def _displayable(image: Tensor, like: Tensor) -> np.ndarray:
+    """[C H W] -> uint8 [H W 3]: grey is repeated, alpha left out; of many channels the first three
+    are shown, of two their mean.
+
+    But for pictures in 8 bits each channel is stretched to what `like` has of it, less the extreme
+    hundredths: other values have no brightness of their own.
+    """
+    if image.dtype != torch.uint8 or len(image) not in (1, 3, 4):
+        values, like = image[:3].float(), like[:3].float()
+        low, high = np.quantile(like.flatten(1).numpy(), (0.01, 0.99), axis=1)
+        low, high = (torch.from_numpy(side).float().view(-1, 1, 1) for side in (low, high))
+        image = ((values - low) / (high - low).clamp(min=1e-30) * 255).round().clamp(0, 255)
+        image = (image.mean(0, keepdim=True) if len(image) == 2 else image).to(torch.uint8)
     rgb = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
     return rgb.permute(1, 2, 0).numpy()
 

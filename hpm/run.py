@@ -110,9 +110,9 @@ class Run:
 class Backbone(nn.Module):
     """A trained encoder with its own normalisation.
 
-    forward: images [B C H W], either uint8 (0 to 255, normalised here) or floating point (already
-    normalised by `mean` and `std`) -> pooled [B D], the mean of the patches (or the class token
-    with pool="cls"), and patches [B N D], both after the final norm.
+    forward: images [B C H W], either uint8 or uint16 (normalised here) or floating point (already
+    normalised by `mean` and `std`, whose full scale is 1) -> pooled [B D], the mean of the patches
+    (or the class token with pool="cls"), and patches [B N D], both after the final norm.
     """
 
     mean: Tensor
@@ -130,24 +130,33 @@ class Backbone(nn.Module):
     def forward(
         self, images: Tensor
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
-        cls_token, patches = self.parts(images)
+        cls_token, patches = self.parts(self.tokens(images))
         if self.pool == "mean" or cls_token is None:
             return patches.mean(1), patches
         return cls_token, patches
 
+    def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
+        """Prefix tokens (class token first, if there is one), then patches."""
+        if images.dtype in (torch.uint8, torch.uint16):
+            images = normalize(images, self.mean, self.std)
+        return self.encoder(images)
+
+    def tokens_of_pixels(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
+        """The same of a batch as it is loaded, whose floating-point images are not normalised."""
+        return self.encoder(normalize(images.to(self.mean.device), self.mean, self.std))
+
     def parts(
-        self, images: Tensor
+        self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
         """Class token (None where the encoder has none) and patches."""
-        tokens = self.tokens(images)
         cls_token = tokens[:, 0] if self.encoder.has_class_token else None
         return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
 
-    def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
-        """Prefix tokens (class token first, if there is one), then patches."""
-        if images.dtype == torch.uint8:
-            images = normalize(images, self.mean, self.std)
-        return self.encoder(images)
+    def parts_of_pixels(
+        self, images: Tensor
+    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
+        """Class token (or None) and patches of a batch as it is loaded."""
+        return self.parts(self.tokens_of_pixels(images))
 
 
 @dataclass

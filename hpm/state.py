@@ -122,12 +122,13 @@ class State:
         pin_memory = self.device.type == "cuda"
         for batch in training_loader(self.source, views, sampler, workers, pin_memory):
             if len(batch.images) * world_size < config.global_batch_size:
-                raise UserError(f"{self.source.name}: no readable image")
+                problem = batch.unreadable[0][1]
+                raise UserError(f"{self.source.name}: no readable image ({problem})")
             self._found.update(batch.unreadable)
             yield batch
 
     def to_device(self, images: Tensor) -> Tensor:
-        """uint8 [B C H W] -> normalised float32 on the device."""
+        """A batch's images [B C H W] -> normalised float32 on the device."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.normalization)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hpm.config import Flip
+from hpm.data.arrays import UnreadableImage, at_depth
 from hpm.data.sources import Source
-from hpm.data.transforms import UnreadableImage, evaluation_view, training_view
+from hpm.data.transforms import evaluation_view, training_view
 from hpm.errors import UserError
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -24,8 +26,9 @@ MakeView = Callable[[Source, Key], np.ndarray]
 
 @dataclass
 class Batch:
-    """images: uint8 [B C H W]; indices: int64 [B], which samples they are; unreadable: (index,
-    what is wrong) of each sample that another one had to stand in for."""
+    """images: [B C H W], uint8, or float32 where the source holds more than 8 bits, 255 being full
+    scale; indices: int64 [B], which samples they are; unreadable: (index, what is wrong) of each
+    sample that another one had to stand in for."""
 
     images: Tensor
     indices: Tensor
@@ -43,7 +46,7 @@ class TrainingViews:
     channels: int
     seed: int
     crop_scale: tuple[float, float]
-    flip: bool
+    flip: bool | Flip
     min_side: int
 
     def __call__(self, source: Source, key: Key) -> np.ndarray:
@@ -74,6 +77,7 @@ class Views(Dataset):
         self.source = source
         self.make_view = make_view
         self.stand_in = stand_in
+        self.deep = source.is_deep()
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, list[tuple[int, str]]]:
         epoch, index = key
@@ -82,7 +86,7 @@ class Views(Dataset):
             candidate = (index + offset) % len(self.source)
             try:
                 view = self.make_view(self.source, (epoch, candidate))
-                return view, candidate, unreadable
+                return at_depth(view, self.deep), candidate, unreadable
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, " ".join(str(error).split())))
         return None, index, unreadable
@@ -160,42 +164,43 @@ def _collate(samples: list[tuple[np.ndarray | None, int, list[tuple[int, str]]]]
     return Batch(images, torch.tensor(indices, dtype=torch.int64), unreadable)
 
 
-def readable(
-    source: Source, size: tuple[int, int], channels: int, seed: int, min_side: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, view) of the images that can be read, in a random order fixed by the seed."""
-    views = EvaluationViews(size, channels, min_side)
-    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
-        try:
-            yield int(index), views(source, (0, int(index)))
-        except (UnreadableImage, OSError):
-            continue
-
-
 def measure_statistics(
     source: Source, size: tuple[int, int], channels: int, seed: int, min_side: int = 1,
     count: int = 512,
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Mean and standard deviation of each channel, in [0, 1], over `count` random images."""
-    sums, squares, images = np.zeros(channels), np.zeros(channels), 0
-    for _, view in readable(source, size, channels, seed, min_side):
-        pixels = view.reshape(channels, -1) / 255
+    """Mean and standard deviation of each channel, full scale being 1, over `count` random images.
+
+    Raises UserError where no image can be read.
+    """
+    views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
+    sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
+    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
+        view, _, unreadable = views[0, int(index)]
+        if view is None:
+            problem = unreadable[0][1]
+            continue
+        pixels = view.reshape(channels, -1).astype(np.float64) / 255
         sums += pixels.mean(1)
         squares += (pixels**2).mean(1)
         images += 1
         if images == count:
             break
     if images == 0:
-        raise UserError(f"{source.name}: no readable image among {len(source)}")
-    mean = sums / images
-    # A channel that never varies must not be divided by zero.
-    std = np.sqrt(np.maximum(squares / images - mean**2, 1e-6))
+        raise UserError(f"{source.name}: no readable image among {len(source)} ({problem})")
+    mean, mean_square = sums / images, squares / images
+    # A channel that never varies must not be divided by zero; one of small numbers may vary little.
+    scale = np.where(mean_square > 0, np.minimum(mean_square, 1), 1)
+    std = np.sqrt(np.maximum(mean_square - mean**2, 1e-6 * scale))
     return mean.tolist(), std.tolist()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B C H W] -> float32, standardised by mean and std [C] (of values in [0, 1])."""
-    return (images.float() / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    """Pixels [B C H W] -> float32, standardised by mean and std [C].
+
+    Full scale is 255 in uint8 and floating point, 65535 in uint16, and 1 in mean and std.
+    """
+    full_scale = 65535 if images.dtype == torch.uint16 else 255
+    return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
 def default_workers(world_size: int = 1) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from hpm.data import demo
+from hpm.data.arrays import ArrayImage, UnreadableImage, is_deep, open_image
 from hpm.errors import UserError
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-    ".pgm",
+    ".pgm", ".npy",
 )  # fmt: skip
+LOOKED_AT = 64  # images that tell whether those of a source are deep
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
 
@@ -34,8 +37,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> Image.Image:
-        """The image, perhaps not decoded yet. Raises OSError and its like if it cannot be."""
+    def open(self, index: int) -> Image.Image | ArrayImage:
+        """The image, perhaps not decoded yet. Raises OSError or UnreadableImage."""
+        ...
+
+    def is_deep(self) -> bool:
+        """Are there images of more than 8 bits? Then views are float32, else uint8, all of them."""
         ...
 
     def path(self, index: int) -> str:
@@ -81,8 +88,11 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index])
+    def open(self, index: int) -> Image.Image | ArrayImage:
+        return open_image(self.paths[index])
+
+    def is_deep(self) -> bool:
+        return _some_deep(self)
 
     def path(self, index: int) -> str:
         return str(self.paths[index])
@@ -103,6 +113,9 @@ class DemoSource:
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(demo.render(index, self.split).image)
+
+    def is_deep(self) -> bool:
+        return False
 
     def path(self, index: int) -> str:
         return f"demo/{self.split}/{index}"
@@ -150,13 +163,16 @@ class ParquetSource:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | ArrayImage:
         chunk = int(np.searchsorted(self._ends, index, side="right"))
         start = self._ends[chunk - 1] if chunk else 0
         data = self._bytes[chunk][int(index - start)].as_py()
         if data is None:
             raise OSError("no bytes in this row")
-        return Image.open(io.BytesIO(data))
+        return open_image(io.BytesIO(data))
+
+    def is_deep(self) -> bool:
+        return _some_deep(self)
 
     def path(self, index: int) -> str:
         return f"{self.files[0] if len(self.files) == 1 else self.name}, row {index}"
@@ -175,8 +191,11 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | ArrayImage:
         return self.source.open(int(self.indices[index]))
+
+    def is_deep(self) -> bool:
+        return self.source.is_deep()  # of the whole, so that parts of one source are alike
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
@@ -195,6 +214,17 @@ def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
     """Split a source in two at random: (the rest, `count` images)."""
     order = np.random.default_rng([seed, len(source)]).permutation(len(source))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
+
+
+def _some_deep(source: Source) -> bool:
+    """Looks at the headers of some images, spread evenly: those of all would take minutes on a
+    large set, and images of one set are mostly alike. The rare deep one that is missed is reduced
+    to 8 bits, as other software would."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
+        with contextlib.suppress(UnreadableImage, OSError):
+            if is_deep(source.open(int(index))):
+                return True
+    return False
 
 
 def _open_folder(path: Path) -> Splits:

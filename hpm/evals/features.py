@@ -70,14 +70,14 @@ class Reading:
 
 
 def pooled(subjects: list[Subject], baseline: bool) -> Embed:
-    """What `extract` computes of uint8 images for backbones of one view: class token (if any)
+    """What `extract` computes of loaded images for backbones of one view: class token (if any)
     and mean of the patches of each, and (as a baseline) raw pixels."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            cls_token, patches = subject.backbone.parts(images.to(subject.backbone.mean.device))
+            cls_token, patches = subject.backbone.parts_of_pixels(images)
             if cls_token is not None:
                 features[f"{subject.name}, class token"] = cls_token
             features[f"{subject.name}, patch mean"] = patches.mean(1)
@@ -120,7 +120,7 @@ def extract(
     channels: int,
     reading: Reading,
 ) -> dict[str, Features]:
-    """Features of all readable images, of every kind that `embed` gives: uint8 [B C H W] -> [B *].
+    """Features of all readable images, of every kind that `embed` gives: [B C H W] -> [B *].
 
     Unreadable images are reported and left out, their labels with them. Several processes share
     the images; each has all of the result.

@@ -25,7 +25,15 @@ from hpm.checkpoint import (
     write_tensors,
 )
 from hpm.config import FinetuneConfig, pair
-from hpm.data.loader import Key, StepSampler, default_workers, normalize, training_loader
+from hpm.data.loader import (
+    Key,
+    MakeView,
+    StepSampler,
+    TrainingViews,
+    default_workers,
+    normalize,
+    training_loader,
+)
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
 from hpm.errors import UserError
@@ -75,30 +83,21 @@ class Recipe:
     def __init__(
         self, config: FinetuneConfig, subject: Subject, size: tuple[int, int], num_classes: int
     ):
-        augment = config.rand_augment
-        backbone = subject.backbone
+        self.mean = subject.backbone.mean
         data = need("timm.data", "finetune", "fine-tuning")
         erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
-        factory = need("timm.data.transforms_factory", "finetune", "fine-tuning")
         self.config, self.num_classes = config, num_classes
         self.channels = subject.architecture["channels"]
-        colours = backbone.mean.expand(3) if self.channels == 1 else backbone.mean[:3]
-        transform = factory.transforms_imagenet_train(
-            size,
-            scale=config.crop_scale,
-            hflip=0.5 if config.flip else 0.0,
-            color_jitter=None,
-            auto_augment=None if augment == "none" else augment,
-            interpolation="bicubic",
-            mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
-            normalize=False,
-        )
-        # The last transform turns the image into a tensor; ours are turned where all others are.
-        transform.transforms.pop()
-        self.views = FinetuneViews(size, self.channels, config.seed, transform)
+        self.views: MakeView
+        if config.rand_augment == "none":
+            self.views = TrainingViews(
+                size, self.channels, config.seed, config.crop_scale, config.flip, 1
+            )
+        else:
+            self.views = FinetuneViews(size, self.channels, config.seed, self._transform(size))
         self.erase = None
         if config.random_erase > 0:
-            device = str(backbone.mean.device)
+            device = str(self.mean.device)
             self.erase = erasing.RandomErasing(config.random_erase, mode="pixel", device=device)
         self.mix = None
         if config.mixup > 0 or config.cutmix > 0:
@@ -106,6 +105,26 @@ class Recipe:
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                 num_classes=num_classes,
             )  # fmt: skip
+
+    def _transform(self, size: tuple[int, int]) -> Callable[[Image.Image], Any]:
+        """Crop, flip and RandAugment."""
+        config, mean = self.config, self.mean
+        factory = need("timm.data.transforms_factory", "finetune", "fine-tuning")
+        colours = mean.expand(3) if self.channels == 1 else mean
+        transform = factory.transforms_imagenet_train(
+            size,
+            scale=config.crop_scale,
+            hflip=0.5 if config.flip in (True, "horizontal", "both") else 0.0,
+            vflip=0.5 if config.flip in ("vertical", "both") else 0.0,
+            color_jitter=None,
+            auto_augment=config.rand_augment,
+            interpolation="bicubic",
+            mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
+            normalize=False,
+        )
+        # The last transform turns the image into a tensor; ours are turned where all others are.
+        transform.transforms.pop()
+        return transform
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, autocast: Callable[[], Any]
@@ -132,7 +151,7 @@ def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None
                 f"image_size {image} is not a multiple of this backbone's patch_size {patch}: "
                 f"the nearest that fits is --image-size {fitting}"
             )
-    if config.rand_augment != "none" and architecture["channels"] > 3:
+    if config.rand_augment != "none" and architecture["channels"] not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "
             f"{architecture['channels']} channels: pass --rand-augment none"
@@ -185,6 +204,11 @@ class _Finetuning:
         height, width = pair(config.image_size or tuple(architecture["image_size"]))
         self.config, self.subject, self.data, self.folder = config, subject, data, folder
         self.size = (height, width)
+        if config.rand_augment != "none" and data.train.is_deep():
+            raise UserError(
+                f"rand_augment knows 8 bits, but {data.train.name} has images of more: "
+                "pass --rand-augment none"
+            )
         self.device = subject.backbone.mean.device
         self.world_size = distributed.world_size()
         # An even number for each part of each process: mixup pairs images.

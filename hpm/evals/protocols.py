@@ -302,9 +302,7 @@ def _patches(subjects: list[Subject], baseline: bool) -> Embed:
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
-        features = {
-            s.name: s.backbone.parts(images.to(s.backbone.mean.device))[1] for s in subjects
-        }
+        features = {s.name: s.backbone.parts_of_pixels(images)[1] for s in subjects}
         if baseline:
             patch_size = tuple(subjects[0].architecture["patch_size"])
             features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)

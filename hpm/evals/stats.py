@@ -50,7 +50,7 @@ def _embed(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            cls_token, patches = subject.backbone.parts(images.to(subject.backbone.mean.device))
+            cls_token, patches = subject.backbone.parts_of_pixels(images)
             mean = f"{subject.name}, patch mean"
             if cls_token is not None:
                 features[f"{subject.name}, class token"] = cls_token

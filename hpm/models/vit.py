@@ -185,9 +185,10 @@ class VisionTransformer(Encoder):
         """Features of whole images, and how the class token attends to the patches in the last
         block."""
         x = self._embed(images, None)
-        for block in self.blocks[:-1]:
+        *before, final = self.blocks
+        for block in before:
             x = block(x)
-        last: Any = self.blocks[-1]
+        last: Any = final
         attention = last.attn.of_first_token(last.norm1(x))[..., 1:]
         return self.norm(last(x)), attention
 

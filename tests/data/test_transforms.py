@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hpm.data.transforms import UnreadableImage, evaluation_view, random_crop, training_view
+from hpm.data.arrays import UnreadableImage
+from hpm.data.transforms import evaluation_view, random_crop, training_view
 
 
 @given(
@@ -38,10 +39,21 @@ def test_every_mode_becomes_the_wanted_channels(channels, mode, stored):
         assert view.shape == (channels, 8, 12) and view.dtype == np.uint8
 
 
-def test_16_bits_are_scaled_not_clipped():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_not_clipped(channels):
     pixels = np.full((8, 8), 32768, dtype=np.uint16)
-    view = evaluation_view(Image.fromarray(pixels), (8, 8), 1)
-    assert (view == 127).all()
+    view = evaluation_view(Image.fromarray(pixels), (8, 8), channels)
+    assert view == pytest.approx(np.full((channels, 8, 8), 32768 / 257))
+
+
+@given(
+    width=st.integers(1, 60), height=st.integers(1, 60), size=st.tuples(*[st.integers(1, 40)] * 2)
+)  # fmt: skip
+def test_the_evaluation_view_is_that_of_pillow(width, height, size):
+    rng = np.random.default_rng(width)
+    image = Image.fromarray(rng.integers(0, 256, (height, width), np.uint8))
+    expected = np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
+    assert np.array_equal(evaluation_view(image, size, 1)[0], expected)
 
 
 def test_flip_and_determinism():
@@ -61,6 +73,27 @@ def test_flip_and_determinism():
         np.array_equal(v[..., ::-1], u) for v, u in zip(views[:20], unflipped, strict=True)
     )
     assert 3 <= mirrored <= 17
+
+
+def test_flips():
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    upright = np.asarray(image)
+    ways = {
+        "none": [upright],
+        "horizontal": [upright, upright[:, ::-1]],
+        "vertical": [upright, upright[::-1]],
+        "both": [upright, upright[:, ::-1], upright[::-1], upright[::-1, ::-1]],
+    }
+
+    def views(flip):
+        rngs = map(np.random.default_rng, range(40))
+        return [training_view(image, (8, 8), 1, rng, (1.0, 1.0), flip) for rng in rngs]
+
+    for flip, expected in ways.items():
+        found = {view.tobytes() for view in views(flip)}
+        assert found == {np.ascontiguousarray(way).tobytes() for way in expected}
+    assert np.array_equal(views(True), views("horizontal"))
+    assert np.array_equal(views(False), views("none"))
 
 
 def test_exif_orientation_is_heeded():

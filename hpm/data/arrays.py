@@ -1,0 +1,308 @@
+"""Images that Pillow has no mode for: any number of channels, more than 8 bits, `.npy`.
+
+Units: in a view 255 is full scale, whatever the file holds. Unsigned 8 and 16 bits (and bool) are
+shares of their own full scale. All else, floating or signed, is taken as it is, 1 being full scale:
+any unit trains, since mean and deviation are measured.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from hpm.errors import UserError
+from hpm.extras import need
+
+BICUBIC = Image.Resampling.BICUBIC
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+ALPHA = (1, 2)  # of TIFF's extra samples: associated, unassociated
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as Pillow says it
+LZW = 5  # of TIFF's compressions
+LARGEST = 1e30  # of a floating-point pixel: beyond it float32 overflows
+LUMA = np.array([299, 587, 114], np.float32) / 1000  # as Pillow turns RGB to grey
+View = np.ndarray  # [channels height width], uint8 or float32, 255 being full scale
+File = str | Path | io.BytesIO
+
+# Both complain on stderr of each file that they cannot read; here that is told by UnreadableImage.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
+
+class UnreadableImage(Exception):
+    """The image cannot be decoded, is not of the wanted channels, or is too small to be of use."""
+
+
+@contextmanager
+def reading(errors: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
+    """Whatever a decoder raises on a broken file becomes UnreadableImage."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except errors as error:
+        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+@dataclass(frozen=True)
+class ArrayImage:
+    """An image as an array, not decoded yet.
+
+    axes: which axis is which, of Y, X and C; empty where the file does not say.
+    colours: the channels are known to be grey or RGB, perhaps with alpha, so that they may be
+        turned into each other; those of other images may mean anything.
+    """
+
+    load: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axes: str
+    colours: bool = False
+
+    @property
+    def deep(self) -> bool:
+        """Does it hold more than 8 bits?"""
+        return _kind(self.dtype) not in ("u1", "b1")
+
+    def pixels(self, channels: int) -> Pixels:
+        """Decoded. Raises UnreadableImage where the channels are others, or the numbers none."""
+        self._check_size()
+        axes = self.axes or _guess_axes(self.shape, channels)
+        if sorted(axes) not in (["X", "Y"], ["C", "X", "Y"]):
+            raise UnreadableImage(f"{_times(self.shape)} values, which is not one image")
+        found = self.shape[axes.index("C")] if "C" in axes else 1
+        if found != channels and not (self.colours and channels in (1, 3, 4) and found <= 4):
+            plural = "s" if found > 1 else ""
+            raise UnreadableImage(f"{found} channel{plural} instead of {channels}")
+        array = self._decoded()
+        array = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
+        return Pixels(
+            array.swapaxes(1, 2) if axes.index("X") < axes.index("Y") else array, channels
+        )
+
+    def _check_size(self) -> None:
+        if self.dtype.kind not in "biuf":
+            raise UnreadableImage(f"elements of type {self.dtype} are no pixels")
+        # As many values as the largest image that Pillow opens, so that a broken or hostile header
+        # does not fill the memory.
+        limit = 2 * 4 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+        if not 0 < math.prod(self.shape) <= limit:
+            raise UnreadableImage(f"{_times(self.shape)} values, not between 1 and {limit}")
+
+    def _decoded(self) -> np.ndarray:
+        with reading((Exception,)):
+            array = self.load()
+        if array.shape != self.shape:
+            raise UnreadableImage(f"{_times(array.shape)} values, not {_times(self.shape)} as told")
+        if array.dtype.kind == "f":
+            # Of the whole image: whether it is readable must not depend on the crop.
+            low, high = float(array.min()), float(array.max())
+            if not -LARGEST < low <= high < LARGEST:  # false for NaN, too
+                raise UnreadableImage("some pixels are NaN, infinite or out of all bounds")
+        return array
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded pixels [found channels, height, width], perhaps mapped from a file, and how many
+    channels are wanted of them."""
+
+    array: np.ndarray
+    channels: int
+
+    @property
+    def width(self) -> int:
+        return self.array.shape[2]
+
+    @property
+    def height(self) -> int:
+        return self.array.shape[1]
+
+    def resized(self, size: tuple[int, int], box: tuple[float, float, float, float]) -> View:
+        """The part in `box` at `size` (height, width), by the filter that Pillow's images get."""
+        rows, top, bottom = _around(box[1], box[3], size[0], self.height)
+        columns, left, right = _around(box[0], box[2], size[1], self.width)
+        views = []
+        for channel in in_units_of_255(self.array[:, rows, columns]):
+            image = Image.fromarray(np.ascontiguousarray(channel))
+            resized = image.resize(size[::-1], BICUBIC, box=(left, top, right, bottom))
+            views.append(np.asarray(resized))
+        view = np.stack(views)
+        if _kind(self.array.dtype) == "u2":
+            view = view.clip(0, 255)  # the filter overshoots at edges
+        return view if len(view) == self.channels else recoloured(view, self.channels)
+
+
+def open_image(file: File) -> Image.Image | ArrayImage:
+    """Open an image file (or its bytes), not decoded yet: by Pillow where that keeps all of it.
+
+    Raises UnreadableImage.
+    """
+    with reading((Exception,)):  # of the decoders' own kinds
+        head = _head(file)
+        if head.startswith(b"\x93NUMPY"):
+            return _open_npy(file)
+        if head.startswith(b"\x89PNG") and head[24] == 16 and head[25] > 0:
+            return _open_colour_png(file, head)
+        if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _open_tiff(file)
+        return Image.open(_rewound(file))
+
+
+def is_deep(image: Image.Image | ArrayImage) -> bool:
+    """Does the image hold more than 8 bits a channel?"""
+    return image.deep if isinstance(image, ArrayImage) else image.mode in DEEP_MODES
+
+
+def from_pillow(image: Image.Image) -> ArrayImage:
+    """The pixels of an image in a mode that a view cannot be made of directly."""
+    bands = image.getbands()
+    whole = np.asarray(image)
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        whole = whole.astype(np.uint16)  # 16 bits, in the only mode that older Pillows had for it
+    grey = image.mode in ("1", "L", *DEEP_MODES)
+    axes = "YX" if len(bands) == 1 else "YXC"
+    return ArrayImage(lambda: whole, whole.shape, whole.dtype, axes, colours=grey)
+
+
+def in_units_of_255(array: np.ndarray) -> np.ndarray:
+    """uint8 as it is, all else as float32 with 255 for full scale (see the top of this file)."""
+    kind = _kind(array.dtype)
+    if kind == "u1":
+        return array
+    if kind == "b1":
+        return array.astype(np.uint8) * np.uint8(255)
+    scale = 1 / 257 if kind == "u2" else 255
+    return array.astype(np.float32) * np.float32(scale)
+
+
+def at_depth(view: View, deep: bool) -> View:
+    """float32 where deep, else uint8: all views of a source are of one kind."""
+    if deep:
+        return view.astype(np.float32, copy=False)
+    return view if view.dtype == np.uint8 else view.round().clip(0, 255).astype(np.uint8)
+
+
+def recoloured(view: View, channels: int) -> View:
+    """Between grey, grey with alpha, RGB and RGBA, as Pillow does it."""
+    alphas = view[-1:] if len(view) in (2, 4) else np.full_like(view[:1], 255)
+    colours = view[: len(view) - (len(view) in (2, 4))]
+    if channels == 1 and len(colours) == 3:
+        grey = np.tensordot(LUMA, colours, 1)[None]
+        return grey if view.dtype != np.uint8 else at_depth(grey, deep=False)
+    if channels > 1 and len(colours) == 1:
+        colours = colours.repeat(3, 0)
+    return np.concatenate([colours, alphas]) if channels == 4 else colours
+
+
+def _head(file: File) -> bytes:
+    """The first bytes; none of files whose suffix says that Pillow reads all of them."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()[:32]
+    if Path(file).suffix.lower() not in (".npy", ".png", ".tif", ".tiff"):
+        return b""
+    with open(file, "rb") as opened:
+        return opened.read(32).ljust(32, b"\0")
+
+
+def _open_npy(file: File) -> ArrayImage:
+    # Mapped: of an image that is not floating point only the pages of the crop are read.
+    mode: Any = None if isinstance(file, io.BytesIO) else "r"
+    array = np.load(_rewound(file), mmap_mode=mode, allow_pickle=False)
+    return ArrayImage(lambda: array, array.shape, array.dtype, "")
+
+
+def _open_colour_png(file: File, head: bytes) -> ArrayImage:
+    """16 bits of grey with alpha, RGB or RGBA; Pillow would keep 8."""
+    codecs = _need("imagecodecs", "PNG of 16-bit colours")
+    width, height = (int.from_bytes(head[at : at + 4], "big") for at in (16, 20))
+    shape = (height, width, {2: 3, 4: 2, 6: 4}[head[25]])
+    return ArrayImage(
+        lambda: codecs.png_decode(_content(file)), shape, np.dtype(np.uint16), "YXC", colours=True
+    )
+
+
+def _open_tiff(file: File) -> Image.Image | ArrayImage:
+    """By Pillow what it keeps all channels, bits and pages of; else by tifffile."""
+    with suppress(UnidentifiedImageError):
+        image: Any = Image.open(_rewound(file))
+        bands = len(image.getbands())
+        samples, bits = image.tag_v2.get(277, 1), max(image.tag_v2.get(258, (1,)))
+        pages = bands == 1 and image.is_animated  # of an image whose channels are pages
+        if samples == bands and not pages and (bits <= 8 or bands == 1 or image.mode == "CMYK"):
+            return image
+    tifffile = _need("tifffile", "TIFF of more than RGB in 8 bits")
+    codecs = _need("imagecodecs", "TIFF of more than RGB in 8 bits")
+
+    def load() -> np.ndarray:
+        if page.compression == LZW:
+            # By libtiff: the decoder that tifffile takes crashes the process on damaged files.
+            return codecs.tiff_decode(_content(file), index=None if len(series) > 1 else 0)
+        with tifffile.TiffFile(_rewound(file)) as tiff:
+            # One thread: loading has processes.
+            return tiff.series[0].asarray(maxworkers=1)
+
+    with tifffile.TiffFile(_rewound(file)) as tiff:
+        series = tiff.series[0]
+        page = series.keyframe
+        axes = "".join(axis if axis in "YX" else "C" for axis in series.axes)
+        rgb = page.photometric == 2 and page.samplesperpixel - len(page.extrasamples) == 3
+        alpha = len(page.extrasamples) <= 1 and all(int(e) in ALPHA for e in page.extrasamples)
+        colours = axes == "YX" or (rgb and alpha)
+        return ArrayImage(load, series.shape, series.dtype, axes, colours)
+
+
+def _need(module: str, job: str) -> ModuleType:
+    try:
+        return need(module, "multichannel", job)
+    except UserError as error:
+        # An image among others, perhaps in a loading process: it is named and counted there.
+        raise UnreadableImage(str(error)) from None
+
+
+def _rewound(file: File) -> File:
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    return file
+
+
+def _content(file: File) -> bytes:
+    return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+
+
+def _guess_axes(shape: tuple[int, ...], channels: int) -> str:
+    """[H W], [H W C] or [C H W]: C is the axis that is as long as there are channels."""
+    if len(shape) != 3:
+        return {2: "YX"}.get(len(shape), "?")
+    first, last = shape[0] == channels, shape[2] == channels
+    if first and last:
+        raise UnreadableImage(f"{_times(shape)} values: first or last axis may be the channels")
+    if not first and not last:
+        first = shape[0] < shape[2]  # to tell how many channels there are instead
+    return "CYX" if first else "YXC"
+
+
+def _around(low: float, high: float, size: int, length: int) -> tuple[slice, float, float]:
+    """What of an axis the filter looks at to make `size` pixels of low...high, and low and high
+    counted from there."""
+    reach = math.ceil(2 * max(1, (high - low) / size)) + 1
+    start, stop = max(0, math.floor(low) - reach), min(length, math.ceil(high) + reach)
+    return slice(start, stop), low - start, high - start
+
+
+def _kind(dtype: np.dtype) -> str:
+    """`u2` for 16 bits unsigned, of whatever byte order."""
+    return dtype.str[1:]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
