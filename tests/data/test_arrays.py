@@ -220,6 +220,7 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
         open_image(tmp_path / "bomb.png")
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Pillow, of the damage
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_no_damage_crashes(data):
