@@ -9,6 +9,7 @@ import re
 import sys
 from argparse import HelpFormatter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -19,6 +20,7 @@ from hpm import distributed
 from hpm.config import (
     PROTOCOLS,
     AblateConfig,
+    BenchConfig,
     DemoConfig,
     EvalConfig,
     PretrainConfig,
@@ -36,13 +38,14 @@ VERBS: dict[str, tuple[Any, str]] = {
         f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
     ),
     "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
+    "bench": (BenchConfig, "what a training step costs: hpm bench step"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
-    "tokenize": ["data"], "show": ["run", "data"],
+    "bench": [],     "tokenize": ["data"], "show": ["run", "data"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -92,7 +95,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
         "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
-        "tokenize": _tokenize, "show": _show,
+        "bench": _bench, "tokenize": _tokenize, "show": _show,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -139,6 +142,20 @@ def _ablate(arguments: list[str]) -> int:
     table = ablate(_parse("ablate", arguments))
     if distributed.is_main():
         print(f"{table.read_text()}\nwritten to {table} (with .csv and .png beside it)")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from hpm.bench import bench_step, print_report
+
+    if arguments[:1] != ["step"]:
+        raise UserError("name what to measure: hpm bench step (--help for its options)")
+    config = _parse("bench", arguments[1:])
+    report = bench_step(config)
+    print_report(report, Console())
+    if config.json:
+        Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"written to {config.json}")
     return 0
 
 

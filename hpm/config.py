@@ -175,6 +175,11 @@ class PretrainConfig:
     """Where to train."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """Compile student and teacher (auto: on a GPU, where it pays)."""
+    checkpoint_activations: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them: less
+    memory, about a third more time."""
     workers: int | None = None
     """Processes that load images (default: one per spare core, at most 8)."""
     log_every: int = 10
@@ -209,7 +214,7 @@ class PretrainConfig:
 # May differ between a run and its continuation: none of them changes what is learned.
 FREE_OPTIONS = {
     "out", "device", "workers", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "max_unreadable", "probe", "probe_every",
+    "max_unreadable", "probe", "probe_every", "compile", "checkpoint_activations",
 }  # fmt: skip
 
 
@@ -407,6 +412,48 @@ class AblateConfig(PretrainConfig):
     """How many seeds, from --seed on."""
     labels: str | None = None
     """Labelled images for kNN and linear probe (default: the data, where it has labels)."""
+
+
+@dataclass
+class BenchConfig:
+    """What a training step costs: MAE and HPM in turns, on noise, phase by phase."""
+
+    model: str = "vit_small"
+    """As in pretrain."""
+    image_size: int | tuple[int, int] = 224
+    """As in pretrain."""
+    patch_size: int | tuple[int, int] | None = None
+    """As in pretrain."""
+    channels: int = 3
+    """As in pretrain."""
+    decoder_dim: int | None = None
+    """As in pretrain."""
+    decoder_depth: int | None = None
+    """As in pretrain."""
+    decoder_heads: int | None = None
+    """As in pretrain."""
+    mask_ratio: float = 0.75
+    """As in pretrain."""
+    batch_size: int = 64
+    """As in pretrain."""
+    accumulate: int = 1
+    """As in pretrain."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """As in pretrain."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """As in pretrain."""
+    checkpoint_activations: bool = False
+    """As in pretrain."""
+    repeats: int = 5
+    """Rounds, each of MAE, HPM and a matrix product."""
+    steps_each: int = 3
+    """Steps of each method in a round."""
+    json: str | None = None
+    """File for the numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of weights and masks."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hpm import distributed
 from hpm.checks import check_pretrain
 from hpm.config import PretrainConfig, make_config, read_preset, secondary_mask_ratio
+from hpm.data.loader import Batch
 from hpm.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.masking import (
     HARD_SHARES,
@@ -27,6 +29,12 @@ from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
 from hpm.teacher import attention, predicted_losses, predicted_losses_masked
 from hpm.watch import Step, Window, evaluate, probe, read
+
+Mark = Callable[[str], None]
+
+
+def no_mark(phase: str) -> None:
+    """Nobody measures."""
 
 
 def pretrain(config: str | None = None, **options: Any) -> Run:
@@ -82,26 +90,9 @@ def _train(state: State, stop: Stop) -> None:
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
 
-        losses, masks = [], []
-        image_parts = batch.images.chunk(config.accumulate)
-        index_parts = batch.indices.chunk(config.accumulate)
-        for part in range(config.accumulate):
-            images = state.to_device(image_parts[part])
-            mined = _mine(state, images, index_parts[part], step, num_hard)
-            last = part == config.accumulate - 1
-            with distributed.no_gradient_sync(state.parallel, last):
-                losses.append(_learn(state, images, mined))
-            masks.append(mined)
-        grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.teacher.update(state.model, schedule.ema_decay(step))
+        done = train_step(state, batch, step, num_hard)
         state.step = step + 1
-
-        visible = torch.cat([mined.visible_ids for mined in masks])
-        hidden = torch.cat([mined.hidden_ids for mined in masks])
-        means = torch.stack([*torch.stack(losses).mean(0), grad_norm.detach()])
-        window.steps.append(Step(means, batch, visible, hidden))
+        window.steps.append(done)
         evaluating, saving = schedule.evaluates(state.step), schedule.saves(state.step)
         probing = state.probe is not None and schedule.probes(state.step)
         stopping = stop.received > 0 and distributed.world_size() == 1
@@ -118,6 +109,34 @@ def _train(state: State, stop: Stop) -> None:
             if stopping and state.step < schedule.total:
                 raise Interrupted(stop.received)
             window = Window()
+
+
+def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark = no_mark) -> Step:
+    """One step of the algorithm: mine, reconstruct and predict, update student and teacher.
+
+    Nothing here waits for the device. `mark` is told each phase that ends, for measuring.
+    """
+    config, schedule = state.config, state.schedule
+    losses, masks = [], []
+    image_parts = batch.images.chunk(config.accumulate)
+    index_parts = batch.indices.chunk(config.accumulate)
+    for part in range(config.accumulate):
+        images = state.to_device(image_parts[part])
+        mined = _mine(state, images, index_parts[part], step, num_hard, mark)
+        last = part == config.accumulate - 1
+        with distributed.no_gradient_sync(state.parallel, last):
+            losses.append(_learn(state, images, mined, mark))
+        masks.append(mined)
+    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    mark("optimiser")
+    state.teacher.update(state.model, schedule.ema_decay(step))
+    mark("EMA")
+    visible = torch.cat([mined.visible_ids for mined in masks])
+    hidden = torch.cat([mined.hidden_ids for mined in masks])
+    means = torch.stack([*torch.stack(losses).mean(0), grad_norm.detach()])
+    return Step(means, batch, visible, hidden)
 
 
 def _num_hard(state: State, step: int) -> int:
@@ -140,12 +159,15 @@ class Mined(NamedTuple):
     features: Float[Tensor, "batch tokens dim"] | None
 
 
-def _mine(state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard: int) -> Mined:
+def _mine(
+    state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard: int, mark: Mark
+) -> Mined:
     """The patches that the teacher finds hardest are hidden, the rest at random."""
     config, encoder = state.config, state.model.encoder
     sample_ids = sample_ids.to(state.device, non_blocking=True)
     epoch = state.schedule.epoch(step)
     features, signal = _ask_teacher(state, images, sample_ids, epoch, num_hard)
+    mark("teacher")
     visible_ids, hidden_ids = make_mask(
         config.mask, sample_ids, encoder.grid, state.num_hidden, config.seed, epoch, signal,
         num_hard,
@@ -155,6 +177,7 @@ def _mine(state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard:
         covered_ids = choose_covered(
             sample_ids, visible_ids, ratio, encoder.num_patches, config.seed, epoch
         )
+    mark("mining")
     return Mined(visible_ids, hidden_ids, covered_ids, features)
 
 
@@ -180,7 +203,7 @@ def _ask_teacher(
     return features, signal
 
 
-def _learn(state: State, images: Tensor, mined: Mined) -> Tensor:
+def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Tensor:
     """Reconstruct the hidden patches, predict how well, and take both losses backward.
 
     Returns [3]: reconstruction loss, predictor's loss, ranking accuracy.
@@ -206,7 +229,9 @@ def _learn(state: State, images: Tensor, mined: Mined) -> Tensor:
             predictor_loss = absolute_loss(predicted_loss, patch_loss)
         accuracy = ranking_accuracy(predicted_loss.detach().float(), patch_loss)
     loss = reconstruction_loss + config.predictor_weight * predictor_loss
+    mark("forward")
     (loss / config.accumulate).backward()
+    mark("backward")
     return torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])
 
 

@@ -38,6 +38,7 @@ from hpm.evals.ongoing import OngoingProbe
 from hpm.logs import RunLog
 from hpm.masking import num_hidden_patches
 from hpm.models.build import build_model
+from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
@@ -93,6 +94,13 @@ class State:
         if checkpoint:
             self._resume(checkpoint)
             messages.append(f"going on from {latest}, step {self.step}")
+        self.compiled = _compiles(config, device)
+        _checkpoint_activations(self.model, config.checkpoint_activations)
+        if self.compiled:
+            # In place: names of parameters, and so checkpoints, stay as they are.
+            self.model.compile()
+            teacher = self.teacher.model
+            teacher.predict_loss = torch.compile(teacher.predict_loss)  # type: ignore[method-assign]
         self.parallel = distributed.data_parallel(self.model)
         self.log = RunLog(self.run.folder, self.step, self.schedule.total, distributed.is_main())
         for message in [self._introduction(), *messages]:
@@ -247,6 +255,16 @@ class State:
             f"({self.schedule.epochs:.4g} epochs), {self.device}, {self.config.precision}, "
             f"{distributed.world_size()} process(es), into {self.config.out}"
         )
+
+
+def _compiles(config: PretrainConfig, device: torch.device) -> bool:
+    return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+
+
+def _checkpoint_activations(model: MaskedImageModel, wanted: bool) -> None:
+    for part in (model.encoder, model.reconstructor, model.predictor):
+        if part is not None:
+            part.checkpoint_activations = wanted
 
 
 def _split(

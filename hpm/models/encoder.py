@@ -24,6 +24,7 @@ class Encoder(nn.Module):
     pos_embed: nn.Parameter | None
     blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
+    checkpoint_activations: bool = False  # trade time for memory in the backward pass
 
     def forward(
         self,

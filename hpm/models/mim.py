@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpm.models.encoder import Encoder
 from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
-from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights
+from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights, run_block
 
 Images = Float[Tensor, "batch channels *size"]
 
@@ -24,13 +24,15 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(dim, output_dim)
+        self.checkpoint_activations = False
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], num_outputs: int
     ) -> Float[Tensor, "batch outputs values"]:
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens[:, -num_outputs:]))
+        *before, last = self.blocks
+        for block in before:
+            tokens = run_block(block, tokens, self.checkpoint_activations)
+        return self.head(self.norm(last(tokens, num_outputs)))
 
 
 class MaskedImageModel(nn.Module):

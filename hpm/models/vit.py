@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hpm.models.encoder import Encoder
 from hpm.models.patches import (
@@ -34,10 +35,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        q, k, v = self._heads(x)
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], num_outputs: int | None = None
+    ) -> Float[Tensor, "batch outputs dim"]:
+        """Of all tokens, or of the last `num_outputs` alone, which attend to all."""
+        if num_outputs is None:
+            q, k, v = self._heads(x)
+        else:
+            q, k, v = self._last_heads(x, num_outputs)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _last_heads(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the last `count` tokens, keys and values of all."""
+        batch, tokens, dim = x.shape
+        size = dim // self.num_heads
+        q = F.linear(x[:, -count:], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        q = q.view(batch, count, self.num_heads, size).transpose(1, 2)
+        k, v = kv.view(batch, tokens, 2, self.num_heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
     def of_first_token(
         self, x: Float[Tensor, "batch tokens dim"]
@@ -95,9 +112,21 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(
+        self, x: Float[Tensor, "batch tokens dim"], num_outputs: int | None = None
+    ) -> Float[Tensor, "batch outputs dim"]:
+        """All tokens, or the last `num_outputs` alone: nothing is computed for the others that
+        those do not need."""
+        attended = self.drop_path(self.attn(self.norm1(x), num_outputs))
+        x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool) -> Tensor:
+    """The block; with checkpointing, its activations are computed again when they are needed."""
+    if checkpoint_activations and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
 
 
 class PatchEmbed(nn.Module):
@@ -176,7 +205,7 @@ class VisionTransformer(Encoder):
         """Normalised images -> class token, then one token per visible patch (default: all)."""
         x = self._embed(images, visible_ids)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, self.checkpoint_activations)
         return self.norm(x)
 
     def with_attention(

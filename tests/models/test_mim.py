@@ -6,7 +6,7 @@ from hpm.losses import relative_loss, squared_error
 from hpm.masking import hide_top, noise
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
-from hpm.models.vit import VisionTransformer
+from hpm.models.vit import Block, VisionTransformer
 from hpm.teacher import Teacher, predicted_losses
 
 
@@ -153,3 +153,28 @@ def test_sizes_are_the_usual_ones(name, millions):
     assert set(SIZES) == {
         "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"
     }  # fmt: skip
+
+
+def test_the_last_outputs_alone():
+    """Of the last block only what is read is computed, and it is the same."""
+    torch.manual_seed(0)
+    block = Block(32, 4)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(block(x, 4), block(x)[:, -4:])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_checkpointed_activations_give_the_same_gradients(checkpointed):
+    model = small()
+    for part in (model.encoder, model.reconstructor, model.predictor):
+        part.checkpoint_activations = checkpointed
+    visible_ids, hidden_ids = some_ids(model)
+    images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    prediction, predicted_loss = model(images, visible_ids, hidden_ids)
+    (prediction.square().mean() + predicted_loss.square().mean()).backward()
+    plain = small()
+    prediction, predicted_loss = plain(images, visible_ids, hidden_ids)
+    (prediction.square().mean() + predicted_loss.square().mean()).backward()
+    for one, other in zip(model.parameters(), plain.parameters()):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, other.grad)

@@ -1,0 +1,72 @@
+import json
+import math
+
+import pytest
+import torch
+from helpers import assert_refused, run_hpm
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpm import bench
+from hpm.config import PretrainConfig, resolve_model
+from hpm.models.build import build_model
+
+SMALL = ["--model=vit_nano", "--image-size=32", "--patch-size=8", "--batch-size=4",
+         "--repeats=1", "--steps-each=1", "--device=cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["vit_nano", "vit_tiny"])
+@pytest.mark.parametrize("predictor_loss", ["relative", "none"])
+def test_multiply_adds_are_those_that_pytorch_counts(model, predictor_loss):
+    config = PretrainConfig(
+        "x", "y", model=model, image_size=64, patch_size=8, predictor_loss=predictor_loss
+    )
+    architecture = resolve_model(config)
+    student = build_model(architecture)
+    images, ids = torch.randn(2, 3, 64, 64), torch.arange(64).expand(2, -1)
+
+    def counted(run):
+        plain = sdpa_kernel(SDPBackend.MATH)  # whose products are all counted
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
+            run()
+        return counter.get_total_flops() / 2 / 2  # of two images; a multiply-add is two
+
+    forward = counted(lambda: student(images, ids[:, :16], ids[:, 16:]))
+    predictor = predictor_loss != "none"
+    ours = bench.forward_multiply_adds(architecture, 0.75, predictor)
+    assert ours == pytest.approx(forward, rel=0.01)
+    if predictor:
+        teacher = counted(lambda: student.predict_loss(images))
+        ours = bench.forward_multiply_adds(architecture, 0.75, True, whole=True)
+        assert ours == pytest.approx(teacher, rel=0.01)
+
+
+def test_the_papers_sizes():
+    """Per image: HPM about 2.3 times MAE (ViT-B/16, 224 px, ratio 0.75)."""
+    hpm_config = PretrainConfig("x", "y", model="vit_base")
+    mae_config = PretrainConfig("x", "y", model="vit_base", mask="random", predictor_loss="none")
+    hpm, mae = (
+        bench.step_multiply_adds(resolve_model(config), config, mined)
+        for config, mined in ((hpm_config, True), (mae_config, False))
+    )
+    assert mae == pytest.approx(29e9, rel=0.03) and hpm == pytest.approx(68e9, rel=0.03)
+
+
+def test_bench_step(tmp_path):
+    result = run_hpm("bench", "step", *SMALL, "--json", tmp_path / "b.json")
+    assert result.returncode == 0, result.stderr
+    assert "HPM takes" in result.stdout and "teacher, ms" in result.stdout
+    report = json.loads((tmp_path / "b.json").read_text())
+    for name, found in report["methods"].items():
+        assert found["images_per_second"] > 0 and found["memory_gb"] > 0
+        assert all(math.isfinite(ms) and ms >= 0 for ms in found["phases_ms"].values())
+        assert (found["phases_ms"]["teacher"] > 1) == (name == "HPM")
+        seconds = found["step_ms"] / 1e3
+        rate = 2 * found["multiply_adds_per_image"] * 4 / seconds / 1e12
+        assert found["tflops"] == pytest.approx(rate, rel=1e-6)
+
+
+def test_bad_benchmarks():
+    assert_refused(run_hpm("bench"), "hpm bench step")
+    assert_refused(run_hpm("bench", "step", *SMALL, "--repeats=0"), "repeats")
+    assert_refused(run_hpm("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
