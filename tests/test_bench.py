@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from hpm import bench
 from hpm.config import PretrainConfig, resolve_model
 from hpm.models.build import build_model
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["--model=vit_nano", "--image-size=32", "--patch-size=8", "--batch-size=4",
          "--repeats=1", "--steps-each=1", "--device=cpu"]  # fmt: skip
 
@@ -70,3 +75,12 @@ def test_bad_benchmarks():
     assert_refused(run_hpm("bench"), "hpm bench step")
     assert_refused(run_hpm("bench", "step", *SMALL, "--repeats=0"), "repeats")
     assert_refused(run_hpm("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
+
+
+def test_the_script_for_a_gpu_runs(tmp_path):
+    result = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env=os.environ | {"SMALL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout
+    assert json.loads((tmp_path / "small_eager.json").read_text())["methods"]["HPM"]

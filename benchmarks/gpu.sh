@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All that waits for a GPU, in one call of at most 9 minutes:
+#   OUT=results bash benchmarks/gpu.sh
+# Tests that need a GPU, then the training step of ViT-B/16 and ViT-L/16 at 224 px, compiled and
+# eager. Tables go to the screen, numbers as JSON into $OUT. On a CPU (to test the script itself):
+#   SMALL=1 OUT=results bash benchmarks/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/gpu}
+PYTHON=${PYTHON:-python}
+export PYTHONPATH=$PWD
+mkdir -p "$OUT"
+
+limited() {  # seconds, command ...: what takes longer is stopped and said, the rest goes on
+    local seconds=$1
+    shift
+    timeout "$seconds" "$@" || echo "FAILED or out of time ($?): $*"
+}
+
+bench() {  # name, seconds, options ...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    limited "$seconds" "$PYTHON" -m hpm bench step "$@" --json "$OUT/$name.json" 2>/dev/null
+}
+
+if [ -n "${SMALL:-}" ]; then
+    bench small_eager 60 --model vit_nano --image-size 32 --patch-size 8 --batch-size 4 \
+        --repeats 2 --steps-each 1 --compile false
+    exit
+fi
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+echo "== a step never waits for the device"
+limited 90 "$PYTHON" -m pytest -q tests/test_compile.py
+bench vit_base_compiled 140 --model vit_base --batch-size 256 --repeats 4
+bench vit_base_eager 80 --model vit_base --batch-size 256 --repeats 4 --compile false
+bench vit_large_compiled 200 --model vit_large --batch-size 256 --repeats 3
