@@ -203,7 +203,9 @@ class TokenTarget(_RankedByLoss):
         self, images: Images, features: Tensor | None = None
     ) -> Int[Tensor, "batch patches 1"]:
         pixels = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        return self.codebook.nearest(self.codebook.vectors(pixels, self.grid))[..., None]
+        # In full precision: rounded distances would often name another code.
+        with torch.autocast(images.device.type, enabled=False):
+            return self.codebook.nearest(self.codebook.vectors(pixels, self.grid))[..., None]
 
     def patch_loss(self, prediction: Patches, target: Int[Tensor, "batch patches 1"]) -> PatchLoss:
         return token_cross_entropy(prediction, target[..., 0])

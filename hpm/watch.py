@@ -112,8 +112,7 @@ def probe(state: State) -> None:
     assert state.probe is not None
     began = time.perf_counter()
     state.model.eval()
-    with state.autocast():
-        values = state.probe.measure(state.trained, state.device)
+    values = state.probe.measure(state.trained, state.device)
     state.model.train()
     seconds = time.perf_counter() - began
     state.probe_seconds += seconds
