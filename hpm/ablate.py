@@ -37,6 +37,12 @@ MEASURES = {
 
 
 def ablate(config: AblateConfig) -> Path:
+    """See `_ablate`; all runs in one group of processes."""
+    with distributed.process_group(distributed.pick_device(config.device)):
+        return _ablate(config)
+
+
+def _ablate(config: AblateConfig) -> Path:
     """Run every combination with every seed, and write `ablation.md`, `.csv` and `.png`.
 
     What is done already is not done again. Returns the table's path. Raises UserError before
@@ -54,9 +60,8 @@ def ablate(config: AblateConfig) -> Path:
     rows: list[dict[str, Any]] = []
     for number, (setting, seed, run) in enumerate(planned, 1):
         say(f"run {number} of {len(planned)}: {describe(setting)}, seed {seed}")
-        if not Run(Path(run.out)).backbone.exists():
-            run_pretraining(run)
-        rows.append(setting | {"seed": seed} | measure(Path(run.out), labels, k, config.workers))
+        run_pretraining(run)  # a finished one is left as it is, one of other options refused
+        rows.append(setting | {"seed": seed} | measure(Path(run.out), labels, k, config))
         if distributed.is_main():
             write_results(config, settings, rows)
     return Path(config.out) / "ablation.md"
@@ -104,22 +109,24 @@ def describe(setting: Setting) -> str:
     return ", ".join(f"{name}={value}" for name, value in setting.items())
 
 
-def measure(folder: Path, labels: str | None, k: int, workers: int | None) -> dict[str, float]:
+def measure(folder: Path, labels: str | None, k: int, config: AblateConfig) -> dict[str, float]:
     """The numbers of a finished run; the evaluations are done where they are not yet."""
     values: dict[str, float] = {}
     batch_size = yaml.safe_load(Run(folder).config_file.read_text())["batch_size"]
-    if labels is not None:
-        for protocol, setting in (("knn", f"k = {k}"), ("linear", "linear")):
-            options: dict[str, Any] = {"k": (k,)} if protocol == "knn" else {}
-            options["workers"] = workers
-            done = next((folder / "evals").glob(f"{protocol}_*.json"), None)
-            if done:
-                found = json.loads(done.read_text())["values"]
-            else:
-                found = evaluate(
-                    protocol, str(folder), labels, baselines=False, report=say, **options
-                ).values
-            values[protocol] = found[FEATURES][setting]["top1"]
+    for protocol in ("knn", "linear") if labels is not None else ():
+        assert labels is not None
+        options: dict[str, Any] = {"baselines": False, "out": str(folder / "ablation")}
+        options |= {"k": (k,)} if protocol == "knn" else {}
+        found = _measured(folder, protocol, labels, options)
+        if found is None:
+            how: dict[str, Any] = {
+                "workers": config.workers,
+                "device": config.device,
+                "report": say,
+            }
+            found = evaluate(protocol, str(folder), labels, **how, **options).values
+        setting = f"k = {k}" if protocol == "knn" else protocol
+        values[protocol] = found[FEATURES][setting]["top1"]
     lines = Run(folder).metrics()
     last = {name: value for line in lines for name, value in line.items()}
     for name in ("ranking_accuracy", "mining_accuracy"):
@@ -128,6 +135,18 @@ def measure(folder: Path, labels: str | None, k: int, workers: int | None) -> di
     values["loss"] = last["reconstruction_loss"]
     values["minutes"] = _minutes(lines, batch_size)
     return values
+
+
+def _measured(
+    folder: Path, protocol: str, labels: str, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The values of an earlier evaluation, if it was this one."""
+    for file in (folder / "ablation").glob(f"{protocol}_*.json"):
+        found = json.loads(file.read_text())
+        asked = json.loads(json.dumps(options)) | {"data": labels}
+        if all(found["about"].get(name) == value for name, value in asked.items()):
+            return found["values"]
+    return None
 
 
 def write_results(config: AblateConfig, settings: list[Setting], rows: list[Setting]) -> None:

@@ -47,7 +47,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if world_size() == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Objects travel between CPUs: NCCL would put those of all processes on every GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:

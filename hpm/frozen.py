@@ -46,7 +46,11 @@ class FrozenModel(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.dim: int = self.features(torch.zeros(1, 3, 8, 8)).shape[1]
+        try:
+            self.dim: int = self.features(torch.zeros(1, 3, 8, 8)).shape[1]
+        except (ValueError, RuntimeError) as error:
+            name = type(model).__name__
+            raise UserError(f"{name}: its features cannot be laid on a grid ({error})") from None
 
     @torch.no_grad()
     def features(self, pixels: Pixels) -> Float[Tensor, "batch dim rows columns"]:
@@ -146,6 +150,10 @@ def _on_grid(
         raise ValueError("a model of tokens that does not tell its patch size")
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     rows, columns = size[0] // height, size[1] // width
+    if rows * columns > features.shape[1]:
+        raise ValueError(
+            f"a model of {features.shape[1]} tokens, not of {rows} x {columns} patches"
+        )
     return features[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
 
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from hpm.errors import UserError
 from hpm.extras import need
@@ -36,9 +37,12 @@ def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
 
 
 def _reachable(address: str) -> bool:
+    if getproxies():
+        return True  # what a direct connection says would mean nothing
     parts = urlparse(address)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
-        with socket.create_connection((parts.hostname, parts.port or 443), timeout=SECONDS):
+        with socket.create_connection((parts.hostname, port), timeout=SECONDS):
             return True
     except OSError:
         return False

@@ -231,6 +231,8 @@ def load(path: str | Path) -> Trained:
         load_exactly(encoder, tensors, path)
         return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
     checkpoint = load_checkpoint(path)
+    if "architecture" not in checkpoint.meta:
+        raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
     meta, architecture = checkpoint.meta, checkpoint.meta["architecture"]
     model, teacher = build_model(architecture), build_model(architecture)
     load_exactly(model, checkpoint.model, path)

@@ -27,9 +27,9 @@ from hpm.data.loader import (
     Batch,
     StepSampler,
     TrainingViews,
-    default_workers,
     measure_statistics,
     normalize,
+    num_workers,
     training_loader,
 )
 from hpm.data.sources import Source, hold_out, open_source
@@ -126,7 +126,7 @@ class State:
             len(self.source), config.global_batch_size, self.schedule.total, config.seed,
             self.step, rank, world_size,
         )  # fmt: skip
-        workers = default_workers(world_size) if config.workers is None else config.workers
+        workers = num_workers(config.workers)
         pin_memory = self.device.type == "cuda"
         for batch in training_loader(self.source, views, sampler, workers, pin_memory):
             if len(batch.images) * world_size < config.global_batch_size:

@@ -203,9 +203,10 @@ class TokenTarget(_RankedByLoss):
         self, images: Images, features: Tensor | None = None
     ) -> Int[Tensor, "batch patches 1"]:
         pixels = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        vectors = self.codebook.vectors(pixels, self.grid)
         # In full precision: rounded distances would often name another code.
         with torch.autocast(images.device.type, enabled=False):
-            return self.codebook.nearest(self.codebook.vectors(pixels, self.grid))[..., None]
+            return self.codebook.nearest(vectors)[..., None]
 
     def patch_loss(self, prediction: Patches, target: Int[Tensor, "batch patches 1"]) -> PatchLoss:
         return token_cross_entropy(prediction, target[..., 0])
@@ -236,6 +237,11 @@ def make_target(
         assert config.codebook is not None
         codebook = load_codebook(config.codebook).to(device)
         made_for = (codebook.patch_size, codebook.channels)
+        if codebook.frozen is not None and channels not in (1, 3):
+            raise UserError(
+                f"codebook {config.codebook} is of features of a model of grey or RGB images, but "
+                f"channels is {channels}: tokenize --of pixels"
+            )
         if codebook.frozen is None and made_for != (patch_size, channels):
             raise UserError(
                 f"codebook {config.codebook} is of patches of {list(codebook.patch_size)} pixels "

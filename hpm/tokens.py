@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpm import distributed
 from hpm.checkpoint import read_tensors, write_tensors
+from hpm.checks import MOST_CHANNELS
 from hpm.config import TokenizeConfig, pair
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
@@ -79,8 +81,19 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     size, patch = pair(config.image_size), pair(config.patch_size)
-    if any(s % p for s, p in zip(size, patch, strict=True)):
+    if any(p < 1 or s % p for s, p in zip(size, patch, strict=True)):
         raise UserError(f"patch_size {config.patch_size} does not divide {config.image_size}")
+    if out.suffix != ".safetensors":
+        raise UserError(f"out is '{out}': name a .safetensors file")
+    if not 1 <= config.channels <= MOST_CHANNELS:
+        raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
+    if config.of != "pixels" and config.channels not in (1, 3):
+        raise UserError(
+            f"of {config.of} takes grey or RGB images, but channels is {config.channels}: pass "
+            "--of pixels"
+        )
+    if distributed.world_size() > 1:
+        raise UserError("tokenize runs in one process: leave torchrun out")
     device = pick_device(config.device)
     frozen = load_frozen(config.of) if config.of != "pixels" else None
     codebook = Codebook(torch.empty(0, 1), config.of, patch, config.channels, frozen).to(device)

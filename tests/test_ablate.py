@@ -36,6 +36,8 @@ def test_a_grid_over_seeds(image_folder, tmp_path, capsys):
     again = ablate(config_of(image_folder, tmp_path / "ablation", **options)).read_text()
     assert again == table and len(backbones) == 8
     assert times == [path.stat().st_mtime_ns for path in backbones]
+    with pytest.raises(hpm.UserError, match="holds another run: there base_lr"):
+        ablate(config_of(image_folder, tmp_path / "ablation", **options, base_lr=1e-4))
 
 
 def test_without_labels_there_are_losses(image_folder, tmp_path):

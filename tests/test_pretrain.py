@@ -314,3 +314,15 @@ def test_bad_probes(tmp_path, image_folder):
     few = write_images(tmp_path / "few", classes=2, per_class=4)
     refused("leaves 8 images|leaves 6 images", str(few))
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_probe_sees_no_image_that_an_evaluation_tests_on(image_folder):
+    """Also where the data has no test split, and the evaluation makes one."""
+    from hpm.data.sources import open_source
+    from hpm.evals.features import labelled_splits
+    from hpm.evals.ongoing import OngoingProbe
+
+    tested = labelled_splits(open_source(str(image_folder)), 0).test
+    seen = OngoingProbe(str(image_folder), 0, 0).data
+    paths = {s.path(i) for s in (seen.train, seen.test) for i in range(len(s))}
+    assert not paths & {tested.path(i) for i in range(len(tested))}

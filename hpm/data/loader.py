@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hpm import distributed
 from hpm.config import Flip
 from hpm.data.arrays import UnreadableImage, at_depth
 from hpm.data.sources import Source
@@ -128,11 +129,12 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def training_loader(
-    source: Source, make_view: MakeView, steps: Iterable[list[Key]], workers: int, pin_memory: bool
-) -> DataLoader:
-    """One batch of views per list of keys."""
+    source: Source, make_view: MakeView, steps: Iterable[list[Key]], workers: int, pin_memory: bool,
+    stand_in: bool = True,
+) -> DataLoader:  # fmt: skip
+    """One batch of views per list of keys; see Views for images that cannot be read."""
     return DataLoader(
-        Views(source, make_view, stand_in=True),
+        Views(source, make_view, stand_in),
         batch_sampler=steps,
         collate_fn=_collate,
         num_workers=workers,
@@ -203,7 +205,11 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
-def default_workers(world_size: int = 1) -> int:
-    """One process per spare core, at most 8, at least 1."""
+def num_workers(asked: int | None) -> int:
+    """Processes that load images: as many as asked for, else one per spare core of this process,
+    at most 8, at least 1."""
+    if asked is not None:
+        return asked
+    world_size = distributed.world_size()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, (cores or 1) // world_size - 1))

@@ -158,7 +158,9 @@ class ParquetSource:
             names = _label_names(schema.metadata or {})
             self.classes = names or sorted({str(v) for v in values}, key=_natural)
             numbers = {c: i for i, c in enumerate(self.classes)}
-            self.labels = np.array([v if names else numbers[str(v)] for v in values])
+            # A test split whose labels are withheld has -1 for each, or nothing.
+            if all(v is not None and not (names and not 0 <= v < len(names)) for v in values):
+                self.labels = np.array([v if names else numbers[str(v)] for v in values])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -231,7 +233,7 @@ def _open_folder(path: Path) -> Splits:
     files = sorted(path.rglob("*.parquet"))
     if files:
         train = [f for f in files if f.stem.lower().startswith(TRAIN_NAMES)]
-        test = [f for f in files if f.stem.lower().startswith(TEST_NAMES)]
+        test = _first_test_split(files)
         if not train:
             return Splits(ParquetSource(str(path), files))
         return Splits(
@@ -247,6 +249,14 @@ def _open_folder(path: Path) -> Splits:
             _image_folder(train_folder), _image_folder(test_folder) if test_folder else None
         )
     return Splits(_image_folder(path))
+
+
+def _first_test_split(files: list[Path]) -> list[Path]:
+    """Validation before test, as with folders: the latter often comes without labels."""
+    for name in TEST_NAMES:
+        if found := [f for f in files if f.stem.lower().startswith(name)]:
+            return found
+    return []
 
 
 def _image_folder(root: Path) -> FileSource:

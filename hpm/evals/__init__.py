@@ -97,6 +97,9 @@ def _file(config: EvalConfig, protocol: str, run_folder: Path | None) -> Path | 
         return None
     parts = [protocol, _name(config.data)]
     parts += ["teacher"] if config.teacher else []
+    parts += ["on", _name(config.test)] if config.test else []
+    share = getattr(config, "train_share", 1.0)
+    parts += [f"share_{share:g}"] if share < 1 else []
     parts += ["less", _name(config.compare)] if config.compare else []
     return folder / f"{'_'.join(parts)}.json"
 

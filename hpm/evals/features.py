@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpm import distributed
-from hpm.data.loader import Batch, default_workers, evaluation_batches
+from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.errors import UserError
 from hpm.run import Backbone
@@ -59,8 +59,7 @@ class Reading:
     def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
         """This process's share of the readable images, in order, in batches."""
         ids = distributed.part_of(len(source)).numpy()
-        world_size = distributed.world_size()
-        workers = default_workers(world_size) if self.workers is None else self.workers
+        workers = num_workers(self.workers)
         own = Subset(source, ids)
         for batch in evaluation_batches(own, size, channels, self.batch_size, workers):
             for index, problem in batch.unreadable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -30,8 +31,8 @@ from hpm.data.loader import (
     MakeView,
     StepSampler,
     TrainingViews,
-    default_workers,
     normalize,
+    num_workers,
     training_loader,
 )
 from hpm.data.sources import Source
@@ -77,8 +78,8 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(words[2])
 
 
-class Recipe:
-    """The augmentation and the loss, as timm has them."""
+class Augmentation:
+    """What is done to images and labels, as timm has it, and the loss that goes with it."""
 
     def __init__(
         self, config: FinetuneConfig, subject: Subject, size: tuple[int, int], num_classes: int
@@ -111,17 +112,23 @@ class Recipe:
         config, mean = self.config, self.mean
         factory = need("timm.data.transforms_factory", "finetune", "fine-tuning")
         colours = mean.expand(3) if self.channels == 1 else mean
-        transform = factory.transforms_imagenet_train(
-            size,
-            scale=config.crop_scale,
-            hflip=0.5 if config.flip in (True, "horizontal", "both") else 0.0,
-            vflip=0.5 if config.flip in ("vertical", "both") else 0.0,
-            color_jitter=None,
-            auto_augment=config.rand_augment,
-            interpolation="bicubic",
-            mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
-            normalize=False,
-        )
+        try:
+            transform = factory.transforms_imagenet_train(
+                size,
+                scale=config.crop_scale,
+                hflip=0.5 if config.flip in (True, "horizontal", "both") else 0.0,
+                vflip=0.5 if config.flip in ("vertical", "both") else 0.0,
+                color_jitter=None,
+                auto_augment=config.rand_augment,
+                interpolation="bicubic",
+                mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
+                normalize=False,
+            )
+        except (AssertionError, KeyError, ValueError):
+            raise UserError(
+                f"rand_augment is '{config.rand_augment}', which timm cannot read: write it as "
+                "rand-m9-mstd0.5-inc1, or none"
+            ) from None
         # The last transform turns the image into a tensor; ours are turned where all others are.
         transform.transforms.pop()
         return transform
@@ -221,7 +228,7 @@ class _Finetuning:
             )
         self.steps_per_epoch = len(data.train) // self.batch_size
         self.total = config.epochs * self.steps_per_epoch
-        self.recipe = Recipe(config, subject, self.size, num_classes)
+        self.augmentation = Augmentation(config, subject, self.size, num_classes)
         self.model: Classifier = build_classifier(
             architecture,
             weights,
@@ -236,9 +243,7 @@ class _Finetuning:
         )
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
         self.step = 0
-        self.fingerprint = float(
-            sum(t.double().abs().sum() for t in self.model.state_dict().values())
-        )
+        self.fingerprint = _fingerprint(self.model)
         self._resume()
 
     def run(self, reading: Reading) -> Ranked:
@@ -246,7 +251,7 @@ class _Finetuning:
         if self.step < self.total:
             self._train()
         file = self.folder / "classifier.safetensors"
-        if distributed.is_main() and not file.exists():
+        if not distributed.from_main(file.exists()):
             backbone = self.subject.backbone
             about = {
                 "kind": "hpm classifier",
@@ -256,7 +261,8 @@ class _Finetuning:
                 "mean": backbone.mean.tolist(),
                 "std": backbone.std.tolist(),
             }
-            write_tensors(file, self.model.state_dict(), about)
+            state = self.model.state_dict()
+            distributed.main_first(lambda: write_tensors(file, state, about))
         return self._test(reading)
 
     def _train(self) -> None:
@@ -292,7 +298,9 @@ class _Finetuning:
                         expected = labels[indices].to(self.device)
                         last = number == config.accumulate
                         with distributed.no_gradient_sync(parallel, last):
-                            loss = self.recipe.loss(parallel, images, expected, self._autocast)
+                            loss = self.augmentation.loss(
+                                parallel, images, expected, self._autocast
+                            )
                             (loss / config.accumulate).backward()
                         losses.append(loss.detach())
                     if config.clip_grad is not None:
@@ -319,9 +327,11 @@ class _Finetuning:
             len(self.data.train), self.batch_size, self.total, config.seed, self.step,
             distributed.rank(), self.world_size,
         )  # fmt: skip
-        workers = default_workers(self.world_size) if config.workers is None else config.workers
+        workers = num_workers(config.workers)
         pinned = self.device.type == "cuda"
-        for batch in training_loader(self.data.train, self.recipe.views, sampler, workers, pinned):
+        for batch in training_loader(
+            self.data.train, self.augmentation.views, sampler, workers, pinned
+        ):
             if len(batch.images) * self.world_size < self.batch_size:
                 raise UserError(f"{self.data.train.name}: no readable image")
             yield batch
@@ -390,4 +400,13 @@ class _Finetuning:
         options = dataclasses.asdict(self.config)
         kept = {name: value for name, value in options.items() if name not in FREE}
         kept |= {"images": len(self.data.train), "classes": self.data.classes}
+        kept |= {"images_per_step": self.batch_size}
         return json.loads(json.dumps(kept | {"weights": self.fingerprint}))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """The same for the same weights, on every machine."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hpm import distributed
-from hpm.data.loader import default_workers
+from hpm.config import EvalConfig
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.errors import UserError
 from hpm.evals.features import Reading, Subject, labelled_splits, pooled_features, split_by_class
@@ -30,7 +29,9 @@ class OngoingProbe:
     """The labelled images of `--probe`, split once. Raises UserError where they do not do."""
 
     def __init__(self, data: str, seed: int, workers: int | None):
-        whole = open_source(data).train
+        splits = open_source(data)
+        # Without a test split, `hpm eval` holds a fifth out: none of it may be seen here either.
+        whole = splits.train if splits.test else labelled_splits(splits, EvalConfig.seed).train
         self.data = labelled_splits(Splits(_some(whole, seed)), seed)
         # A class must be there to learn, to choose by and to judge.
         split_by_class(self.data.train_labels, self.data.classes, self.data.train.name, seed)
@@ -39,8 +40,6 @@ class OngoingProbe:
             raise UserError(
                 f"probe: {whole.name} leaves {count} images to learn from; it takes {K}"
             )
-        world_size = distributed.world_size()
-        workers = default_workers(world_size) if workers is None else workers
         self.seed, self.reading = seed, Reading(128, workers, lambda line: None)
 
     def measure(self, trained: Trained, device: torch.device) -> dict[str, float]:

@@ -57,19 +57,29 @@ class Cached:
 class Computed:
     """Features computed anew each time: of augmented views, or because memory would not hold them.
 
-    Several processes share each batch; all of them get the whole.
+    Several processes share each batch; all of them get the whole. Images that cannot be read are
+    left out, or (`stand_in`, for training) replaced by others.
     """
 
     def __init__(
-        self, source: Source, labels: np.ndarray, make_view: MakeView, embed: Embed, workers: int
+        self,
+        source: Source,
+        labels: np.ndarray,
+        make_view: MakeView,
+        embed: Embed,
+        workers: int,
+        stand_in: bool = False,
     ):
+        self.stand_in = stand_in
         self.source, self.make_view, self.embed, self.workers = source, make_view, embed, workers
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
         own = slice(distributed.rank(), None, distributed.world_size())
         keys = [[(epoch, int(i)) for i in ids[own]] for ids in steps]
-        for batch in training_loader(self.source, self.make_view, keys, self.workers, False):
+        for batch in training_loader(
+            self.source, self.make_view, keys, self.workers, False, self.stand_in
+        ):
             rows: dict[str, Tensor] = {}
             if len(batch.images):
                 rows = {name: f.float().cpu() for name, f in self.embed(batch.images).items()}
@@ -141,7 +151,7 @@ class AttentiveHeads(nn.Module):
         heads = max(1, dim // 64)
         head_dim = dim // heads
         self.norm = nn.BatchNorm1d(dim, eps=1e-6, momentum=None, affine=False)
-        projection = torch.empty(3, heads, head_dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        projection = torch.empty(2, heads, head_dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
         output = torch.empty(num_classes, heads * head_dim)
         output.uniform_(-((heads * head_dim) ** -0.5), (heads * head_dim) ** -0.5)
         start = {
@@ -221,13 +231,13 @@ def probe(
     """
     heads = _train(train, held, num_classes, recipe)
     count = len(recipe.settings)
-    right = {name: torch.zeros(count) for name in heads}
-    losses = {name: torch.zeros(count) for name in heads}
+    right = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
+    losses = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
     for name, logits, labels in _logits(heads, held_out, torch.from_numpy(held), recipe):
         chosen_by = logits[:, CHOOSING]
         right[name] += (chosen_by.argmax(-1) == labels).sum(1).cpu()
         expected = labels.expand(count, -1).flatten()
-        entropy = F.cross_entropy(chosen_by.flatten(0, 1), expected, reduction="none")
+        entropy = F.cross_entropy(chosen_by.flatten(0, 1), expected, reduction="none").double()
         losses[name] += entropy.view(count, -1).sum(1).cpu()
     best = {}
     for name in heads:

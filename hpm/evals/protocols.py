@@ -22,7 +22,7 @@ from hpm.config import (
     LinearConfig,
     StatsConfig,
 )
-from hpm.data.loader import EvaluationViews, TrainingViews, default_workers
+from hpm.data.loader import EvaluationViews, TrainingViews, num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.errors import UserError
 from hpm.evals.features import (
@@ -115,8 +115,7 @@ class Task:
 
     @property
     def workers(self) -> int:
-        world_size = distributed.world_size()
-        return default_workers(world_size) if self.config.workers is None else self.config.workers
+        return num_workers(self.config.workers)
 
 
 def evaluate_knn(task: Task, config: KnnConfig) -> Outcome:
@@ -167,7 +166,7 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
         views = TrainingViews(size, channels, config.seed, config.crop_scale, True, 1)
         still = EvaluationViews(size, channels)
         found |= probe(
-            Computed(data.train, data.train_labels, views, embed, task.workers),
+            Computed(data.train, data.train_labels, views, embed, task.workers, True),
             Computed(data.train, data.train_labels, still, embed, task.workers),
             Computed(data.test, data.test_labels, still, embed, task.workers),
             held, len(data.classes), recipe,
@@ -213,6 +212,8 @@ def evaluate_finetune(task: Task, config: FinetuneConfig, folder: Path | None) -
     for subject in task.subjects:
         check_finetune(config, subject.architecture)
     data = task.labelled()
+    if config.baselines:
+        task.held(data.train_labels, data)  # refused now or never
     ranked = {}
     for subject in task.subjects:
         weights = subject.backbone.encoder.state_dict() if subject.name != RANDOM else None
@@ -260,10 +261,20 @@ def evaluate_hardness(task: Task, count: int) -> dict[str, float]:
     if trained.model is None or trained.teacher is None or trained.model.predictor is None:
         return {}
     values: dict[str, float] = {}
-    if distributed.is_main():
+
+    def measure_them() -> None:
+        assert trained.model is not None and trained.teacher is not None
         trained.model.to(task.device).eval()
         trained.teacher.to(task.device).eval()
-        values = measure(trained, task.some_images(count), task.device, task.config.seed)
+        values.update(measure(trained, task.some_images(count), task.device, task.config.seed))
+
+    try:
+        distributed.main_first(measure_them)
+    except UserError as error:
+        # A frozen model or a codebook may be missing here: no reason to lose all other numbers.
+        if isinstance(task.config, HardnessConfig):
+            raise
+        task.reading.report(f"the predictor is not measured: {error}")
     return distributed.from_main(values)
 
 

@@ -22,6 +22,7 @@ from hpm.errors import UserError, nearest
 from hpm.extras import need
 from hpm.models.encoder import Encoder
 from hpm.models.patches import gather_patches, grid_size, patchify
+from hpm.models.vit import run_block
 
 PREFIX = "timm/"
 # timm's modules (files) whose models can run on a subset of their patches.
@@ -108,7 +109,8 @@ class TimmEncoder(Encoder):
         x = self.norm_pre(x)
         rotations = self._rotations(visible_ids)
         for number, block in enumerate(self.blocks):
-            x = block(x) if rotations is None else block(x, rope=rotations[number])
+            options = {} if rotations is None else {"rope": rotations[number]}
+            x = run_block(block, x, self.checkpoint_activations, **options)
         return self.norm(x)
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
@@ -220,7 +222,7 @@ class HieraEncoder(Encoder):
         """Normalised images -> one token per visible mask unit (default: all), normed."""
         x = self._embed(images, visible_ids)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, self.checkpoint_activations)
         return self.norm(x)
 
     def pyramid(

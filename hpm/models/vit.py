@@ -122,11 +122,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool, **options: Any) -> Tensor:
     """The block; with checkpointing, its activations are computed again when they are needed."""
     if checkpoint_activations and torch.is_grad_enabled():
-        return checkpoint(block, x, use_reentrant=False)
-    return block(x)
+        return checkpoint(block, x, use_reentrant=False, **options)
+    return block(x, **options)
 
 
 class PatchEmbed(nn.Module):

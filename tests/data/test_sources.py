@@ -106,6 +106,16 @@ def test_parquet_with_class_names(tmp_path):
     assert source.classes == ["cat", "dog"] and source.labels.tolist() == [1, 0]
 
 
+def test_parquet_whose_test_labels_are_withheld(tmp_path):
+    """Validation is what is tested on, not the test split without labels."""
+    names = ["cat", "dog"]
+    write_parquet(tmp_path / "train-0.parquet", [0, 1], names)
+    write_parquet(tmp_path / "validation-0.parquet", [1, 0, 1], names)
+    write_parquet(tmp_path / "test-0.parquet", [-1] * 5, names)
+    assert open_source(str(tmp_path)).test.labels.tolist() == [1, 0, 1]
+    assert open_source(str(tmp_path / "test-0.parquet")).train.labels is None
+
+
 def test_cifar10(shared_data):
     splits = open_source(str(shared_data / "cifar10"))
     assert len(splits.train) == 50000 and len(splits.test) == 10000

@@ -55,6 +55,12 @@ def test_it_learns(finished_run, image_folder, tmp_path):
     assert result.values["trained"]["finetune"]["top1"] > 80
 
 
+def test_its_checkpoint_is_no_run(finetuned, image_folder):
+    folder = finetuned[1].file.with_suffix("") / "trained"
+    with pytest.raises(hpm.UserError, match="is of a fine-tuning: name the run"):
+        hpm.evaluate("knn", str(folder), str(image_folder))
+
+
 def test_a_finished_one_is_only_tested_again(finished_run, image_folder, finetuned):
     out, result = finetuned
     again = hpm.evaluate(
@@ -147,6 +153,7 @@ def test_bad_finetuning(finished_run, image_folder, tmp_path):
             hpm.evaluate("finetune", run, data, out=str(tmp_path), **options)
 
     refused("image_size 18 is not a multiple of this backbone's patch_size 4", image_size=18)
+    refused("rand_augment is 'rand-x9', which timm cannot read", rand_augment="rand-x9")
     refused("layer_decay is 1.5", layer_decay=1.5)
     refused("drop_path is 1.0", drop_path=1.0)
     refused("epochs is 0", epochs=0)

@@ -172,3 +172,10 @@ def test_augmented_views_of_broken_images(finished_run, tmp_path):
         "linear", str(finished_run.folder), str(images), augment=True, epochs=3, workers=0
     )
     assert result.values["trained, patch mean"]["linear"]["top1"] >= 0
+
+
+def test_of_equal_accuracies_the_likelier_wins():
+    """Easy data, where nearly every rate gets all right: the smallest must not win for that."""
+    train = blobs(400, 0, noise=0.1)
+    found = probed(train, blobs(100, 1, noise=0.1), settings=grid((1e-3, 1e-2, 0.1), (0.0,)))
+    assert found.held_out_top1 == 100 and found.setting.lr > 1e-3
