@@ -312,7 +312,7 @@ def test_bad_probes(tmp_path, image_folder):
     refused("the images have no labels", str(image_folder / "class_0"))
     refused("no such folder", str(tmp_path / "none"))
     few = write_images(tmp_path / "few", classes=2, per_class=4)
-    refused("leaves 8 images|leaves 6 images", str(few))
+    refused("leaves 4 images to learn from", str(few))
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
