@@ -81,7 +81,8 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
     """Write tensors and JSON into one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"hpm": json.dumps(meta)}
+    # Older versions of transformers refuse a file that does not name its framework.
+    header = {"hpm": json.dumps(meta), "format": "pt"}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 

@@ -21,6 +21,7 @@ from hpm.config import (
     AblateConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     PretrainConfig,
     ShowConfig,
     TokenizeConfig,
@@ -38,11 +39,12 @@ VERBS: dict[str, tuple[Any, str]] = {
     "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
+    "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
-    "tokenize": ["data"], "show": ["run", "data"],
+    "tokenize": ["data"], "show": ["run", "data"], "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -92,7 +94,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
         "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
-        "tokenize": _tokenize, "show": _show,
+        "tokenize": _tokenize, "show": _show, "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -155,6 +157,13 @@ def _show(arguments: list[str]) -> int:
     from hpm.show import show
 
     print(f"written to {show(_parse('show', arguments))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from hpm.export import run_export
+
+    run_export(_parse("export", arguments))
     return 0
 
 

@@ -397,6 +397,28 @@ class ShowConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Hand the backbone over to other software, checked to give the same outputs there."""
+
+    run: str
+    """Run folder, checkpoint, backbone file, or what --init takes."""
+    to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
+    """Library or format; hf is transformers of Hugging Face, safetensors our own backbone file."""
+    out: str
+    """File to write (of hf a folder); nothing is overwritten."""
+    teacher: bool = False
+    """The teacher's weights (run or checkpoint only)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Of timm and onnx, what they pool: the mean of the patches, or the class token."""
+    with_decoder: bool = False
+    """Of hf: a ViTMAEForPreTraining, with the reconstructor (run or checkpoint only)."""
+    push: str | None = None
+    """USER/NAME on the Hugging Face hub to upload to, with a model card."""
+    licence: str | None = None
+    """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
+
+
+@dataclass
 class AblateConfig(PretrainConfig):
     """Pre-train with some options varied, over seeds, and compare (all options of pretrain)."""
 
