@@ -153,9 +153,12 @@ class PretrainConfig:
     ema_ramp: str = "50%"
     """How long the decay rises for."""
     init: str | None = None
-    """Start from the weights of another run or weights file (not for resuming)."""
+    """Start from the weights of another run or weights file (not for resuming), also of published
+    HPM, MAE, timm's or Hugging Face's ViT; another image or patch size is resampled to."""
     init_partial: bool = False
     """Accept an --init file that has only some of the tensors."""
+    init_teacher: bool = False
+    """Start from the teacher's (EMA) weights of the --init file."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
@@ -218,7 +221,8 @@ class EvalConfig:
     """What every evaluation takes."""
 
     run: str
-    """Run folder, checkpoint or backbone file."""
+    """Run folder, checkpoint or backbone file; or weights of published HPM, MAE, timm's or Hugging
+    Face's ViT."""
     data: str
     """Images, labelled for all but hardness and stats (see pretrain); with splits train and val
     (or test), or else a fifth is held out."""
@@ -379,7 +383,7 @@ class ShowConfig:
     """Draw image, actual loss, predicted loss, mask and reconstruction."""
 
     run: str
-    """Run folder or checkpoint."""
+    """Run folder or checkpoint; or weights of published HPM, of MAE or of ViTMAE."""
     data: str
     """Images (see pretrain), or one image file."""
     out: str = "show.png"

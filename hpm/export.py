@@ -112,6 +112,8 @@ def _check(config: ExportConfig, out: Path, written: Format) -> None:
 
 def _subject(config: ExportConfig, report: Report) -> Subject:
     trained = load(config.run)
+    for note in trained.notes:
+        report(note)
     backbone = trained.backbone(config.pool, config.teacher).eval()
     model = (trained.teacher if config.teacher else trained.model) if config.with_decoder else None
     if model is not None:

@@ -6,9 +6,11 @@ gives the lines that load it. Nothing here knows of places on the disk or of mes
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -358,13 +360,16 @@ class Onnx(Format):
                 # What the exporter has to say of its own insides helps nobody here.
                 warnings.simplefilter("ignore")
                 torch.onnx.export(
-                    _FromPixels(subject.backbone).eval(), (images,), path,
+                    _FromPixels(_expressible(subject.backbone)).eval(), (images,), path,
                     input_names=["images"], output_names=["pooled", "patches"],
                     dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                     dynamo=True, external_data=False, verbose=False,
                 )  # fmt: skip
         except torch.onnx.OnnxExporterError as error:
-            reason = " ".join(str(error).split())[:160]
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = " ".join(str(cause).split())[:160]
             raise UserError(f"export to onnx: the exporter cannot express it: {reason}") from None
         finally:
             logging.disable(logging.NOTSET)
@@ -426,6 +431,19 @@ class _FromPixels(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = self.backbone.mean.view(-1, 1, 1), self.backbone.std.view(-1, 1, 1)
         return self.backbone((images - mean) / std)
+
+
+def _expressible(backbone: Backbone) -> Backbone:
+    """A backbone with attention that ONNX has: Hiera's, within and among units at once, is not a
+    thing that the exporter knows in one piece."""
+    if not isinstance(backbone.encoder, HieraEncoder):
+        return backbone
+    backbone = copy.deepcopy(backbone)
+    modules: Iterator[Any] = backbone.modules()
+    for module in modules:
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return backbone
 
 
 def preprocessing(subject: Subject) -> dict[str, Any]:

@@ -43,7 +43,8 @@ HUGGING_FACE = (
     (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
     (r"^layernorm\.", "encoder.norm."),
     (r"^(?:encoder\.layer|layers)\.", "encoder.blocks."),
-    (r"^decoder\.decoder_layers\.", "reconstructor.blocks."),
+    # The second is what transformers 5 writes of a ViTMAE.
+    (r"^decoder\.decoder_(?:layers|encoder\.layer)\.", "reconstructor.blocks."),
     (r"^decoder\.decoder_norm\.", "reconstructor.norm."),
     (r"^decoder\.decoder_pred\.", "reconstructor.head."),
     (r"^decoder\.(?=decoder_embed\.|mask_token$|decoder_pos_embed$)", ""),
@@ -98,7 +99,7 @@ def recognise(keys: Iterable[str]) -> Kind | None:
         return any(name.startswith(start) for name in names)
 
     if "embeddings.patch_embeddings.projection.weight" in names:
-        return "hf_mae" if some("decoder.decoder_layers.") else "hf_vit"
+        return "hf_mae" if some("decoder.decoder_norm.") else "hf_vit"
     if "patch_embed.proj.weight" not in names or not some("blocks.0."):
         return None
     if some("decoder_blocks_losspred."):
