@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm.checkpoint import write_text
+from hpm.checks import MINED_BY_LOSS
 from hpm.config import ExportConfig, PretrainConfig
 from hpm.formats import Subject
 from hpm.version import __version__
@@ -29,7 +30,7 @@ def card(subject: Subject, config: ExportConfig, lines: str, with_figure: bool) 
     if config.push and config.to == "hf":
         lines = lines.replace(config.out, config.push)
     parts = [
-        _front_matter(config),
+        _front_matter(subject, config),
         f"# {(config.push or Path(config.out).name).rpartition('/')[2]}",
         _method(subject, config),
         f"![image, losses, mask, reconstruction]({FIGURE})" if with_figure else "",
@@ -48,38 +49,50 @@ def latest_figure(run: Path | None) -> Path | None:
     return found[-1] if found else None
 
 
-def _front_matter(config: ExportConfig) -> str:
+def _front_matter(subject: Subject, config: ExportConfig) -> str:
     library = LIBRARIES.get(config.to)
+    tags = ["self-supervised", "masked-image-modelling"]
+    tags += ["hard-patches-mining"] if _is_hpm(subject.trained.config) else []
     lines = [
         f"license: {config.licence or 'unknown'}",
         *([f"library_name: {library}"] if library else []),
         "pipeline_tag: image-feature-extraction",
-        "tags: [self-supervised, masked-image-modelling, hard-patches-mining]",
+        f"tags: [{', '.join(tags)}]",
     ]
     return "\n".join(["---", *lines, "---"])
 
 
 def _method(subject: Subject, config: ExportConfig) -> str:
-    shape, encoder = subject.architecture, subject.encoder
+    """What it is, and no more of how it came to be than the run tells."""
+    shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
     name = shape.get("model", "Vision Transformer")
-    sizes = f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}"
-    whose = "the teacher's (moving average) weights" if config.teacher else "the student's weights"
-    return (
-        f"{name}, width {shape['embed_dim']}, {shape['depth']} blocks, for images of {sizes}, "
-        f"{encoder.channels} channel(s), pre-trained without labels by masked image modelling "
-        "with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): a teacher "
-        "predicts how badly each patch will be reconstructed, and the hardest are hidden more and "
-        f"more as training goes on. These are {whose}."
+    text = (
+        f"{name}, width {shape['embed_dim']}, {shape['depth']} blocks, for images of "
+        f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
+        f"{encoder.channels} channel(s). "
     )
+    if trained.notes:
+        # The name alone: where it lay is nobody's business.
+        found = trained.notes[0].removeprefix(f"{trained.name}: ")
+        return f"{text}Not trained by hpm: converted from {Path(trained.name).name}, {found}."
+    text += "Pre-trained without labels by masked image modelling"
+    if _is_hpm(trained.config):
+        text += (
+            " with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): a teacher "
+            "predicts how badly each patch will be reconstructed, and masks follow from that"
+        )
+    whose = "teacher's (moving average)" if config.teacher else "student's"
+    return f"{text}. These are the {whose} weights."
+
+
+def _is_hpm(config: PretrainConfig | None) -> bool:
+    """Whether a run is known to have mined by predicted losses."""
+    return bool(config and config.data and config.mask in MINED_BY_LOSS)
 
 
 def _input(subject: Subject) -> str:
-    mean, std = ([round(v, 5) for v in values] for values in _moments(subject))
+    mean, std = ([round(v, 5) for v in m] for m in (subject.trained.mean, subject.trained.std))
     return f"Normalisation, of pixels whose full scale is 1: mean {mean}, deviation {std}."
-
-
-def _moments(subject: Subject) -> tuple[list[float], list[float]]:
-    return subject.trained.mean, subject.trained.std
 
 
 def _training(config: PretrainConfig | None) -> str:

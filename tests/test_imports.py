@@ -460,6 +460,11 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
     shown = run_hpm("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
     assert shown.returncode == 0 and "normalised pixels (assumed)" in shown.stdout, shown.stderr
     hpm.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
+    text = (tmp_path / "hf" / "README.md").read_text()
+    assert (
+        "Not trained by hpm: converted from hpm.pth, a published" in text
+        and "hard-patches-mining" not in text
+    )
     back = load(tmp_path / "hf")
     close(back.backbone().eval()(IMAGES)[1], load(hpm_file).backbone().eval()(IMAGES)[1])
 
