@@ -2,8 +2,12 @@
 
 from hpm.errors import UserError
 from hpm.evals import evaluate
+from hpm.export import export
 from hpm.pretrain import Interrupted, pretrain
 from hpm.run import Run, load_encoder
 from hpm.version import __version__
 
-__all__ = ["Interrupted", "Run", "UserError", "__version__", "evaluate", "load_encoder", "pretrain"]
+__all__ = [
+    "Interrupted", "Run", "UserError", "__version__", "evaluate", "export", "load_encoder",
+    "pretrain",
+]  # fmt: skip

@@ -6,12 +6,14 @@ A checkpoint is one safetensors file: the tensors under `model.`, `teacher.`, `o
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from hpm.errors import UserError
 
 State = dict[str, Tensor]
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass
@@ -81,24 +84,28 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
     """Write tensors and JSON into one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"hpm": json.dumps(meta)}
+    # Older versions of transformers refuse a file that does not name its framework.
+    header = {"hpm": json.dumps(meta), "format": "pt"}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
     try:
-        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-            return _read_torch_file(path), {}
+        if path.suffix in TORCH_SUFFIXES:
+            states = read_torch_file(path)
+            return next(
+                states[key] for key in ("state_dict", "model", *states) if key in states
+            ), {}
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UserError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: truncated or not a weights file ({_line(error)}); use another checkpoint"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 def save_checkpoint(
@@ -176,8 +183,12 @@ def load_exactly(module: nn.Module, state: State, path: Path) -> None:
     module.load_state_dict(state)
 
 
-def load_initial(model: nn.Module, state: State, path: Path, partial: bool) -> str:
+def load_initial(
+    model: nn.Module, state: State, path: Path, partial: bool, unused: Sequence[str] = ()
+) -> str:
     """Start from other weights: says how many tensors matched; refuses a partial load unless asked.
+
+    unused: further tensors of the file, to be named as left over.
 
     A backbone file, whose names lack the `encoder.` in front, is an encoder without decoders.
     """
@@ -185,7 +196,9 @@ def load_initial(model: nn.Module, state: State, path: Path, partial: bool) -> s
     if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
         state = {f"encoder.{name}": tensor for name, tensor in state.items()}
     matching = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
-    summary = f"{len(matching)} of {len(own)} tensors matched {path}"
+    summary = f"{len(matching)} of {len(own)} tensors matched {path} ({_by_part(own, matching)})"
+    left = [*unused, *[name for name in state if name not in matching]]
+    summary += f", {len(left)} left over: {_some(left)}" if left else ""
     if not matching:
         raise UserError(f"init: {summary}; it holds no weights of such a model")
     if len(matching) < len(own):
@@ -195,6 +208,20 @@ def load_initial(model: nn.Module, state: State, path: Path, partial: bool) -> s
             raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
     model.load_state_dict(matching, strict=False)
     return summary
+
+
+def _by_part(own: State, matching: State) -> str:
+    """How many tensors of each part matched: `encoder 52 of 52, predictor none of 16`."""
+    counts: dict[str, list[int]] = {}
+    for name in own:
+        count = counts.setdefault(name.partition(".")[0], [0, 0])
+        count[0] += name in matching
+        count[1] += 1
+    return ", ".join(f"{part} {n or 'none'} of {total}" for part, (n, total) in counts.items())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def compare(module: nn.Module, state: State) -> list[str]:
@@ -209,22 +236,57 @@ def compare(module: nn.Module, state: State) -> list[str]:
     return problems
 
 
-def _read_torch_file(path: Path) -> State:
+def read_torch_file(path: Path) -> dict[str, State]:
+    """Every state dict of a PyTorch file that holds no code: under its key, or under "" where it
+    is the file itself. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_packed(path)
+        # Training scripts keep their arguments beside the weights, in this container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: holds pickled code (or is damaged), which is never run; "
             "convert it to safetensors where you trust it"
         ) from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(_line(error)) from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError("no tensors in it")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file can fail anywhere in PyTorch's reader
+        raise _unreadable(path, error) from None
+    nested = {"": content} | content if isinstance(content, dict) else {}
+    states = {str(key): _tensors(value, path) for key, value in nested.items()}
+    states = {key: state for key, state in states.items() if state}
+    if not states:
+        raise _unreadable(path, ValueError("no tensors in it"))
+    return states
+
+
+def _refuse_packed(path: Path) -> None:
+    """PyTorch stores its archives unpacked: one that is not may grow to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(item.file_size for item in archive.infolist())
+    if declared > path.stat().st_size:
+        raise ValueError(f"it would unpack to {declared / 1e9:.3g} GB")
+
+
+def _tensors(content: Any, path: Path) -> State:
+    """The tensors of a dictionary, each of them whole: none claims more than its file holds."""
+    if not isinstance(content, dict):
+        return {}
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise _unreadable(path, ValueError(f"{name} is no plain tensor"))
+    return state
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: truncated or not a weights file ({_line(error)}); use another checkpoint"
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

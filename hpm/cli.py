@@ -23,6 +23,7 @@ from hpm.config import (
     BenchConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     PretrainConfig,
     ShowConfig,
     TokenizeConfig,
@@ -41,11 +42,12 @@ VERBS: dict[str, tuple[Any, str]] = {
     "bench": (BenchConfig, "what a training step costs: hpm bench step"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
+    "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
-    "bench": [],     "tokenize": ["data"], "show": ["run", "data"],
+    "bench": [], "tokenize": ["data"], "show": ["run", "data"], "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -95,7 +97,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
         "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
-        "bench": _bench, "tokenize": _tokenize, "show": _show,
+        "bench": _bench, "tokenize": _tokenize, "show": _show, "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -172,6 +174,13 @@ def _show(arguments: list[str]) -> int:
     from hpm.show import show
 
     print(f"written to {show(_parse('show', arguments))}")
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    from hpm.export import run_export
+
+    run_export(_parse("export", arguments))
     return 0
 
 

@@ -153,9 +153,12 @@ class PretrainConfig:
     ema_ramp: str = "50%"
     """How long the decay rises for."""
     init: str | None = None
-    """Start from the weights of another run or weights file (not for resuming)."""
+    """Start from the weights of another run or weights file (not for resuming), also of published
+    HPM, MAE, timm's or Hugging Face's ViT; another image or patch size is resampled to."""
     init_partial: bool = False
     """Accept an --init file that has only some of the tensors."""
+    init_teacher: bool = False
+    """Start from the teacher's (EMA) weights of the --init file."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a share of the image."""
@@ -223,7 +226,8 @@ class EvalConfig:
     """What every evaluation takes."""
 
     run: str
-    """Run folder, checkpoint or backbone file."""
+    """Run folder, checkpoint or backbone file; or weights of published HPM, MAE, timm's or Hugging
+    Face's ViT."""
     data: str
     """Images, labelled for all but hardness and stats (see pretrain); with splits train and val
     (or test), or else a fifth is held out."""
@@ -384,7 +388,7 @@ class ShowConfig:
     """Draw image, actual loss, predicted loss, mask and reconstruction."""
 
     run: str
-    """Run folder or checkpoint."""
+    """Run folder or checkpoint; or weights of published HPM, of MAE or of ViTMAE."""
     data: str
     """Images (see pretrain), or one image file."""
     out: str = "show.png"
@@ -399,6 +403,28 @@ class ShowConfig:
     """Where to compute."""
     seed: int = 0
     """Of the masks and of the choice of images."""
+
+
+@dataclass
+class ExportConfig:
+    """Hand the backbone over to other software, checked to give the same outputs there."""
+
+    run: str
+    """Run folder, checkpoint, backbone file, or what --init takes."""
+    to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
+    """Library or format; hf is transformers of Hugging Face, safetensors our own backbone file."""
+    out: str
+    """File to write (of hf a folder); nothing is overwritten."""
+    teacher: bool = False
+    """The teacher's weights (run or checkpoint only)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Of timm and onnx, what they pool: the mean of the patches, or the class token."""
+    with_decoder: bool = False
+    """Of hf: a ViTMAEForPreTraining, with the reconstructor (run or checkpoint only)."""
+    push: str | None = None
+    """USER/NAME on the Hugging Face hub to upload to, with a model card."""
+    licence: str | None = None
+    """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
 
 
 @dataclass

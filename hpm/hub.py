@@ -1,9 +1,11 @@
-"""Weights from the Hugging Face hub: from its cache on disk, else fetched, else one clear line."""
+"""The Hugging Face hub: weights from its cache on disk, else fetched; a folder uploaded; else one
+clear line."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -34,6 +36,23 @@ def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder as the model USER/NAME, made where there is none. Returns its address.
+
+    Raises UserError where the hub cannot be reached or does not accept it.
+    """
+    hub: Any = need("huggingface_hub", "hf", "--push")
+    endpoint = need("huggingface_hub.constants", "hf", "--push").ENDPOINT
+    if not _reachable(endpoint):
+        raise UserError(f"push: {endpoint} cannot be reached")
+    try:
+        address = str(hub.create_repo(name, exist_ok=True))
+        hub.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of hpm")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"push: {name} could not be uploaded: {_line(error)}") from None
+    return address
 
 
 def _reachable(address: str) -> bool:

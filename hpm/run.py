@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpm.checkpoint import (
+    TORCH_SUFFIXES,
     list_checkpoints,
     load_checkpoint,
     load_exactly,
@@ -26,6 +27,7 @@ from hpm.checkpoint import (
 from hpm.config import FREE_OPTIONS, PretrainConfig, make_config
 from hpm.data.loader import normalize
 from hpm.errors import UserError
+from hpm.imports import import_model
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -174,6 +176,7 @@ class Trained:
     config: PretrainConfig | None = None
     folder: Path | None = None
     target: Target | None = None  # of a run that is in training; see `find_target`
+    notes: list[str] = field(default_factory=list)  # what was assumed of weights that are not ours
 
     def find_target(self, device: torch.device) -> Target:
         """What the model was trained to reconstruct. UserError where a part of it is not here."""
@@ -213,23 +216,28 @@ def load_encoder(path: str | Path, pool: str = "mean", teacher: bool = False) ->
 
 
 def load(path: str | Path) -> Trained:
-    """Read a run folder (its latest checkpoint, else its backbone), a checkpoint or a backbone."""
+    """Read a run folder (its latest checkpoint, else its backbone), a checkpoint, a backbone, or
+    weights of others (see `hpm.imports`)."""
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path}: no such run folder or file")
     run = Run(path)
-    if path.is_dir():
+    if path.is_dir() and not (path / "config.json").exists():
         file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)
         if file is None:
             raise UserError(f"{path}: holds no checkpoint and no backbone.safetensors")
         trained = load(file)
         trained.name, trained.folder = str(path), path
         return trained
+    if path.is_dir() or path.suffix in TORCH_SUFFIXES:
+        return _of_others(path)
     tensors, meta = read_tensors(path)
     if meta.get("kind") == "hpm encoder":
         encoder = build_encoder(meta)
         load_exactly(encoder, tensors, path)
         return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
+    if "step" not in meta:
+        return _of_others(path)
     checkpoint = load_checkpoint(path)
     if "architecture" not in checkpoint.meta:
         raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
@@ -240,6 +248,14 @@ def load(path: str | Path) -> Trained:
     return Trained(
         str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
         make_config(PretrainConfig, meta["config"]),
+    )  # fmt: skip
+
+
+def _of_others(path: Path) -> Trained:
+    found = import_model(path)
+    return Trained(
+        str(path), found.architecture, found.mean, found.std, found.encoder, found.model,
+        found.teacher, found.config, notes=found.notes,
     )  # fmt: skip
 
 

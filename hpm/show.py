@@ -25,6 +25,8 @@ def show(config: ShowConfig) -> Path:
     if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
         raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg or .jpg file")
     trained = load(config.run)
+    for note in trained.notes:
+        print(note)
     if trained.model is None or trained.teacher is None or trained.config is None:
         raise UserError(
             f"{config.run} holds a backbone only: without decoders it has no losses and no "

@@ -14,8 +14,6 @@ from hpm import distributed
 from hpm.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    load_initial,
-    read_tensors,
     restore,
     save_checkpoint,
     write_checkpoint,
@@ -35,6 +33,7 @@ from hpm.data.loader import (
 from hpm.data.sources import Source, hold_out, open_source
 from hpm.errors import UserError
 from hpm.evals.ongoing import OngoingProbe
+from hpm.imports import initialise
 from hpm.logs import RunLog
 from hpm.masking import num_hidden_patches
 from hpm.models.build import build_model
@@ -202,14 +201,11 @@ class State:
             )
 
     def _initialise(self, path: Path) -> str:
-        """Weights of an earlier run, checkpoint or backbone file."""
+        """Weights of an earlier run, checkpoint or backbone file, or of others."""
         if path.is_dir():
             run = Run(path)
-            path = run.latest_checkpoint() or run.backbone
-        state, meta = read_tensors(path)
-        if "step" in meta:
-            state = load_checkpoint(path).model
-        return "init: " + load_initial(self.model, state, path, self.config.init_partial)
+            path = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else path)
+        return initialise(self.model, path, self.config.init_partial, self.config.init_teacher)
 
     def _pretrained(self) -> str:
         """timm's weights, fetched by one process; the others then find them on the disk."""

@@ -95,6 +95,8 @@ class Task:
 
     def _subject(self, name: str, trained: Trained) -> Subject:
         backbone = trained.backbone(teacher=self.config.teacher)
+        for note in trained.notes:
+            self.reading.report(note)
         return Subject(name, backbone, trained.architecture)
 
     def labelled(self) -> Labelled:
@@ -293,6 +295,10 @@ def run_protocol(task: Task, folder: Path | None) -> Outcome:
         return evaluate_stats(task, config)
     assert isinstance(config, HardnessConfig)
     hardness = evaluate_hardness(task, config.images)
+    if task.trained.model is None:
+        raise UserError(
+            f"{config.run} holds a backbone only: without decoders it has no losses to measure"
+        )
     if not hardness:
         raise UserError(f"{config.run} has no loss predictor, so there is nothing to measure")
     return Outcome(hardness=hardness)

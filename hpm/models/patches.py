@@ -78,6 +78,26 @@ def interpolate_positions(
     return torch.cat([cls_token, patches.permute(0, 2, 3, 1).reshape(1, -1, dim)], dim=1)
 
 
+def resample_projection(
+    weight: Float[Tensor, "dim channels height width"], patch_size: Size
+) -> Float[Tensor, "dim channels new_height new_width"]:
+    """A patch projection for patches of another size.
+
+    Each is the least-squares answer to: an enlarged (bicubic) patch should give the token that the
+    patch itself gave (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4). Resampling the
+    weights as if they were an image would scale the tokens by the share of pixels.
+    """
+    before = tuple(weight.shape[2:])
+    if before == patch_size:
+        return weight
+    pixels = prod(before)
+    basis = torch.eye(pixels, dtype=torch.float64).reshape(pixels, 1, *before)
+    resized = F.interpolate(basis, patch_size, mode="bicubic", align_corners=False, antialias=True)
+    inverse = torch.linalg.pinv(resized.flatten(1))  # [new pixels, pixels]
+    new = weight.double().flatten(2) @ inverse.T
+    return new.reshape(*weight.shape[:2], *patch_size).to(weight.dtype)
+
+
 def sincos_positions(grid: Size, dim: int) -> Float[Tensor, "tokens dim"]:
     """Fixed sine-cosine positions of a class token (zeros) and of every patch, in raster order.
 

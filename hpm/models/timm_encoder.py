@@ -105,7 +105,7 @@ class TimmEncoder(Encoder):
         patches = patchify(images, self.patch_size)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
-        x = self._add_positions(self._prefix(len(images)), self._embed(patches), visible_ids)
+        x = self._add_positions(self._prefix(images.shape[0]), self._embed(patches), visible_ids)
         x = self.norm_pre(x)
         rotations = self._rotations(visible_ids)
         for number, block in enumerate(self.blocks):
@@ -145,7 +145,7 @@ class TimmEncoder(Encoder):
         """Prefix and patches in one row; a model adds positions to all, to the patches, or none."""
         if self.pos_embed is not None:
             first = self.pos_embed.shape[1] - self.num_patches
-            positions = self.pos_embed[:, first:].expand(len(patches), -1, -1)
+            positions = self.pos_embed[:, first:].expand(patches.shape[0], -1, -1)
             if visible_ids is not None:
                 positions = gather_patches(positions, visible_ids)
             patches = patches + positions

@@ -223,14 +223,15 @@ class VisionTransformer(Encoder):
 
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
         """Class token and visible patches with their positions."""
+        batch = images.shape[0]  # which len(images) would fix in an exported graph
         patches = patchify(images, self.patch_size)
         assert self.pos_embed is not None
-        positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)
+        positions = self.pos_embed[:, 1:].expand(batch, -1, -1)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
             positions = gather_patches(positions, visible_ids)
         x = self.patch_embed(patches) + positions
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
         return torch.cat([cls_token, x], dim=1)
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:

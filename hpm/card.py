@@ -1,0 +1,155 @@
+"""The model card of an exported backbone: README.md as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hpm.checkpoint import write_text
+from hpm.checks import MINED_BY_LOSS
+from hpm.config import ExportConfig, PretrainConfig
+from hpm.formats import Subject
+from hpm.version import __version__
+
+FIGURE = "figure.png"
+LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
+
+
+def add_card(folder: Path, subject: Subject, config: ExportConfig, lines: str) -> None:
+    """Write README.md, and copy the run's latest figure if there is one."""
+    figure = latest_figure(subject.trained.folder)
+    if figure:
+        shutil.copy(figure, folder / FIGURE)
+    write_text(folder / "README.md", card(subject, config, lines, bool(figure)))
+
+
+def card(subject: Subject, config: ExportConfig, lines: str, with_figure: bool) -> str:
+    """The text of the card. `lines` load the model; those of a folder that is pushed name it."""
+    if config.push and config.to == "hf":
+        lines = lines.replace(config.out, config.push)
+    parts = [
+        _front_matter(subject, config),
+        f"# {(config.push or Path(config.out).name).rpartition('/')[2]}",
+        _method(subject, config),
+        f"![image, losses, mask, reconstruction]({FIGURE})" if with_figure else "",
+        f"## Use\n\n```python\n{lines}\n```\n\n{_input(subject)}",
+        f"## Training\n\n{_training(subject.trained.config)}",
+        f"## Results\n\n{_results(subject.trained.folder)}",
+        f"## Licence\n\n{config.licence or 'Not stated: the one who exports gives --licence.'}",
+        f"Made by hpm {__version__}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def latest_figure(run: Path | None) -> Path | None:
+    """The last figure that a run drew."""
+    found = sorted((run / "figures").glob("*.png")) if run else []
+    return found[-1] if found else None
+
+
+def _front_matter(subject: Subject, config: ExportConfig) -> str:
+    library = LIBRARIES.get(config.to)
+    tags = ["self-supervised", "masked-image-modelling"]
+    tags += ["hard-patches-mining"] if _is_hpm(subject.trained.config) else []
+    lines = [
+        f"license: {config.licence or 'unknown'}",
+        *([f"library_name: {library}"] if library else []),
+        "pipeline_tag: image-feature-extraction",
+        f"tags: [{', '.join(tags)}]",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _method(subject: Subject, config: ExportConfig) -> str:
+    """What it is, and no more of how it came to be than the run tells."""
+    shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
+    name = shape.get("model", "Vision Transformer")
+    text = (
+        f"{name}, width {shape['embed_dim']}, {shape['depth']} blocks, for images of "
+        f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
+        f"{encoder.channels} channel(s). "
+    )
+    if trained.notes:
+        # The name alone: where it lay is nobody's business.
+        found = trained.notes[0].removeprefix(f"{trained.name}: ")
+        return f"{text}Not trained by hpm: converted from {Path(trained.name).name}, {found}."
+    text += "Pre-trained without labels by masked image modelling"
+    if _is_hpm(trained.config):
+        text += (
+            " with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): a teacher "
+            "predicts how badly each patch will be reconstructed, and masks follow from that"
+        )
+    whose = "teacher's (moving average)" if config.teacher else "student's"
+    return f"{text}. These are the {whose} weights."
+
+
+def _is_hpm(config: PretrainConfig | None) -> bool:
+    """Whether a run is known to have mined by predicted losses."""
+    return bool(config and config.data and config.mask in MINED_BY_LOSS)
+
+
+def _input(subject: Subject) -> str:
+    mean, std = ([round(v, 5) for v in m] for m in (subject.trained.mean, subject.trained.std))
+    return f"Normalisation, of pixels whose full scale is 1: mean {mean}, deviation {std}."
+
+
+def _training(config: PretrainConfig | None) -> str:
+    if config is None or not config.data:
+        return "Unknown: the file does not tell."
+    length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
+    rows = {
+        "data": Path(config.data).name,
+        "length": f"{length} of batches of {config.batch_size}",
+        "mask": f"{config.mask}, {config.mask_ratio:g} of the patches hidden",
+        "target": config.target,
+        "predictor's loss": config.predictor_loss,
+        "learning rate": f"{config.base_lr:g} per 256 images",
+        "seed": str(config.seed),
+    }
+    return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _results(run: Path | None) -> str:
+    """Every number in RUN/evals/*.json, with its interval where it has one."""
+    rows: list[list[str]] = []
+    for file in sorted((run / "evals").glob("*.json")) if run else []:
+        try:
+            rows += _rows(json.loads(file.read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            rows.append([file.name, "", "", "unreadable"])
+    if not rows:
+        return "Not measured."
+    header = ["evaluation", "data", "features", "numbers"]
+    return _table(header, rows) + "\n\nTop-1 in %, with its 95 % bootstrap interval."
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    data = Path(result["about"]["data"]).name
+    rows = []
+    for features, settings in result["values"].items():
+        for setting, numbers in settings.items():
+            name = result["protocol"]
+            name += "" if setting == name else f", {setting}"
+            rows.append([name, data, features, _numbers(numbers)])
+    if result["hardness"]:
+        name = "hardness" if result["protocol"] == "hardness" else "predictor"
+        rows.append([name, data, "", _numbers(result["hardness"])])
+    return rows
+
+
+def _numbers(numbers: dict[str, float]) -> str:
+    if "top1" in numbers:
+        low, high = numbers["top1_low"], numbers["top1_high"]
+        return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))

@@ -1,0 +1,146 @@
+"""`hpm export`: the backbone for other software, checked there before anything is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpm import hub
+from hpm.card import add_card
+from hpm.checkpoint import disk_error
+from hpm.config import ExportConfig, make_config
+from hpm.errors import UserError
+from hpm.formats import FORMATS, WITH_DECODER, Format, Subject
+from hpm.run import load
+
+# Largest difference of an output, in float32; relative where outputs are larger than 1.
+TOLERANCE = 1e-5
+BATCHES = (2, 1)
+
+Report = Callable[[str], None]
+
+
+def export(
+    run: str | Path, to: str, out: str | Path, report: Report = print, **options: Any
+) -> Path:
+    """Write a backbone for timm, hf, torchvision, onnx or safetensors, and check it there.
+
+    Args:
+        run: run folder, checkpoint, backbone file, or weights of others (see `hpm.imports`).
+        to: the format.
+        out: file to write (of hf a folder), which must not be there yet.
+        report: is called with the largest difference and with the lines that load it.
+        options: those of `ExportConfig` in `config.py`.
+
+    Returns what was written. Raises UserError where it cannot be expressed, or where the other
+    library does not give the same outputs; nothing is then left behind.
+    """
+    given = {"run": str(run), "to": to, "out": str(out)} | options
+    return run_export(make_config(ExportConfig, given), report)
+
+
+def run_export(config: ExportConfig, report: Report = print) -> Path:
+    """Export as configured."""
+    out = Path(config.out).expanduser()
+    written = WITH_DECODER if config.with_decoder else FORMATS[config.to]
+    _check(config, out, written)
+    subject = _subject(config, report)
+    reason = written.unable(subject)
+    if reason:
+        raise UserError(f"export to {config.to}: {reason}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            staged = Path(folder) / out.name
+            written.write(subject, staged)
+            difference = check(written, subject, staged)
+            if config.to == "hf":
+                add_card(staged, subject, config, written.lines(subject, out))
+            _publish(Path(folder), out)
+    except OSError as error:
+        raise disk_error(out, error) from None
+    report(f"the same outputs as ours, to {difference:.1e} (largest difference, random images)")
+    report(f"written to {out}; to load it:\n\n{written.lines(subject, out)}\n")
+    if config.push:
+        report(f"uploaded to {_push(config, subject, out, written)}")
+    return out
+
+
+@torch.no_grad()
+def check(written: Format, subject: Subject, path: Path) -> float:
+    """The largest difference between our outputs and those of the file. UserError if too large."""
+    largest = 0.0
+    for batch in BATCHES:
+        generator = torch.Generator().manual_seed(batch)
+        height, width = subject.encoder.image_size
+        images = torch.randn(batch, subject.encoder.channels, height, width, generator=generator)
+        ours = written.ours(subject, images)
+        for name, theirs in written.outputs(subject, path, images).items():
+            if theirs.shape != ours[name].shape:
+                raise UserError(f"the exported {name} differ in shape: nothing was written")
+            difference = (theirs - ours[name]).abs().max().item()
+            # Written so that NaN is refused.
+            if not difference <= TOLERANCE * max(1.0, ours[name].abs().max().item()):
+                raise UserError(
+                    f"the exported model gives other {name} than ours, by {difference:.1e} "
+                    f"({TOLERANCE:g} is allowed): nothing was written"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _check(config: ExportConfig, out: Path, written: Format) -> None:
+    if config.with_decoder and config.to != "hf":
+        raise UserError(f"with_decoder is of --to hf alone, but to is {config.to}")
+    if config.push and not config.licence:
+        raise UserError("push needs the licence of the weights: pass --licence (apache-2.0, ...)")
+    if config.push and config.push.count("/") != 1:
+        raise UserError(f"push is '{config.push}': name it USER/NAME")
+    if written.suffixes and out.suffix not in written.suffixes:
+        raise UserError(f"out is '{config.out}': name a {' or '.join(written.suffixes)} file")
+    taken = [out, out.with_suffix(".json")] if config.to == "safetensors" else [out]
+    for path in taken:
+        if path.exists():
+            raise UserError(f"{path} exists: choose another --out")
+
+
+def _subject(config: ExportConfig, report: Report) -> Subject:
+    trained = load(config.run)
+    for note in trained.notes:
+        report(note)
+    backbone = trained.backbone(config.pool, config.teacher).eval()
+    model = (trained.teacher if config.teacher else trained.model) if config.with_decoder else None
+    if model is not None:
+        model.eval()
+    return Subject(trained, backbone, model)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give everything in the folder its place, what was asked for last."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
+            os.replace(path, out.parent / path.name)
+            moved.append(out.parent / path.name)
+    except OSError:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _push(config: ExportConfig, subject: Subject, out: Path, written: Format) -> str:
+    assert config.push is not None
+    if out.is_dir():
+        return hub.push(out, config.push)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (out, out.with_suffix(".json")):
+            if path.exists():
+                shutil.copy(path, folder)
+        add_card(Path(folder), subject, config, written.lines(subject, Path(out.name)))
+        return hub.push(Path(folder), config.push)

@@ -1,0 +1,391 @@
+"""Exports: each is loaded by its library and compared, here once more and apart from the code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, assert_refused, run_hpm
+from safetensors.torch import load_file
+
+import hpm
+from hpm import formats
+from hpm.extras import need
+from hpm.run import load, save_backbone
+
+transformers = need("transformers", "hf", "the test")
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def ours(finished_run):
+    with torch.no_grad():
+        return hpm.load_encoder(finished_run.folder)(IMAGES)
+
+
+def lines_of(said: list[str]) -> str:
+    """What is printed to paste."""
+    return said[-1].partition("\n\n")[2]
+
+
+def pasted(said, **names):
+    """The variables after running the printed lines."""
+    with torch.no_grad():
+        exec(lines_of(said), names)
+    return names
+
+
+def close(theirs, ours):
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().max() < 1e-5
+
+
+def backbone_of(architecture, path, channels=3, model=None):
+    """A random backbone file of another geometry."""
+    from hpm.models.build import build_encoder
+
+    encoder = build_encoder(architecture, seed=0)
+    save_backbone(path, encoder, architecture, [0.5] * channels, [0.25] * channels)
+    return path
+
+
+OBLONG = {
+    "image_size": [8, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 16, "depth": 1,
+    "num_heads": 2,
+}  # fmt: skip
+
+
+def test_timm(finished_run, ours, tmp_path):
+    said = []
+    out = hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
+    assert os.listdir(tmp_path) == ["x.safetensors"] and out == tmp_path / "x.safetensors"
+    assert "the same outputs as ours, to" in said[0]
+    names = pasted(said, images=IMAGES)
+    close(names["pooled"], ours[0])
+    close(names["patches"], ours[1])
+
+
+def test_timm_with_the_class_token_of_the_teacher(finished_run, tmp_path):
+    said = []
+    out = tmp_path / "x.safetensors"
+    hpm.export(finished_run.folder, "timm", out, said.append, teacher=True, pool="cls")
+    encoder = hpm.load_encoder(finished_run.folder, pool="cls", teacher=True)
+    close(pasted(said, images=IMAGES)["pooled"], encoder(IMAGES)[0])
+
+
+def test_oblong_images_of_seven_channels_for_timm(tmp_path):
+    path = backbone_of(OBLONG | {"channels": 7}, tmp_path / "run.safetensors", 7)
+    said = []
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    images = torch.randn(2, 7, 8, 16)
+    close(pasted(said, images=images)["patches"], hpm.load_encoder(path)(images)[1])
+
+
+def test_hugging_face(finished_run, ours, tmp_path):
+    out = hpm.export(finished_run.folder, "hf", tmp_path / "hf")
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} < set(
+        os.listdir(out)
+    )
+    model, report = transformers.AutoModel.from_pretrained(
+        str(out), add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(report.values())
+    tokens = model.eval()(IMAGES).last_hidden_state
+    close(tokens[:, 1:], ours[1])
+    processor = transformers.AutoImageProcessor.from_pretrained(str(out))
+    trained = load(finished_run.folder)
+    assert list(processor.image_mean) == trained.mean
+    assert list(processor.image_std) == trained.std
+    pixels = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    normalised = processor(pixels, return_tensors="pt").pixel_values
+    close(
+        model(normalised).last_hidden_state[:, 1:],
+        hpm.load_encoder(finished_run.folder)(pixels[None])[1],
+    )
+
+
+def test_an_oblong_model_for_hugging_face(tmp_path):
+    path = backbone_of(OBLONG, tmp_path / "run.safetensors")
+    hpm.export(path, "hf", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["image_size"] == [8, 16]
+
+
+def test_hugging_face_with_the_decoder(finished_run, tmp_path):
+    out = hpm.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
+    model, report = transformers.ViTMAEForPreTraining.from_pretrained(
+        str(out), output_loading_info=True
+    )
+    assert not any(report.values()) and model.config.norm_pix_loss
+    noise = torch.rand(2, 16)
+    theirs = model.eval()(IMAGES, noise=noise)
+    trained = load(finished_run.folder)
+    trained.model.eval()
+    order = noise.argsort(dim=1)
+    visible_ids, hidden_ids = order[:, :4], order[:, 4:]
+    prediction, _ = trained.model(IMAGES, visible_ids, hidden_ids)
+    close(theirs.logits.gather(1, hidden_ids[..., None].expand_as(prediction)), prediction)
+    # The loss is ours as well: HPM's target is MAE's.
+    target = trained.find_target(torch.device("cpu"))
+    targets = target(IMAGES, None).gather(1, hidden_ids[..., None].expand_as(prediction))
+    assert theirs.loss.item() == pytest.approx(
+        target.patch_loss(prediction, targets).mean().item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_torchvision(finished_run, ours, tmp_path, suffix):
+    said = []
+    hpm.export(finished_run.folder, "torchvision", tmp_path / f"x{suffix}", said.append)
+    names = pasted(said, images=IMAGES)
+    close(names["cls_token"], hpm.load_encoder(finished_run.folder, pool="cls")(IMAGES)[0])
+
+
+def test_onnx_in_a_process_of_its_own(finished_run, ours, tmp_path):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "x.onnx"
+    result = run_hpm("export", finished_run.folder, "--to", "onnx", "--out", out, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert os.listdir(tmp_path) == ["x.onnx"]
+    trained = load(finished_run.folder)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (trained.mean, trained.std))
+    code = result.stdout.partition("to load it:\n\n")[2]
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        names = {"pixels": (images * std + mean).numpy()}
+        exec(code, names)
+        pooled, patches = hpm.load_encoder(finished_run.folder)(images)
+        close(torch.from_numpy(names["pooled"]), pooled)
+        close(torch.from_numpy(names["patches"]), patches)
+
+
+def test_our_own_file(finished_run, ours, tmp_path):
+    said = []
+    hpm.export(finished_run.folder, "safetensors", tmp_path / "x.safetensors", said.append)
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"]
+    close(pasted(said, images=IMAGES)["patches"], ours[1])
+
+
+def test_in_a_fresh_process(finished_run, ours, tmp_path):
+    """The printed lines are all that is needed; hpm only mends a torchvision of another build."""
+    said = []
+    hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
+    torch.save(IMAGES, tmp_path / "images.pt")
+    code = (
+        "import torch; from hpm.extras import need; need('timm', '', '')\n"
+        f"images = torch.load({str(tmp_path / 'images.pt')!r})\n{lines_of(said)}\n"
+        f"torch.save(pooled.detach(), {str(tmp_path / 'pooled.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    close(torch.load(tmp_path / "pooled.pt"), ours[0])
+
+
+TIMM = {
+    "image_size": [32, 32], "patch_size": [16, 16], "channels": 3, "embed_dim": 192, "depth": 12,
+    "class_token": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224", "eva02_tiny_patch14_224"],
+)
+def test_encoders_of_timm(tmp_path, name):
+    patch = 14 if "14" in name else 16
+    sizes = {"image_size": [2 * patch, 2 * patch], "patch_size": [patch, patch]}
+    path = backbone_of(TIMM | sizes | {"model": f"timm/{name}"}, tmp_path / "run.safetensors")
+    said = []
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    images = torch.randn(1, 3, 2 * patch, 2 * patch)
+    close(pasted(said, images=images)["patches"], hpm.load_encoder(path)(images)[1])
+
+
+def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
+    hiera = {
+        "model": "timm/hiera_tiny_224", "image_size": [64, 64], "patch_size": [32, 32],
+        "channels": 3, "embed_dim": 768, "depth": 12, "class_token": False,
+    }  # fmt: skip
+    path = backbone_of(hiera, tmp_path / "run.safetensors")
+    said = []
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    images = torch.randn(1, 3, 64, 64)
+    names = pasted(said, images=images)
+    close(names["pooled"], hpm.load_encoder(path)(images)[0])
+    before = sorted(os.listdir(tmp_path))
+    for to, out in (("hf", "hf"), ("torchvision", "y.safetensors")):
+        with pytest.raises(hpm.UserError, match="no place for what timm/hiera_tiny_224"):
+            hpm.export(path, to, tmp_path / out)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({}, {"to": "torchvision", "out": "x.pth"}, "square images and patches alone"),
+        (
+            {"image_size": [8, 8], "channels": 5},
+            {"to": "torchvision", "out": "x.pth"},
+            "takes 3 channels alone, and this encoder has 5",
+        ),
+        ({}, {"to": "timm", "out": "x.onnx"}, "name a .safetensors file"),
+        ({}, {"to": "tim", "out": "x"}, "did you mean 'timm'"),
+        ({}, {"to": "timm", "out": "x.safetensors", "teacher": True}, "backbone only, no teacher"),
+        ({}, {"to": "hf", "out": "x", "with_decoder": True}, "backbone only, no decoder"),
+        ({}, {"to": "timm", "out": "x.safetensors", "with_decoder": True}, "of --to hf alone"),
+        ({}, {"to": "hf", "out": "x", "push": "me/it"}, "pass --licence"),
+        ({}, {"to": "hf", "out": "x", "push": "it", "licence": "mit"}, "name it USER/NAME"),
+        ({}, {"to": "timm", "out": "run.safetensors"}, "exists: choose another --out"),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, options, reason):
+    architecture = OBLONG | changes
+    path = backbone_of(architecture, tmp_path / "run.safetensors", architecture["channels"])
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(hpm.UserError, match=reason) as caught:
+        hpm.export(path, options.pop("to"), tmp_path / options.pop("out"), **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_feature_targets_have_no_decoder_for_hugging_face(finished_run, tmp_path, monkeypatch):
+    trained = load(finished_run.folder)
+    trained.config.target = "hog"
+    monkeypatch.setattr(sys.modules["hpm.export"], "load", lambda run: trained)
+    with pytest.raises(hpm.UserError, match="reconstructs pixels, but the target of this run is"):
+        hpm.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to):
+    kind, out = type(formats.FORMATS[to]), tmp_path / "new" / "x.safetensors"
+    right = kind.outputs
+    monkeypatch.setattr(
+        kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()}
+    )  # fmt: skip
+    with pytest.raises(hpm.UserError, match=r"other pooled than ours, by 1.0e-03 \(1e-05"):
+        hpm.export(finished_run.folder, to, out)
+    monkeypatch.setattr(kind, "outputs", lambda *a: {"patches": right(*a)["patches"] * torch.nan})
+    with pytest.raises(hpm.UserError, match="other patches than ours, by nan"):
+        hpm.export(finished_run.folder, to, out)
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kind, "outputs", fail)
+    with pytest.raises(hpm.UserError, match="no space left"):
+        hpm.export(finished_run.folder, to, out)
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_missing_library_names_its_extra(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(hpm.UserError, match=r"pip install 'hpm\[onnx\]'"):
+        hpm.export(finished_run.folder, "onnx", tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_command_line(finished_run, tmp_path):
+    result = run_hpm("export", finished_run.folder, "--to", "tensorflow", "--out", tmp_path / "x")
+    assert_refused(result, "to is 'tensorflow'", "onnx")
+
+
+@pytest.fixture
+def evaluated(finished_run, tmp_path):
+    """The run with numbers of an evaluation beside it, taken away afterwards."""
+    folder = finished_run.folder / "evals"
+    content = {
+        "protocol": "knn",
+        "about": {"data": "somewhere/flowers"},
+        "values": {"trained": {"k = 20": {"top1": 52.31, "top1_low": 49.0, "top1_high": 55.5}}},
+        "hardness": {"ranking_accuracy": 0.86},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "knn_test.json").write_text(json.dumps(content))
+    (folder / "odd.json").write_text("{")
+    yield finished_run
+    (folder / "knn_test.json").unlink()
+    (folder / "odd.json").unlink()
+
+
+def test_the_model_card(evaluated, tmp_path):
+    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", licence="cc-by-4.0")
+    text = (out / "README.md").read_text()
+    front, _, body = text.removeprefix("---\n").partition("\n---\n")
+    assert "license: cc-by-4.0" in front and "library_name: transformers" in front
+    for words in (
+        "arxiv.org/abs/2304.05919",
+        "| knn, k = 20 | flowers | trained | top-1 52.3 (49.0 to 55.5) |",
+        "| predictor | flowers |  | ranking_accuracy 0.86 |",
+        "| odd.json |  |  | unreadable |",
+        "easy_to_hard, 0.75 of the patches",
+        f"{TINY['steps']} steps of batches of 8",
+        "add_pooling_layer=False",
+        "## Licence\n\ncc-by-4.0",
+    ):
+        assert words in body, words
+    assert str(Path(evaluated.folder).parent) not in body.partition("## Training")[2]
+    assert "![" in body and (out / "figure.png").stat().st_size > 0
+
+
+def test_pushing(evaluated, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def create_repo(name, **options):
+        calls.append(("create", name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(**options):
+        folder = Path(options.pop("folder_path"))
+        calls.append(("upload", sorted(p.name for p in folder.iterdir()), options))
+        calls.append((folder / "README.md").read_text())
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    monkeypatch.setattr("hpm.hub._reachable", lambda address: True)
+    said = []
+    out = tmp_path / "x.safetensors"
+    options = {"push": "me/flowers", "licence": "mit"}
+    hpm.export(evaluated.folder, "timm", out, said.append, **options)
+    assert calls[0] == ("create", "me/flowers", {"exist_ok": True})
+    kind, files, given = calls[1]
+    assert (kind, files) == ("upload", ["README.md", "figure.png", "x.safetensors"])
+    assert given["repo_id"] == "me/flowers"
+    assert 'checkpoint_path="x.safetensors"' in calls[2] and "license: mit" in calls[2]
+    assert said[-1] == "uploaded to https://hub/me/flowers"
+
+    calls.clear()
+    hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options)
+    assert "config.json" in calls[1][1] and 'from_pretrained("me/flowers"' in calls[2]
+
+    def refuse(name, **options):
+        raise ValueError("no such user\nor no token")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    with pytest.raises(hpm.UserError, match="could not be uploaded: no such user or no token"):
+        hpm.export(evaluated.folder, "hf", tmp_path / "hf2", said.append, **options)
+    monkeypatch.setattr("hpm.hub._reachable", lambda address: False)
+    with pytest.raises(hpm.UserError, match="cannot be reached"):
+        hpm.export(evaluated.folder, "hf", tmp_path / "hf3", said.append, **options)
+
+
+def test_names_survive_the_way_there_and_back(finished_run):
+    from hpm.names import recognise, to_hugging_face, to_ours
+
+    model = load(finished_run.folder).model
+    left = ("predictor.", "predictor_embed.")
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith(left)}
+    theirs = to_hugging_face(state)
+    assert recognise(theirs) == "hf_mae"
+    back, left_over = to_ours("hf_mae", theirs)
+    assert not left_over and back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_file_reads_as_plain_safetensors(finished_run, tmp_path):
+    hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors")
+    state = load_file(tmp_path / "x.safetensors")
+    assert state.keys() == load(finished_run.folder).encoder.state_dict().keys()
