@@ -23,7 +23,7 @@ test-slow: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check hpm tests
+	$(BIN)/ruff format --check hpm tests benchmarks docs
 
 types: $(VENV)/installed
 	$(BIN)/mypy

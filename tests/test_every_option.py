@@ -35,6 +35,7 @@ def assert_falls(found):
     assert sum(last) / len(last) < 0.97 * found[0], found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", get_args(Mask))
 def test_every_mask_trains(mask, tmp_path):
     assert_falls(losses(tmp_path / "run", mask=mask, target="pixels"))
@@ -70,6 +71,7 @@ def test_features_of_a_frozen_model_are_learned(tmp_path):
     assert_falls(losses(tmp_path / "run", target="frozen", target_model=model, mask="random"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
