@@ -47,9 +47,11 @@ def main() -> None:
 ## Ablation of {chosen.name}, flowers
 
 `python benchmarks/ablations.py {chosen.name} --seeds {chosen.seeds}`, which is
-`hpm ablate flowers {" ".join(options)}`, on {machine()}. Top-1 in % on the test split by kNN (k = 20)
-and linear probe on the mean of the patches, mean ± standard deviation over as many seeds as were
-run. Minutes are of training, and were taken with other work on the same cores.
+`hpm ablate flowers {" ".join(options)}`, on {machine()}.
+
+Top-1 in % on the test split by kNN (k = 20) and linear probe on the mean of the patches, mean ±
+standard deviation over as many seeds as were run. Minutes are of training, and were taken with
+other work on the same cores.
 
 {table}
 """
