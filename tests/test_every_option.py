@@ -41,6 +41,7 @@ def test_every_mask_trains(mask, tmp_path):
     assert_falls(losses(tmp_path / "run", mask=mask, target="pixels"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [t for t in get_args(TargetName) if t not in ("frozen",)])
 def test_every_target_trains(target, tmp_path):
     options = {}

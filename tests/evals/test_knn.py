@@ -164,7 +164,7 @@ def test_bad_evaluations(finished_run, image_folder, tmp_path):
         hpm.evaluate("knn", str(tmp_path), data)
     with pytest.raises(hpm.UserError, match="a backbone only, no teacher"):
         hpm.evaluate("knn", str(finished_run.backbone), data, teacher=True)
-    with pytest.raises(hpm.UserError, match="no loss predictor"):
+    with pytest.raises(hpm.UserError, match="a backbone only: without decoders"):
         hpm.evaluate("hardness", str(finished_run.backbone), data)
 
 

@@ -401,7 +401,9 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(State, "save", save_and_stop)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "hiera" in name else ()) for name in RUNS]
+)
 def test_from_end_to_end(name, tmp_path, monkeypatch):
     options = run_options(name, steps=3, checkpoint_every="2 steps")
     data = str(write_images(tmp_path / "images", per_class=8, size=40))
