@@ -69,3 +69,17 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in lines[0], lines[0]
+
+
+def stop_after(monkeypatch, steps):
+    """Pull the plug when a checkpoint of that step has been written."""
+    from hpm.state import State
+
+    save = State.save
+
+    def save_and_stop(state):
+        save(state)
+        if state.step == steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(State, "save", save_and_stop)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import TINY, run_hpm, tiny_arguments, write_images
+from helpers import TINY, run_hpm, stop_after, tiny_arguments, write_images
 from safetensors.torch import load_file
 
 import hpm
@@ -33,18 +33,6 @@ def assert_same_weights(a, b):
         assert first.keys() == second.keys()
         for name in first:
             assert torch.equal(first[name], second[name]), (part, name)
-
-
-def stop_after(monkeypatch, steps):
-    """Pull the plug when a checkpoint of that step has been written."""
-    save = State.save
-
-    def save_and_stop(state):
-        save(state)
-        if state.step == steps:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(State, "save", save_and_stop)
 
 
 def test_the_run_folder(finished_run):

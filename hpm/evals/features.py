@@ -85,15 +85,22 @@ def pooled(subjects: list[Subject], baseline: bool) -> Embed:
     return embed
 
 
+def by_view(subjects: list[Subject], baseline: bool) -> list[tuple[list[Subject], bool]]:
+    """Subjects that see the same views together; raw pixels (the baseline) go with the first."""
+    groups: list[tuple[list[Subject], bool]] = []
+    for view in dict.fromkeys(subject.view for subject in subjects):
+        alike = [subject for subject in subjects if subject.view == view]
+        groups.append((alike, baseline and not groups))
+    return groups
+
+
 def pooled_features(
     subjects: list[Subject], source: Source, labels: np.ndarray, reading: Reading, baseline: bool
 ) -> dict[str, Features]:
     """Pooled features of all subjects, and raw pixels, of all readable images."""
     found: dict[str, Features] = {}
-    for view in dict.fromkeys(subject.view for subject in subjects):
-        alike = [subject for subject in subjects if subject.view == view]
-        with_pixels = baseline and view == subjects[0].view
-        found |= extract(pooled(alike, with_pixels), source, labels, *view, reading)
+    for alike, with_pixels in by_view(subjects, baseline):
+        found |= extract(pooled(alike, with_pixels), source, labels, *alike[0].view, reading)
     first = subjects[0].view
     if any(s.view != first for s in subjects) and baseline:
         found[RAW_PIXELS] = found.pop(RAW_PIXELS)  # to the end of the table

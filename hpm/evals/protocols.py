@@ -32,6 +32,7 @@ from hpm.evals.features import (
     Labelled,
     Reading,
     Subject,
+    by_view,
     check_finite,
     extract,
     labelled_splits,
@@ -145,10 +146,7 @@ def evaluate_knn(task: Task, config: KnnConfig) -> Outcome:
 
 def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
     data = task.labelled()
-    recipe = Recipe(
-        LinearHeads, grid(config.lr, config.weight_decay), config.epochs, config.probe_batch_size,
-        config.seed, task.device,
-    )  # fmt: skip
+    recipe = _recipe(LinearHeads, config, task.device)
     if not config.augment:
         train, test = (
             pooled_features(task.subjects, source, labels, task.reading, config.baselines)
@@ -162,7 +160,7 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
         return _probe_outcome("linear", found, _counts(train, test))
     found = {}
     held = task.held(data.train_labels, data)
-    for alike, baseline in _views(task):
+    for alike, baseline in by_view(task.subjects, config.baselines):
         size, channels = alike[0].view
         embed = pooled(alike, baseline)
         views = TrainingViews(size, channels, config.seed, config.crop_scale, True, 1)
@@ -179,13 +177,10 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
 
 def evaluate_attentive(task: Task, config: AttentiveConfig) -> Outcome:
     data = task.labelled()
-    recipe = Recipe(
-        AttentiveHeads, grid(config.lr, config.weight_decay), config.epochs,
-        config.probe_batch_size, config.seed, task.device,
-    )  # fmt: skip
+    recipe = _recipe(AttentiveHeads, config, task.device)
     found: dict[str, Probed] = {}
     images = {"train_images": len(data.train), "test_images": len(data.test)}
-    for alike, baseline in _views(task):
+    for alike, baseline in by_view(task.subjects, config.baselines):
         size, channels = alike[0].view
         embed = _patches(alike, baseline)
         values = sum(
@@ -233,11 +228,8 @@ def evaluate_finetune(task: Task, config: FinetuneConfig, folder: Path | None) -
                     task.reading)
             for source, labels in ((data.train, data.train_labels), (data.test, data.test_labels))
         )  # fmt: skip
-        linear = LinearConfig(config.run, config.data)
-        recipe = Recipe(
-            LinearHeads, grid(linear.lr, linear.weight_decay), linear.epochs,
-            linear.probe_batch_size, config.seed, task.device,
-        )  # fmt: skip
+        linear = LinearConfig(config.run, config.data, seed=config.seed)
+        recipe = _recipe(LinearHeads, linear, task.device)
         bank = Cached(train)
         held = task.held(bank.labels.numpy(), data)
         found = probe(bank, bank, Cached(test), held, len(data.classes), recipe)
@@ -304,14 +296,13 @@ def run_protocol(task: Task, folder: Path | None) -> Outcome:
     return Outcome(hardness=hardness)
 
 
-def _views(task: Task) -> list[tuple[list[Subject], bool]]:
-    """Subjects that see the same views together; raw pixels go with the first ones."""
-    subjects = task.subjects
-    groups: list[tuple[list[Subject], bool]] = []
-    for view in dict.fromkeys(subject.view for subject in subjects):
-        alike = [subject for subject in subjects if subject.view == view]
-        groups.append((alike, task.config.baselines and not groups))
-    return groups
+def _recipe(
+    heads: type[LinearHeads] | type[AttentiveHeads],
+    config: LinearConfig | AttentiveConfig,
+    device: torch.device,
+) -> Recipe:
+    settings = grid(config.lr, config.weight_decay)
+    return Recipe(heads, settings, config.epochs, config.probe_batch_size, config.seed, device)
 
 
 def _patches(subjects: list[Subject], baseline: bool) -> Embed:

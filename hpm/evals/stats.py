@@ -14,6 +14,7 @@ from hpm.evals.features import (
     Embed,
     Reading,
     Subject,
+    by_view,
     check_finite,
     extract,
     raw_pixels,
@@ -29,10 +30,9 @@ def stats(
     """For every kind of features: `rank` (effective rank), `of` (the most it could be) and, for
     those made of patches, `patch_similarity` (mean cosine of two patches of one image)."""
     values: dict[str, dict[str, float]] = {}
-    for view in dict.fromkeys(subject.view for subject in subjects):
-        alike = [subject for subject in subjects if subject.view == view]
-        embed = _embed(alike, baseline and view == subjects[0].view)
-        found = extract(embed, source, np.zeros(len(source), int), *view, reading)
+    for alike, with_pixels in by_view(subjects, baseline):
+        embed = _embed(alike, with_pixels)
+        found = extract(embed, source, np.zeros(len(source), int), *alike[0].view, reading)
         check_finite(found)
         for name, features in found.items():
             if not name.startswith(LIKENESS):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TINY, write_images
+from helpers import TINY, stop_after, write_images
 from torch.nn import functional as F
 
 import hpm
@@ -390,17 +390,6 @@ def run_options(name, **changes):
     return TINY | own | RUNS[name] | changes
 
 
-def stop_at(monkeypatch, step):
-    save = State.save
-
-    def save_and_stop(state):
-        save(state)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(State, "save", save_and_stop)
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if "hiera" in name else ()) for name in RUNS]
 )
@@ -409,7 +398,7 @@ def test_from_end_to_end(name, tmp_path, monkeypatch):
     data = str(write_images(tmp_path / "images", per_class=8, size=40))
     run = hpm.pretrain(data=data, out=str(tmp_path / "run"), **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 2)
+        stop_after(patch, 2)
         hpm.pretrain(data=data, out=str(tmp_path / "again"), **options)
     again = hpm.pretrain(data=data, out=str(tmp_path / "again"), **options)
     first, second = (load_checkpoint(r.latest_checkpoint()) for r in (run, again))
