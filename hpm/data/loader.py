@@ -15,28 +15,31 @@ from hpm import distributed
 from hpm.config import Flip
 from hpm.data.arrays import UnreadableImage, at_depth
 from hpm.data.sources import Source
-from hpm.data.transforms import evaluation_view, training_view
+from hpm.data.transforms import Crop, View, evaluation_view, training_view
 from hpm.errors import UserError
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 Key = tuple[int, int]  # (epoch, index of the sample)
-MakeView = Callable[[Source, Key], np.ndarray]
+MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
 
 
 @dataclass
 class Batch:
     """images: [B C H W], uint8, or float32 where the source holds more than 8 bits, 255 being full
     scale; indices: int64 [B], which samples they are; unreadable: (index, what is wrong) of each
-    sample that another one had to stand in for."""
+    sample that another one had to stand in for; crops: float32 [B 4], where in its image each view
+    lies (see transforms.Crop), None where that was not asked."""
 
     images: Tensor
     indices: Tensor
     unreadable: list[tuple[int, str]]
+    crops: Tensor | None = None
 
     def pin_memory(self) -> Batch:
-        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable)
+        crops = None if self.crops is None else self.crops.pin_memory()
+        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class TrainingViews:
     flip: bool | Flip
     min_side: int
 
-    def __call__(self, source: Source, key: Key) -> np.ndarray:
+    def __call__(self, source: Source, key: Key) -> tuple[View, Crop]:
         rng = np.random.default_rng([self.seed, *key])
         return training_view(
             source.open(key[1]), self.size, self.channels, rng, self.crop_scale, self.flip,
@@ -66,8 +69,19 @@ class EvaluationViews:
     channels: int
     min_side: int = 1
 
-    def __call__(self, source: Source, key: Key) -> np.ndarray:
-        return evaluation_view(source.open(key[1]), self.size, self.channels, self.min_side)
+    def __call__(self, source: Source, key: Key) -> tuple[View, None]:
+        view = evaluation_view(source.open(key[1]), self.size, self.channels, self.min_side)
+        return view, None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One view, or None where there is none, of which sample, and what could not be read."""
+
+    view: View | None
+    index: int
+    unreadable: list[tuple[int, str]]
+    crop: Crop | None = None
 
 
 class Views(Dataset):
@@ -80,17 +94,17 @@ class Views(Dataset):
         self.stand_in = stand_in
         self.deep = source.is_deep()
 
-    def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, list[tuple[int, str]]]:
+    def __getitem__(self, key: Key) -> Sample:
         epoch, index = key
         unreadable: list[tuple[int, str]] = []
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
-                view = self.make_view(self.source, (epoch, candidate))
-                return at_depth(view, self.deep), candidate, unreadable
+                view, crop = self.make_view(self.source, (epoch, candidate))
+                return Sample(at_depth(view, self.deep), candidate, unreadable, crop)
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, " ".join(str(error).split())))
-        return None, index, unreadable
+        return Sample(None, index, unreadable)
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -158,12 +172,16 @@ def evaluation_batches(
     )
 
 
-def _collate(samples: list[tuple[np.ndarray | None, int, list[tuple[int, str]]]]) -> Batch:
-    views = [view for view, _, _ in samples if view is not None]
-    indices = [index for view, index, _ in samples if view is not None]
-    unreadable = [problem for _, _, problems in samples for problem in problems]
+def _collate(samples: list[Sample]) -> Batch:
+    views = [s.view for s in samples if s.view is not None]
+    indices = [s.index for s in samples if s.view is not None]
+    crops = [s.crop for s in samples if s.crop is not None]
+    unreadable = [problem for s in samples for problem in s.unreadable]
     images = torch.from_numpy(np.stack(views)) if views else torch.empty(0, dtype=torch.uint8)
-    return Batch(images, torch.tensor(indices, dtype=torch.int64), unreadable)
+    return Batch(
+        images, torch.tensor(indices, dtype=torch.int64), unreadable,
+        torch.tensor(crops, dtype=torch.float32) if crops else None,
+    )  # fmt: skip
 
 
 def measure_statistics(
@@ -177,11 +195,11 @@ def measure_statistics(
     views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
     sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
     for index in np.random.default_rng([seed, 1]).permutation(len(source)):
-        view, _, unreadable = views[0, int(index)]
-        if view is None:
-            problem = unreadable[0][1]
+        sample = views[0, int(index)]
+        if sample.view is None:
+            problem = sample.unreadable[0][1]
             continue
-        pixels = view.reshape(channels, -1).astype(np.float64) / 255
+        pixels = sample.view.reshape(channels, -1).astype(np.float64) / 255
         sums += pixels.mean(1)
         squares += (pixels**2).mean(1)
         images += 1

@@ -29,7 +29,10 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
     True: (2,), "horizontal": (2,), "vertical": (1,), "both": (2, 1), "none": (), False: (),
 }  # fmt: skip
-Box = tuple[float, float, float, float]  # left, top, right, bottom
+Box = tuple[float, float, float, float]  # left, top, right, bottom; in pixels
+# Where the first and last row, the first and last column of a view come from, as shares of the
+# image: (top, bottom, left, right), a flipped axis from the larger to the smaller.
+Crop = tuple[float, float, float, float]
 
 
 def training_view(
@@ -40,17 +43,21 @@ def training_view(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     flip: bool | Flip = True,
     min_side: int = 1,
-) -> View:
+) -> tuple[View, Crop]:
     """Random resized crop (bicubic) and flips; all choices are drawn from `rng`."""
     with reading():
         _draft(image, size, channels, crop_scale[0])
         pixels = _decode(image, channels, min_side)
         box = random_crop(rng, pixels.width, pixels.height, crop_scale)
         view = pixels.resized(size, box)
+        left, top, right, bottom = box
+        edges = {1: (top / pixels.height, bottom / pixels.height),
+                 2: (left / pixels.width, right / pixels.width)}  # fmt: skip
         for axis in FLIPPED_AXES[flip]:
             if rng.random() < 0.5:
                 view = np.flip(view, axis)
-        return np.ascontiguousarray(view)
+                edges[axis] = edges[axis][::-1]
+        return np.ascontiguousarray(view), (*edges[1], *edges[2])
 
 
 def augmented_view(

@@ -65,9 +65,9 @@ class FinetuneViews:
     seed: int
     transform: Callable[[Image.Image], Any]
 
-    def __call__(self, source: Source, key: Key) -> View:
+    def __call__(self, source: Source, key: Key) -> tuple[View, None]:
         seed_everything(self.seed, *key)
-        return augmented_view(source.open(key[1]), self.channels, self.transform)
+        return augmented_view(source.open(key[1]), self.channels, self.transform), None
 
 
 def seed_everything(*key: int) -> None:

@@ -73,7 +73,7 @@ def test_one_picture_given_in_all_ways_gives_one_view(height, width, out_height,
     near = [open_image(f) for f in (png(deep), tiff(deep), npy((picture / 255).astype("f8")))]
     for make in (
         lambda image: evaluation_view(image, size, 3),
-        lambda image: training_view(image, size, 3, np.random.default_rng(seed), (0.2, 1.0)),
+        lambda image: training_view(image, size, 3, np.random.default_rng(seed), (0.2, 1.0))[0],
     ):
         # Pillow rounds 8 bits twice, after the rows and after the columns, in an order that depends
         # on the size of the image, of which arrays show it the part around the crop.
@@ -109,7 +109,7 @@ def test_mapped_files_are_read_as_held_ones(tmp_path):
     np.save(tmp_path / "big.npy", big)
     for seed in range(5):
         views = [
-            training_view(open_image(f), (32, 32), 7, np.random.default_rng(seed), (0.05, 0.3))
+            training_view(open_image(f), (32, 32), 7, np.random.default_rng(seed), (0.05, 0.3))[0]
             for f in (tmp_path / "big.npy", npy(big))
         ]
         assert np.array_equal(*views)
@@ -288,7 +288,7 @@ def test_a_rare_deep_image_is_reduced():
         def open(self, index):
             return open_image(npy(np.full((9, 9), 0.5)))
 
-    view, _, _ = Views(Rare("", ["a"]), EvaluationViews((8, 8), 1), False)[0, 0]
+    view = Views(Rare("", ["a"]), EvaluationViews((8, 8), 1), False)[0, 0].view
     assert view.dtype == np.uint8 and (view == 128).all()
 
 

@@ -59,7 +59,8 @@ def broken_source(tmp_path, number=6, broken=(2, 3)):
 
 def test_an_unreadable_image_is_passed_over(tmp_path):
     source = broken_source(tmp_path)
-    view, index, unreadable = Views(source, VIEWS, stand_in=True)[0, 2]
+    sample = Views(source, VIEWS, stand_in=True)[0, 2]
+    view, index, unreadable = sample.view, sample.index, sample.unreadable
     assert index == 4 and view[0].mean() == 160
     assert [i for i, _ in unreadable] == [2, 3]
     read = list(evaluation_batches(source, (8, 8), 3, batch_size=2))

@@ -34,7 +34,7 @@ def test_every_mode_becomes_the_wanted_channels(channels, mode, stored):
     image = Image.new("RGB", (30, 20), (200, 100, 50)).convert(stored)
     for view in (
         evaluation_view(image, (8, 12), channels),
-        training_view(image, (8, 12), channels, np.random.default_rng(0)),
+        training_view(image, (8, 12), channels, np.random.default_rng(0))[0],
     ):
         assert view.shape == (channels, 8, 12) and view.dtype == np.uint8
 
@@ -60,13 +60,13 @@ def test_flip_and_determinism():
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
     whole = (1.0, 1.0)
     views = [
-        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=True)
+        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=True)[0]
         for s in [*range(20), *range(20)]
     ]
     for first, again in zip(views[:20], views[20:], strict=True):
         assert np.array_equal(first, again)
     unflipped = [
-        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=False)
+        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=False)[0]
         for s in range(20)
     ]
     mirrored = sum(
@@ -87,7 +87,7 @@ def test_flips():
 
     def views(flip):
         rngs = map(np.random.default_rng, range(40))
-        return [training_view(image, (8, 8), 1, rng, (1.0, 1.0), flip) for rng in rngs]
+        return [training_view(image, (8, 8), 1, rng, (1.0, 1.0), flip)[0] for rng in rngs]
 
     for flip, expected in ways.items():
         found = {view.tobytes() for view in views(flip)}
@@ -123,3 +123,21 @@ def test_broken_and_tiny_images():
         evaluation_view(broken, (8, 8), 3)
     with pytest.raises(UnreadableImage, match="3x9 pixels, smaller than a patch of 4"):
         evaluation_view(Image.new("RGB", (3, 9)), (8, 8), 3, min_side=4)
+
+
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical", "both"])
+def test_a_training_view_says_where_in_its_image_it_lies(flip):
+    """An image whose pixels are their own coordinates shows it."""
+    rows, columns = np.meshgrid(np.linspace(0, 1, 80), np.linspace(0, 1, 120), indexing="ij")
+    pixels = np.stack([rows, columns, rows * 0]) * 255
+    image = Image.fromarray(pixels.round().astype(np.uint8).transpose(1, 2, 0))
+    seen = set()
+    for seed in range(20):
+        view, crop = training_view(image, (40, 40), 3, np.random.default_rng(seed), flip=flip)
+        top, bottom, left, right = crop
+        for channel, axis, (start, end) in [(0, 0, (top, bottom)), (1, 1, (left, right))]:
+            line = view[channel].mean(1 - axis) / 255
+            expected = start + (end - start) * (np.arange(40) + 0.5) / 40
+            np.testing.assert_allclose(line, expected, atol=0.02)
+        seen.add((top > bottom, left > right))
+    assert len(seen) == {"none": 1, "horizontal": 2, "vertical": 2, "both": 4}[flip]
