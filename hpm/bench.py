@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import tempfile
@@ -21,15 +22,19 @@ from hpm.data.loader import Batch
 from hpm.distributed import pick_device
 from hpm.errors import UserError
 from hpm.logs import memory_gb, track
+from hpm.masking import HARD_SHARES
 from hpm.models.patches import grid_size
-from hpm.pretrain import train_step
+from hpm.pretrain import Mark, no_mark, train_step
 from hpm.state import State
+from hpm.teacher import small_image_size
 
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
 METHODS: dict[str, dict[str, Any]] = {
-    "MAE": {"mask": "random", "predictor_loss": "none"},
+    "MAE": {"mask": "random", "predictor_loss": "none", "teacher_scale": 1.0},
     "HPM": {},
 }
+# What a step is measured without: nothing is loaded, evaluated, or kept.
+STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
 HARD_SHARE = 0.25  # as half-way through a training: the teacher runs
 # Dense bfloat16 products, TFLOP/s, as their makers state them.
 PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
@@ -71,7 +76,7 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
         measured = {
             name: Measured(
                 name,
-                step_multiply_adds(state.architecture, state.config, name == "HPM"),
+                step_multiply_adds(state.architecture, state.config),
                 state.config.global_batch_size,
             )
             for name, state in states.items()
@@ -88,25 +93,15 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
 
 
 def _state(config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device) -> State:
-    """A run on the built-in images, none of which is loaded."""
+    """A run whose images are never loaded."""
     return State(_run_config(config, options, out), device)
 
 
 def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> PretrainConfig:
-    return PretrainConfig(
-            data="demo", out=str(out), model=config.model, image_size=config.image_size,
-            patch_size=config.patch_size, channels=config.channels, decoder_dim=config.decoder_dim,
-            decoder_depth=config.decoder_depth, decoder_heads=config.decoder_heads,
-            mask_ratio=config.mask_ratio, batch_size=config.batch_size,
-            accumulate=config.accumulate,
-            precision=config.precision, compile=config.compile,
-            checkpoint_activations=config.checkpoint_activations, normalize=_moments(config),
-            holdout=0, epochs=1000, seed=config.seed, **options,
-    )  # fmt: skip
-
-
-def _moments(config: BenchConfig) -> Any:
-    return "imagenet" if config.channels == 3 else "measured"
+    names = [field.name for field in dataclasses.fields(PretrainConfig)]
+    given = {name: getattr(config, name) for name in names}
+    normalize = "imagenet" if config.channels == 3 else "measured"  # the one costs no images
+    return PretrainConfig(**given | STILL | {"normalize": normalize, "out": str(out)} | options)
 
 
 def _time_steps(state: State, measured: Measured, count: int, warm_up: bool) -> None:
@@ -114,26 +109,34 @@ def _time_steps(state: State, measured: Measured, count: int, warm_up: bool) -> 
     config, device = state.config, state.device
     batch_size, channels = config.global_batch_size, config.channels
     images = torch.randint(0, 256, (batch_size, channels, *state.image_size), dtype=torch.uint8)
-    batch = Batch(images, torch.arange(batch_size), [])
-    num_hard = int(state.num_hidden * HARD_SHARE) if state.model.predictor is not None else 0
+    whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(batch_size, -1)
+    batch = Batch(images, torch.arange(batch_size), [], whole.contiguous())
+    num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
+    # Where the teacher is not asked in each step, a step is the mean of a whole turn.
+    turn = range(config.mine_every)
+
+    def run_turn(mark: Mark = no_mark) -> None:
+        for step in turn:
+            train_step(state, batch, step, num_hard, mark)
+
     if device.type == "cuda":
         batch = batch.pin_memory()
         torch.cuda.reset_peak_memory_stats(device)
     if warm_up:
         for _ in range(3 if device.type == "cuda" else 1):
-            train_step(state, batch, state.step, num_hard)
+            run_turn()
         _wait(device)
         return
     for _ in range(count):
         start = time.perf_counter()
-        train_step(state, batch, state.step, num_hard)
+        run_turn()
         _wait(device)
-        measured.steps.append(time.perf_counter() - start)
+        measured.steps.append((time.perf_counter() - start) / len(turn))
     measured.memory_gb = memory_gb(device)
     clock = _Clock(device)
-    train_step(state, batch, state.step, num_hard, clock.mark)
+    run_turn(clock.mark)
     for phase, seconds in clock.phases.items():
-        measured.phases[phase].append(seconds)
+        measured.phases[phase].append(seconds / len(turn))
 
 
 class _Clock:
@@ -189,23 +192,42 @@ def forward_multiply_adds(
     patches = math.prod(grid_size(tuple(architecture["image_size"]), patch_size))
     pixels = math.prod(patch_size) * architecture["channels"]
     dim, depth = architecture["embed_dim"], architecture["depth"]
-    decoder, blocks = architecture["decoder_dim"], architecture["decoder_depth"]
+    decoder, width = architecture["decoder_dim"], architecture["predictor_dim"]
     visible = patches if whole else int(patches * (1 - mask_ratio))
     hidden = patches if whole else patches - visible
     total = visible * pixels * dim + depth * block_multiply_adds(1 + visible, dim)
     total += (1 + visible) * dim * decoder
-    one = (blocks - 1) * block_multiply_adds(1 + patches, decoder)
-    one += block_multiply_adds(1 + patches, decoder, hidden) + hidden * decoder * pixels
-    return total + one * (int(not whole) + int(predictor))
+    if not whole:
+        outputs = architecture.get("target_dim") or pixels
+        total += _decoder_multiply_adds(
+            patches, decoder, architecture["decoder_depth"], hidden, outputs
+        )
+    if predictor:
+        total += (1 + patches) * decoder * width if width != decoder else 0
+        outputs = 1 if architecture["predictor_head"] == "scalar" else pixels
+        total += _decoder_multiply_adds(
+            patches, width, architecture["predictor_depth"], hidden, outputs
+        )
+    return total
 
 
-def step_multiply_adds(architecture: dict[str, Any], config: PretrainConfig, mined: bool) -> float:
+def _decoder_multiply_adds(patches: int, dim: int, depth: int, hidden: int, outputs: int) -> int:
+    before = (depth - 1) * block_multiply_adds(1 + patches, dim)
+    return before + block_multiply_adds(1 + patches, dim, hidden) + hidden * dim * outputs
+
+
+def step_multiply_adds(architecture: dict[str, Any], config: PretrainConfig) -> float:
     """Of a training step per image: the student three times (backward is twice forward), and the
-    teacher once where patches are mined."""
+    teacher once where it is asked."""
     predictor = config.predictor_loss != "none"
     total = 3 * forward_multiply_adds(architecture, config.mask_ratio, predictor)
-    if mined:
-        total += forward_multiply_adds(architecture, config.mask_ratio, True, whole=True)
+    if config.mask in HARD_SHARES and config.mine_by == "teacher":
+        height, width = architecture["image_size"]
+        rows, columns = architecture["patch_size"]
+        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
+        seen = architecture | {"image_size": size}
+        teacher = forward_multiply_adds(seen, config.mask_ratio, True, whole=True)
+        total += teacher / config.mine_every
     return total
 
 

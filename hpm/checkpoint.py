@@ -37,6 +37,7 @@ class Checkpoint:
     model: State
     teacher: State
     optimizer: State
+    memory: State
     rng: State
     meta: dict[str, Any]  # step, config, architecture, statistics, what could not be read ...
 
@@ -110,11 +111,11 @@ def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
 
 def save_checkpoint(
     folder: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
-    meta: dict[str, Any], keep: int,
+    meta: dict[str, Any], keep: int, memory: nn.Module | None = None,
 ) -> Path:  # fmt: skip
     """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
     path = folder / f"step_{meta['step']:08d}.safetensors"
-    write_checkpoint(path, model, teacher, optimizer, meta)
+    write_checkpoint(path, model, teacher, optimizer, meta, memory)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -122,7 +123,7 @@ def save_checkpoint(
 
 def write_checkpoint(
     path: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
-    meta: dict[str, Any],
+    meta: dict[str, Any], memory: nn.Module | None = None,
 ) -> None:  # fmt: skip
     """Write everything that training goes on from."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -131,6 +132,8 @@ def write_checkpoint(
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}|{kind}"] = value
+    if memory is not None:
+        tensors |= {f"memory.{name}": t for name, t in memory.state_dict().items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -147,7 +150,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     tensors, meta = read_tensors(path)
     if "step" not in meta:
         raise UserError(f"{path}: not a checkpoint of hpm pretrain")
-    parts: dict[str, State] = {"model": {}, "teacher": {}, "optimizer": {}, "rng": {}}
+    parts: dict[str, State] = {
+        "model": {}, "teacher": {}, "optimizer": {}, "memory": {}, "rng": {},
+    }  # fmt: skip
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
@@ -156,12 +161,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def restore(
     checkpoint: Checkpoint, model: nn.Module, teacher: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer, memory: nn.Module | None = None,
 ) -> None:  # fmt: skip
     """Put everything back where it was."""
     load_exactly(model, checkpoint.model, checkpoint.path)
     if teacher is not None:
         load_exactly(teacher, checkpoint.teacher, checkpoint.path)
+    if memory is not None:
+        load_exactly(memory, checkpoint.memory, checkpoint.path)
     parameters = dict(model.named_parameters())
     for name, value in checkpoint.optimizer.items():
         parameter_name, _, kind = name.partition("|")

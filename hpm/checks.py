@@ -21,10 +21,12 @@ from hpm.config import (
 from hpm.errors import UserError, nearest
 from hpm.masking import HARD_SHARES
 from hpm.schedule import duration_steps
+from hpm.teacher import small_image_size
 
 COUNTS = (
     "epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "decoder_dim",
     "decoder_depth", "decoder_heads", "predictor_dim", "predictor_depth", "predictor_heads",
+    "mine_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
@@ -136,11 +138,17 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
             f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
             f"pass a {mend} --mask-ratio, or smaller patches"
         )
-    if config.mask in MINED_BY_LOSS and config.predictor_loss == "none":
+    by_teacher = config.mine_by == "teacher"
+    if config.mask in MINED_BY_LOSS and config.predictor_loss == "none" and by_teacher:
         raise UserError(
             f"mask {config.mask} needs a loss predictor, but predictor_loss is none: "
-            "pass --mask random for plain MAE"
+            "pass --mask random for plain MAE, or --mine-by memory"
         )
+    if config.mask == "attention" and not by_teacher:
+        raise UserError(
+            "mask attention mines by the teacher's attention, but mine_by is memory: leave it out"
+        )
+    _check_small_teacher(config, architecture)
     if config.mask == "attention" and config.model.startswith(TIMM):
         raise UserError(
             f"mask attention needs the attention of one of our own encoders, but model is "
@@ -161,6 +169,32 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
     covered = secondary_mask_ratio(config)
     if not 0 <= covered < 1:
         raise UserError(f"secondary_mask_ratio is {covered}; it must be at least 0 and below 1")
+
+
+def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+    scale = config.teacher_scale
+    if not 0 < scale <= 1:
+        raise UserError(f"teacher_scale is {scale}; it must be above 0 and at most 1")
+    if scale == 1:
+        return
+    reasons = {
+        "mine_by is memory": config.mine_by == "memory",
+        "mask is attention": config.mask == "attention",
+        "teacher_view is masked": config.teacher_view == "masked",
+        "target is teacher, which takes its features of the whole image":
+            config.target == "teacher",
+        f"model is {config.model}": "hiera" in config.model,
+    }  # fmt: skip
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")
+    height, width = architecture["image_size"]
+    rows, columns = architecture["patch_size"]
+    if small_image_size((height, width), (rows, columns), scale) == (height, width):
+        raise UserError(
+            f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "
+            "they are: pass a smaller one"
+        )
 
 
 def _check_target(config: PretrainConfig) -> None:

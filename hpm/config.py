@@ -100,6 +100,17 @@ class PretrainConfig:
     teacher_view: Literal["full", "masked"] = "full"
     """What the teacher sees when it predicts losses: the whole image (the paper), or images masked
     as the student's, as few as hide every patch once: what the predictor was trained on."""
+    teacher_scale: float = 1.0
+    """Size of the images that the teacher predicts losses of, as a share of image_size: 0.5 costs
+    about a quarter."""
+    mine_every: int = 1
+    """Steps from one prediction of the teacher to the next. In between the patches are mined by
+    what it last predicted of the same images; those it was never asked about are hidden at
+    random."""
+    mine_by: Literal["teacher", "memory"] = "teacher"
+    """Where it is known from how hard a patch is: the teacher's prediction, or a memory of the
+    losses that the student really had at that place of that image in earlier epochs, which costs
+    next to nothing and needs no predictor."""
     target: TargetName = "normalized_pixels"
     """What is reconstructed: pixels standardised within their patch, raw pixels, histograms of
     oriented gradients, the EMA teacher's features, a frozen model's features, or the tokens of a
@@ -441,45 +452,22 @@ class AblateConfig(PretrainConfig):
 
 
 @dataclass
-class BenchConfig:
-    """What a training step costs: MAE and HPM in turns, on noise, phase by phase."""
+class BenchConfig(PretrainConfig):
+    """What a training step costs: MAE and HPM in turns, on noise, phase by phase (all options of
+    pretrain; those that say how patches are mined and losses predicted are HPM's alone)."""
 
-    model: str = "vit_small"
-    """As in pretrain."""
-    image_size: int | tuple[int, int] = 224
-    """As in pretrain."""
-    patch_size: int | tuple[int, int] | None = None
-    """As in pretrain."""
-    channels: int = 3
-    """As in pretrain."""
-    decoder_dim: int | None = None
-    """As in pretrain."""
-    decoder_depth: int | None = None
-    """As in pretrain."""
-    decoder_heads: int | None = None
-    """As in pretrain."""
-    mask_ratio: float = 0.75
-    """As in pretrain."""
-    batch_size: int = 64
-    """As in pretrain."""
-    accumulate: int = 1
-    """As in pretrain."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """As in pretrain."""
-    compile: Literal["auto", "true", "false"] = "auto"
-    """As in pretrain."""
-    checkpoint_activations: bool = False
-    """As in pretrain."""
+    data: str = "demo"
+    """Not looked at."""
+    out: str = ""
+    """Not written to."""
+    batch_size: int | None = 64
+    """Images per optimiser step."""
     repeats: int = 5
     """Rounds, each of MAE, HPM and a matrix product."""
     steps_each: int = 3
     """Steps of each method in a round."""
     json: str | None = None
     """File for the numbers."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
-    seed: int = 0
-    """Of weights and masks."""
 
 
 @dataclass

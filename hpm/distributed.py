@@ -78,6 +78,15 @@ def mean(values: Tensor) -> Tensor:
     return values / world_size()
 
 
+def concatenate(values: Tensor) -> Tensor:
+    """The values [batch ...] of all processes, one batch after the other, without gradients."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up in any process."""
     if not dist.is_initialized():

@@ -32,7 +32,7 @@ assert set(HARD_SHARES) == set(get_args(Mined))
 Schedule = Literal["linear", "cosine", "constant"]
 
 # Numbers of independent draws from the same (seed, epoch, sample); masks have 0 and above.
-BLOCKS, SECONDARY, TEACHER_VIEW = -1, -2, -3
+BLOCKS, SECONDARY, TEACHER_VIEW, TIES = -1, -2, -3, -4
 
 
 def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:

@@ -18,6 +18,7 @@ from hpm.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.masking import (
     HARD_SHARES,
     TEACHER_VIEW,
+    TIES,
     choose_covered,
     hard_share,
     make_mask,
@@ -117,26 +118,26 @@ def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark 
     Nothing here waits for the device. `mark` is told each phase that ends, for measuring.
     """
     config, schedule = state.config, state.schedule
-    losses, masks = [], []
-    image_parts = batch.images.chunk(config.accumulate)
-    index_parts = batch.indices.chunk(config.accumulate)
-    for part in range(config.accumulate):
-        images = state.to_device(image_parts[part])
-        mined = _mine(state, images, index_parts[part], step, num_hard, mark)
-        last = part == config.accumulate - 1
+    parts = []
+    for number, part in enumerate(batch.parts(config.accumulate)):
+        images = state.to_device(part.images)
+        mined = _mine(state, images, part, step, num_hard, mark)
+        last = number == config.accumulate - 1
         with distributed.no_gradient_sync(state.parallel, last):
-            losses.append(_learn(state, images, mined, mark))
-        masks.append(mined)
+            learned = _learn(state, images, mined, mark)
+        parts.append((mined, learned))
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
     state.optimizer.step()
     state.optimizer.zero_grad()
     mark("optimiser")
     state.teacher.update(state.model, schedule.ema_decay(step))
     mark("EMA")
-    visible = torch.cat([mined.visible_ids for mined in masks])
-    hidden = torch.cat([mined.hidden_ids for mined in masks])
-    means = torch.stack([*torch.stack(losses).mean(0), grad_norm.detach()])
-    return Step(means, batch, visible, hidden)
+    _remember(state, batch, parts)
+    mark("mining")
+    visible = torch.cat([mined.visible_ids for mined, _ in parts])
+    hidden = torch.cat([mined.hidden_ids for mined, _ in parts])
+    losses = torch.stack([learned.losses for _, learned in parts]).mean(0)
+    return Step(torch.stack([*losses, grad_norm.detach()]), batch, visible, hidden)
 
 
 def _num_hard(state: State, step: int) -> int:
@@ -157,17 +158,31 @@ class Mined(NamedTuple):
     hidden_ids: Int[Tensor, "batch hidden"]
     covered_ids: Int[Tensor, "batch covered"] | None
     features: Float[Tensor, "batch tokens dim"] | None
+    signal: Float[Tensor, "batch patches"] | None
+
+
+class Learned(NamedTuple):
+    """What a forward and backward pass tell; nothing of it has been waited for."""
+
+    losses: Float[Tensor, " 3"]  # reconstruction, predictor, ranking accuracy
+    patch_loss: Float[Tensor, "batch hidden"]  # of what the predictor ranks
 
 
 def _mine(
-    state: State, images: Tensor, sample_ids: Tensor, step: int, num_hard: int, mark: Mark
+    state: State, images: Tensor, batch: Batch, step: int, num_hard: int, mark: Mark
 ) -> Mined:
-    """The patches that the teacher finds hardest are hidden, the rest at random."""
+    """The hardest patches are hidden, the rest at random."""
     config, encoder = state.config, state.model.encoder
-    sample_ids = sample_ids.to(state.device, non_blocking=True)
+    sample_ids = batch.indices.to(state.device, non_blocking=True)
     epoch = state.schedule.epoch(step)
-    features, signal = _ask_teacher(state, images, sample_ids, epoch, num_hard)
+    asked = num_hard > 0 and config.mine_by == "teacher" and step % config.mine_every == 0
+    features, told = _ask_teacher(state, images, sample_ids, epoch, asked)
     mark("teacher")
+    signal = told
+    if state.memory is not None and num_hard > 0 and not asked:
+        signal = state.memory.read(sample_ids, state.crops(batch))
+        # Of places that nothing is known about, none comes before another.
+        signal = signal + 1e-3 * noise(sample_ids, encoder.num_patches, config.seed, epoch, TIES)
     visible_ids, hidden_ids = make_mask(
         config.mask, sample_ids, encoder.grid, state.num_hidden, config.seed, epoch, signal,
         num_hard,
@@ -178,24 +193,27 @@ def _mine(
             sample_ids, visible_ids, ratio, encoder.num_patches, config.seed, epoch
         )
     mark("mining")
-    return Mined(visible_ids, hidden_ids, covered_ids, features)
+    return Mined(visible_ids, hidden_ids, covered_ids, features, told)
 
 
 def _ask_teacher(
-    state: State, images: Tensor, sample_ids: Tensor, epoch: int, num_hard: int
+    state: State, images: Tensor, sample_ids: Tensor, epoch: int, asked: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(features, what is mined by), as far as they are needed: nothing is run in vain."""
+    """(features, what is mined by if that is asked for), as far as they are needed: nothing is run
+    in vain."""
     config, teacher = state.config, state.teacher.model
     features = signal = None
     with state.autocast():
-        if num_hard > 0 and config.mask == "attention":
+        if asked and config.mask == "attention":
             features, signal = attention(teacher, images)
-        elif num_hard > 0 and config.teacher_view == "masked":
+        elif asked and state.small_teacher is not None:
+            signal = state.small_teacher.predicted_losses(images)
+        elif asked and config.teacher_view == "masked":
             priority = noise(
                 sample_ids, teacher.encoder.num_patches, config.seed, epoch, TEACHER_VIEW
             )
             signal = predicted_losses_masked(teacher, images, priority, state.num_hidden)
-        elif num_hard > 0:
+        elif asked:
             features, signal = predicted_losses(teacher, images)
         if features is None and state.target.needs_teacher:
             with torch.no_grad():
@@ -203,11 +221,8 @@ def _ask_teacher(
     return features, signal
 
 
-def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Tensor:
-    """Reconstruct the hidden patches, predict how well, and take both losses backward.
-
-    Returns [3]: reconstruction loss, predictor's loss, ranking accuracy.
-    """
+def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Learned:
+    """Reconstruct the hidden patches, predict how well, and take both losses backward."""
     config, hidden_ids = state.config, mined.hidden_ids
     with state.autocast():
         with torch.no_grad():
@@ -219,8 +234,10 @@ def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Tensor:
     reconstruction_loss = patch_loss.mean()
     predictor_loss = torch.zeros_like(reconstruction_loss)
     accuracy = torch.full_like(reconstruction_loss, math.nan)
+    patch_loss = patch_loss.detach()
+    if predicted_loss is not None or state.memory is not None:
+        patch_loss = state.target.ranked_by(patch_loss, images, hidden_ids)
     if predicted_loss is not None:
-        patch_loss = state.target.ranked_by(patch_loss.detach(), images, hidden_ids)
         if config.predictor_loss == "relative":
             total, pairs = relative_loss(predicted_loss, patch_loss)
             # Pairs are counted over all processes, as if they were one.
@@ -232,7 +249,25 @@ def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Tensor:
     mark("forward")
     (loss / config.accumulate).backward()
     mark("backward")
-    return torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])
+    losses = torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])
+    return Learned(losses, patch_loss)
+
+
+def _remember(state: State, batch: Batch, parts: list[tuple[Mined, Learned]]) -> None:
+    """Keep for the next visit to these images what was found out about them, if that is used."""
+    if state.memory is None:
+        return
+    sample_ids = batch.indices.to(state.device, non_blocking=True)
+    told = [mined.signal for mined, _ in parts if mined.signal is not None]
+    if told:
+        hardness = torch.cat(told)
+        patch_ids = torch.arange(hardness.shape[1], device=state.device).expand_as(hardness)
+        # Predicted losses are learned from the order within images alone.
+        state.memory.write(sample_ids, state.crops(batch), patch_ids, hardness, per_image=True)
+    elif state.config.mine_by == "memory":
+        hidden_ids = torch.cat([mined.hidden_ids for mined, _ in parts])
+        patch_loss = torch.cat([learned.patch_loss for _, learned in parts])
+        state.memory.write(sample_ids, state.crops(batch), hidden_ids, patch_loss)
 
 
 __all__ = ["Interrupted", "pretrain", "run_pretraining"]

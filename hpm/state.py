@@ -35,7 +35,8 @@ from hpm.errors import UserError
 from hpm.evals.ongoing import OngoingProbe
 from hpm.imports import initialise
 from hpm.logs import RunLog
-from hpm.masking import num_hidden_patches
+from hpm.masking import HARD_SHARES, num_hidden_patches
+from hpm.memory import HardnessMemory
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
@@ -43,7 +44,7 @@ from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
 from hpm.schedule import make_schedule, resolve
 from hpm.targets import make_target
-from hpm.teacher import Teacher
+from hpm.teacher import SmallTeacher, Teacher, small_image_size
 
 
 class State:
@@ -89,6 +90,8 @@ class State:
         if config.pretrained and not latest:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
+        self.small_teacher = self._small_teacher()
+        self.memory = self._memory()
         self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
         if checkpoint:
             self._resume(checkpoint)
@@ -98,7 +101,7 @@ class State:
         if self.compiled:
             # In place: names of parameters, and so checkpoints, stay as they are.
             self.model.compile()
-            teacher = self.teacher.model
+            teacher = self.small_teacher.model if self.small_teacher else self.teacher.model
             teacher.predict_loss = torch.compile(teacher.predict_loss)  # type: ignore[method-assign]
         self.parallel = distributed.data_parallel(self.model)
         self.log = RunLog(self.run.folder, self.step, self.schedule.total, distributed.is_main())
@@ -139,6 +142,11 @@ class State:
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.normalization)
 
+    def crops(self, batch: Batch) -> Tensor:
+        """Where the views of a training batch lie in their images [B 4], on the device."""
+        assert batch.crops is not None, "training views come with their crops"
+        return batch.crops.to(self.device, non_blocking=True)
+
     def autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
@@ -167,7 +175,7 @@ class State:
         distributed.main_first(
             lambda: save_checkpoint(
                 self.run.checkpoints, self.model, self.teacher.model, self.optimizer, self._meta(),
-                self.config.keep_checkpoints,
+                self.config.keep_checkpoints, self.memory,
             )
         )  # fmt: skip
 
@@ -176,7 +184,7 @@ class State:
         distributed.main_first(
             lambda: write_checkpoint(
                 self.run.best_checkpoint, self.model, self.teacher.model, self.optimizer,
-                self._meta(),
+                self._meta(), self.memory,
             )
         )  # fmt: skip
 
@@ -199,6 +207,22 @@ class State:
             save_backbone(
                 self.run.backbone, self.model.encoder, self.architecture, self.mean, self.std
             )
+
+    def _small_teacher(self) -> SmallTeacher | None:
+        config, (height, width) = self.config, self.image_size
+        if config.teacher_scale == 1:
+            return None
+        rows, columns = self.architecture["patch_size"]
+        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
+        small = build_model(self.architecture | {"image_size": list(size)}).to(self.device)
+        return SmallTeacher(self.teacher.model, small)
+
+    def _memory(self) -> HardnessMemory | None:
+        """Where something is to be remembered: losses, or what the teacher said."""
+        config = self.config
+        if config.mask not in HARD_SHARES or (config.mine_by, config.mine_every) == ("teacher", 1):
+            return None
+        return HardnessMemory(len(self.source), self.model.encoder.grid, self.device)
 
     def _initialise(self, path: Path) -> str:
         """Weights of an earlier run, checkpoint or backbone file, or of others."""
@@ -227,7 +251,7 @@ class State:
                 f"{self.config.data} has {len(self.source)} training images, but the run began "
                 f"with {meta['num_images']}: put the data back, or choose another --out"
             )
-        restore(checkpoint, self.model, self.teacher.model, self.optimizer)
+        restore(checkpoint, self.model, self.teacher.model, self.optimizer, self.memory)
         self.step = meta["step"]
         self.unreadable = {int(index): text for index, text in meta["unreadable"].items()}
         self.best_probe = meta.get("best_probe", {})
@@ -244,12 +268,14 @@ class State:
     def _introduction(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         held_out = len(self.held_out) if self.held_out else 0
+        memory = self.memory.found.nbytes / 1e6 if self.memory else 0
         return (
             f"{self.config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
             f"{len(self.source)} images of {self.source.name}, {held_out} held out, "
             f"{self.schedule.total} steps of {self.config.batch_size} images "
             f"({self.schedule.epochs:.4g} epochs), {self.device}, {self.config.precision}, "
             f"{distributed.world_size()} process(es), into {self.config.out}"
+            + (f", memory of hardness {memory:.3g} MB" if memory else "")
         )
 
 

@@ -7,9 +7,14 @@ import copy
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from hpm.masking import rotating_masks
 from hpm.models.mim import MaskedImageModel
+from hpm.models.patches import interpolate_positions
+
+Images = Float[Tensor, "batch channels *size"]
+Signal = Float[Tensor, "batch patches"]
 
 
 class Teacher:
@@ -26,8 +31,51 @@ class Teacher:
         )
 
 
-Images = Float[Tensor, "batch channels *size"]
-Signal = Float[Tensor, "batch patches"]
+class SmallTeacher:
+    """The teacher on smaller images: its own weights, the positions interpolated.
+
+    A quarter of the patches costs about a quarter; the map is brought back to the whole grid.
+
+    Args:
+        teacher: whose weights are shared, as they change.
+        small: of the same architecture, for smaller images; it is taken over.
+    """
+
+    def __init__(self, teacher: MaskedImageModel, small: MaskedImageModel):
+        self.teacher, self.model = teacher, small.requires_grad_(False).eval()
+        weights = teacher.state_dict(keep_vars=True)
+        own = small.state_dict()
+        shared = {name: w for name, w in weights.items() if own[name].shape == w.shape}
+        small.load_state_dict(shared, strict=False, assign=True)
+        positions = interpolate_positions(
+            teacher.decoder_pos_embed, teacher.encoder.grid, small.encoder.grid
+        )
+        small.decoder_pos_embed.copy_(positions)
+
+    @torch.no_grad()
+    def predicted_losses(self, images: Images) -> Signal:
+        """Predicted losses of whole images of the full size, for each patch of their grid."""
+        small, encoder = self.model, self.teacher.encoder
+        if encoder.pos_embed is not None:  # of some encoders it is trained
+            weights: dict[str, Tensor] = {"pos_embed": encoder.pos_embed}
+            fitted = small.encoder.fit_positions(weights, encoder.grid)["pos_embed"]
+            assert small.encoder.pos_embed is not None
+            small.encoder.pos_embed.copy_(fitted)
+        shrunk = F.interpolate(images, small.encoder.image_size, mode="area")
+        predicted_loss = small.predict_loss(shrunk)[1].float()
+        coarse = predicted_loss.view(-1, 1, *small.encoder.grid)
+        return F.interpolate(coarse, encoder.grid, mode="bilinear").flatten(1)
+
+
+def small_image_size(
+    image_size: tuple[int, int], patch_size: tuple[int, int], scale: float
+) -> tuple[int, int]:
+    """The whole number of patches that is nearest to `scale` times the image, in pixels."""
+    height, width = (
+        max(1, round(scale * size / patch)) * patch
+        for size, patch in zip(image_size, patch_size, strict=True)
+    )
+    return height, width
 
 
 @torch.no_grad()

@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import tiny_arguments
+
+from hpm.checkpoint import read_tensors
+from hpm.run import Run
 
 
 def torchrun(*arguments, processes=2):
@@ -41,6 +45,21 @@ def test_two_processes_give_the_losses_of_one(runs):
         for name in ("reconstruction_loss", "predictor_loss", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
         assert a["hard_share"] == b["hard_share"] > 0
+
+
+def test_two_processes_remember_what_one_does(image_folder, tmp_path):
+    options = tiny_arguments(log_every=1, accumulate=2, mine_by="memory", steps=12)
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        result = torchrun("pretrain", image_folder, "--out", out, *options, processes=processes)
+        assert result.returncode == 0, result.stderr
+        tensors, _ = read_tensors(Run(out).latest_checkpoint())
+        found.append((losses(out)[-1]["reconstruction_loss"], tensors["memory.found"]))
+    (one, memory), (two, same_memory) = found
+    assert two == pytest.approx(one, rel=1e-3)
+    torch.testing.assert_close(same_memory, memory, atol=5e-3, rtol=5e-3)
+    assert memory.abs().sum() > 0
 
 
 def test_only_the_main_process_writes(runs):

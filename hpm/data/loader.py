@@ -37,6 +37,14 @@ class Batch:
     unreadable: list[tuple[int, str]]
     crops: Tensor | None = None
 
+    def parts(self, count: int) -> list[Batch]:
+        """Equal parts, in order; what was unreadable goes with the first."""
+        crops = [None] * count if self.crops is None else self.crops.chunk(count)
+        views = zip(self.images.chunk(count), self.indices.chunk(count), crops, strict=True)
+        parts = [Batch(images, indices, [], crop) for images, indices, crop in views]
+        parts[0].unreadable = self.unreadable
+        return parts
+
     def pin_memory(self) -> Batch:
         crops = None if self.crops is None else self.crops.pin_memory()
         return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops)
