@@ -42,9 +42,7 @@ class HardnessMemory(nn.Module):
     ) -> Float[Tensor, "batch patches"]:
         """How hard each patch of these views was found, in standard deviations from the mean; 0
         where nothing is known."""
-        rows, columns = (
-            overlaps(edges, n) for edges, n in zip(_axes(crops), self.grid, strict=True)
-        )
+        rows, columns = self._overlaps(crops)
         rows, columns = (w / w.sum(2, keepdim=True).clamp(min=1e-12) for w in (rows, columns))
         found = self.found[sample_ids].float()
         total, weight = (rows[:, None] @ found @ columns[:, None].mT).unbind(1)
@@ -74,13 +72,17 @@ class HardnessMemory(nn.Module):
         maps = hardness.new_zeros(len(crops), 2, self.grid[0] * self.grid[1])
         maps[:, 0].scatter_(1, patch_ids, hardness)
         maps[:, 1].scatter_(1, patch_ids, 1.0)
-        rows, columns = (
-            overlaps(edges, n) * n for edges, n in zip(_axes(crops), self.grid, strict=True)
-        )
+        rows, columns = self._overlaps(crops)
         added = rows[:, None].mT @ maps.view(-1, 2, *self.grid) @ columns[:, None]
+        added *= self.grid[0] * self.grid[1]  # as shares of a cell
         # An image that is twice in the batch ages once and learns from both.
         self.found[sample_ids] = KEPT * self.found[sample_ids]
         self.found.index_add_(0, sample_ids, added.to(self.found.dtype))
+
+    def _overlaps(self, crops: Crops) -> tuple[Tensor, Tensor]:
+        """Along rows and along columns."""
+        top, bottom, left, right = crops.unbind(1)
+        return overlaps((top, bottom), self.grid[0]), overlaps((left, right), self.grid[1])
 
 
 def overlaps(
@@ -94,9 +96,3 @@ def overlaps(
     low = torch.minimum(bounds[:, :-1], bounds[:, 1:])[..., None]
     high = torch.maximum(bounds[:, :-1], bounds[:, 1:])[..., None]
     return (torch.minimum(high, steps[1:]) - torch.maximum(low, steps[:-1])).clamp(min=0)
-
-
-def _axes(crops: Crops) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The edges of the views along rows and along columns."""
-    top, bottom, left, right = crops.unbind(1)
-    return (top, bottom), (left, right)
