@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="of this piece of training")
     parser.add_argument("--out", type=Path, default=Path("runs/mining"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each timing")
     chosen = parser.parse_args()
     experiment = Experiment(chosen.out, chosen.seeds, chosen.epochs)
