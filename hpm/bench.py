@@ -70,7 +70,7 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     with tempfile.TemporaryDirectory() as folder:
         states = {
-            name: _state(config, options, Path(folder) / name, device)
+            name: run_state(config, options, Path(folder) / name, device)
             for name, options in METHODS.items()
         }
         measured = {
@@ -92,7 +92,9 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
     return _report(config, measured, statistics.median(products), device, states["HPM"])
 
 
-def _state(config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device) -> State:
+def run_state(
+    config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device
+) -> State:
     """A run whose images are never loaded."""
     return State(_run_config(config, options, out), device)
 
@@ -107,10 +109,7 @@ def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> Pret
 def _time_steps(state: State, measured: Measured, count: int, warm_up: bool) -> None:
     """Whole steps, then as many with a wait after each phase."""
     config, device = state.config, state.device
-    batch_size, channels = config.global_batch_size, config.channels
-    images = torch.randint(0, 256, (batch_size, channels, *state.image_size), dtype=torch.uint8)
-    whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(batch_size, -1)
-    batch = Batch(images, torch.arange(batch_size), [], whole.contiguous())
+    batch = noise_batch(state)
     num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
     # Where the teacher is not asked in each step, a step is the mean of a whole turn.
     turn = range(config.mine_every)
@@ -137,6 +136,15 @@ def _time_steps(state: State, measured: Measured, count: int, warm_up: bool) -> 
     run_turn(clock.mark)
     for phase, seconds in clock.phases.items():
         measured.phases[phase].append(seconds / len(turn))
+
+
+def noise_batch(state: State) -> Batch:
+    """A batch of uncropped noise."""
+    config = state.config
+    size = (config.global_batch_size, config.channels, *state.image_size)
+    images = torch.randint(0, 256, size, dtype=torch.uint8)
+    whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
+    return Batch(images, torch.arange(len(images)), [], whole)
 
 
 class _Clock:

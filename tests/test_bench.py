@@ -27,8 +27,8 @@ def test_multiply_adds_are_those_that_pytorch_counts(model, predictor_loss):
         "x", "y", model=model, image_size=64, patch_size=8, predictor_loss=predictor_loss
     )
     architecture = resolve_model(config)
-    student = build_model(architecture)
-    images, ids = torch.randn(2, 3, 64, 64), torch.arange(64).expand(2, -1)
+    student = build_model(architecture).double()  # whose products are PyTorch's own
+    images, ids = torch.randn(2, 3, 64, 64).double(), torch.arange(64).expand(2, -1)
 
     def counted(run):
         plain = sdpa_kernel(SDPBackend.MATH)  # whose products are all counted

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpm.models.encoder import Encoder
+from hpm.models.linear import Linear
 from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
 from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights, run_block
 
@@ -23,7 +24,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Block(dim, num_heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(dim, output_dim)
+        self.head = Linear(dim, output_dim)
         self.checkpoint_activations = False
 
     def forward(
@@ -73,7 +74,7 @@ class MaskedImageModel(nn.Module):
         pixels = prod(encoder.patch_size) * encoder.channels
         self.encoder = encoder
         self.detach_predictor = detach_predictor
-        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_dim)
+        self.decoder_embed = Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         positions = sincos_positions(encoder.grid, decoder_dim)[None]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -90,7 +91,7 @@ class MaskedImageModel(nn.Module):
                 1 if predictor_head == "scalar" else pixels,
             )
             if predictor_dim not in (None, decoder_dim):
-                self.predictor_embed = nn.Linear(decoder_dim, predictor_dim)
+                self.predictor_embed = Linear(decoder_dim, predictor_dim)
         self.cover = nn.Parameter(torch.zeros(1, 1, pixels)) if with_cover else None
         nn.init.normal_(self.mask_token, std=0.02)
         parts = (self.decoder_embed, self.reconstructor, self.predictor, self.predictor_embed)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hpm.models.encoder import Encoder
+from hpm.models.linear import Linear, linear
 from hpm.models.patches import (
     gather_patches,
     grid_size,
@@ -32,8 +33,8 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a dimension of {dim}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: Float[Tensor, "batch tokens dim"], num_outputs: int | None = None
@@ -50,8 +51,8 @@ class Attention(nn.Module):
         """Queries of the last `count` tokens, keys and values of all."""
         batch, tokens, dim = x.shape
         size = dim // self.num_heads
-        q = F.linear(x[:, -count:], self.qkv.weight[:dim], self.qkv.bias[:dim])
-        kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        q = linear(x[:, -count:], self.qkv.weight[:dim], self.qkv.bias[:dim])
+        kv = linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
         q = q.view(batch, count, self.num_heads, size).transpose(1, 2)
         k, v = kv.view(batch, tokens, 2, self.num_heads, size).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
@@ -77,8 +78,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -144,7 +145,7 @@ class PatchEmbed(nn.Module):
         # Working on patches already cut, rather than convolving, lets the caller embed only the
         # visible ones: cheaper, and no hidden pixel can reach the encoder.
         weight = self.proj.weight.movedim(1, -1).flatten(1)
-        return F.linear(patches, weight, self.proj.bias)
+        return linear(patches, weight, self.proj.bias)
 
 
 class VisionTransformer(Encoder):
