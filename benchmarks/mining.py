@@ -72,12 +72,13 @@ class Experiment:
 
     def train(self, side_by_side: int, deadline: float) -> bool:
         """Seed by seed, so that what is there can be compared at any time."""
-        jobs = []
-        for seed, way in product(self.seeds, WAYS):
-            jobs.append(self.training(way, seed))
-            jobs += [self.evaluation(protocol, way, seed) for protocol in PROTOCOLS]
-        # A run and its evaluations one after the other: side by side is for independent ones.
-        return run_all(jobs, side_by_side, deadline)
+        for seed in self.seeds:
+            runs = [self.training(way, seed) for way in WAYS]
+            evaluations = [self.evaluation(p, way, seed) for way in WAYS for p in PROTOCOLS]
+            for jobs in (runs, evaluations):
+                if not run_all(jobs, side_by_side, deadline):
+                    return False
+        return True
 
     def top1(self, protocol: str, way: str) -> list[float]:
         jobs = [self.evaluation(protocol, way, seed) for seed in self.seeds]
@@ -157,11 +158,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mining"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--side-by-side", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each timing")
     chosen = parser.parse_args()
     experiment = Experiment(chosen.out, chosen.seeds, chosen.epochs)
     if chosen.job == "train":
-        done = experiment.train(1, time.time() + 60 * chosen.minutes)
+        done = experiment.train(chosen.side_by_side, time.time() + 60 * chosen.minutes)
         print("done" if done else "time is up: the same command goes on from here")
     elif chosen.job == "speed":
         experiment.speed(chosen.repeats)
