@@ -147,8 +147,8 @@ def main() -> None:
     write_section(
         "growth",
         f"## Growth\n\n`python benchmarks/growth.py` on {machine()}: one step of HPM; where "
-        f"nothing else is said, {MODEL}, batch {BATCH}, patches of 16. Memory is the peak beyond what the "
-        f"process held before the model.\n\n"
+        f"nothing else is said, {MODEL}, batch {BATCH}, patches of 16. Memory is the peak beyond "
+        f"what the process held before the model.\n\n"
         + "\n\n".join(sections)
         + f"\n\n![growth of time and memory]({file.name})",
     )

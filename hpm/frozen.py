@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.errors import UserError, nearest
 from hpm.extras import need
-from hpm.hub import fetched
+from hpm.hub import fetched, read_json
 
 Pixels = Float[Tensor, "batch channels height width"]
 
@@ -73,7 +72,7 @@ def load_frozen(name: str) -> FrozenModel:
     is not on disk and cannot be fetched."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json", needed=True)
         if "architecture" in config:
             return _load_timm(f"local-dir:{folder}", name)
         if "model_type" in config:
@@ -118,7 +117,7 @@ def _load_hugging_face(model_name: str, name: str) -> FrozenModel:
     hub: Any = need("transformers.utils", "hf", "a model of Hugging Face")
     model = fetched(name, "hf", lambda: transformers.AutoModel.from_pretrained(model_name))
     file = fetched(name, "hf", lambda: hub.cached_file(model_name, "preprocessor_config.json"))
-    return of_hugging_face(model, _read_json(Path(file)))
+    return of_hugging_face(model, read_json(Path(file), needed=True))
 
 
 def of_hugging_face(model: Any, preprocessing: dict[str, Any]) -> FrozenModel:
@@ -162,13 +161,3 @@ def _input_size(preprocessing: dict[str, Any]) -> int:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     return int(size)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is missing or damaged: a model's folder needs it")
-    return content

@@ -3,6 +3,7 @@ clear line."""
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,24 @@ def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
+    """What stands beside a model's weights; nothing where there is no such file, unless needed.
+
+    Raises UserError.
+    """
+    if not path.is_file():
+        if needed:
+            raise UserError(f"{path} is missing: a model's folder needs it")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: mend it, or fetch the model again")
+    return content
 
 
 def push(folder: Path, name: str) -> str:

@@ -9,7 +9,6 @@ assumed, and is always said.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isqrt, prod
@@ -31,6 +30,7 @@ from hpm.checkpoint import (
 from hpm.config import SIZES, PretrainConfig
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.errors import UserError
+from hpm.hub import read_json
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -277,7 +277,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     """The JSON beside the weights: config.json (of Hugging Face or timm) with
     preprocessor_config.json, or FILE.json with our own names, which these are put into."""
     folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") not in ("vit", "vit_mae"):
         about = config.get("pretrained_cfg", {}) if "architecture" in config else {}
     else:
@@ -290,22 +290,10 @@ def _read_about(path: Path) -> dict[str, Any]:
             "norm_pix_loss": "norm_pix_loss",
         }
         about = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-        moments = _read_json(folder / "preprocessor_config.json")
+        moments = read_json(folder / "preprocessor_config.json")
         about |= {n: moments[f"image_{n}"] for n in ("mean", "std") if f"image_{n}" in moments}
     about = {name: value for name, value in about.items() if value is not None}
-    return about | (_read_json(path.with_suffix(".json")) if path.is_file() else {})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: mend it, or take it away from the weights")
-    return content
+    return about | (read_json(path.with_suffix(".json")) if path.is_file() else {})
 
 
 def _check_about(weights: Weights) -> None:
