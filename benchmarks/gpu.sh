@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# All that waits for a GPU, in one call of at most 9 minutes:
-#   OUT=results bash benchmarks/gpu.sh
-# Tests that need a GPU, then the training step of ViT-B/16 and ViT-L/16 at 224 px, compiled and
-# eager. Tables go to the screen, numbers as JSON into $OUT. On a CPU (to test the script itself):
+# What waits for a GPU, each in one call of at most 9 minutes:
+#   OUT=results bash benchmarks/gpu.sh           # the training step: the numbers to reach
+#   OUT=results bash benchmarks/gpu.sh mining    # cheaper mining, beside MAE
+#   OUT=results bash benchmarks/gpu.sh growth    # growth and a profile, with their pictures
+# The first runs the tests that need a GPU, then times the step of ViT-B/16 and ViT-L/16 at 224 px,
+# compiled and eager. Tables go to the screen, numbers and pictures into $OUT. On a CPU (to test the
+# script itself):
 #   SMALL=1 OUT=results bash benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,6 +32,19 @@ if [ -n "${SMALL:-}" ]; then
         --repeats 2 --steps-each 1 --compile false
     exit
 fi
+
+case "${1:-step}" in
+mining)
+    limited 500 "$PYTHON" benchmarks/mining.py speed --repeats 2 --out "$OUT/mining"
+    exit
+    ;;
+growth)
+    limited 400 "$PYTHON" benchmarks/growth.py
+    limited 100 "$PYTHON" benchmarks/profile_step.py vit_base
+    cp benchmarks/growth.png benchmarks/profile_vit_base.png benchmarks/RESULTS.md "$OUT"
+    exit
+    ;;
+esac
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 echo "== a step never waits for the device"

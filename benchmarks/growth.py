@@ -45,7 +45,8 @@ def measure(options: dict) -> dict:
     device = pick_device("auto")
     if options.get("model") == "vit_huge":
         options |= {"patch_size": 16}
-    config = BenchConfig(**{"model": MODEL, "batch_size": BATCH, "patch_size": 16} | options)
+    sizes = {"model": MODEL, "batch_size": BATCH, "patch_size": 16} | options
+    config = BenchConfig(**sizes, compile="false")
     before = memory_gb(device)
     with tempfile.TemporaryDirectory() as folder:
         state = run_state(config, {}, Path(folder) / "run", device)

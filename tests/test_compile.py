@@ -12,20 +12,20 @@ import torch
 from helpers import run_hpm, tiny_arguments
 
 STEPS = """
-import sys, torch
+import json, sys, torch
+from hpm.bench import noise_batch
 from hpm.config import PretrainConfig
-from hpm.data.loader import Batch
 from hpm.pretrain import train_step
 from hpm.state import State
 
-out, device, compiled = sys.argv[1:]
+out, device, compiled, way = sys.argv[1:]
 config = PretrainConfig(
     data="demo", out=out, model="vit_nano", image_size=16, patch_size=4, batch_size=8, steps=20,
     decoder_dim=32, decoder_depth=1, base_lr=1e-2, holdout=0, normalize="imagenet",
-    compile=compiled, device=device,
+    compile=compiled, device=device, **json.loads(way),
 )
 state = State(config, torch.device(device))
-batch = Batch(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), torch.arange(8), [])
+batch = noise_batch(state)
 batch = batch.pin_memory() if device == "cuda" else batch
 """
 
@@ -49,6 +49,8 @@ for step in range(4, 8):
 torch.cuda.set_sync_debug_mode("default")
 assert done.losses[0].isfinite().item()
 """
+
+WAYS = [{}, {"teacher_scale": 0.5}, {"mine_by": "memory", "predictor_loss": "none"}]
 
 
 def run_python(code, *arguments):
@@ -75,11 +77,13 @@ def test_compiled_equals_eager_over_300_steps(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_graph_breaks_and_no_recompilation(tmp_path):
-    run_python(STEPS + GRAPHS, tmp_path / "run", "cpu", "true")
+@pytest.mark.parametrize("way", WAYS)
+def test_no_graph_breaks_and_no_recompilation(way, tmp_path):
+    run_python(STEPS + GRAPHS, tmp_path / "run", "cpu", "true", json.dumps(way))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("compiled", ["false", "true"])
-def test_a_step_never_waits_for_the_device(compiled, tmp_path):
-    run_python(STEPS + NO_WAIT, tmp_path / "run", "cuda", compiled)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_never_waits_for_the_device(way, compiled, tmp_path):
+    run_python(STEPS + NO_WAIT, tmp_path / "run", "cuda", compiled, json.dumps(way))
