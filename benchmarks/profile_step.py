@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from results import machine, table, write_section
-from step import SIZES
+from step import SIZES, as_options
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hpm.bench import PHASES, noise_batch, run_state
@@ -114,8 +114,7 @@ def main() -> None:
     parser.add_argument("size", choices=SIZES)
     chosen = parser.parse_args()
     words = SIZES[chosen.size]
-    names = [w.removeprefix("--").replace("-", "_") for w in words[::2]]
-    options = dict(zip(names, (int(v) if v.isdigit() else v for v in words[1::2]), strict=True))
+    options = as_options(words)
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:

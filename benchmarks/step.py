@@ -22,6 +22,13 @@ SIZES = {
 }  # fmt: skip
 
 
+def as_options(words: list[str]) -> dict[str, str | int]:
+    """`--image-size 64` -> image_size=64."""
+    names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+    values = [int(word) if word.isdigit() else word for word in words[1::2]]
+    return dict(zip(names, values, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=SIZES)
