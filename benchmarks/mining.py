@@ -30,10 +30,8 @@ WAYS: dict[str, dict] = {
     EXACT: {},
     "teacher at half size": {"teacher_scale": 0.5},
     "every 4th step": {"mine_every": 4},
-    "predictor of one block": {"predictor_depth": 1},
     "half size, one block": {"teacher_scale": 0.5, "predictor_depth": 1},
     "memory": {"mine_by": "memory"},
-    "memory, one block": {"mine_by": "memory", "predictor_depth": 1},
     "memory, no predictor": {"mine_by": "memory", "predictor_loss": "none"},
 }
 COMMON = {
