@@ -25,6 +25,7 @@ from hpm.config import (
     EvalConfig,
     ExportConfig,
     PretrainConfig,
+    ReportConfig,
     ShowConfig,
     TokenizeConfig,
     preset_path,
@@ -42,12 +43,14 @@ VERBS: dict[str, tuple[Any, str]] = {
     "bench": (BenchConfig, "what a training step costs: hpm bench step"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
+    "report": (ReportConfig, "write a run's report.html again: curves, pictures, configuration"),
     "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
-    "bench": [], "tokenize": ["data"], "show": ["run", "data"], "export": ["run"],
+    "bench": [], "tokenize": ["data"], "show": ["run", "data"], "report": ["run"],
+    "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -97,7 +100,8 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
         "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
-        "bench": _bench, "tokenize": _tokenize, "show": _show, "export": _export,
+        "bench": _bench, "tokenize": _tokenize, "show": _show, "report": _report,
+        "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -174,6 +178,13 @@ def _show(arguments: list[str]) -> int:
     from hpm.show import show
 
     print(f"written to {show(_parse('show', arguments))}")
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from hpm.report import run_report
+
+    print(f"written to {run_report(_parse('report', arguments))}")
     return 0
 
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -66,7 +66,7 @@ summary { cursor: pointer; }
 """.strip()  # noqa: E501
 
 
-def page(title: str, body: str, script: str = "") -> str:
+def page(title: str, body: str, script: str = "", style: str = "", fetches: bool = False) -> str:
     """One HTML document that needs nothing beside itself, light or dark as the reader has it.
 
     Args:
@@ -76,18 +76,21 @@ def page(title: str, body: str, script: str = "") -> str:
             wider than the page), `faint`, `warning`, `map` (an image of few, sharp pixels).
         script: JavaScript, run when the body is there. Only this very text may run, and the page
             may fetch nothing: the browser is told so, should anything slip in.
+        style: CSS of this page alone, after what all share.
+        fetches: the page may talk to the server that it came from (and to no other).
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+        + ("; connect-src 'self'" if fetches else "")
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n{style}</style>\n</head>\n<body>\n"
         f"{body}\n" + (f"<script>{script}</script>\n" if script else "") + "</body>\n</html>\n"
     )
 
@@ -101,11 +104,14 @@ def data_block(name: str, values: Any) -> str:
     return f'<script type="application/json" id="{escape(name)}">{text}</script>'
 
 
-def image_uri(image: np.ndarray) -> str:
-    """A uint8 image [H W 3] as a PNG data URI, for the `src` of an `img`."""
+def image_uri(image: np.ndarray, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
+    """A uint8 image [H W 3] as a data URI, for the `src` of an `img`.
+
+    PNG may have a fourth channel, opacity; JPEG is a tenth of the size for photographs.
+    """
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(image).save(file, kind, optimize=True)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def colours(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
