@@ -96,6 +96,12 @@ CHARTS = (
 # Not drawn: a second way to count steps, a number told in words, the price of a probe.
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
+# Options that `schedule.resolve` fills in: what they became was mostly not chosen.
+WORKED_OUT = (
+    "patch_size", "hard_share_start", "hard_share_end", "secondary_mask_ratio", "decoder_dim",
+    "decoder_depth", "decoder_heads", "precision",
+)  # fmt: skip
+
 VIEWS = {
     "predicted": "predicted loss",
     "actual": "actual loss",
@@ -170,7 +176,7 @@ def _head(
         for name, title in (
             ("reconstruction_loss", "reconstruction loss"),
             ("ranking_accuracy", "ranking accuracy"),
-            ("held_out/ranking_accuracy", "held out"),
+            ("held_out/ranking_accuracy", "the same, held out"),
             ("probe/linear", "linear probe, %"),
             ("images_per_second", "images per second"),
         )
@@ -345,8 +351,7 @@ def _configuration(options: dict[str, Any]) -> str:
     chosen = {
         name: value
         for name, value in options.items()
-        # None is worked out from other options: what it became was not chosen.
-        if name not in defaults or (value != defaults[name] and defaults[name] is not None)
+        if name not in WORKED_OUT and (name not in defaults or value != defaults[name])
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
@@ -423,7 +428,7 @@ STYLE = """
 .moments table { table-layout: fixed; min-width: calc(var(--columns) * 4.2rem); width: 100%;
   max-width: calc(var(--columns) * 9rem); }
 .moments th, .moments td { padding: 0 0 4px 4px; border: 0; }
-.moments th:first-child { position: sticky; left: 0; z-index: 1; padding-left: 0;
+.moments th:first-child { position: sticky; left: 0; z-index: 1; padding: 0 4px 4px 0;
   background: var(--paper); }
 .moments tbody tr { border: 0; }
 .moments thead th { font-size: 0.8rem; font-weight: 400; color: var(--faint); }
@@ -433,6 +438,6 @@ STYLE = """
 .sharp .photo, .sharp img { image-rendering: pixelated; }
 .frame .view { display: none; }
 .names th { white-space: nowrap; font-weight: 400; color: var(--faint); }
-.sessions { margin-top: 1rem; } .sessions td { white-space: nowrap; }
+.sessions { margin-top: 1rem; } .sessions th, .sessions td { white-space: nowrap; }
 details { margin: 0.5rem 0; }
 """.strip()
