@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hpm.checkpoint import write_text
 from hpm.config import TrackerName
@@ -17,17 +18,20 @@ from hpm.errors import UserError
 from hpm.extras import need
 
 
-class Tracker(Protocol):
+class Tracker(ABC):
     """Whatever of it fails may raise: the log says so once and goes on without."""
 
-    id: str
+    id: str  # by which it is found again
 
+    @abstractmethod
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Named numbers of a step."""
 
+    @abstractmethod
     def figure(self, step: int, path: Path) -> None:
         """The latest figure, a PNG."""
 
+    @abstractmethod
     def close(self, finished: bool) -> None:
         """The training ended, or was stopped before its end."""
 
@@ -66,7 +70,7 @@ def start_tracker(
     return tracker
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases; without WANDB_PROJECT, in the project hpm."""
 
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
@@ -77,7 +81,7 @@ class WandbTracker:
             # Options such as workers may differ when a run goes on; the screen stays ours.
             settings=self.library.Settings(allow_val_change=True, console="off"),
         )  # fmt: skip
-        self.id: str = self.run.id
+        self.id = self.run.id
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -89,7 +93,7 @@ class WandbTracker:
         self.run.finish(exit_code=0 if finished else 1)
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """MLflow; without MLFLOW_EXPERIMENT_NAME, in the experiment hpm."""
 
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
