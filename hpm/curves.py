@@ -79,7 +79,7 @@ def draw_chart(
     step = max(curve.steps[-1] for curve in curves)
     html = (
         f'<figure class="card chart"><h3>{escape(title)}</h3>'
-        f'<div class="keys">{"".join(keys)}<span class="at">step {step}</span></div>'
+        f'<div class="keys">{"".join(keys)}<span class="at">step {_number(step)}</span></div>'
         f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'role="img" aria-label="{escape(f"{title}: {spoken}")}">{"".join(lines)}'
         f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
@@ -109,10 +109,10 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-05."""
+    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5; the script writes them alike."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}"
+    return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("e-0", "e-")
 
 
 def _short(value: float) -> float:
@@ -161,8 +161,11 @@ SCRIPT = """
     at: card.querySelector(".at"), numbers: [...card.querySelectorAll(".key b")],
     dots: [...card.querySelectorAll(".dot")],
   }));
-  const number = (v) => Math.abs(v) >= 1000
-    ? Math.round(v).toLocaleString("en") : String(Number(v.toPrecision(4)));
+  const number = (v) => {
+    const size = Math.abs(v), short = Number(v.toPrecision(4));
+    if (size >= 1000) return Math.round(v).toLocaleString("en");
+    return size >= 1e-4 ? String(short) : size < 1e-12 ? "0" : short.toExponential();
+  };
 
   function nearest(steps, step) {
     let low = 0, high = steps.length - 1;
@@ -185,7 +188,7 @@ SCRIPT = """
         shown = curve.steps[k];
       }
     });
-    chart.at.textContent = "step " + shown;
+    chart.at.textContent = "step " + number(shown);
     chart.shown = shown;
     const x = 1000 * shown / chart.right;
     chart.cursor.setAttribute("d", `M${x} 0V1000`);

@@ -226,8 +226,8 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
 def _moments(moments: list[Moment], options: dict[str, Any]) -> str:
     """A row per held-out image, a column per moment, and a way to switch what is shown."""
     if not moments:
-        reason = "no images are held out" if options.get("holdout") == 0 else "none are drawn yet"
-        return f"<p>Nothing to see: {reason}.</p>"
+        reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
+        return f"<p>No pictures: {reason}.</p>"
     last = moments[-1]
     views = [name for name in VIEWS if getattr(last, name) is not None]
     switch = "".join(
@@ -254,10 +254,14 @@ def _moments(moments: list[Moment], options: dict[str, Any]) -> str:
     )
     heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
     smooth = "" if max(height, width) > SMALL else " sharp"
+    about = (
+        "Each row is an image that is held out; each column a moment of the training. Bright is "
+        "hard, each map on its own scale; hidden patches are grey. The actual loss is the mean "
+        "over random masks"
+    )
+    about += ", the predicted one the teacher's, who sees all." if "predicted" in views else "."
     return (
-        "<p>Each row is an image that is held out; each column a moment of the training. Bright is "
-        "hard, each map on its own scale; hidden patches are grey. The predicted loss is what the "
-        "teacher makes of the whole image, the actual one the mean over random masks.</p>"
+        f"<p>{about}</p>"
         f"<style>{''.join(style)}</style>"
         f'<div class="moments{smooth}" style="--columns:{len(moments) + 1}">{switch}'
         f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
