@@ -51,7 +51,7 @@ def test_it_says_where_and_why_a_run_stopped(image_folder, tmp_path, monkeypatch
     assert "step 4 of 8" in text and "Stopped at step 4: at once, by Ctrl-C." in text
     run = pretrain(image_folder, tmp_path / "run")
     text = run.report.read_text()
-    assert "step 8 of 8, finished" in text and "; it went on from its last checkpoint." in text
+    assert "step 8 of 8, finished" in text and "at once, by Ctrl-C; it went on from step 4." in text
     assert [s.first_step for s in read_sessions(run.folder)] == [0, 4]
 
 
