@@ -213,9 +213,9 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
         if session.reason is None and not latest:
             found.append(f"The training that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
-            goes_on = (
-                "" if latest else f"; it went on from step {sessions[number + 1].first_step:,}"
-            )
+            goes_on = ""
+            if not latest:
+                goes_on = f"; it went on from step {sessions[number + 1].first_step:,}"
             found.append(f"Stopped {where}: {escape(str(session.reason))}{goes_on}.")
     if not found:
         return ""
