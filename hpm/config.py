@@ -237,6 +237,16 @@ FREE_OPTIONS = {
 
 
 @dataclass
+class ReportConfig:
+    """Write the report of a run again, from what is in its folder."""
+
+    run: str
+    """Run folder."""
+    out: str | None = None
+    """File to write (default: report.html in the run folder)."""
+
+
+@dataclass
 class EvalConfig:
     """What every evaluation takes."""
 
@@ -418,16 +428,6 @@ class ShowConfig:
     """Where to compute."""
     seed: int = 0
     """Of the masks and of the choice of images."""
-
-
-@dataclass
-class ReportConfig:
-    """Write the report of a run again, from what is in its folder."""
-
-    run: str
-    """Run folder."""
-    out: str | None = None
-    """File to write (default: report.html in the run folder)."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from hpm import curves
-from hpm.checkpoint import write_text
+from hpm.checkpoint import disk_error, write_text
 from hpm.config import PretrainConfig, ReportConfig
 from hpm.curves import draw_chart, make_curve
 from hpm.errors import UserError
@@ -117,7 +117,11 @@ def run_report(config: ReportConfig) -> Path:
     folder = Path(config.run).expanduser()
     if not Run(folder).config_file.is_file():
         raise UserError(f"{config.run}: no run folder of hpm pretrain (it has no config.yaml)")
-    return write_report(folder, Path(config.out).expanduser() if config.out else None)
+    out = Path(config.out).expanduser() if config.out else Run(folder).report
+    try:
+        return write_report(folder, out)
+    except OSError as error:
+        raise disk_error(out, error) from None
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:

@@ -5,6 +5,7 @@ A run that is stopped and goes on has several sessions; one that was killed has 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -71,13 +72,14 @@ def read_sessions(folder: Path) -> list[Session]:
     """All sessions, oldest first; none of a run of before they were recorded."""
     sessions: list[Session] = []
     for line in read_lines(folder / FILE):
-        if line.get("event") == "begin":
-            sessions.append(
-                Session(line["time"], line["step"], line["total_steps"], line["environment"])
-            )
-        elif sessions:
-            last = sessions[-1]
-            last.ended, last.last_step, last.reason = line["time"], line["step"], line["reason"]
+        with contextlib.suppress(KeyError):  # of another version
+            if line["event"] == "begin":
+                sessions.append(
+                    Session(line["time"], line["step"], line["total_steps"], line["environment"])
+                )
+            elif sessions:
+                last = sessions[-1]
+                last.ended, last.last_step, last.reason = line["time"], line["step"], line["reason"]
     return sessions
 
 

@@ -118,6 +118,9 @@ def test_the_command_writes_it_again(run_folder, tmp_path, capsys):
 def test_what_is_no_run_is_refused(run_folder, tmp_path):
     with pytest.raises(hpm.UserError, match=r"no run folder of hpm pretrain \(it has no config"):
         run_report(ReportConfig(str(tmp_path)))
+    below_a_file = str(run_folder / "train.log" / "report.html")
+    with pytest.raises(hpm.UserError, match="could not be written"):
+        run_report(ReportConfig(str(run_folder), below_a_file))
     (run_folder / "config.yaml").write_text("a: [")
     with pytest.raises(hpm.UserError, match=r"config\.yaml is damaged"):
         run_report(ReportConfig(str(run_folder)))
