@@ -22,6 +22,7 @@ from hpm.errors import UserError, nearest
 from hpm.masking import HARD_SHARES
 from hpm.schedule import duration_steps
 from hpm.teacher import small_image_size
+from hpm.trackers import check_tracker
 
 COUNTS = (
     "epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "decoder_dim",
@@ -78,6 +79,7 @@ def check_pretrain(config: PretrainConfig) -> None:
             f"normalize imagenet has 3 channels, but channels is {config.channels}: "
             "pass --normalize measured"
         )
+    check_tracker(config.tracker)
 
 
 def _check_model(config: PretrainConfig) -> None:

@@ -25,6 +25,7 @@ from hpm.config import (
     EvalConfig,
     ExportConfig,
     PretrainConfig,
+    ReportConfig,
     ShowConfig,
     TokenizeConfig,
     preset_path,
@@ -34,6 +35,7 @@ from hpm.errors import UserError, nearest
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
     "pretrain": (PretrainConfig, "a folder of images in, a backbone out"),
+    "report": (ReportConfig, "write a run's report.html again: curves, pictures, configuration"),
     "eval": (
         EvalConfig,
         f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
@@ -46,8 +48,9 @@ VERBS: dict[str, tuple[Any, str]] = {
 }
 
 POSITIONAL: dict[str, list[str]] = {
-    "demo": [], "pretrain": ["data"], "eval": ["run", "data"], "ablate": ["data"],
-    "bench": [], "tokenize": ["data"], "show": ["run", "data"], "export": ["run"],
+    "demo": [], "pretrain": ["data"], "report": ["run"], "eval": ["run", "data"],
+    "ablate": ["data"], "bench": [], "tokenize": ["data"], "show": ["run", "data"],
+    "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -96,8 +99,9 @@ def _run(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
-        "demo": _demo, "pretrain": _pretrain, "eval": _eval, "ablate": _ablate,
-        "bench": _bench, "tokenize": _tokenize, "show": _show, "export": _export,
+        "demo": _demo, "pretrain": _pretrain, "report": _report, "eval": _eval,
+        "ablate": _ablate, "bench": _bench, "tokenize": _tokenize, "show": _show,
+        "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -113,6 +117,13 @@ def _pretrain(arguments: list[str]) -> int:
     from hpm.pretrain import run_pretraining
 
     run_pretraining(_parse("pretrain", arguments))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from hpm.report import run_report
+
+    print(f"written to {run_report(_parse('report', arguments))}")
     return 0
 
 

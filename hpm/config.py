@@ -20,6 +20,7 @@ from hpm.masking import HARD_SHARES, Mask, Schedule
 
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
+TrackerName = Literal["none", "wandb", "mlflow"]
 TIMM = "timm/"
 Flip = Literal["none", "horizontal", "vertical", "both"]
 PRESETS = Path(__file__).parent / "configs"
@@ -198,6 +199,9 @@ class PretrainConfig:
     """Processes that load images (default: one per spare core, at most 8)."""
     log_every: int = 10
     """Steps between two readings of the losses."""
+    tracker: TrackerName = "none"
+    """Track the run in Weights & Biases or in MLflow as well (`pip install 'hpm[wandb]'` or
+    `'hpm[mlflow]'`); they read their usual environment variables."""
     eval_every: str = "10%"
     """Between two measurements and figures on the held-out images."""
     probe: str | None = None
@@ -228,8 +232,18 @@ class PretrainConfig:
 # May differ between a run and its continuation: none of them changes what is learned.
 FREE_OPTIONS = {
     "out", "device", "workers", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "max_unreadable", "probe", "probe_every", "compile", "checkpoint_activations",
+    "max_unreadable", "tracker", "probe", "probe_every", "compile", "checkpoint_activations",
 }  # fmt: skip
+
+
+@dataclass
+class ReportConfig:
+    """Write the report of a run again, from what is in its folder."""
+
+    run: str
+    """Run folder."""
+    out: str | None = None
+    """File to write (default: report.html in the run folder)."""
 
 
 @dataclass

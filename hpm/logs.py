@@ -1,13 +1,15 @@
-"""What a run tells while it trains: progress bar, train.log, metrics.jsonl, TensorBoard."""
+"""What a run tells while it trains: progress bar, train.log, metrics.jsonl, TensorBoard, and a
+tracker."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from rich.progress import (
 from rich.progress import track as rich_track
 
 from hpm import distributed
+from hpm.config import PretrainConfig
+from hpm.trackers import Tracker, start_tracker
 
 # A plain line is printed this many times where there is no terminal for a bar.
 PLAIN_LINES = 50
@@ -32,25 +36,36 @@ PLAIN_LINES = 50
 class RunLog:
     """Writes to the run folder and to the screen; the processes other than the main stay silent.
 
-    A log that cannot be written is said once and never stops training.
+    A log that cannot be written is said once and never stops training. With a config, the tracker
+    that it names is told as well.
     """
 
-    def __init__(self, folder: Path, start_step: int, total_steps: int, active: bool):
+    def __init__(
+        self, folder: Path, start_step: int, total_steps: int, active: bool,
+        config: PretrainConfig | None = None,
+    ):  # fmt: skip
         self.folder = folder
         self.active = active
         self.total_steps = total_steps
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._last_line = -1
-        self._failed = False
+        self._last_step = start_step
+        self._failed: set[str] = set()
+        self._tracker: Tracker | None = None
         self._tensorboard: Any = None
         self._progress: Progress | None = None
         if not active:
             return
-        with self._never_fail():
+        with self.never_fail("logging"):
             _forget_after(folder / "metrics.jsonl", start_step)
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(folder), purge_step=start_step or None)
+        self._tracking = f"tracking by {config.tracker}" if config else ""
+        if config and start_step < total_steps:
+            options = json.loads(json.dumps(dataclasses.asdict(config)))
+            with self.never_fail(self._tracking):
+                self._tracker = start_tracker(config.tracker, folder, options, start_step > 0)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=20),
@@ -69,25 +84,35 @@ class RunLog:
             self._progress.stop()
         if self._tensorboard:
             self._tensorboard.close()
+        self._track(lambda tracker: tracker.close(self._last_step >= self.total_steps))
 
     def info(self, text: str) -> None:
         """A line for the screen and for train.log."""
         if not self.active:
             return
         self.console.print(text, markup=False)
-        with self._never_fail(), open(self.folder / "train.log", "a", encoding="utf-8") as file:
+        with (
+            self.never_fail("logging"),
+            open(self.folder / "train.log", "a", encoding="utf-8") as file,
+        ):
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Named numbers of a step, for metrics.jsonl and TensorBoard."""
+        """Named numbers of a step, for metrics.jsonl, TensorBoard and the tracker."""
         if not self.active:
             return
-        with self._never_fail():
+        self._last_step = step
+        with self.never_fail("logging"):
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
             for name, value in values.items():
                 if self._tensorboard:
                     self._tensorboard.add_scalar(name, value, step)
+        self._track(lambda tracker: tracker.metrics(step, values))
+
+    def figure(self, step: int, path: Path) -> None:
+        """The latest figure, for the tracker."""
+        self._track(lambda tracker: tracker.figure(step, path))
 
     def progress(self, step: int, status: str) -> None:
         """Move the bar, or now and then print a line where there is none."""
@@ -100,13 +125,24 @@ class RunLog:
                 self.info(f"step {step}/{self.total_steps}  {status}")
 
     @contextlib.contextmanager
-    def _never_fail(self) -> Iterator[None]:
+    def never_fail(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in here is said, once of each such thing, and training goes on."""
         try:
             yield
         except Exception as error:
-            if not self._failed:
-                self._failed = True
-                self.console.print(f"warning: logging failed ({error})", markup=False)
+            if what not in self._failed:
+                self._failed.add(what)
+                text = " ".join(str(error).split())
+                self.console.print(f"warning: {what} failed ({text})", markup=False)
+
+    def _track(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell the tracker. One that fails is left alone: it has tried again itself, and every
+        further failure would hold training up as long."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            with self.never_fail(self._tracking):
+                tell(tracker)
+                self._tracker = tracker
 
 
 def say(text: str) -> None:

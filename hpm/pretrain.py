@@ -29,7 +29,16 @@ from hpm.run import Run
 from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
 from hpm.teacher import attention, predicted_losses, predicted_losses_masked
-from hpm.watch import Step, Window, evaluate, probe, read
+from hpm.watch import (
+    Step,
+    Window,
+    evaluate,
+    look,
+    probe,
+    read,
+    recorded,
+    refresh_report,
+)
 
 Mark = Callable[[str], None]
 
@@ -61,7 +70,8 @@ def run_pretraining(config: PretrainConfig) -> Run:
             if state.step == state.schedule.total:
                 state.log.info(f"{config.out} is finished already: nothing is changed")
             else:
-                _train(state, stop)
+                with recorded(state):
+                    _train(state, stop)
             if distributed.is_main():
                 state.save_backbone()
             if state.best_probe:
@@ -84,6 +94,8 @@ def run_pretraining(config: PretrainConfig) -> Run:
 def _train(state: State, stop: Stop) -> None:
     """All steps that are left."""
     config, schedule = state.config, state.schedule
+    if state.step == 0:
+        look(state, _num_hard(state, 0))  # what it was before it learned anything
     batches, window = state.batches(), Window()
     for step in range(state.step, schedule.total):
         batch = window.next_batch(batches)
@@ -107,6 +119,8 @@ def _train(state: State, stop: Stop) -> None:
                 probe(state)
             if saving or stopping:
                 state.save()
+            if evaluating or probing or saving:
+                refresh_report(state)
             if stopping and state.step < schedule.total:
                 raise Interrupted(stop.received)
             window = Window()

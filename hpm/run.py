@@ -56,6 +56,15 @@ class Run:
         return self.folder / "figures"
 
     @property
+    def moments(self) -> Path:
+        """The held-out images at each evaluation, for the report."""
+        return self.folder / "moments"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def backbone(self) -> Path:
         return self.folder / "backbone.safetensors"
 

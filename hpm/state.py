@@ -104,7 +104,9 @@ class State:
             teacher = self.small_teacher.model if self.small_teacher else self.teacher.model
             teacher.predict_loss = torch.compile(teacher.predict_loss)  # type: ignore[method-assign]
         self.parallel = distributed.data_parallel(self.model)
-        self.log = RunLog(self.run.folder, self.step, self.schedule.total, distributed.is_main())
+        self.log = RunLog(
+            self.run.folder, self.step, self.schedule.total, distributed.is_main(), config
+        )
         for message in [self._introduction(), *messages]:
             self.log.info(message)
 

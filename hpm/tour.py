@@ -22,7 +22,8 @@ def tour(config: DemoConfig) -> Run:
     console = Console()
     print_result(result, console)
     console.print(
-        f"\nlook at   {figure}\nand at    {run.figures}/ (the same while it trained)\n"
+        f"\nlook at   {run.report}\n"
+        f"and at    {figure}, {run.figures}/ (the same while it trained)\n"
         f"curves    tensorboard --logdir {run.folder}\n"
         f"now yours hpm pretrain FOLDER_OF_IMAGES --out runs/first",
         highlight=False,

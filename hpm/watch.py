@@ -1,7 +1,9 @@
-"""What is read, measured and drawn while a run trains."""
+"""What is read, measured, drawn and recorded while a run trains."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpm import distributed
+from hpm import distributed, sessions
 from hpm.checkpoint import write_tensors
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Subset
 from hpm.errors import UserError
 from hpm.evals.hardness import measure
-from hpm.figures import draw, picture
+from hpm.figures import Picture, draw, picture
 from hpm.logs import memory_gb
+from hpm.moments import keep_moment
+from hpm.report import write_report
 from hpm.state import State
+from hpm.stop import Interrupted
 
 FIGURE_IMAGES = 8
 
@@ -96,15 +101,35 @@ def evaluate(state: State, num_hard: int) -> None:
             state.log.metrics(state.step, {f"held_out/{n}": v for n, v in values.items()})
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             state.log.info(f"step {state.step}, held out: {numbers}")
-        some = Subset(state.held_out, np.arange(min(FIGURE_IMAGES, len(state.held_out))))
-        for batch in evaluation_batches(some, state.image_size, config.channels, FIGURE_IMAGES):
-            if not len(batch.images):
-                continue
-            share = num_hard / state.num_hidden
-            shown = picture(state.trained, batch.images, batch.indices, share, seed=config.seed)
-            title = f"{config.out}, step {state.step} of {state.schedule.total}"
-            draw(shown, state.run.figures / f"step_{state.step:08d}.png", title)
     state.model.train()
+    shown = look(state, num_hard)
+    if shown is not None:
+        file = state.run.figures / f"step_{state.step:08d}.png"
+        draw(shown, file, f"{config.out}, step {state.step} of {state.schedule.total}")
+        state.log.figure(state.step, file)
+
+
+def look(state: State, num_hard: int) -> Picture | None:
+    """Picture some of the held-out images as they are now, and keep that for the report.
+
+    The main process alone; None where there is no image to look at.
+    """
+    if state.held_out is None or not distributed.is_main():
+        return None
+    config = state.config
+    some = Subset(state.held_out, np.arange(min(FIGURE_IMAGES, len(state.held_out))))
+    batches = evaluation_batches(some, state.image_size, config.channels, FIGURE_IMAGES)
+    batch = next(iter(batches), None)
+    if batch is None or not len(batch.images):
+        return None
+    state.model.eval()
+    with state.autocast():
+        share = num_hard / state.num_hidden
+        shown = picture(state.trained, batch.images, batch.indices, share, seed=config.seed)
+    state.model.train()
+    with state.log.never_fail("keeping pictures for the report"):
+        keep_moment(shown, state.run.moments, state.step)
+    return shown
 
 
 def probe(state: State) -> None:
@@ -127,6 +152,44 @@ def probe(state: State) -> None:
         f"step {state.step}, probe: kNN {values['knn']:.1f} %, linear {values['linear']:.1f} %"
         f"{', the best yet' if best else ''} ({seconds:.1f} s)"
     )
+
+
+@contextlib.contextmanager
+def recorded(state: State) -> Iterator[None]:
+    """Record when this stretch of training begins and ends, and why; leave a report behind."""
+    if not distributed.is_main():
+        yield
+        return
+    folder = state.run.folder
+    with state.log.never_fail("recording the session"):
+        sessions.begin(folder, state.step, state.schedule.total, state.device)
+    reason = sessions.FINISHED
+    try:
+        yield
+    except BaseException as stopped:
+        reason = _reason(stopped)
+        raise
+    finally:
+        with state.log.never_fail("recording the session"):
+            sessions.end(folder, state.step, reason)
+        refresh_report(state)
+
+
+def refresh_report(state: State) -> None:
+    """Write the report as of now."""
+    if distributed.is_main():
+        with state.log.never_fail("writing the report"):
+            write_report(state.run.folder)
+
+
+def _reason(stopped: BaseException) -> str:
+    """Why a run ended early, in a line."""
+    if isinstance(stopped, Interrupted):
+        return f"by {signal.Signals(stopped.signal_number).name}, saved"
+    if isinstance(stopped, KeyboardInterrupt):
+        return "at once, by Ctrl-C"
+    text = " ".join(str(stopped).split())
+    return text if isinstance(stopped, UserError) else f"{type(stopped).__name__}: {text}"
 
 
 def _stop_not_finite(state: State, window: Window, row: int) -> None:

@@ -1,6 +1,7 @@
 """Shapes are checked at run time in every test, and nothing takes more than its threads."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,13 @@ hypothesis.settings.register_profile("hpm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("hpm")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# A browser of a test talks to nobody.
+BROWSER_ARGUMENTS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
 
 SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -45,6 +53,19 @@ def finished_run(image_folder, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium of playwright: `browser.new_page(viewport=...)`."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser is installed (one of {', '.join(BROWSERS)})")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=list(BROWSER_ARGUMENTS))
+        yield chromium
+        chromium.close()
 
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,235 @@
+"""Curves as inline SVG, readable as they are; with the script, a line and the values follow the
+pointer or finger through all of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+# At most twice as many points are drawn of a curve: the lowest and highest of each part.
+PARTS = 150
+FEW = 30  # points that are marked one by one
+
+
+@dataclass
+class Curve:
+    """Values at rising steps, finite ones alone."""
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+def make_curve(name: str, points: list[tuple[int, float]]) -> Curve:
+    """Thin points (step, value) out, without hiding a spike."""
+    points = sorted((step, value) for step, value in points if math.isfinite(value))
+    if len(points) > 2 * PARTS:
+        inner, kept = points[1:-1], [points[0]]
+        for part in range(PARTS):
+            some = inner[part * len(inner) // PARTS : (part + 1) * len(inner) // PARTS]
+            extremes = {min(some, key=lambda p: p[1]), max(some, key=lambda p: p[1])}
+            kept += sorted(extremes)
+        points = [*kept, points[-1]]
+    return Curve(name, [step for step, _ in points], [value for _, value in points])
+
+
+def draw_chart(
+    title: str, about: str, curves: list[Curve], last_step: int, from_zero: bool
+) -> tuple[str, dict[str, Any]]:
+    """A card with curves over the steps 0 to last_step: (HTML, its values for the script).
+
+    about: a line that says what is drawn. from_zero: the axis begins at 0.
+    """
+    low, high = _range(curves, from_zero)
+    right = max(last_step, 1)
+
+    def across(step: float) -> float:
+        return round(1000 * step / right, 1)
+
+    def down(value: float) -> float:
+        return round(1000 * (high - value) / (high - low), 1)
+
+    lines, labels, keys = [], [], []
+    for tick in _ticks(low, high):
+        lines.append(f'<path class="grid" d="M0 {down(tick)}H1000"/>')
+        labels.append(f'<span class="y" style="top:{down(tick) / 10}%">{_number(tick)}</span>')
+    for tick in _ticks(0, right):
+        labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{_number(tick)}</span>')
+    for place, curve in enumerate(curves):
+        points = [(across(s), down(v)) for s, v in zip(curve.steps, curve.values, strict=True)]
+        path = "M" + "L".join(f"{x} {y}" for x, y in points)
+        lines.append(f'<path class="curve c{place}" d="{path}"/>')
+        if len(points) <= FEW:
+            marks = "".join(f"M{x} {y}h0" for x, y in points)
+            lines.append(f'<path class="marks c{place}" d="{marks}"/>')
+        labels.append(f'<i class="dot c{place}" hidden></i>')
+        keys.append(
+            f'<span class="key c{place}">{escape(curve.name)} '
+            f"<b>{_number(curve.values[-1])}</b></span>"
+        )
+    spoken = "; ".join(
+        f"{curve.name} from {_number(curve.values[0])} at step {curve.steps[0]} to "
+        f"{_number(curve.values[-1])} at step {curve.steps[-1]}"
+        for curve in curves
+    )
+    step = max(curve.steps[-1] for curve in curves)
+    html = (
+        f'<figure class="card chart"><h3>{escape(title)}</h3>'
+        f'<div class="keys">{"".join(keys)}<span class="at">step {_number(step)}</span></div>'
+        f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
+        f'role="img" aria-label="{escape(f"{title}: {spoken}")}">{"".join(lines)}'
+        f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
+        f"<figcaption>{escape(about)}</figcaption></figure>"
+    )
+    values = {
+        "right": right, "low": low, "high": high, "step": step,
+        "curves": [
+            {"steps": curve.steps, "values": [_short(v) for v in curve.values]} for curve in curves
+        ],
+    }  # fmt: skip
+    return html, values
+
+
+def _range(curves: list[Curve], from_zero: bool) -> tuple[float, float]:
+    """Lowest and highest value of the axis, with some air."""
+    values = [value for curve in curves for value in curve.values]
+    low, high = min(values), max(values)
+    low = min(low, 0.0) if from_zero else low
+    air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low if from_zero and low == 0 else low - air), high + air
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    places = MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(place) for place in places if low <= place <= high]
+
+
+def _number(value: float) -> str:
+    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5; the script writes them alike."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("e-0", "e-")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+STYLE = """
+.chart h3 { margin: 0; }
+.keys { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: 0.9rem; min-height: 1.5em; }
+.keys b { font-variant-numeric: tabular-nums; }
+.key::before {
+  content: ""; display: inline-block; width: 1.1rem; margin-right: 0.4rem; vertical-align: middle;
+  border-top: 2px solid var(--stroke);
+}
+.key.c1::before { border-top-style: dashed; }
+.key.c2::before { border-top-style: dotted; }
+.at { margin-left: auto; color: var(--faint); font-variant-numeric: tabular-nums; }
+.c0 { --stroke: var(--accent); } .c1 { --stroke: var(--second); } .c2 { --stroke: var(--warning); }
+.plot {
+  position: relative; height: 9rem; margin: 0.5rem 0.5rem 1.6rem 3.2rem; cursor: crosshair;
+  touch-action: pan-y; -webkit-user-select: none; user-select: none;
+}
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
+.plot path { fill: none; vector-effect: non-scaling-stroke; }
+.plot .grid { stroke: var(--line); }
+.plot .cursor { stroke: var(--faint); }
+.plot .curve { stroke: var(--stroke); stroke-width: 1.6; stroke-linejoin: round; }
+.plot .curve.c1 { stroke-dasharray: 6 3; } .plot .curve.c2 { stroke-dasharray: 2 3; }
+.plot .marks { stroke: var(--stroke); stroke-width: 5; stroke-linecap: round; }
+.plot span { position: absolute; color: var(--faint); font-size: 0.75rem; white-space: nowrap; }
+.plot .y { right: calc(100% + 0.4rem); transform: translateY(-50%); }
+.plot .x { top: calc(100% + 0.2rem); transform: translateX(-50%); }
+.dot {
+  position: absolute; width: 9px; height: 9px; margin: -4.5px; border-radius: 50%;
+  background: var(--stroke); border: 1.5px solid var(--card); pointer-events: none;
+}
+.dot[hidden] { display: none; }
+""".strip()
+
+# The values lie in a data block `curves`, one entry for each `.chart`, in order.
+SCRIPT = """
+(() => {
+  const all = JSON.parse(document.getElementById("curves").textContent);
+  const charts = [...document.querySelectorAll(".chart")].map((card, place) => ({
+    ...all[place], plot: card.querySelector(".plot"), cursor: card.querySelector(".cursor"),
+    at: card.querySelector(".at"), numbers: [...card.querySelectorAll(".key b")],
+    dots: [...card.querySelectorAll(".dot")],
+  }));
+  const number = (v) => {
+    const size = Math.abs(v), short = Number(v.toPrecision(4));
+    if (size >= 1000) return Math.round(v).toLocaleString("en");
+    return size >= 1e-4 ? String(short) : size < 1e-12 ? "0" : short.toExponential();
+  };
+
+  function nearest(steps, step) {
+    let low = 0, high = steps.length - 1;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (steps[middle] <= step) low = middle; else high = middle;
+    }
+    return step - steps[low] <= steps[high] - step ? low : high;
+  }
+
+  function write(chart, step) {
+    let shown = 0;
+    chart.curves.forEach((curve, i) => {
+      const k = nearest(curve.steps, step);
+      chart.numbers[i].textContent = number(curve.values[k]);
+      chart.dots[i].style.left = 100 * curve.steps[k] / chart.right + "%";
+      chart.dots[i].style.top =
+        100 * (chart.high - curve.values[k]) / (chart.high - chart.low) + "%";
+      if (i === 0 || Math.abs(curve.steps[k] - step) < Math.abs(shown - step)) {
+        shown = curve.steps[k];
+      }
+    });
+    chart.at.textContent = "step " + number(shown);
+    chart.shown = shown;
+    const x = 1000 * shown / chart.right;
+    chart.cursor.setAttribute("d", `M${x} 0V1000`);
+  }
+
+  function point(step) {
+    for (const chart of charts) {
+      write(chart, step);
+      chart.dots.forEach((dot) => { dot.hidden = false; });
+    }
+  }
+
+  function leave() {
+    for (const chart of charts) {
+      write(chart, chart.step);
+      chart.cursor.setAttribute("d", "");
+      chart.dots.forEach((dot) => { dot.hidden = true; });
+    }
+  }
+
+  for (const chart of charts) {
+    chart.shown = chart.step;
+    const follow = (event) => {
+      const box = chart.plot.getBoundingClientRect();
+      point((event.clientX - box.left) / box.width * chart.right);
+    };
+    chart.plot.addEventListener("pointerdown", follow);
+    chart.plot.addEventListener("pointermove", follow);
+    // A finger that is lifted leaves its reading behind.
+    chart.plot.addEventListener("pointerleave", (event) => {
+      if (event.pointerType === "mouse") leave();
+    });
+    chart.plot.addEventListener("blur", leave);
+    chart.plot.addEventListener("keydown", (event) => {
+      const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!move) return;
+      event.preventDefault();
+      const steps = chart.curves[0].steps;
+      const k = nearest(steps, chart.shown) + move;
+      point(steps[Math.min(Math.max(k, 0), steps.length - 1)]);
+    });
+  }
+})();
+""".strip()

@@ -1,0 +1,33 @@
+import math
+import re
+
+import pytest
+
+from hpm.curves import Curve, draw_chart, make_curve
+
+
+def test_thinning_keeps_the_ends_and_every_spike():
+    points = [(10 * step, 1 + 0.01 * math.sin(step)) for step in range(50_000)]
+    points[777], points[40_123] = (7770, 9.0), (401_230, -5.0)
+    curve = make_curve("loss", points)
+    assert len(curve.steps) <= 400
+    assert curve.steps == sorted(set(curve.steps))
+    kept = list(zip(curve.steps, curve.values))
+    assert {points[0], points[-1], points[777], points[40_123]} <= set(kept) <= set(points)
+
+
+def test_short_curves_are_kept_whole_and_in_order():
+    assert make_curve("a", [(4, 2.0), (2, 1.0)]) == Curve("a", [2, 4], [1.0, 2.0])
+    assert make_curve("a", [(2, math.nan), (4, math.inf), (6, 1.0)]).steps == [6]
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-3.0, 5e-9], [1e12, 2e12]])
+@pytest.mark.parametrize("from_zero", [True, False])
+def test_every_range_can_be_drawn(values, from_zero):
+    curve = make_curve("x", list(enumerate(values)))
+    html, numbers = draw_chart("a <title>", "what it is", [curve], 1, from_zero)
+    assert "a &lt;title&gt;" in html and "nan" not in html
+    assert numbers["low"] <= min(values) and max(values) <= numbers["high"]
+    path = re.search(r'class="curve c0" d="M([^"]*)"', html)[1]
+    heights = [float(point.split()[1]) for point in path.split("L")]
+    assert len(heights) == len(values) and all(0 <= y <= 1000 for y in heights)
