@@ -28,6 +28,7 @@ from hpm.config import (
     ReportConfig,
     ShowConfig,
     TokenizeConfig,
+    ViewConfig,
     preset_path,
 )
 from hpm.errors import UserError, nearest
@@ -43,14 +44,15 @@ VERBS: dict[str, tuple[Any, str]] = {
     "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
     "bench": (BenchConfig, "what a training step costs: hpm bench step"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
-    "show": (ShowConfig, "draw image, actual loss, predicted loss, mask, reconstruction"),
+    "show": (ShowConfig, "draw what a model makes of images: losses, mask, features ..."),
+    "view": (ViewConfig, "a page on this machine to try a model on images"),
     "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
 }
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "report": ["run"], "eval": ["run", "data"],
     "ablate": ["data"], "bench": [], "tokenize": ["data"], "show": ["run", "data"],
-    "export": ["run"],
+    "view": ["run"], "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -58,6 +60,9 @@ WITH_PRESETS = ("pretrain", "eval", "ablate")
 
 # May be given several times.
 REPEATED = ("vary",)
+
+# Words separated by commas.
+LISTED = ("panels",)
 
 USAGE = "\n".join(
     [
@@ -101,7 +106,7 @@ def _run(arguments: list[str]) -> int:
     run = {
         "demo": _demo, "pretrain": _pretrain, "report": _report, "eval": _eval,
         "ablate": _ablate, "bench": _bench, "tokenize": _tokenize, "show": _show,
-        "export": _export,
+        "view": _view, "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -188,6 +193,13 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _view(arguments: list[str]) -> int:
+    from hpm.view import view
+
+    view(_parse("view", arguments))
+    return 0
+
+
 def _export(arguments: list[str]) -> int:
     from hpm.export import run_export
 
@@ -260,6 +272,8 @@ def _spell_out(
         if name == "config":
             # A preset is a file inside of the package.
             value = str(preset_path(value))
+        if name in LISTED:
+            value = f"[{value.strip('[]')}]"
         if name in REPEATED:
             repeated.setdefault(name, []).append(value)
         else:

@@ -22,6 +22,8 @@ TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", 
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 TrackerName = Literal["none", "wandb", "mlflow"]
 TIMM = "timm/"
+Panel = Literal["image", "actual", "predicted", "mask", "reconstruction", "pca", "attention"]
+PANELS: tuple[Panel, ...] = typing.get_args(Panel)
 Flip = Literal["none", "horizontal", "vertical", "both"]
 PRESETS = Path(__file__).parent / "configs"
 
@@ -410,24 +412,48 @@ PROTOCOLS: dict[str, type[EvalConfig]] = {
 
 @dataclass
 class ShowConfig:
-    """Draw image, actual loss, predicted loss, mask and reconstruction."""
+    """Draw what a model makes of images: losses, mask, reconstruction, features, attention."""
 
     run: str
-    """Run folder or checkpoint; or weights of published HPM, of MAE or of ViTMAE."""
+    """Run folder, checkpoint, backbone file, or what --init takes."""
     data: str
     """Images (see pretrain), or one image file."""
     out: str = "show.png"
-    """Figure to write."""
+    """File to write: a figure (.png, .pdf, .svg, .jpg), or a page to browse (.html)."""
+    panels: tuple[Panel, ...] | None = None
+    """What to show, e.g. image,pca,attention: the image, its actual loss, the predicted loss, the
+    mask, the reconstruction, the principal components (PCA) of the features, the attention of the
+    class token (default: all that the file can show)."""
     images: int = 8
     """How many images."""
     hard_share: float | None = None
     """Share of the hidden patches that are the hardest (default: as at the end of training)."""
+    mask_ratio: float | None = None
+    """Share of the patches that is hidden (default: as in training)."""
     num_masks: int = 10
     """Random masks over which the actual loss is averaged."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     seed: int = 0
     """Of the masks and of the choice of images."""
+
+
+@dataclass
+class ViewConfig:
+    """Open a page on this machine to try a model on images, with other masks."""
+
+    run: str
+    """Run folder, checkpoint, backbone file, or what --init takes."""
+    data: str | None = None
+    """Images to offer as examples (default: the run's, or else the built-in ones)."""
+    port: int | None = None
+    """Of the page (default: 7860, or the next free one)."""
+    open: bool = False
+    """Open the page in a browser."""
+    num_masks: int = 10
+    """Random masks over which the actual loss is averaged."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
 
 
 @dataclass
