@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpm.config import ViewConfig
+from hpm.config import PANELS, ViewConfig
 from hpm.data.arrays import UnreadableImage, at_depth, is_deep, open_image
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset, open_source
@@ -62,6 +62,7 @@ class Viewer:
             "title": self.trained.name,
             "input": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
             "not_shown": cannot(reasons) if reasons else "",
+            "panels": [panel for panel in PANELS if panel not in reasons],
             "features_only": all(panel in reasons for panel in MASKED),
             "mines": mines(self.trained),
             "mask_ratio": config.mask_ratio if config else 0.75,
@@ -95,10 +96,9 @@ class Viewer:
         if not 0 <= seed < 2**31:
             raise UserError(f"seed is {seed:g}; it must lie between 0 and {2**31 - 1}")
         image = self._image(settings, body)
-        panels = set(TITLES) - set(unable(self.trained))
         shown = picture(
             self.trained, image, torch.zeros(1, dtype=torch.int64), share or 0.0, self.num_masks,
-            int(seed), ratio, panels,
+            int(seed), ratio, PANELS,
         )  # fmt: skip
         found = pixels(shown, 0)
         return {

@@ -10,7 +10,10 @@ from hpm.gallery import MEANING, STYLE
 from hpm.page import data_block, page
 
 VIEW_STYLE = """
-.strip { grid-template-columns: repeat(auto-fill, minmax(min(11rem, 45%), 1fr)); }
+.strip { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+@media (max-width: 60rem) { .strip { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
+@media (max-width: 30rem) { .strip { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.strip figcaption { white-space: pre-line; }
 .strip.heads { grid-template-columns: repeat(auto-fill, minmax(min(7rem, 45%), 1fr)); }
 .strip[aria-busy="true"] { opacity: 0.6; }
 .map { image-rendering: pixelated; }
@@ -22,10 +25,11 @@ VIEW_STYLE = """
 #drop input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 #examples button { padding: 0; line-height: 0; overflow: hidden; border-width: 2px; }
 #examples img { width: 4.5rem; height: auto; }
-#settings { display: grid; gap: 0.5rem 1.5rem; margin: 1rem 0; align-items: end;
+#settings { display: grid; gap: 0.5rem 1.5rem; margin: 1rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
 #settings label { display: block; }
-#settings input { width: 100%; min-height: 2rem; margin: 0; }
+#settings input { width: 100%; height: 2.2rem; margin: 0; }
+details { margin: 0.75rem 0; }
 #settings input[type="number"] { background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 0.2rem 0.5rem; }
 output { float: right; font-variant-numeric: tabular-nums; }
@@ -91,7 +95,7 @@ function fill(strip, panels) {
     picture.src = panel.src;
     picture.alt = panel.title;
     picture.className = panel.sharp ? "map" : "";
-    caption.textContent = panel.values ? `${panel.title}, ${panel.values}` : panel.title;
+    caption.textContent = panel.values ? `${panel.title}\\n${panel.values}` : panel.title;
   });
 }
 
@@ -161,7 +165,7 @@ def view_page(about: dict[str, Any]) -> str:
         lines.append("This file shows features only.")
     if about["not_shown"]:
         lines.append(f"{about['not_shown'][:1].upper()}{about['not_shown'][1:]}.")
-    legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in TITLES)
+    legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in about["panels"])
     body = f"""<h1>{escape(about["title"])}</h1>
 {"".join(f"<p>{escape(line)}</p>" for line in lines)}
 <noscript><p class="warning">This page needs JavaScript.</p></noscript>
