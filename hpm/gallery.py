@@ -38,7 +38,7 @@ STYLE = """
 .strip figcaption { line-height: 1.3; margin-top: 0.25rem; }
 """.strip()  # noqa: E501
 GALLERY_STYLE = """
-section { content-visibility: auto; contain-intrinsic-size: auto 14rem; margin: 0 0 2rem; }
+section { content-visibility: auto; contain-intrinsic-size: auto 14rem; margin: 0 0 0.75rem; }
 details { margin: 0.75rem 0; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 60ch); gap: 0.15rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0; }
