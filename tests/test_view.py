@@ -218,9 +218,7 @@ class Driven:
     def pictures(self, name=None):
         """The panels as they are once nothing is being computed; `name` of the image, if given."""
         if name is not None:
-            self.page.wait_for_function(
-                "name => document.getElementById('name').textContent.endsWith(name)", arg=name
-            )
+            self.wait_for("#name", re.escape(name) + "$")
         self.page.wait_for_selector('#panels[aria-busy="false"] img')
         return self.page.evaluate(
             "Object.fromEntries([...document.querySelectorAll('#panels figure')]"
@@ -247,8 +245,14 @@ class Driven:
         )
 
     def message(self):
-        self.page.wait_for_function("document.getElementById('message').textContent !== ''")
+        self.wait_for("#message", ".")
         return self.page.locator("#message").inner_text()
+
+    def wait_for(self, selector, pattern):
+        # Not by wait_for_function, which the page's own policy forbids.
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector)).to_have_text(re.compile(pattern), timeout=30_000)
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -289,9 +293,7 @@ def test_a_file_that_is_no_image(browser, server, tmp_path):
     assert driven.page.locator("#panels img").count() == 0
     driven.page.evaluate("about.limit = 10")
     driven.drop("large.png", png())
-    driven.page.wait_for_function(
-        "document.getElementById('message').textContent.startsWith('large.png: this file has more')"
-    )
+    driven.wait_for("#message", "^large.png: this file has more")
     driven.page.locator("#examples button").first.click()
     assert driven.pictures() == example and not driven.page.locator("#message").inner_text()
     assert not driven.problems
