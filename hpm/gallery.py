@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -146,10 +147,11 @@ def strip(figures: str, columns: int) -> str:
 def figure(panel: np.ndarray, title: str, values: str, name: str) -> str:
     """A panel [H W 3] with its caption; `values` is what its colours stand for."""
     height, width = panel.shape[:2]
+    kind: Literal["PNG", "JPEG"] = "PNG" if width < SHARP else "JPEG"
     sharp = ' class="map"' if width < SHARP else ""
     faint = f"<br>{escape(values)}" if values else ""
     return (
-        f'<figure><img{sharp} src="{image_uri(panel)}" alt="{escape(f"{title}, {name}")}" '
+        f'<figure><img{sharp} src="{image_uri(panel, kind)}" alt="{escape(f"{title}, {name}")}" '
         f'width="{width}" height="{height}">'
         f"<figcaption>{escape(title)}{faint}</figcaption></figure>"
     )

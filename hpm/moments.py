@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpm.checkpoint import read_tensors, write_tensors
 from hpm.errors import UserError
-from hpm.figures import Picture, _displayable
+from hpm.figures import Picture, as_rgb
 
 SIDE = 128  # pixels of the longer side at most
 MOST = 10  # moments that are shown
@@ -33,14 +33,15 @@ class Moment:
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
     """Write what a picture shows into `folder`, images reduced to at most 128 pixels a side."""
+    assert shown.mask is not None and shown.actual is not None
     grid = (len(shown.images), *shown.grid)
     tensors = {
         "images": _small(shown.images, shown.images),
         "mask": shown.mask.view(grid),
-        "actual": shown.maps.actual.float().reshape(grid),
+        "actual": shown.actual.float().reshape(grid),
     }
-    if shown.maps.predicted is not None:
-        tensors["predicted"] = shown.maps.predicted.float().reshape(grid)
+    if shown.predicted is not None:
+        tensors["predicted"] = shown.predicted.float().reshape(grid)
     if shown.reconstruction is not None:
         tensors["reconstruction"] = _small(shown.reconstruction, shown.images)
     write_tensors(folder / f"step_{step:08d}.safetensors", tensors, {"step": step})
@@ -73,7 +74,7 @@ def _small(images: Tensor, like: Tensor) -> Tensor:
     """[B C H W] -> uint8 [B H W 3]."""
     small = []
     for image, original in zip(images, like, strict=True):
-        picture = Image.fromarray(np.ascontiguousarray(_displayable(image, original)))
+        picture = Image.fromarray(as_rgb(image, original))
         picture.thumbnail((SIDE, SIDE))
         small.append(torch.from_numpy(np.array(picture)))
     return torch.stack(small)
