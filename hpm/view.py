@@ -206,20 +206,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
+        known = length.isascii() and length.isdigit()
+        # Read before any answer: who is still sending may never see one.
+        body = self.rfile.read(int(length)) if known and int(length) <= LIMIT else b""
         if not self._is_ours():
             self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own page alone")
         elif url.path != "/show":
             self._refuse(HTTPStatus.NOT_FOUND, "post images to /show")
-        elif not (length.isascii() and length.isdigit()):
+        elif not known:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed")
         elif int(length) > LIMIT:
             message = f"this image has more than {LIMIT // 2**20} MB"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
         else:
             settings = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            self._send_json(
-                HTTPStatus.OK, self.server.viewer.answer(settings, self.rfile.read(int(length)))
-            )
+            self._send_json(HTTPStatus.OK, self.server.viewer.answer(settings, body))
 
     def _is_ours(self) -> bool:
         origin = self.headers.get("Origin")

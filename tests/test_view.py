@@ -126,14 +126,22 @@ def test_who_may_ask(server):
     assert request(server, "POST", "/", png())[0] == 404
 
 
-def test_sizes(server):
+@pytest.mark.parametrize(
+    "header, status, words",
+    [
+        (("Content-Length", str(LIMIT + 1)), 413, "more than 32 MB"),
+        (("Content-Length", "-1"), 411, "Content-Length"),
+        (("Transfer-Encoding", "chunked"), 411, "Content-Length"),
+    ],
+)
+def test_sizes_that_are_refused(server, header, status, words):
+    """Before anything of the body is read, or even sent."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection.putrequest("POST", "/show")
-    connection.putheader("Content-Length", str(LIMIT + 1))
+    connection.putheader(*header)
     connection.endheaders()
     response = connection.getresponse()
-    assert response.status == 413 and "more than 32 MB" in response.read().decode()
-    assert request(server, "POST", "/show", iter([b"x"]))[0] == 411  # in chunks
+    assert response.status == status and words in response.read().decode()
 
 
 def test_a_reader_who_goes_away_is_no_error(server, capfd):
