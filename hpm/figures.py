@@ -143,7 +143,9 @@ def _masked(
     ratio = config.mask_ratio if mask_ratio is None else mask_ratio
     found: dict[str, Tensor] = {}
     predicted = None
-    if "actual" in wanted:
+    # A memory of losses knows training images alone: here, losses take its place.
+    by_losses = config.mine_by == "memory" and bool(wanted & {"mask", "reconstruction"})
+    if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
         maps = loss_maps(model, teacher, images, sample_ids, target, ratio, num_masks, seed)
         found["actual"], predicted = maps.actual, maps.predicted
@@ -152,7 +154,9 @@ def _masked(
     if predicted is not None and "predicted" in wanted:
         found["predicted"] = predicted
     if wanted & {"mask", "reconstruction"}:
-        signal = attention(teacher, images)[1] if config.mask == "attention" else predicted
+        signal = found["actual"] if by_losses else predicted
+        if config.mask == "attention":
+            signal = attention(teacher, images)[1]
         num_patches = model.encoder.num_patches
         num_hidden = num_hidden_patches(num_patches, ratio)
         visible_ids, hidden_ids = make_mask(
@@ -164,9 +168,7 @@ def _masked(
             target = trained.find_target(images.device)
             assert isinstance(target, PixelTarget)
             found["reconstruction"] = reconstruct(model, images, visible_ids, hidden_ids, target)
-        if "mask" not in wanted:
-            del found["mask"]
-    return found
+    return {name: values for name, values in found.items() if name in wanted}
 
 
 def reconstruct(

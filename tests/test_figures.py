@@ -97,6 +97,17 @@ def test_the_mask_follows_ratio_share_and_seed():
     assert torch.equal(mask(hard_share=1.0), mask(hard_share=1.0, seed=1))
 
 
+def test_a_run_that_mines_by_memory_is_shown_mining_by_losses():
+    model = trained(mine_by="memory", predictor_loss="none", mask_ratio=0.5)
+    options = {"hard_share": 1.0, "num_masks": 8}
+    shown = picture(model, IMAGES, torch.arange(3), panels=("mask", "actual"), **options)
+    hardest = shown.actual.topk(8, dim=1).indices.sort(1).values
+    hidden = shown.mask.nonzero()[:, 1].view(3, 8)
+    assert torch.equal(hidden, hardest)
+    alone = picture(model, IMAGES, torch.arange(3), panels=("mask",), **options)
+    assert torch.equal(alone.mask, shown.mask) and alone.actual is None
+
+
 def test_patches_that_no_mask_hid_are_grey():
     shown = picture(trained(), IMAGES, torch.arange(3), 0, num_masks=1, mask_ratio=0.25)
     assert (shown.actual.isnan().sum(1) == 12).all()
