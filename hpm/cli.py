@@ -126,7 +126,7 @@ def _pretrain(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from hpm.report import run_report
+    from hpm.pages.report import run_report
 
     print(f"written to {run_report(_parse('report', arguments))}")
     return 0
@@ -194,7 +194,7 @@ def _show(arguments: list[str]) -> int:
 
 
 def _view(arguments: list[str]) -> int:
-    from hpm.view import view
+    from hpm.pages.view import view
 
     view(_parse("view", arguments))
     return 0

@@ -24,7 +24,7 @@ from hpm.masking import make_mask, num_hidden_patches, to_mask
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
-from hpm.page import colours
+from hpm.pages.page import colours
 from hpm.run import Trained
 from hpm.targets import PixelTarget, patch_statistics
 from hpm.teacher import attention, predicted_losses

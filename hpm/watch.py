@@ -20,8 +20,8 @@ from hpm.errors import UserError
 from hpm.evals.hardness import measure
 from hpm.figures import Picture, draw, picture
 from hpm.logs import memory_gb
-from hpm.moments import keep_moment
-from hpm.report import write_report
+from hpm.pages.moments import keep_moment
+from hpm.pages.report import write_report
 from hpm.state import State
 from hpm.stop import Interrupted
 

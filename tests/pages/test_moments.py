@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hpm.figures import picture
-from hpm.moments import keep_moment, read_moments
+from hpm.pages.moments import keep_moment, read_moments
 from hpm.run import load
 
 

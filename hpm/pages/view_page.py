@@ -6,8 +6,8 @@ from html import escape
 from typing import Any
 
 from hpm.figures import TITLES
-from hpm.gallery import MEANING, STYLE
-from hpm.page import data_block, page
+from hpm.pages.gallery import MEANING, STYLE
+from hpm.pages.page import data_block, page
 
 VIEW_STYLE = """
 .strip { grid-template-columns: repeat(5, minmax(0, 1fr)); }

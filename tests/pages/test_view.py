@@ -17,11 +17,11 @@ from helpers import TINY, assert_refused, run_hpm
 from PIL import Image
 
 import hpm
-from hpm import view
 from hpm.config import ViewConfig
 from hpm.errors import UserError
+from hpm.pages import view
+from hpm.pages.view import LIMIT, Viewer, make_server
 from hpm.run import load
-from hpm.view import LIMIT, Viewer, make_server
 
 
 def png(seed=0, size=(30, 20)):

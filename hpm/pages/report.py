@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from hpm import curves
 from hpm.checkpoint import disk_error, write_text
 from hpm.config import PretrainConfig, ReportConfig
-from hpm.curves import draw_chart, make_curve
 from hpm.errors import UserError
-from hpm.moments import Moment, read_moments
-from hpm.page import colours, data_block, image_uri, page
+from hpm.pages import curves
+from hpm.pages.curves import draw_chart, make_curve
+from hpm.pages.moments import Moment, read_moments
+from hpm.pages.page import colours, data_block, image_uri, page
 from hpm.run import Run
 from hpm.sessions import FINISHED, Session, read_lines, read_sessions
 

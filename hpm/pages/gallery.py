@@ -15,7 +15,7 @@ import numpy as np
 from hpm.checkpoint import write_text
 from hpm.config import Panel
 from hpm.figures import TITLES, Picture, head_pixels, pixels
-from hpm.page import image_uri, page
+from hpm.pages.page import image_uri, page
 
 # What a reader who has not read the manual has to know.
 MEANING: dict[Panel, str] = {

@@ -31,11 +31,11 @@ from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.errors import UserError
 from hpm.figures import MASKED, TITLES, as_rgb, head_pixels, picture, pixels, unable
-from hpm.gallery import SHARP, value_range
-from hpm.page import image_uri
+from hpm.pages.gallery import SHARP, value_range
+from hpm.pages.page import image_uri
+from hpm.pages.view_page import view_page
 from hpm.run import Trained
 from hpm.show import cannot, check_shares, hard_share, mines, open_trained
-from hpm.view_page import view_page
 
 ADDRESS = "127.0.0.1"
 PORT, PORTS_TRIED = 7860, 40

@@ -11,10 +11,11 @@ from helpers import TINY, stop_after
 from safetensors.torch import save_file
 
 import hpm
-from hpm import report, watch
+from hpm import watch
 from hpm.cli import main
 from hpm.config import ReportConfig
-from hpm.report import run_report, write_report
+from hpm.pages import report
+from hpm.pages.report import run_report, write_report
 from hpm.sessions import read_sessions
 
 
@@ -245,6 +246,6 @@ def test_by_finger(browser, finished_run):
 
 
 def test_every_view_is_a_part_of_a_moment():
-    from hpm.moments import Moment
+    from hpm.pages.moments import Moment
 
     assert set(report.VIEWS) <= set(Moment.__dataclass_fields__)
