@@ -361,7 +361,7 @@ def test_ctrl_c_stops_it(finished_run):
     command = [sys.executable, "-m", "hpm", "view", str(finished_run.folder), "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )  # fmt: skip
     line = process.stdout.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
