@@ -15,7 +15,7 @@ from hpm import distributed
 from hpm.config import Flip
 from hpm.data.arrays import UnreadableImage, at_depth
 from hpm.data.sources import Source
-from hpm.data.transforms import Crop, View, evaluation_view, training_view
+from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.errors import UserError
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -63,10 +63,9 @@ class TrainingViews:
 
     def __call__(self, source: Source, key: Key) -> tuple[View, Crop]:
         rng = np.random.default_rng([self.seed, *key])
-        return training_view(
-            source.open(key[1]), self.size, self.channels, rng, self.crop_scale, self.flip,
-            self.min_side,
-        )  # fmt: skip
+        least = least_size(self.size, self.crop_scale[0])
+        pixels = decode(source.open(key[1]), self.channels, least, self.min_side)
+        return training_view(pixels, self.size, rng, self.crop_scale, self.flip)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ import numpy as np
 from PIL import Image
 
 from hpm.data import demo
-from hpm.data.arrays import ArrayImage, UnreadableImage, is_deep, open_image
+from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, UnreadableImage, is_deep, open_image
 from hpm.errors import UserError
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-    ".pgm", ".npy",
+    *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
 )  # fmt: skip
 LOOKED_AT = 64  # images that tell whether those of a source are deep
 TRAIN_NAMES = ("train", "training")

@@ -27,7 +27,7 @@ from hpm.data.loader import (
     training_loader,
 )
 from hpm.data.sources import FileSource, Subset, open_source
-from hpm.data.transforms import evaluation_view, training_view
+from hpm.data.transforms import decode, evaluation_view, training_view
 from hpm.run import load
 from hpm.show import show
 
@@ -73,7 +73,9 @@ def test_one_picture_given_in_all_ways_gives_one_view(height, width, out_height,
     near = [open_image(f) for f in (png(deep), tiff(deep), npy((picture / 255).astype("f8")))]
     for make in (
         lambda image: evaluation_view(image, size, 3),
-        lambda image: training_view(image, size, 3, np.random.default_rng(seed), (0.2, 1.0))[0],
+        lambda image: training_view(
+            decode(image, 3), size, np.random.default_rng(seed), (0.2, 1.0)
+        )[0],
     ):
         # Pillow rounds 8 bits twice, after the rows and after the columns, in an order that depends
         # on the size of the image, of which arrays show it the part around the crop.
@@ -109,7 +111,9 @@ def test_mapped_files_are_read_as_held_ones(tmp_path):
     np.save(tmp_path / "big.npy", big)
     for seed in range(5):
         views = [
-            training_view(open_image(f), (32, 32), 7, np.random.default_rng(seed), (0.05, 0.3))[0]
+            training_view(
+                decode(open_image(f), 7), (32, 32), np.random.default_rng(seed), (0.05, 0.3)
+            )[0]
             for f in (tmp_path / "big.npy", npy(big))
         ]
         assert np.array_equal(*views)

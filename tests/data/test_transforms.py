@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from hpm.data.arrays import UnreadableImage
-from hpm.data.transforms import evaluation_view, random_crop, training_view
+from hpm.data import jpeg
+from hpm.data.arrays import Pixels, UnreadableImage, open_image
+from hpm.data.transforms import centred_box, decode, evaluation_view, random_crop, training_view
 
 
 @given(
@@ -34,7 +35,7 @@ def test_every_mode_becomes_the_wanted_channels(channels, mode, stored):
     image = Image.new("RGB", (30, 20), (200, 100, 50)).convert(stored)
     for view in (
         evaluation_view(image, (8, 12), channels),
-        training_view(image, (8, 12), channels, np.random.default_rng(0))[0],
+        training_view(decode(image, channels), (8, 12), np.random.default_rng(0))[0],
     ):
         assert view.shape == (channels, 8, 12) and view.dtype == np.uint8
 
@@ -51,22 +52,36 @@ def test_16_bits_are_scaled_not_clipped(channels):
 )  # fmt: skip
 def test_the_evaluation_view_is_that_of_pillow(width, height, size):
     rng = np.random.default_rng(width)
-    image = Image.fromarray(rng.integers(0, 256, (height, width), np.uint8))
-    expected = np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC))
-    assert np.array_equal(evaluation_view(image, size, 1)[0], expected)
+    image = Image.fromarray(rng.integers(64, 192, (height, width, 3), np.uint8))
+    part = image.crop(centred_box(width, height, size))
+    expected = np.asarray(part.resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    # Both round twice, after the rows and after the columns, but not always in the same order.
+    assert abs(evaluation_view(image, size, 3).astype(int) - expected).max() <= 2
+
+
+@given(
+    width=st.integers(1, 60), height=st.integers(1, 60), size=st.tuples(*[st.integers(1, 40)] * 2)
+)  # fmt: skip
+def test_the_centred_box_is_the_largest_of_the_shape(width, height, size):
+    left, top, right, bottom = centred_box(width, height, size)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert right - left == width or bottom - top == height
+    assert abs(left - (width - right)) <= 1 and abs(top - (height - bottom)) <= 1
+    if size[0] == size[1]:
+        assert right - left == bottom - top
 
 
 def test_flip_and_determinism():
     image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
     whole = (1.0, 1.0)
     views = [
-        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=True)[0]
+        training_view(decode(image, 1), (8, 8), np.random.default_rng(s), whole, flip=True)[0]
         for s in [*range(20), *range(20)]
     ]
     for first, again in zip(views[:20], views[20:], strict=True):
         assert np.array_equal(first, again)
     unflipped = [
-        training_view(image, (8, 8), 1, np.random.default_rng(s), whole, flip=False)[0]
+        training_view(decode(image, 1), (8, 8), np.random.default_rng(s), whole, flip=False)[0]
         for s in range(20)
     ]
     mirrored = sum(
@@ -87,7 +102,7 @@ def test_flips():
 
     def views(flip):
         rngs = map(np.random.default_rng, range(40))
-        return [training_view(image, (8, 8), 1, rng, (1.0, 1.0), flip)[0] for rng in rngs]
+        return [training_view(decode(image, 1), (8, 8), rng, (1.0, 1.0), flip)[0] for rng in rngs]
 
     for flip, expected in ways.items():
         found = {view.tobytes() for view in views(flip)}
@@ -96,33 +111,114 @@ def test_flips():
     assert np.array_equal(views(False), views("none"))
 
 
-def test_exif_orientation_is_heeded():
-    image = Image.new("RGB", (40, 20))
-    image.paste((255, 0, 0), (0, 0, 20, 20))
-    exif = image.getexif()
-    exif[0x0112] = 3  # turned by half
+def photograph(width=61, height=40, mode="RGB", orientation=None, **options):
+    """A JPEG file in memory."""
+    rng = np.random.default_rng(width)
+    picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((width, height))
+    exif = picture.getexif()
+    if orientation:
+        exif[0x0112] = orientation
     file = io.BytesIO()
-    image.save(file, "jpeg", exif=exif, quality=95)
-    view = evaluation_view(Image.open(file), (20, 40), 3)
-    assert view[0, 10, 5] < 60 and view[0, 10, 35] > 200
+    picture.convert(mode).save(file, "jpeg", exif=exif, **options)
+    return file
 
 
-def test_large_jpegs_are_not_decoded_whole():
-    file = io.BytesIO()
-    Image.new("RGB", (1600, 1600)).save(file, "jpeg")
-    image = Image.open(file)
-    evaluation_view(image, (100, 100), 3)
-    assert image.size == (200, 200)
+def by_pillow(monkeypatch, file, channels, least=None):
+    with monkeypatch.context() as patch:
+        patch.setattr(jpeg, "simplejpeg", None)
+        return decode(Image.open(file), channels, least).array
 
 
-def test_broken_and_tiny_images():
-    file = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(file, "jpeg")
-    broken = Image.open(io.BytesIO(file.getvalue()[:-300]))
+JPEGS = {
+    "plain": {}, "progressive": {"progressive": True}, "full colour": {"subsampling": 0},
+    "grey": {"mode": "L"}, "CMYK": {"mode": "CMYK"}, "RGB": {"keep_rgb": True},
+    **{f"orientation {number}": {"orientation": number} for number in range(1, 9)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_both_decoders_give_the_same_pixels(options, channels, monkeypatch):
+    file = photograph(**options)
+    expected = by_pillow(monkeypatch, file, channels)
+    assert np.array_equal(decode(Image.open(file), channels).array, expected)
+    upright = ImageOps.exif_transpose(Image.open(file))
+    assert expected.shape == (channels, upright.height, upright.width)
+
+
+@pytest.mark.parametrize(
+    ("least", "scale"), [((100, 100), 1), ((99, 90), 2), ((30, 40), 4), ((1, 1), 8)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_large_jpegs_are_not_decoded_whole(least, scale, channels, monkeypatch):
+    file = photograph(203, 199)
+    expected = by_pillow(monkeypatch, file, channels, least)
+    found = decode(Image.open(file), channels, least).array
+    assert np.array_equal(found, expected)
+    assert found.shape == (channels, -(-199 // scale), -(-203 // scale))
+
+
+def test_the_fast_decoder_is_used(monkeypatch):
+    image = Image.open(photograph())
+    monkeypatch.setattr(Image.Image, "convert", None)
+    assert decode(image, 3).array.shape == (3, 40, 61)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_heeded(orientation):
+    file = photograph(60, 40, orientation=orientation, quality=95)
+    expected = ImageOps.exif_transpose(Image.open(file)).resize((30, 30), 3, box=(0, 0, 40, 40))
+    whole = decode(Image.open(file), 3)
+    view = whole.resized((30, 30), (0, 0, 40, 40)).astype(int)
+    differences = abs(view - np.asarray(expected).transpose(2, 0, 1))
+    # Pillow's box looks beyond its edges.
+    assert differences[:, :-3, :-3].max() <= 3
+
+
+@pytest.mark.parametrize("missing", [1, 2, 20, 300])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "CMYK"}])
+def test_truncated_files_are_unreadable(missing, options):
+    file = photograph(64, 64, **options)
+    broken = Image.open(io.BytesIO(file.getvalue()[:-missing]))
     with pytest.raises(UnreadableImage):
         evaluation_view(broken, (8, 8), 3)
+
+
+def test_what_only_pillow_reads_stays_readable(monkeypatch):
+    """Stray bytes before a marker: libjpeg warns, the pixels are whole."""
+    content = photograph().getvalue()
+    at = content.index(b"\xff\xda")
+    file = io.BytesIO(content[:at] + b"\0\0" + content[at:])
+    assert decode(Image.open(file), 3).array.shape == (3, 40, 61)
+
+
+def test_wrongly_named_files(tmp_path):
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(tmp_path / "a.jpg", "png")
+    Image.new("RGB", (9, 9), (200, 0, 0)).save(tmp_path / "b.png", "jpeg")
+    for file in tmp_path.iterdir():
+        assert abs(evaluation_view(open_image(file), (9, 9), 3)[0].astype(int) - 200).max() <= 2
+
+
+def test_tiny_images():
     with pytest.raises(UnreadableImage, match="3x9 pixels, smaller than a patch of 4"):
         evaluation_view(Image.new("RGB", (3, 9)), (8, 8), 3, min_side=4)
+
+
+@given(
+    channels=st.integers(1, 6), dtype=st.sampled_from(["u1", "f4"]),
+    size=st.tuples(*[st.integers(1, 40)] * 2), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_order_in_memory_does_not_change_a_view(channels, dtype, size, seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (channels, 30, 20)).astype(dtype)
+    box = random_crop(rng, 20, 30, (0.2, 1.0))
+    ways = [
+        pixels,
+        pixels[:, ::-1].copy()[:, ::-1],
+        pixels.transpose(1, 2, 0).copy().transpose(2, 0, 1),
+    ]
+    first, *others = (Pixels(way, channels).resized(size, box) for way in ways)
+    assert first.shape == (channels, *size) and all(np.array_equal(first, o) for o in others)
 
 
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical", "both"])
@@ -133,7 +229,9 @@ def test_a_training_view_says_where_in_its_image_it_lies(flip):
     image = Image.fromarray(pixels.round().astype(np.uint8).transpose(1, 2, 0))
     seen = set()
     for seed in range(20):
-        view, crop = training_view(image, (40, 40), 3, np.random.default_rng(seed), flip=flip)
+        view, crop = training_view(
+            decode(image, 3), (40, 40), np.random.default_rng(seed), flip=flip
+        )
         top, bottom, left, right = crop
         for channel, axis, (start, end) in [(0, 0, (top, bottom)), (1, 1, (left, right))]:
             line = view[channel].mean(1 - axis) / 255
