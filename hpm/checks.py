@@ -25,9 +25,9 @@ from hpm.teacher import small_image_size
 from hpm.trackers import check_tracker
 
 COUNTS = (
-    "epochs", "steps", "batch_size", "accumulate", "log_every", "keep_checkpoints", "decoder_dim",
-    "decoder_depth", "decoder_heads", "predictor_dim", "predictor_depth", "predictor_heads",
-    "mine_every",
+    "epochs", "steps", "batch_size", "accumulate", "repeat_augment", "log_every",
+    "keep_checkpoints", "decoder_dim", "decoder_depth", "decoder_heads", "predictor_dim",
+    "predictor_depth", "predictor_heads", "mine_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
@@ -70,6 +70,11 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.batch_size and config.batch_size % config.accumulate:
         raise UserError(
             f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    if config.batch_size and config.batch_size % config.repeat_augment:
+        raise UserError(
+            f"repeat_augment {config.repeat_augment} does not divide batch_size "
+            f"{config.batch_size}: pass a multiple of it as --batch-size"
         )
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:

@@ -179,6 +179,11 @@ class PretrainConfig:
     flip: bool | Flip = True
     """Mirror half of the images: horizontally (or true), vertically (which suits images without an
     up and down, from the air or a microscope), both, or none (or false)."""
+    repeat_augment: int = 1
+    """Views of each image in a batch, decoded once, each with a crop, a flip and a mask of its own
+    (repeated augmentation). They count as images: a batch holds that many times fewer different
+    ones, an epoch is as many steps as without, and to go through all images takes that many
+    epochs."""
     normalize: Literal["measured", "imagenet"] = "measured"
     """Mean and deviation of the channels: measured from the data, or ImageNet's."""
     holdout: int = 128
@@ -199,6 +204,9 @@ class PretrainConfig:
     memory, about a third more time."""
     workers: int | None = None
     """Processes that load images (default: one per spare core, at most 8)."""
+    cache: Literal["auto", "true", "false"] = "auto"
+    """Keep decoded images in memory that the loading processes share; auto: where all of them fit
+    into a quarter of the available memory. Views are the same with and without."""
     log_every: int = 10
     """Steps between two readings of the losses."""
     tracker: TrackerName = "none"
@@ -235,6 +243,7 @@ class PretrainConfig:
 FREE_OPTIONS = {
     "out", "device", "workers", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
     "max_unreadable", "tracker", "probe", "probe_every", "compile", "checkpoint_activations",
+    "cache",
 }  # fmt: skip
 
 

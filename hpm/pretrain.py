@@ -187,14 +187,15 @@ def _mine(
 ) -> Mined:
     """The hardest patches are hidden, the rest at random."""
     config, encoder = state.config, state.model.encoder
-    sample_ids = batch.indices.to(state.device, non_blocking=True)
+    sample_ids = batch.view_ids.to(state.device, non_blocking=True)
     epoch = state.schedule.epoch(step)
     asked = num_hard > 0 and config.mine_by == "teacher" and step % config.mine_every == 0
     features, told = _ask_teacher(state, images, sample_ids, epoch, asked)
     mark("teacher")
     signal = told
     if state.memory is not None and num_hard > 0 and not asked:
-        signal = state.memory.read(sample_ids, state.crops(batch))
+        images_seen = batch.indices.to(state.device, non_blocking=True)
+        signal = state.memory.read(images_seen, state.crops(batch))
         # Of places that nothing is known about, none comes before another.
         signal = signal + 1e-3 * noise(sample_ids, encoder.num_patches, config.seed, epoch, TIES)
     visible_ids, hidden_ids = make_mask(

@@ -89,7 +89,7 @@ def resolve(
 ) -> PretrainConfig:
     """Replace what was left open by what it means for this data, model and machine."""
     architecture = resolve_model(config)
-    share = config.accumulate * world_size
+    share = config.accumulate * world_size * config.repeat_augment
     batch_size = config.batch_size or min(256, num_images) // share * share
     if not 0 < batch_size <= num_images:
         raise UserError(
@@ -98,8 +98,9 @@ def resolve(
         )
     if batch_size % share:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared by {world_size} processes and accumulate "
-            f"{config.accumulate}: pass a multiple of {share}"
+            f"batch_size {batch_size} cannot be shared by {world_size} processes, accumulate "
+            f"{config.accumulate} and repeat_augment {config.repeat_augment}: pass a multiple of "
+            f"{share}"
         )
     precision = config.precision
     if precision == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hpm.checkpoint import (
     write_checkpoint,
 )
 from hpm.config import PretrainConfig, resolve_model
+from hpm.data.cache import make_cache
 from hpm.data.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -126,9 +128,12 @@ class State:
             self.image_size, config.channels, config.seed, config.crop_scale, config.flip,
             self.min_side,
         )  # fmt: skip
+        views.cache = make_cache(config.cache, self.source, partial(views.decoded, self.source))
+        if views.cache:
+            self.log.info("decoded images are kept in memory (--cache)")
         sampler = StepSampler(
             len(self.source), config.global_batch_size, self.schedule.total, config.seed,
-            self.step, rank, world_size,
+            self.step, rank, world_size, config.repeat_augment,
         )  # fmt: skip
         workers = num_workers(config.workers)
         pin_memory = self.device.type == "cuda"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from hpm import distributed
 from hpm.config import Flip
-from hpm.data.arrays import UnreadableImage, at_depth
+from hpm.data.arrays import Pixels, UnreadableImage, at_depth
+from hpm.data.cache import FORKS, Cache
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.errors import UserError
@@ -21,7 +23,7 @@ from hpm.errors import UserError
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
-Key = tuple[int, int]  # (epoch, index of the sample)
+Key = tuple[int, ...]  # (epoch, index of the sample), and which view of it where there are several
 MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
 
 
@@ -30,29 +32,41 @@ class Batch:
     """images: [B C H W], uint8, or float32 where the source holds more than 8 bits, 255 being full
     scale; indices: int64 [B], which samples they are; unreadable: (index, what is wrong) of each
     sample that another one had to stand in for; crops: float32 [B 4], where in its image each view
-    lies (see transforms.Crop), None where that was not asked."""
+    lies (see transforms.Crop), None where that was not asked; own_ids: int64 [B], other numbers for
+    other views of a sample, None where there is one of each."""
 
     images: Tensor
     indices: Tensor
     unreadable: list[tuple[int, str]]
     crops: Tensor | None = None
+    own_ids: Tensor | None = None
+
+    @property
+    def view_ids(self) -> Tensor:
+        """int64 [B]: what masks are drawn by."""
+        return self.indices if self.own_ids is None else self.own_ids
 
     def parts(self, count: int) -> list[Batch]:
         """Equal parts, in order; what was unreadable goes with the first."""
-        crops = [None] * count if self.crops is None else self.crops.chunk(count)
-        views = zip(self.images.chunk(count), self.indices.chunk(count), crops, strict=True)
-        parts = [Batch(images, indices, [], crop) for images, indices, crop in views]
+        crops, ids = (
+            [None] * count if x is None else x.chunk(count) for x in (self.crops, self.own_ids)
+        )
+        views = zip(self.images.chunk(count), self.indices.chunk(count), crops, ids, strict=True)
+        parts = [Batch(images, indices, [], crop, own) for images, indices, crop, own in views]
         parts[0].unreadable = self.unreadable
         return parts
 
     def pin_memory(self) -> Batch:
-        crops = None if self.crops is None else self.crops.pin_memory()
-        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops)
+        crops, own_ids = (x if x is None else x.pin_memory() for x in (self.crops, self.own_ids))
+        return Batch(
+            self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops, own_ids
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingViews:
-    """Random views, the same for the same (seed, epoch, index)."""
+    """Random views, the same for the same (seed, epoch, index), and number of the view where there
+    are several: they decode their image once if they come one after another."""
 
     size: tuple[int, int]
     channels: int
@@ -60,12 +74,32 @@ class TrainingViews:
     crop_scale: tuple[float, float]
     flip: bool | Flip
     min_side: int
+    cache: Cache | None = None
+
+    def __post_init__(self) -> None:
+        self._last: tuple[Source, int, Pixels] | None = None
 
     def __call__(self, source: Source, key: Key) -> tuple[View, Crop]:
         rng = np.random.default_rng([self.seed, *key])
-        least = least_size(self.size, self.crop_scale[0])
-        pixels = decode(source.open(key[1]), self.channels, least, self.min_side)
+        pixels = self._pixels(source, key[1])
         return training_view(pixels, self.size, rng, self.crop_scale, self.flip)
+
+    def decoded(self, source: Source, index: int) -> Pixels:
+        """An image at the size that its views need. Raises OSError or UnreadableImage."""
+        least = least_size(self.size, self.crop_scale[0])
+        return decode(source.open(index), self.channels, least, self.min_side)
+
+    def _pixels(self, source: Source, index: int) -> Pixels:
+        """Those of the last image, or kept in memory, or decoded."""
+        if self._last and self._last[0] is source and self._last[1] == index:
+            return self._last[2]
+        pixels = self.cache.get(index, self.channels) if self.cache else None
+        if pixels is None:
+            pixels = self.decoded(source, index)
+            if self.cache:
+                self.cache.put(index, pixels)
+        self._last = source, index, pixels
+        return pixels
 
 
 @dataclass(frozen=True)
@@ -89,6 +123,7 @@ class Sample:
     index: int
     unreadable: list[tuple[int, str]]
     crop: Crop | None = None
+    own_id: int = 0
 
 
 class Views(Dataset):
@@ -102,13 +137,16 @@ class Views(Dataset):
         self.deep = source.is_deep()
 
     def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
+        epoch, index, *number = key
         unreadable: list[tuple[int, str]] = []
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
-                view, crop = self.make_view(self.source, (epoch, candidate))
-                return Sample(at_depth(view, self.deep), candidate, unreadable, crop)
+                view, crop = self.make_view(self.source, (epoch, candidate, *number))
+                view = at_depth(view, self.deep)
+                # The first view has its sample's index, as if it were the only one.
+                own_id = candidate + sum(number) * len(self.source)
+                return Sample(view, candidate, unreadable, crop, own_id)
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, " ".join(str(error).split())))
         return Sample(None, index, unreadable)
@@ -117,7 +155,8 @@ class Views(Dataset):
 class StepSampler(Sampler[list[Key]]):
     """The samples of one process, a list per optimiser step, from `start_step` to `total_steps`.
 
-    Each epoch is a permutation of all samples; what does not fill a last batch is left out.
+    Each epoch is a permutation of all samples; what does not fill a last batch is left out. With
+    `repeats`, each comes that many times in its batch, and a permutation lasts as many epochs.
     """
 
     def __init__(
@@ -129,38 +168,60 @@ class StepSampler(Sampler[list[Key]]):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        repeats: int = 1,
     ):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.num_samples, self.seed, self.repeats = num_samples, seed, repeats
         self.start_step, self.total_steps = start_step, total_steps
-        self.part = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.samples = batch_size // repeats  # in a batch of all processes
+        self.part = slice(
+            rank * self.samples // world_size, (rank + 1) * self.samples // world_size
+        )
         self.steps_per_epoch = num_samples // batch_size
 
     def __len__(self) -> int:
         return self.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        order, order_round = np.empty(0, dtype=np.int64), -1
         for step in range(self.start_step, self.total_steps):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                rng = np.random.default_rng([self.seed, epoch])
-                order, order_epoch = rng.permutation(self.num_samples), epoch
-            batch = order[position * self.batch_size :][: self.batch_size]
-            yield [(epoch, int(i)) for i in batch[self.part]]
+            epoch = step // self.steps_per_epoch
+            now, position = divmod(step, self.steps_per_epoch * self.repeats)
+            if now != order_round:
+                rng = np.random.default_rng([self.seed, now])
+                order, order_round = rng.permutation(self.num_samples), now
+            batch = order[position * self.samples :][: self.samples][self.part]
+            if self.repeats == 1:
+                yield [(epoch, int(i)) for i in batch]
+            else:
+                yield [(epoch, int(i), k) for i in batch for k in range(self.repeats)]
 
 
 def training_loader(
-    source: Source, make_view: MakeView, steps: Iterable[list[Key]], workers: int, pin_memory: bool,
-    stand_in: bool = True,
+    source: Source, make_view: MakeView, steps: Iterable[Sequence[Key]], workers: int,
+    pin_memory: bool, stand_in: bool = True,
 ) -> DataLoader:  # fmt: skip
     """One batch of views per list of keys; see Views for images that cannot be read."""
+    return _loader(
+        Views(source, make_view, stand_in), steps, workers, pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+
+
+def _loader(
+    views: Views, steps: Iterable[Sequence[Key]], workers: int, **options: Any
+) -> DataLoader:
+    """Workers are forks: they start at once, and share source and cache instead of copying them.
+
+    No other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
+    held, and wait for ever (none of ours does).
+    """
     return DataLoader(
-        Views(source, make_view, stand_in),
-        batch_sampler=steps,
+        views,
+        batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=_collate,
         num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        multiprocessing_context="fork" if workers and FORKS else None,
+        **options,
     )
 
 
@@ -169,14 +230,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """All readable images once, in order."""
     views = Views(source, EvaluationViews(size, channels), stand_in=False)
-    keys = [(0, i) for i in range(len(source))]
-    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    yield from DataLoader(
-        views,
-        batch_sampler=batches,
-        collate_fn=_collate,
-        num_workers=workers,
-    )
+    starts = range(0, len(source), batch_size)
+    steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
+    yield from _loader(views, steps, workers)
 
 
 def _collate(samples: list[Sample]) -> Batch:
@@ -184,10 +240,13 @@ def _collate(samples: list[Sample]) -> Batch:
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]
     unreadable = [problem for s in samples for problem in s.unreadable]
-    images = torch.from_numpy(np.stack(views)) if views else torch.empty(0, dtype=torch.uint8)
+    # default_collate stacks in memory that a worker shares with the process that trains.
+    tensors = [torch.from_numpy(view) for view in views]
+    images = default_collate(tensors) if tensors else torch.empty(0, dtype=torch.uint8)
     return Batch(
         images, torch.tensor(indices, dtype=torch.int64), unreadable,
         torch.tensor(crops, dtype=torch.float32) if crops else None,
+        torch.tensor([s.own_id for s in samples if s.view is not None], dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -6,10 +6,10 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -75,14 +75,44 @@ def open_source(data: str) -> Splits:
     return Splits(_open_list(path))
 
 
-@dataclass
+class Paths(Sequence[str]):
+    """Paths in two arrays. A loading process shares them with the others, where a list of texts
+    would be copied into each, bit by bit, as their reference counts are written."""
+
+    def __init__(self, paths: Iterable[Path | str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return Paths(self[i] for i in range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
 class FileSource:
     """Image files."""
 
-    name: str
-    paths: Sequence[Path | str]
-    labels: np.ndarray | None = None
-    classes: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        name: str,
+        paths: Iterable[Path | str],
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+    ):
+        self.name = name
+        self.paths = Paths(paths)
+        self.labels = labels
+        self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,7 +124,7 @@ class FileSource:
         return _some_deep(self)
 
     def path(self, index: int) -> str:
-        return str(self.paths[index])
+        return self.paths[index]
 
 
 class DemoSource:

@@ -1,8 +1,12 @@
+import logging
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from hpm.data.cache import FORKS
 from hpm.data.loader import (
     StepSampler,
     TrainingViews,
@@ -46,6 +50,71 @@ def test_neither_workers_nor_restarts_nor_processes_change_a_sample(image_folder
     # Six steps are an epoch: the same image looks different in the next.
     first, second = whole[0], {int(i): v for b in whole[6:] for i, v in zip(b.indices, b.images)}
     assert not torch.equal(first.images[0], second[int(first.indices[0])])
+
+
+def test_repeats_of_an_image_are_views_of_one_decoded_image(image_folder, monkeypatch):
+    source = open_source(str(image_folder)).train
+    opened = []
+    open_image = source.open
+    monkeypatch.setattr(source, "open", lambda index: opened.append(index) or open_image(index))
+    repeated = batches(source, repeats=4)
+    read = opened[-12 * 2 :]
+    assert len(set(read)) == len(read)  # each once, in four epochs
+    for batch in repeated:
+        indices = batch.indices.view(2, 4)
+        assert torch.equal(indices, indices[:, :1].expand(2, 4))
+        assert len(set(batch.view_ids.tolist())) == 8
+        assert torch.equal(batch.view_ids.view(2, 4)[:, 0], indices[:, 0])
+        assert torch.equal(batch.view_ids % len(source), batch.indices)
+        assert not torch.equal(batch.images[0], batch.images[1])
+        assert not torch.equal(batch.crops[0], batch.crops[1])
+    parts = [batches(source, rank=rank, world_size=2, repeats=4) for rank in (0, 1)]
+    for batch, one, two in zip(repeated, *parts):
+        assert torch.equal(batch.images, torch.cat([one.images, two.images]))
+        assert torch.equal(batch.view_ids, torch.cat([one.view_ids, two.view_ids]))
+    restarted = batches(source, start_step=7, repeats=4)
+    assert torch.equal(restarted[0].images, repeated[7].images)
+
+
+def test_repeats_visit_every_image_in_as_many_epochs():
+    keys = [key for step in StepSampler(25, 6, 4 * 6, seed=1, repeats=3) for key in step]
+    assert len(keys) == 24 * 6 and len(set(keys)) == len(keys)
+    for first in (0, 3):  # 4 steps an epoch, a round of three epochs
+        visits = {}
+        for epoch, index, number in keys:
+            if first <= epoch < first + 3:
+                visits.setdefault(index, []).append(number)
+        assert len(visits) == 24 and all(v == [0, 1, 2] for v in visits.values())
+
+
+def test_once_is_as_before(image_folder):
+    source = open_source(str(image_folder)).train
+    for one, other in zip(batches(source), batches(source, repeats=1)):
+        assert torch.equal(one.images, other.images) and torch.equal(one.view_ids, one.indices)
+
+
+@pytest.mark.skipif(not FORKS, reason="processes are not forked here")
+def test_workers_start_beside_busy_threads(image_folder):
+    """Forked while other threads compute and log: a lock that one of them holds is not waited for."""
+    source = open_source(str(image_folder)).train
+    stop = threading.Event()
+
+    def compute():
+        a = torch.randn(256, 256)
+        while not stop.is_set():
+            a @ a
+            logging.getLogger("hpm").debug("busy")
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            assert len(batches(source, workers=2)) == 12
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def broken_source(tmp_path, number=6, broken=(2, 3)):

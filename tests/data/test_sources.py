@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -8,7 +11,7 @@ import pytest
 from helpers import write_images
 from PIL import Image
 
-from hpm.data.sources import Subset, hold_out, object_mask, open_source
+from hpm.data.sources import Paths, Subset, hold_out, object_mask, open_source
 from hpm.errors import UserError
 
 
@@ -158,3 +161,14 @@ def test_objects_are_known_of_demo_alone(image_folder):
     demo = Subset(open_source("demo").train, np.array([5, 3]))
     assert object_mask(demo, 1).shape == (64, 64)
     assert object_mask(open_source(str(image_folder)).train, 0) is None
+
+
+def test_paths_are_held_compactly():
+    names = ["a/b.png", "Ä/ö ü.jpg", os.fsdecode(b"not\xff utf-8"), "a/b.png"]
+    paths = Paths(map(Path, names))
+    assert list(paths) == names and len(paths) == 4
+    assert paths[-1] == "a/b.png" and list(paths[1:3]) == names[1:3]
+    with pytest.raises(IndexError):
+        paths[4]
+    assert len(pickle.dumps(Paths(["x" * 50] * 1000))) < 62 * 1000
+    assert list(Paths([])) == []

@@ -1,0 +1,105 @@
+"""Decoded images in memory that loading processes share, filled as images are first read."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from hpm.data.arrays import Pixels, UnreadableImage
+from hpm.data.sources import Source
+
+FORKS = sys.platform == "linux"  # loading processes are copies of this one, and share its mappings
+AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
+LOOKED_AT = 32  # images that tell how large those of a source are
+ENTRY = np.dtype(
+    [("start", "i8"), ("shape", "i4", 3), ("kind", "S3"), ("transparent", "?"),
+     ("interleaved", "?"), ("there", "?")]
+)  # fmt: skip
+
+
+class Cache:
+    """Pixels by index, in memory that is taken from the system as it fills.
+
+    Made before the processes that share it, by fork. What does not fit is not kept.
+    """
+
+    def __init__(self, count: int, size: int):
+        self.size = size
+        self._memory = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)
+        self._table = np.frombuffer(mmap.mmap(-1, max(1, count) * ENTRY.itemsize), ENTRY)
+        self._used = np.frombuffer(mmap.mmap(-1, 8), np.int64)
+        self._lock = multiprocessing.get_context("fork").Lock()
+
+    @property
+    def used(self) -> int:
+        """Bytes."""
+        return int(self._used[0])
+
+    def get(self, index: int, channels: int) -> Pixels | None:
+        with self._lock:
+            entry = self._table[index].copy()
+        if not entry["there"]:
+            return None
+        kind, start = np.dtype(entry["kind"].decode()), int(entry["start"])
+        shape = tuple(map(int, entry["shape"]))
+        data = self._memory[start : start + int(np.prod(shape)) * kind.itemsize]
+        array = data.view(kind).reshape(shape)
+        if entry["interleaved"]:
+            array = array.transpose(2, 0, 1)
+        return Pixels(array, channels, bool(entry["transparent"]))
+
+    def put(self, index: int, pixels: Pixels) -> None:
+        array = pixels.array
+        # Interleaved colours stay so: PyTorch resizes them faster.
+        interleaved = array.strides[0] < array.strides[2]
+        array = np.ascontiguousarray(array.transpose(1, 2, 0) if interleaved else array)
+        with self._lock:
+            start = self.used
+            stop = start + -(-array.nbytes // 64) * 64
+            if stop > self.size or self._table[index]["there"]:
+                return
+            self._used[0] = stop
+        self._memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        with self._lock:  # last, so that nobody reads what is half written
+            self._table[index] = (
+                start, array.shape, array.dtype.str, pixels.transparent, interleaved, True,
+            )  # fmt: skip
+
+
+def make_cache(
+    wanted: Literal["auto", "true", "false"], source: Source, decoded: Callable[[int], Pixels]
+) -> Cache | None:
+    """For all images of a source, where they fit; `auto`: easily. None where they do not."""
+    if wanted == "false" or not FORKS:
+        return None
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
+        with contextlib.suppress(UnreadableImage, OSError):
+            sizes.append(decoded(int(index)).array.nbytes)
+    needed = int(1.1 * len(source) * float(np.mean(sizes))) if sizes else 0
+    available = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not needed or (wanted == "auto" and needed > AUTO_SHARE * available):
+        return None
+    with contextlib.suppress(OSError):  # a system that promises no memory that it does not have
+        return Cache(len(source), min(2 * needed, int(LARGEST_SHARE * available)))
+    return None
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give, or this container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    known = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":") for x in lines)}
+    available = known["MemAvailable"]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+        limit = int((group / "memory.max").read_text())
+        available = min(available, limit - int((group / "memory.current").read_text()))
+    return max(0, available)
