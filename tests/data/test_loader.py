@@ -95,7 +95,7 @@ def test_once_is_as_before(image_folder):
 
 @pytest.mark.skipif(not FORKS, reason="processes are not forked here")
 def test_workers_start_beside_busy_threads(image_folder):
-    """Forked while other threads compute and log: a lock that one of them holds is not waited for."""
+    """Forked while other threads compute and log: no lock that they hold is waited for."""
     source = open_source(str(image_folder)).train
     stop = threading.Event()
 
