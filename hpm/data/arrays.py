@@ -29,6 +29,7 @@ BICUBIC = Image.Resampling.BICUBIC
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 ALPHA = (1, 2)  # of TIFF's extra samples: associated, unassociated
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as Pillow says it
+LOOKED_AT = 64  # images that tell whether those of a source are deep
 LZW = 5  # of TIFF's compressions
 LARGEST = 1e30  # of a floating-point pixel: beyond it float32 overflows
 LUMA = np.array([299, 587, 114], np.float32) / 1000  # as Pillow turns RGB to grey
@@ -182,6 +183,17 @@ def open_image(file: File) -> Image.Image | ArrayImage:
 def is_deep(image: Image.Image | ArrayImage) -> bool:
     """Does the image hold more than 8 bits a channel?"""
     return image.deep if isinstance(image, ArrayImage) else image.mode in DEEP_MODES
+
+
+def any_deep(open_one: Callable[[int], Image.Image | ArrayImage], count: int) -> bool:
+    """Looks at the headers of some of `count` images, spread evenly: those of all would take
+    minutes on a large set, and images of one set are mostly alike. The rare deep one that is missed
+    is reduced to 8 bits, as other software would."""
+    for index in np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int):
+        with suppress(UnreadableImage, OSError):
+            if is_deep(open_one(int(index))):
+                return True
+    return False
 
 
 def from_pillow(image: Image.Image) -> ArrayImage:

@@ -1,9 +1,7 @@
-"""Where images come from: a folder, a list file, parquet, or the built-in demo."""
+"""Where images come from: a folder, a list file, parquet, Arrow, or the built-in demo."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -15,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 from hpm.data import demo
-from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, UnreadableImage, is_deep, open_image
+from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, any_deep, open_image
+from hpm.data.tables import ArrowSource, ParquetSource, natural
 from hpm.errors import UserError
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
 )  # fmt: skip
-LOOKED_AT = 64  # images that tell whether those of a source are deep
+PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
 
@@ -38,6 +37,10 @@ class Source(Protocol):
 
     def open(self, index: int) -> Image.Image | ArrayImage:
         """The image, perhaps not decoded yet. Raises OSError or UnreadableImage."""
+        ...
+
+    def read(self, index: int) -> bytes | None:
+        """The bytes of its file. None where it was never encoded."""
         ...
 
     def is_deep(self) -> bool:
@@ -120,8 +123,11 @@ class FileSource:
     def open(self, index: int) -> Image.Image | ArrayImage:
         return open_image(self.paths[index])
 
+    def read(self, index: int) -> bytes:
+        return Path(self.paths[index]).read_bytes()
+
     def is_deep(self) -> bool:
-        return _some_deep(self)
+        return any_deep(self.open, len(self))
 
     def path(self, index: int) -> str:
         return self.paths[index]
@@ -143,70 +149,14 @@ class DemoSource:
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(demo.render(index, self.split).image)
 
+    def read(self, index: int) -> None:
+        return None
+
     def is_deep(self) -> bool:
         return False
 
     def path(self, index: int) -> str:
         return f"demo/{self.split}/{index}"
-
-
-class ParquetSource:
-    """Parquet in the Hugging Face layout: a column `image: {bytes, path}`, perhaps `label: int`.
-
-    The encoded bytes are held in memory, shared by all loading processes.
-    """
-
-    def __init__(self, name: str, files: Sequence[Path]):
-        try:
-            import pyarrow
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise UserError("parquet needs pyarrow: pip install 'hpm[parquet]'") from None
-        self.name = name
-        self.files = list(files)
-        try:
-            schema = parquet.read_schema(self.files[0])
-            if "image" not in schema.names:
-                columns = ", ".join(schema.names)
-                raise UserError(f"{self.files[0]}: no column 'image' (it has {columns})")
-            wanted = [c for c in ("image", "label") if c in schema.names]
-            table = parquet.read_table(list(map(str, self.files)), columns=wanted)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.files[0]}: not readable parquet ({_line(error)})") from None
-        image = table["image"]
-        is_struct = pyarrow.types.is_struct(image.type)
-        if is_struct and "bytes" not in [f.name for f in image.type]:
-            raise UserError(f"{self.files[0]}: column 'image' holds no field 'bytes'")
-        parts = image.chunks
-        self._bytes = [part.field("bytes") if is_struct else part for part in parts]
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.labels = None
-        self.classes = []
-        if "label" in wanted:
-            values = table["label"].to_pylist()
-            names = _label_names(schema.metadata or {})
-            self.classes = names or sorted({str(v) for v in values}, key=_natural)
-            numbers = {c: i for i, c in enumerate(self.classes)}
-            # A test split whose labels are withheld has -1 for each, or nothing.
-            if all(v is not None and not (names and not 0 <= v < len(names)) for v in values):
-                self.labels = np.array([v if names else numbers[str(v)] for v in values])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def open(self, index: int) -> Image.Image | ArrayImage:
-        chunk = int(np.searchsorted(self._ends, index, side="right"))
-        start = self._ends[chunk - 1] if chunk else 0
-        data = self._bytes[chunk][int(index - start)].as_py()
-        if data is None:
-            raise OSError("no bytes in this row")
-        return open_image(io.BytesIO(data))
-
-    def is_deep(self) -> bool:
-        return _some_deep(self)
-
-    def path(self, index: int) -> str:
-        return f"{self.files[0] if len(self.files) == 1 else self.name}, row {index}"
 
 
 class Subset:
@@ -224,6 +174,9 @@ class Subset:
 
     def open(self, index: int) -> Image.Image | ArrayImage:
         return self.source.open(int(self.indices[index]))
+
+    def read(self, index: int) -> bytes | None:
+        return self.source.read(int(self.indices[index]))
 
     def is_deep(self) -> bool:
         return self.source.is_deep()  # of the whole, so that parts of one source are alike
@@ -247,18 +200,13 @@ def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def _some_deep(source: Source) -> bool:
-    """Looks at the headers of some images, spread evenly: those of all would take minutes on a
-    large set, and images of one set are mostly alike. The rare deep one that is missed is reduced
-    to 8 bits, as other software would."""
-    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
-        with contextlib.suppress(UnreadableImage, OSError):
-            if is_deep(source.open(int(index))):
-                return True
-    return False
-
-
 def _open_folder(path: Path) -> Splits:
+    if (path / "dataset_dict.json").exists():
+        return _open_saved(path)
+    if (path / PREPARING).exists():
+        raise UserError(f"{path}: hpm prepare has not finished it; run the same command again")
+    if (path / "state.json").exists():
+        return Splits(ArrowSource(str(path), path))
     files = sorted(path.rglob("*.parquet"))
     if files:
         train = [f for f in files if f.stem.lower().startswith(TRAIN_NAMES)]
@@ -278,6 +226,22 @@ def _open_folder(path: Path) -> Splits:
             _image_folder(train_folder), _image_folder(test_folder) if test_folder else None
         )
     return Splits(_image_folder(path))
+
+
+def _open_saved(path: Path) -> Splits:
+    """Splits as `datasets` of Hugging Face saves them, and `hpm prepare`."""
+    try:
+        names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path}: dataset_dict.json names no splits") from None
+    train = next((n for n in names if n.lower().startswith(TRAIN_NAMES)), None)
+    test = next((n for wanted in TEST_NAMES for n in names if n.lower().startswith(wanted)), None)
+    if train is None:
+        raise UserError(f"{path}: no split train among {', '.join(names) or 'none'}")
+    return Splits(
+        ArrowSource(f"{path} (train)", path / train),
+        ArrowSource(f"{path} (test)", path / test) if test else None,
+    )
 
 
 def _first_test_split(files: list[Path]) -> list[Path]:
@@ -344,7 +308,7 @@ def _open_list(path: Path) -> FileSource:
         return FileSource(str(path), paths)
     if None in names:
         raise UserError(f"{path}: some lines have a label and some have none")
-    classes = sorted({n for n in names if n is not None}, key=_natural)
+    classes = sorted({n for n in names if n is not None}, key=natural)
     numbers = {c: i for i, c in enumerate(classes)}
     return FileSource(str(path), paths, np.array([numbers[n] for n in names if n]), classes)
 
@@ -355,20 +319,3 @@ def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
     if path and (folder / path.strip()).is_file():
         return str(folder / path.strip()), label
     return (str(folder / line), None) if (folder / line).is_file() else (None, None)
-
-
-def _label_names(metadata: dict[bytes, bytes]) -> list[str]:
-    """Class names, as Hugging Face writes them into the schema; empty where there are none."""
-    try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return list(features["label"]["names"])
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
-def _natural(text: str) -> tuple[int, int | str]:
-    return (0, int(text)) if text.lstrip("-").isdigit() else (1, text)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
