@@ -24,6 +24,7 @@ from hpm.config import (
     DemoConfig,
     EvalConfig,
     ExportConfig,
+    PrepareConfig,
     PretrainConfig,
     ReportConfig,
     ShowConfig,
@@ -44,6 +45,7 @@ VERBS: dict[str, tuple[Any, str]] = {
     "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
     "bench": (BenchConfig, "what a training step costs: hpm bench step"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
+    "prepare": (PrepareConfig, "shrink images once into large files that are fast to read"),
     "show": (ShowConfig, "draw what a model makes of images: losses, mask, features ..."),
     "view": (ViewConfig, "a page on this machine to try a model on images"),
     "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
@@ -51,8 +53,8 @@ VERBS: dict[str, tuple[Any, str]] = {
 
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "report": ["run"], "eval": ["run", "data"],
-    "ablate": ["data"], "bench": [], "tokenize": ["data"], "show": ["run", "data"],
-    "view": ["run"], "export": ["run"],
+    "ablate": ["data"], "bench": [], "tokenize": ["data"], "prepare": ["data"],
+    "show": ["run", "data"], "view": ["run"], "export": ["run"],
 }  # fmt: skip
 
 # Verbs that take a preset or YAML file.
@@ -105,8 +107,8 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"no verb '{verb}'{nearest(verb, VERBS)} (hpm --help lists them)")
     run = {
         "demo": _demo, "pretrain": _pretrain, "report": _report, "eval": _eval,
-        "ablate": _ablate, "bench": _bench, "tokenize": _tokenize, "show": _show,
-        "view": _view, "export": _export,
+        "ablate": _ablate, "bench": _bench, "tokenize": _tokenize, "prepare": _prepare,
+        "show": _show, "view": _view, "export": _export,
     }[verb]  # fmt: skip
     return run(rest)
 
@@ -183,6 +185,20 @@ def _tokenize(arguments: list[str]) -> int:
     path, distance = tokenize(_parse("tokenize", arguments))
     print(f"mean squared distance of a patch to its token: {distance:.4g}")
     print(f"written to {path}: hpm pretrain ... --target tokens --codebook {path}")
+    return 0
+
+
+def _prepare(arguments: list[str]) -> int:
+    from hpm.prepare import prepare
+
+    config = _parse("prepare", arguments)
+    made = prepare(config)
+    if made.unreadable:
+        print(f"{len(made.unreadable)} images cannot be read: {config.out}/unreadable.txt")
+    print(
+        f"{made.images} images, {made.bytes / 1e9:.3g} GB, in {config.out}: hpm pretrain "
+        f"{config.out} --out ..."
+    )
     return 0
 
 
