@@ -21,6 +21,7 @@ from hpm.config import (
     PROTOCOLS,
     AblateConfig,
     BenchConfig,
+    BenchDataConfig,
     DemoConfig,
     EvalConfig,
     ExportConfig,
@@ -43,7 +44,7 @@ VERBS: dict[str, tuple[Any, str]] = {
         f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
     ),
     "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
-    "bench": (BenchConfig, "what a training step costs: hpm bench step"),
+    "bench": (BenchConfig, "what a training step costs, and loading: hpm bench step|data"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "prepare": (PrepareConfig, "shrink images once into large files that are fast to read"),
     "show": (ShowConfig, "draw what a model makes of images: losses, mask, features ..."),
@@ -56,6 +57,12 @@ POSITIONAL: dict[str, list[str]] = {
     "ablate": ["data"], "bench": [], "tokenize": ["data"], "prepare": ["data"],
     "show": ["run", "data"], "view": ["run"], "export": ["run"],
 }  # fmt: skip
+
+# Verbs of several kinds, each with options of its own.
+KINDS: dict[str, dict[str, Any]] = {
+    "eval": dict(PROTOCOLS),
+    "bench": {"step": BenchConfig, "data": BenchDataConfig},
+}
 
 # Verbs that take a preset or YAML file.
 WITH_PRESETS = ("pretrain", "eval", "ablate")
@@ -166,13 +173,20 @@ def _ablate(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from hpm.bench import bench_step, print_report
+    from hpm import bench, bench_data
 
-    if arguments[:1] != ["step"]:
-        raise UserError("name what to measure: hpm bench step (--help for its options)")
-    config = _parse("bench", arguments[1:])
-    report = bench_step(config)
-    print_report(report, Console())
+    kind, *rest = arguments or [""]
+    if kind not in KINDS["bench"]:
+        raise UserError(
+            "name what to measure: hpm bench step, or hpm bench data (--help for its options)"
+        )
+    config = _parse("bench", rest, kind)
+    if kind == "step":
+        report = bench.bench_step(config)
+        bench.print_report(report, Console())
+    else:
+        report = bench_data.bench_data(config)
+        bench_data.print_report(report, Console())
     if config.json:
         Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
         print(f"written to {config.json}")
@@ -224,10 +238,10 @@ def _export(arguments: list[str]) -> int:
 
 
 def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
-    """The config of a verb (or of an evaluation's protocol), read and checked by jsonargparse."""
+    """The config of a verb (or of a kind of it), read and checked by jsonargparse."""
     config, about = VERBS[verb]
     if protocol:
-        config, about = PROTOCOLS[protocol], ""
+        config, about = KINDS[verb][protocol], ""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     prog = " ".join(["hpm", verb, *([protocol] if protocol else [])])
     parser = _Parser(prog=prog, description=about or None, exit_on_error=False)
@@ -328,7 +342,8 @@ def _kind(text: str) -> str:
 
 
 def _all_options() -> set[str]:
-    configs = [*[config for config, _ in VERBS.values()], *PROTOCOLS.values()]
+    configs = [config for config, _ in VERBS.values()]
+    configs += [config for kinds in KINDS.values() for config in kinds.values()]
     return {field.name for config in configs for field in dataclasses.fields(config)}
 
 

@@ -520,6 +520,33 @@ class BenchConfig(PretrainConfig):
 
 
 @dataclass
+class BenchDataConfig:
+    """How fast images are loaded, for 1, 2, ... workers, against the bare libraries; what limits
+    it."""
+
+    data: str
+    """Images (see pretrain); of the training split."""
+    image_size: int | tuple[int, int] = 224
+    """As in pretrain."""
+    channels: int = 3
+    """As in pretrain."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """As in pretrain."""
+    batch_size: int = 64
+    """Images that a worker hands over at a time."""
+    workers: int | None = None
+    """Most workers to try (default: as many as cores)."""
+    images_per_second: float | None = None
+    """Speed of a training: how many workers does it need?"""
+    images: int = 1024
+    """Images in each reading."""
+    repeats: int = 3
+    """Rounds, each of the bare libraries and of every number of workers."""
+    json: str | None = None
+    """File for the numbers."""
+
+
+@dataclass
 class TokenizeConfig:
     """Learn a codebook of discrete tokens for `--target tokens`."""
 

@@ -294,6 +294,11 @@ def num_workers(asked: int | None) -> int:
     at most 8, at least 1."""
     if asked is not None:
         return asked
-    world_size = distributed.world_size()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, (cores or 1) // world_size - 1))
+    return max(1, min(8, usable_cores() // distributed.world_size() - 1))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
