@@ -22,7 +22,7 @@ from rich.table import Table
 
 from hpm.config import BenchDataConfig, pair
 from hpm.data.arrays import UnreadableImage, open_image, resize
-from hpm.data.jpeg import COLOURS, reduction, simplejpeg
+from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
 from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
@@ -93,7 +93,7 @@ class _Bare:
     def _decode(self, index: int, data: bytes | None, least: tuple[int, int]) -> np.ndarray:
         """[C H W]. JPEG by the decoder's own function, all else as the loader does it."""
         channels = self.views.channels
-        if simplejpeg and data and data[:3] == b"\xff\xd8\xff" and channels in COLOURS:
+        if simplejpeg and data and data.startswith(START) and channels in COLOURS:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             if colours not in ("CMYK", "YCCK"):
                 scale = reduction((width, height), least)

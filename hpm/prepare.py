@@ -25,6 +25,7 @@ from hpm.checkpoint import write_atomically, write_text
 from hpm.config import PrepareConfig
 from hpm.data.arrays import (
     ArrayImage,
+    Opened,
     Pixels,
     UnreadableImage,
     from_pillow,
@@ -33,6 +34,7 @@ from hpm.data.arrays import (
     reading,
 )
 from hpm.data.cache import FORKS
+from hpm.data.jpeg import JpegImage
 from hpm.data.loader import num_workers
 from hpm.data.sources import PREPARING, Source, Splits, open_source
 from hpm.data.transforms import decode
@@ -225,7 +227,8 @@ def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -
     image = source.open(index) if data is None else open_image(io.BytesIO(data))
     if isinstance(image, ArrayImage) or is_deep(image):
         return _shrunk_array(image, data, size, channels)
-    found = _channels(image)
+    with reading():
+        found = _channels(image.opened() if isinstance(image, JpegImage) else image)
     # Also where the file stays: it is read whole, so that a broken one is found now.
     pixels = decode(image, found, (size, size))
     short = min(pixels.width, pixels.height)
@@ -250,9 +253,8 @@ def _channels(image: Image.Image) -> int:
     return 4 if image.has_transparency_data else 3
 
 
-def _shrunk_array(
-    image: Image.Image | ArrayImage, data: bytes | None, size: int, channels: int
-) -> bytes:
+def _shrunk_array(image: Opened, data: bytes | None, size: int, channels: int) -> bytes:
+    assert not isinstance(image, JpegImage)
     if isinstance(image, Image.Image):
         with reading():
             ImageOps.exif_transpose(image, in_place=True)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
+from hpm.data.jpeg import START, JpegImage
 from hpm.errors import UserError
 from hpm.extras import need
 
@@ -162,7 +163,10 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> View:
     return resized[0].contiguous().numpy()
 
 
-def open_image(file: File) -> Image.Image | ArrayImage:
+Opened = Image.Image | JpegImage | ArrayImage
+
+
+def open_image(file: File) -> Opened:
     """Open an image file (or its bytes), not decoded yet: by Pillow where that keeps all of it.
 
     Raises UnreadableImage.
@@ -171,6 +175,8 @@ def open_image(file: File) -> Image.Image | ArrayImage:
         if not isinstance(file, io.BytesIO) and Path(file).suffix.lower() in JPEG_SUFFIXES:
             file = io.BytesIO(Path(file).read_bytes())  # the fast decoder reads memory
         head = _head(file)
+        if isinstance(file, io.BytesIO) and head.startswith(START):
+            return JpegImage(file.getvalue())
         if head.startswith(b"\x93NUMPY"):
             return _open_npy(file)
         if head.startswith(b"\x89PNG") and head[24] == 16 and head[25] > 0:
@@ -180,12 +186,14 @@ def open_image(file: File) -> Image.Image | ArrayImage:
         return Image.open(_rewound(file))
 
 
-def is_deep(image: Image.Image | ArrayImage) -> bool:
+def is_deep(image: Opened) -> bool:
     """Does the image hold more than 8 bits a channel?"""
+    if isinstance(image, JpegImage):
+        return False
     return image.deep if isinstance(image, ArrayImage) else image.mode in DEEP_MODES
 
 
-def any_deep(open_one: Callable[[int], Image.Image | ArrayImage], count: int) -> bool:
+def any_deep(open_one: Callable[[int], Opened], count: int) -> bool:
     """Looks at the headers of some of `count` images, spread evenly: those of all would take
     minutes on a large set, and images of one set are mostly alike. The rare deep one that is missed
     is reduced to 8 bits, as other software would."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -13,31 +15,62 @@ except ImportError:  # no wheel for this machine: Pillow decodes, to the same pi
     simplejpeg = None
 
 COLOURS = {1: "GRAY", 3: "RGB"}
+START = b"\xff\xd8\xff"
+EXIF_OR_XMP, SCAN = 0xE1, 0xDA  # of JPEG's markers
+
+
+@dataclass(frozen=True)
+class JpegImage:
+    """A JPEG file in memory, of which nothing has been looked at but the first bytes."""
+
+    data: bytes
+
+    def opened(self) -> Image.Image:
+        """By Pillow, not decoded."""
+        return Image.open(io.BytesIO(self.data))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), not turned yet."""
+        return self.opened().size
 
 
 def decode_jpeg(
-    image: Image.Image, channels: int, least: tuple[int, int] | None
+    image: JpegImage, channels: int, least: tuple[int, int] | None
 ) -> np.ndarray | None:
-    """The pixels [channels H W] of an image that Pillow opened from memory and has not decoded.
+    """The pixels [channels H W].
 
     Upright, and at a half, a quarter or an eighth where that leaves `least` (height, width), as
-    Pillow's `draft` chooses. None where that is left to Pillow: what is no JPEG, CMYK, and damaged
-    files, of which Pillow reads some, and says of the others what is wrong.
+    Pillow's `draft` chooses. None where that is left to Pillow: CMYK, alpha, too large images, and
+    damaged files, of which Pillow reads some, and says of the others what is wrong.
     """
-    file = getattr(image, "fp", None)
-    if simplejpeg is None or image.format not in ("JPEG", "MPO") or channels not in COLOURS:
+    if simplejpeg is None or channels not in COLOURS:
         return None
-    if image.mode not in ("L", "RGB") or not isinstance(file, io.BytesIO):
-        return None
-    scale = reduction(image.size, least)
     try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(image.data)
+        if colours in ("CMYK", "YCCK") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
+        scale = reduction((width, height), least)
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            file.getvalue(), COLOURS[channels], min_width=-(-image.width // scale),
-            min_height=-(-image.height // scale), min_factor=scale,
+            image.data, COLOURS[channels], min_width=-(-width // scale),
+            min_height=-(-height // scale), min_factor=scale,
         )  # fmt: skip
     except ValueError:
         return None
-    return upright(pixels.transpose(2, 0, 1), image.getexif().get(ExifTags.Base.Orientation, 1))
+    pixels = pixels.transpose(2, 0, 1)
+    if not _may_be_turned(image.data):
+        return pixels
+    return upright(pixels, image.opened().getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _may_be_turned(data: bytes) -> bool:
+    """Is there a segment that may tell an orientation? Pillow takes longer to say."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
+        if data[at + 1] in (EXIF_OR_XMP, 0xFF):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def reduction(size: tuple[int, int], least: tuple[int, int] | None) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hpm.data import demo
-from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, any_deep, open_image
+from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
 from hpm.data.tables import ArrowSource, ParquetSource, natural
 from hpm.errors import UserError
 
@@ -35,7 +35,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> Image.Image | ArrayImage:
+    def open(self, index: int) -> Opened:
         """The image, perhaps not decoded yet. Raises OSError or UnreadableImage."""
         ...
 
@@ -120,7 +120,7 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int) -> Image.Image | ArrayImage:
+    def open(self, index: int) -> Opened:
         return open_image(self.paths[index])
 
     def read(self, index: int) -> bytes:
@@ -172,7 +172,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def open(self, index: int) -> Image.Image | ArrayImage:
+    def open(self, index: int) -> Opened:
         return self.source.open(int(self.indices[index]))
 
     def read(self, index: int) -> bytes | None:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from hpm.data.arrays import ArrayImage, any_deep, open_image
+from hpm.data.arrays import Opened, any_deep, open_image
 from hpm.errors import UserError
 
 
@@ -51,7 +50,7 @@ class TableSource:
             raise OSError("no bytes in this row")
         return data
 
-    def open(self, index: int) -> Image.Image | ArrayImage:
+    def open(self, index: int) -> Opened:
         return open_image(io.BytesIO(self.read(index)))
 
     def is_deep(self) -> bool:

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 
 from hpm.config import Flip
 from hpm.data.arrays import (
-    ArrayImage,
     Box,
+    Opened,
     Pixels,
     UnreadableImage,
     View,
@@ -24,7 +24,7 @@ from hpm.data.arrays import (
     reading,
     recoloured,
 )
-from hpm.data.jpeg import decode_jpeg
+from hpm.data.jpeg import JpegImage, decode_jpeg
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
@@ -58,7 +58,7 @@ def training_view(
 
 
 def augmented_view(
-    image: Image.Image | ArrayImage,
+    image: Opened,
     channels: int,
     augment: Callable[[Image.Image], Any],
     min_side: int = 1,
@@ -71,9 +71,7 @@ def augmented_view(
         return _channels_first(np.asarray(view)).copy()
 
 
-def evaluation_view(
-    image: Image.Image | ArrayImage, size: tuple[int, int], channels: int, min_side: int = 1
-) -> View:
+def evaluation_view(image: Opened, size: tuple[int, int], channels: int, min_side: int = 1) -> View:
     """The largest centred box of the size's shape, resized (bicubic)."""
     pixels = decode(image, channels, size, min_side)
     with reading():
@@ -116,7 +114,7 @@ def least_size(size: tuple[int, int], smallest_crop: float) -> tuple[int, int]:
 
 
 def decode(
-    image: Image.Image | ArrayImage,
+    image: Opened,
     channels: int,
     least: tuple[int, int] | None = None,
     min_side: int = 1,
@@ -124,29 +122,32 @@ def decode(
     """Decoded and upright; where `least` (height, width) will do, a JPEG perhaps at a half, a
     quarter or an eighth, which is faster."""
     with reading():
-        if isinstance(image, Image.Image) and not is_deep(image) and channels in MODES:
-            _check_side(image.width, image.height, min_side)
-            array = decode_jpeg(image, channels, least)
-            if array is None:
-                array = _by_pillow(image, channels, least)
-            return Pixels(array, channels, transparent=channels == 4)
-        if isinstance(image, Image.Image):
-            ImageOps.exif_transpose(image, in_place=True)
-            image = from_pillow(image)
-        pixels = image.pixels(channels)
-        _check_side(pixels.width, pixels.height, min_side)
+        pixels = _decoded(image, channels, least)
+        if min(pixels.width, pixels.height) < min_side:
+            raise UnreadableImage(
+                f"{pixels.width}x{pixels.height} pixels, smaller than a patch of {min_side}"
+            )
         return pixels
+
+
+def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pixels:
+    if isinstance(image, JpegImage):
+        array = decode_jpeg(image, channels, least)
+        if array is not None:
+            return Pixels(array, channels)
+        image = image.opened()
+    if isinstance(image, Image.Image) and not is_deep(image) and channels in MODES:
+        return Pixels(_by_pillow(image, channels, least), channels, transparent=channels == 4)
+    if isinstance(image, Image.Image):
+        ImageOps.exif_transpose(image, in_place=True)
+        image = from_pillow(image)
+    return image.pixels(channels)
 
 
 def _by_pillow(image: Image.Image, channels: int, least: tuple[int, int] | None) -> np.ndarray:
     # Also where nothing is reduced: of colours, the grey that the file holds is taken.
     image.draft(MODES[channels], least[::-1] if least else image.size)
     return _channels_first(np.asarray(ImageOps.exif_transpose(image).convert(MODES[channels])))
-
-
-def _check_side(width: int, height: int, min_side: int) -> None:
-    if min(width, height) < min_side:
-        raise UnreadableImage(f"{width}x{height} pixels, smaller than a patch of {min_side}")
 
 
 def _channels_first(array: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ def photograph(width=61, height=40, mode="RGB", orientation=None, **options):
 def by_pillow(monkeypatch, file, channels, least=None):
     with monkeypatch.context() as patch:
         patch.setattr(jpeg, "simplejpeg", None)
-        return decode(Image.open(file), channels, least).array
+        return decode(open_image(file), channels, least).array
 
 
 JPEGS = {
@@ -141,7 +141,7 @@ JPEGS = {
 def test_both_decoders_give_the_same_pixels(options, channels, monkeypatch):
     file = photograph(**options)
     expected = by_pillow(monkeypatch, file, channels)
-    assert np.array_equal(decode(Image.open(file), channels).array, expected)
+    assert np.array_equal(decode(open_image(file), channels).array, expected)
     upright = ImageOps.exif_transpose(Image.open(file))
     assert expected.shape == (channels, upright.height, upright.width)
 
@@ -153,13 +153,13 @@ def test_both_decoders_give_the_same_pixels(options, channels, monkeypatch):
 def test_large_jpegs_are_not_decoded_whole(least, scale, channels, monkeypatch):
     file = photograph(203, 199)
     expected = by_pillow(monkeypatch, file, channels, least)
-    found = decode(Image.open(file), channels, least).array
+    found = decode(open_image(file), channels, least).array
     assert np.array_equal(found, expected)
     assert found.shape == (channels, -(-199 // scale), -(-203 // scale))
 
 
 def test_the_fast_decoder_is_used(monkeypatch):
-    image = Image.open(photograph())
+    image = open_image(photograph())
     monkeypatch.setattr(Image.Image, "convert", None)
     assert decode(image, 3).array.shape == (3, 40, 61)
 
@@ -168,7 +168,7 @@ def test_the_fast_decoder_is_used(monkeypatch):
 def test_exif_orientation_is_heeded(orientation):
     file = photograph(60, 40, orientation=orientation, quality=95)
     expected = ImageOps.exif_transpose(Image.open(file)).resize((30, 30), 3, box=(0, 0, 40, 40))
-    whole = decode(Image.open(file), 3)
+    whole = decode(open_image(file), 3)
     view = whole.resized((30, 30), (0, 0, 40, 40)).astype(int)
     differences = abs(view - np.asarray(expected).transpose(2, 0, 1))
     # Pillow's box looks beyond its edges.
@@ -179,7 +179,7 @@ def test_exif_orientation_is_heeded(orientation):
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"mode": "CMYK"}])
 def test_truncated_files_are_unreadable(missing, options):
     file = photograph(64, 64, **options)
-    broken = Image.open(io.BytesIO(file.getvalue()[:-missing]))
+    broken = open_image(io.BytesIO(file.getvalue()[:-missing]))
     with pytest.raises(UnreadableImage):
         evaluation_view(broken, (8, 8), 3)
 
@@ -189,7 +189,7 @@ def test_what_only_pillow_reads_stays_readable(monkeypatch):
     content = photograph().getvalue()
     at = content.index(b"\xff\xda")
     file = io.BytesIO(content[:at] + b"\0\0" + content[at:])
-    assert decode(Image.open(file), 3).array.shape == (3, 40, 61)
+    assert decode(open_image(file), 3).array.shape == (3, 40, 61)
 
 
 def test_wrongly_named_files(tmp_path):
