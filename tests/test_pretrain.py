@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import hpm
 from hpm import stop
 from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
+from hpm.errors import UserError
 from hpm.state import State
 from hpm.teacher import predicted_losses
 
@@ -314,3 +315,30 @@ def test_a_probe_sees_no_image_that_an_evaluation_tests_on(image_folder):
     seen = OngoingProbe(str(image_folder), 0, 0).data
     paths = {s.path(i) for s in (seen.train, seen.test) for i in range(len(s))}
     assert not paths & {tested.path(i) for i in range(len(tested))}
+
+
+@pytest.mark.parametrize("mine_by", ["teacher", "memory"])
+def test_repeated_views_get_masks_of_their_own(image_folder, tmp_path, mine_by, monkeypatch):
+    pretraining = sys.modules["hpm.pretrain"]  # the function hides the module
+    seen = []
+    train_step = pretraining.train_step
+
+    def watched(state, batch, *rest):
+        step = train_step(state, batch, *rest)
+        seen.append((batch, step))
+        return step
+
+    monkeypatch.setattr(pretraining, "train_step", watched)
+    options = TINY | {"steps": 4, "checkpoint_every": "100%", "accumulate": 2}
+    hpm.pretrain(
+        data=str(image_folder), out=str(tmp_path / "run"), repeat_augment=2, mine_by=mine_by,
+        **options,
+    )  # fmt: skip
+    for batch, step in seen:
+        assert torch.equal(batch.indices[0::2], batch.indices[1::2])
+        hidden = step.hidden_ids.sort(1).values
+        assert not (hidden[0::2] == hidden[1::2]).all(1).any()
+    with pytest.raises(UserError, match="repeat_augment 3 does not divide batch_size 8"):
+        hpm.pretrain(data=str(image_folder), out=str(tmp_path / "b"), repeat_augment=3, **options)
+    with pytest.raises(UserError, match="repeat_augment 8"):
+        hpm.pretrain(data=str(image_folder), out=str(tmp_path / "b"), repeat_augment=8, **options)

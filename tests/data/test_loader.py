@@ -162,3 +162,11 @@ def test_no_readable_image(tmp_path):
     source = FileSource("here", [tmp_path / "a.png"])
     with pytest.raises(UserError, match="here: no readable image among 1"):
         measure_statistics(source, (8, 8), 3, seed=0)
+
+
+def test_parts_of_a_batch_keep_their_views_apart(image_folder):
+    source = open_source(str(image_folder)).train
+    batch = batches(source, repeats=4)[0]
+    one, two = batch.parts(2)
+    assert torch.equal(torch.cat([one.view_ids, two.view_ids]), batch.view_ids)
+    assert torch.equal(one.view_ids % len(source), one.indices) and len(set(one.view_ids)) == 4
