@@ -72,7 +72,7 @@ def disk_error(path: Path, error: Exception) -> UserError:
     if full or re.search(r"os error (28|122|27)\b|No space|File too large", str(error)):
         return UserError(
             f"{path} could not be written: no space left; make room, then run the same command "
-            "again: it goes on from the last whole checkpoint"
+            "again: what is whole already is kept"
         )
     return UserError(f"{path} could not be written: {error}")
 
