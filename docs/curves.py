@@ -26,7 +26,8 @@ DASHED = {"ranking_accuracy": "held_out/mining_accuracy"}
 def draw_curve(panel: Axes, run: Run, name: str, colour: str, dashed: bool = False) -> None:
     """One metric over the share of the training that is done: runs of any length compare."""
     lines = run.metrics()
-    points = [(100 * line["step"] / lines[-1]["step"], line[name]) for line in lines if name in line]
+    last = lines[-1]["step"]
+    points = [(100 * line["step"] / last, line[name]) for line in lines if name in line]
     style = {"linestyle": (0, (3, 2)), "marker": "."} if dashed else {}
     if points:
         panel.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, **style)

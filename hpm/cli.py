@@ -356,7 +356,7 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
     wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
     more = f" ({wanted[1]} more were wanted)" if wanted else ""
     return (
-        f"the GPU's memory is full{more}: pass --accumulate 2 (or 4, ...), --checkpoint-activations "
+        f"the GPU's memory is full{more}: pass --accumulate 2 (4, ...), --checkpoint-activations "
         "or a smaller --batch-size, as far as the verb has them"
     )
 

@@ -173,7 +173,6 @@ def test_python_is_true(page):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hpm":
                 assert hasattr(hpm, node.attr), ast.unparse(node)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "hpm.pretrain":
-                options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+                options = {given.arg: ast.literal_eval(given.value) for given in node.keywords}
                 options.pop("config", None)
                 check_pretrain(make_config(PretrainConfig, options))
-
