@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import hpm
 from hpm import cli
@@ -161,6 +162,13 @@ def anchors(page):
     """The names that GitHub gives to the headings of a page."""
     heads = re.findall(r"^#+ (.*)$", spoken(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@each_page
+def test_yaml_is_a_config(page):
+    for code in blocks(page, "yaml"):
+        options = {"data": "photos/", "out": "runs/first"} | yaml.safe_load(code)
+        check_pretrain(make_config(PretrainConfig, options))
 
 
 @each_page
