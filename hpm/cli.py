@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
@@ -91,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments)
     except UserError as error:
         _complain(str(error))
+        return 2
+    except torch.OutOfMemoryError as error:
+        # Said by the process that it happened to, which need not be the main one.
+        print(f"hpm: error: {_out_of_memory(error)}", file=sys.stderr)
         return 2
     except hpm.Interrupted as stopped:
         print(f"hpm: {stopped}", file=sys.stderr)
@@ -345,6 +350,15 @@ def _all_options() -> set[str]:
     configs = [config for config, _ in VERBS.values()]
     configs += [config for kinds in KINDS.values() for config in kinds.values()]
     return {field.name for config in configs for field in dataclasses.fields(config)}
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    more = f" ({wanted[1]} more were wanted)" if wanted else ""
+    return (
+        f"the GPU's memory is full{more}: pass --accumulate 2 (4, ...), --checkpoint-activations "
+        "or a smaller --batch-size, as far as the verb has them"
+    )
 
 
 def _complain(text: str) -> None:

@@ -98,7 +98,8 @@ class Run:
                 if name not in FREE_OPTIONS and before.get(name, value) != value:
                     raise UserError(
                         f"{self.folder} holds another run: there {name} is {before[name]}, "
-                        f"here {value}; choose another --out"
+                        f"here {value}; choose another --out (with --init {self.folder} to start "
+                        "from its weights)"
                     )
             return
         # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.

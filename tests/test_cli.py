@@ -96,7 +96,7 @@ def test_bad_output_folders(image_folder, tmp_path, finished_run):
     result = run_hpm(
         "pretrain", image_folder, "--out", finished_run.folder, *tiny_arguments(mask_ratio=0.5)
     )
-    assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5")
+    assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5", "--init")
     (tmp_path / "notes.txt").write_text("mine")
     result = run_hpm("pretrain", image_folder, "--out", tmp_path, *tiny_arguments())
     assert_refused(result, "exists and is no run folder")
@@ -128,6 +128,21 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
     assert not list((out / "checkpoints").iterdir())
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
     assert run_hpm(*arguments).returncode == 0
+
+
+def test_a_full_gpu_is_one_line(monkeypatch, capsys):
+    import torch
+
+    from hpm import cli
+
+    def too_much(arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    monkeypatch.setattr(cli, "_pretrain", too_much)
+    assert cli.main(["pretrain", "photos"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hpm: error: the GPU's memory is full (2.50 GiB more")
+    assert "--accumulate 2" in line
 
 
 def test_eval_and_show(finished_run, image_folder, tmp_path):

@@ -183,7 +183,11 @@ def open_image(file: File) -> Opened:
             return _open_colour_png(file, head)
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _open_tiff(file)
-        return Image.open(_rewound(file))
+        try:
+            return Image.open(_rewound(file))
+        except UnidentifiedImageError:
+            # Pillow names the file, which is named anyway, or an address in memory.
+            raise UnreadableImage("cannot identify what kind of image this is") from None
 
 
 def is_deep(image: Opened) -> bool:

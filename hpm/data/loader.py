@@ -294,7 +294,7 @@ def num_workers(asked: int | None) -> int:
     at most 8, at least 1."""
     if asked is not None:
         return asked
-    return max(1, min(8, usable_cores() // distributed.world_size() - 1))
+    return max(1, min(8, usable_cores() // distributed.processes_here() - 1))
 
 
 def usable_cores() -> int:

@@ -194,7 +194,7 @@ def header(shape, descr="'|u1'", version=b"\1\0"):
         (io.BytesIO(png(pixels(9, 9, 3, dtype=np.uint16)).getvalue()[:99]), ""),
         (io.BytesIO(b"\x93NUMPY"), ""),
         (io.BytesIO(b"II*\0"), ""),
-        (io.BytesIO(b""), "cannot identify"),
+        (io.BytesIO(b""), "cannot identify what kind of image this is$"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_unreadable(file, words, tmp_path):

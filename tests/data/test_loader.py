@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hpm.data import loader
 from hpm.data.cache import FORKS
 from hpm.data.loader import (
     StepSampler,
@@ -14,6 +15,7 @@ from hpm.data.loader import (
     evaluation_batches,
     measure_statistics,
     normalize,
+    num_workers,
     training_loader,
 )
 from hpm.data.sources import FileSource, open_source
@@ -25,6 +27,15 @@ VIEWS = TrainingViews((16, 16), 3, 0, (0.2, 1.0), True, 4)
 def batches(source, workers=0, **sampler):
     sampler = StepSampler(len(source), 8, 12, seed=0, **sampler)
     return list(training_loader(source, VIEWS, sampler, workers, pin_memory=False))
+
+
+def test_the_cores_of_a_machine_are_shared_among_its_own_processes(monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    assert num_workers(None) == 8
+    assert num_workers(3) == 3
+    monkeypatch.setenv("WORLD_SIZE", "16")  # four machines of four
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert num_workers(None) == 3
 
 
 def test_an_epoch_is_a_permutation():

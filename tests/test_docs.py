@@ -1,0 +1,186 @@
+"""What the documentation tells to type, and points to, is there."""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hpm
+from hpm import cli
+from hpm.checks import check_eval, check_pretrain
+from hpm.config import FREE_OPTIONS, AblateConfig, EvalConfig, PretrainConfig, make_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Of commands that are not ours.
+FOREIGN = {"--nproc-per-node", "--logdir"}
+
+
+@functools.cache
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page, *languages):
+    return [code for language, code in BLOCK.findall(text_of(page)) if language in languages]
+
+
+def commands(page):
+    """The arguments of each `hpm ...` in the blocks to paste, also behind torchrun's own."""
+    found = []
+    for code in blocks(page, "", "bash", "sh"):
+        for line in re.sub(r"\\\n\s*", " ", code).splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["hpm"]:
+                found.append(words[1:])
+            elif "torchrun" in words and "hpm" in words:
+                found.append(words[words.index("hpm") + 1 :])
+    return found
+
+
+ALL_COMMANDS = [
+    pytest.param(words, id=f"{page.stem}: {' '.join(words)}"[:90])
+    for page in PAGES
+    for words in commands(page)
+]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+class Parsed(Exception):
+    """The command line was understood, and nothing is run."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Arguments -> the config that `hpm` makes of them."""
+    understand = cli._parse
+
+    def stop(*arguments):
+        raise Parsed(understand(*arguments))
+
+    def parsed(words):
+        with pytest.raises(Parsed) as found:
+            cli._run(words)
+        return found.value.args[0]
+
+    monkeypatch.setattr(cli, "_parse", stop)
+    return parsed
+
+
+def check(config):
+    if isinstance(config, EvalConfig):
+        check_eval(config)
+    elif isinstance(config, PretrainConfig):
+        if config.codebook:  # a file that only its reader has
+            config = dataclasses.replace(config, codebook=__file__)
+        check_pretrain(config)
+    if isinstance(config, AblateConfig):
+        from hpm.ablate import combinations
+
+        plain = {field.name for field in dataclasses.fields(PretrainConfig)}
+        options = {n: v for n, v in dataclasses.asdict(config).items() if n in plain}
+        for setting in combinations(config.vary):
+            check_pretrain(make_config(PretrainConfig, options | setting))
+
+
+def test_there_are_commands():
+    assert len(ALL_COMMANDS) > 20
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS)
+def test_commands_are_understood(words, parse):
+    if words[-1] in ("--help", "--version"):
+        return
+    check(parse(words))
+
+
+def test_a_mistaken_command_is_found(parse):
+    with pytest.raises(hpm.UserError, match="unknown option '--mask-rato'"):
+        parse(["pretrain", "photos/", "--out", "runs/first", "--mask-rato", "0.5"])
+    with pytest.raises(hpm.UserError, match="no evaluation 'kn'"):
+        parse(["eval", "kn", "runs/first", "flowers/"])
+    with pytest.raises(hpm.UserError, match="mask_ratio is 2"):
+        check(parse(["pretrain", "photos/", "--out", "runs/first", "--mask-ratio", "2"]))
+
+
+def spoken(page):
+    """The text without its blocks."""
+    return BLOCK.sub("", text_of(page))
+
+
+@each_page
+def test_options_exist(page):
+    named = {
+        option
+        for code in re.findall(r"`([^`]+)`", spoken(page))
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
+    }
+    known = {f"--{name.replace('_', '-')}" for name in cli._all_options() | {"config", "help"}}
+    assert named - known - FOREIGN == set()
+
+
+@each_page
+def test_values_of_options_fit(page):
+    """`--mask random --predictor-loss none` in the text: options of pretrain and their values."""
+    own = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", "out"}
+    for code in re.findall(r"`(--[^`]+ [^`]+)`", spoken(page)):
+        names = {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", code)}
+        stands_in = re.search(r"[A-Z|]|\.\.\.", code)  # for what the reader has
+        if names <= own and not stands_in:
+            words = ["photos/", "--out", "runs/first", *shlex.split(code)]
+            assert isinstance(cli._parse("pretrain", words), PretrainConfig)
+
+
+def test_what_may_differ_when_a_run_goes_on():
+    (told,) = re.findall(r"^What may differ:(.*?)\n\n", text_of(ROOT / "docs/troubleshooting.md"),
+                         re.MULTILINE | re.DOTALL)  # fmt: skip
+    assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", told)} == (
+        FREE_OPTIONS - {"out"}
+    )
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", spoken(page)):
+        if re.match(r"\w+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name} points to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} points to {target}"
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    heads = re.findall(r"^#+ (.*)$", spoken(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@each_page
+def test_yaml_is_a_config(page):
+    for code in blocks(page, "yaml"):
+        options = {"data": "photos/", "out": "runs/first"} | yaml.safe_load(code)
+        check_pretrain(make_config(PretrainConfig, options))
+
+
+@each_page
+def test_python_is_true(page):
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hpm":
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hpm":
+                assert hasattr(hpm, node.attr), ast.unparse(node)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "hpm.pretrain":
+                options = {given.arg: ast.literal_eval(given.value) for given in node.keywords}
+                options.pop("config", None)
+                check_pretrain(make_config(PretrainConfig, options))
