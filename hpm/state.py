@@ -85,6 +85,7 @@ class State:
         self.step = 0
         self.unreadable: dict[int, str] = {}  # of all processes, as of the last reading
         self._found: dict[int, str] = {}  # by this process since then
+        self._said: set[str] = set()
 
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
@@ -176,6 +177,12 @@ class State:
                 f"max_unreadable {self.config.max_unreadable}: mend them (train.log names each), "
                 "or pass a larger --max-unreadable"
             )
+
+    def say_once(self, text: str) -> None:
+        """A line of the log, however often it is said."""
+        if text not in self._said:
+            self._said.add(text)
+            self.log.info(text)
 
     def save(self) -> None:
         """Write a checkpoint."""

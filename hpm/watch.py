@@ -96,7 +96,7 @@ def evaluate(state: State, num_hard: int) -> None:
     config = state.config
     state.model.eval()
     with state.autocast():
-        values = measure(state.trained, state.held_out, state.device, config.seed)
+        values = measure(state.trained, state.held_out, state.device, config.seed, state.say_once)
         if values:
             state.log.metrics(state.step, {f"held_out/{n}": v for n, v in values.items()})
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())

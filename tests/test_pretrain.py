@@ -221,6 +221,15 @@ def test_unreadable_images_are_counted_and_survive_a_restart(tmp_path, monkeypat
         pretrain(images, tmp_path / "strict", max_unreadable=0.01, **options)
 
 
+def test_unreadable_held_out_images_are_named_once(tmp_path):
+    images = write_images(tmp_path / "images" / "train", per_class=8)
+    held_out = write_images(tmp_path / "images" / "val", per_class=2)
+    (held_out / "class_0" / "000.png").write_bytes(b"no image")
+    run = pretrain(images.parent, tmp_path / "run", eval_every="50%")
+    log = (run.folder / "train.log").read_text()
+    assert log.count("cannot read") == 1 and "val/class_0/000.png" in log
+
+
 def test_data_that_changed_under_a_run(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", per_class=8)
     with monkeypatch.context() as patch:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from hpm import distributed
 from hpm.data.arrays import Pixels, UnreadableImage
 from hpm.data.sources import Source
 
@@ -85,7 +86,7 @@ def make_cache(
         with contextlib.suppress(UnreadableImage, OSError):
             sizes.append(decoded(int(index)).array.nbytes)
     needed = int(1.1 * len(source) * float(np.mean(sizes))) if sizes else 0
-    available = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = available_memory() // distributed.processes_here()
     if not needed or (wanted == "auto" and needed > AUTO_SHARE * available):
         return None
     with contextlib.suppress(OSError):  # a system that promises no memory that it does not have

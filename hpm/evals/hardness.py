@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,9 +69,11 @@ def loss_maps(
 
 
 def measure(
-    trained: Trained, source: Source, device: torch.device, seed: int = 0
-) -> dict[str, float]:
-    """`hardness` of a model and its teacher over all readable images of a source."""
+    trained: Trained, source: Source, device: torch.device, seed: int = 0,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """`hardness` of a model and its teacher over all readable images of a source; `report` is told
+    of the others."""
     model, teacher, config = trained.model, trained.teacher, trained.config
     assert model is not None and teacher is not None and config is not None
     height, width = model.encoder.image_size
@@ -79,6 +81,9 @@ def measure(
     totals: dict[str, float] = {}
     count = 0
     for batch in evaluation_batches(source, (height, width), config.channels, batch_size=64):
+        if report:
+            for index, problem in batch.unreadable:
+                report(f"cannot read {source.path(index)} ({problem}), passed over")
         if not len(batch.images):
             continue
         images = normalize(batch.images, mean, std).to(device)
