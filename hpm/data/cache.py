@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
