@@ -18,6 +18,7 @@ def test_combinations():
     assert found[1] == {"mask": "random", "mask_ratio": 0.75, "crop_scale": [0.2, 1.0]}
 
 
+@pytest.mark.slow
 def test_a_grid_over_seeds(image_folder, tmp_path, capsys):
     options = {"vary": ("mask=random,easy_to_hard", "target=hog"), "seeds": 2, "steps": 4}
     table = ablate(config_of(image_folder, tmp_path / "ablation", **options)).read_text()

@@ -47,6 +47,7 @@ def test_two_processes_give_the_losses_of_one(runs):
         assert a["hard_share"] == b["hard_share"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_remember_what_one_does(image_folder, tmp_path):
     options = tiny_arguments(log_every=1, accumulate=2, mine_by="memory", steps=12)
     found = []
@@ -80,8 +81,10 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
 
 @pytest.mark.parametrize(
     ("protocol", "options"),
-    [("knn", ["--k=[1,5]"]), ("linear", ["--epochs=3"]), ("linear", ["--epochs=3", "--augment"]),
-     ("finetune", ["--epochs=2", "--batch-size=12"])],
+    [("knn", ["--k=[1,5]"]),
+     pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
+     ("linear", ["--epochs=3", "--augment"]),
+     pytest.param("finetune", ["--epochs=2", "--batch-size=12"], marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):
     """Exactly, but for fine-tuning, whose processes augment on their own."""

@@ -59,6 +59,7 @@ def test_every_target_trains(target, tmp_path):
     assert_falls(losses(tmp_path / "run", target=target, mask="random", **options))
 
 
+@pytest.mark.slow
 def test_features_of_a_frozen_model_are_learned(tmp_path):
     transformers = need("transformers", "hf", "x")
     torch.manual_seed(0)

@@ -471,7 +471,10 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
 
 def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
     save_file(state_of(build_encoder(SHAPE)), tmp_path / "vit.safetensors")
-    result = run_hpm("show", tmp_path / "vit.safetensors", image_folder, "--out", "x.png")
+    result = run_hpm(
+        "show", tmp_path / "vit.safetensors", image_folder, "--panels", "image,reconstruction",
+        "--out", tmp_path / "figure.png",
+    )  # fmt: skip
     assert_refused(result, "holds a backbone only")
     options = {"workers": 0, "device": "cpu"}
     with pytest.raises(UserError, match="backbone only"):

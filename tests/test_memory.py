@@ -139,7 +139,13 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("memory", "all of it") else pytest.mark.slow)
+        for n in OPTIONS
+    ],
+)
 def test_an_interrupted_run_goes_on_to_the_same_weights(name, image_folder, tmp_path, monkeypatch):
     options = TINY | OPTIONS[name] | {"data": str(image_folder), "steps": 12}
     whole = hpm.pretrain(out=str(tmp_path / "whole"), **options)
