@@ -103,7 +103,7 @@ def draw(found: dict, title: str, file: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("milliseconds")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     axis.margins(x=0.12)
     axis.set_title(title, fontsize=10)
     figure.savefig(file, dpi=150)
