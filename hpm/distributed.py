@@ -87,8 +87,9 @@ def concatenate(values: Tensor) -> Tensor:
     """The values [batch ...] of all processes, one batch after the other, without gradients."""
     if not dist.is_initialized():
         return values
+    values = values.contiguous()
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.contiguous())
+    dist.all_gather(parts, values)
     return torch.cat(parts)
 
 

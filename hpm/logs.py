@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.progress import track as rich_track
 
 from hpm import distributed
+from hpm.checkpoint import write_text
 from hpm.config import PretrainConfig
 from hpm.trackers import Tracker, start_tracker
 
@@ -133,7 +134,8 @@ class RunLog:
             if what not in self._failed:
                 self._failed.add(what)
                 text = " ".join(str(error).split())
-                self.console.print(f"warning: {what} failed ({text})", markup=False)
+                with contextlib.suppress(OSError):
+                    self.info(f"warning: {what} failed ({text})")
 
     def _track(self, tell: Callable[[Tracker], None]) -> None:
         """Tell the tracker. One that fails is left alone: it has tried again itself, and every
@@ -177,4 +179,4 @@ def _forget_after(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

@@ -250,7 +250,7 @@ def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Learned:
     predictor_loss = torch.zeros_like(reconstruction_loss)
     accuracy = torch.full_like(reconstruction_loss, math.nan)
     patch_loss = patch_loss.detach()
-    if predicted_loss is not None or state.memory is not None:
+    if predicted_loss is not None or config.mine_by == "memory":
         patch_loss = state.target.ranked_by(patch_loss, images, hidden_ids)
     if predicted_loss is not None:
         if config.predictor_loss == "relative":

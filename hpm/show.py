@@ -73,7 +73,7 @@ def mines(trained: Trained) -> bool:
     config, teacher = trained.config, trained.teacher
     if config is None or teacher is None:
         return False
-    return config.mask == "attention" or teacher.predictor is not None
+    return config.mask == "attention" or teacher.predictor is not None or config.mine_by == "memory"
 
 
 def hard_share(asked: float | None, trained: Trained) -> float:

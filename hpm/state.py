@@ -93,12 +93,12 @@ class State:
         if config.pretrained and not latest:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
-        self.small_teacher = self._small_teacher()
         self.memory = self._memory()
         self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
         if checkpoint:
             self._resume(checkpoint)
             messages.append(f"going on from {latest}, step {self.step}")
+        self.small_teacher = self._small_teacher()
         self.compiled = _compiles(config, device)
         _checkpoint_activations(self.model, config.checkpoint_activations)
         if self.compiled:
@@ -226,6 +226,11 @@ class State:
         config, (height, width) = self.config, self.image_size
         if config.teacher_scale == 1:
             return None
+        if self.model.encoder.pos_embed is None:
+            raise UserError(
+                f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
+                "that could be interpolated: leave it out"
+            )
         rows, columns = self.architecture["patch_size"]
         size = small_image_size((height, width), (rows, columns), config.teacher_scale)
         small = build_model(self.architecture | {"image_size": list(size)}).to(self.device)

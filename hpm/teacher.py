@@ -31,6 +31,9 @@ class Teacher:
         )
 
 
+OF_THE_GRID = ("encoder.pos_embed", "decoder_pos_embed")
+
+
 class SmallTeacher:
     """The teacher on smaller images: its own weights, the positions interpolated.
 
@@ -44,8 +47,7 @@ class SmallTeacher:
     def __init__(self, teacher: MaskedImageModel, small: MaskedImageModel):
         self.teacher, self.model = teacher, small.requires_grad_(False).eval()
         weights = teacher.state_dict(keep_vars=True)
-        own = small.state_dict()
-        shared = {name: w for name, w in weights.items() if own[name].shape == w.shape}
+        shared = {name: w for name, w in weights.items() if name not in OF_THE_GRID}
         small.load_state_dict(shared, strict=False, assign=True)
         positions = interpolate_positions(
             teacher.decoder_pos_embed, teacher.encoder.grid, small.encoder.grid

@@ -105,8 +105,9 @@ def evaluate(state: State, num_hard: int) -> None:
     shown = look(state, num_hard)
     if shown is not None:
         file = state.run.figures / f"step_{state.step:08d}.png"
-        draw(shown, file, f"{config.out}, step {state.step} of {state.schedule.total}")
-        state.log.figure(state.step, file)
+        with state.log.never_fail("drawing a figure"):
+            draw(shown, file, f"{config.out}, step {state.step} of {state.schedule.total}")
+            state.log.figure(state.step, file)
 
 
 def look(state: State, num_hard: int) -> Picture | None:

@@ -60,7 +60,11 @@ def decode_jpeg(
     pixels = pixels.transpose(2, 0, 1)
     if not _may_be_turned(image.data):
         return pixels
-    return upright(pixels, image.opened().getexif().get(ExifTags.Base.Orientation, 1))
+    try:
+        orientation = image.opened().getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF fails in many ways; Pillow says which, or reads on
+        return None
+    return upright(pixels, orientation)
 
 
 def _may_be_turned(data: bytes) -> bool:

@@ -289,6 +289,8 @@ def _open_list(path: Path) -> FileSource:
     """`path label` per line, the label optional; paths are relative to the list's folder."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(
             f"{path}: neither a folder, parquet, an image nor a text list of images"
@@ -316,6 +318,6 @@ def _open_list(path: Path) -> FileSource:
 def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
     """(image, label) of a line; a path may hold spaces. The image is None where it is missing."""
     path, _, label = line.rpartition(" ")
-    if path and (folder / path.strip()).is_file():
+    if path and os.path.isfile(folder / path.strip()):
         return str(folder / path.strip()), label
-    return (str(folder / line), None) if (folder / line).is_file() else (None, None)
+    return (str(folder / line), None) if os.path.isfile(folder / line) else (None, None)
