@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, run_hpm
+from helpers import assert_refused, run_here, run_hpm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,9 +72,9 @@ def test_bench_step(tmp_path):
 
 
 def test_bad_benchmarks():
-    assert_refused(run_hpm("bench"), "hpm bench step")
-    assert_refused(run_hpm("bench", "step", *SMALL, "--repeats=0"), "repeats")
-    assert_refused(run_hpm("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
+    assert_refused(run_here("bench"), "hpm bench step")
+    assert_refused(run_here("bench", "step", *SMALL, "--repeats=0"), "repeats")
+    assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 
 
 def test_the_script_for_a_gpu_runs(tmp_path):

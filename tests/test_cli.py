@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import assert_refused, run_hpm, tiny_arguments, write_images
+from helpers import assert_refused, run_here, run_hpm, tiny_arguments, write_images
 
 import hpm
 
@@ -21,14 +21,14 @@ def refused(image_folder, tmp_path, *words, data=None, extra=(), **changes):
 
 
 def test_help():
-    result = run_hpm("--help")
+    result = run_here("--help")
     assert result.returncode == 0
     for verb in ("demo", "pretrain", "eval", "show"):
         assert re.search(rf"^  {verb} ", result.stdout, re.MULTILINE)
-    result = run_hpm("pretrain", "--help")
+    result = run_here("pretrain", "--help")
     assert result.returncode == 0 and "--mask-ratio" in result.stdout
     assert "Share of the patches that is hidden" in result.stdout
-    assert run_hpm("--version").stdout.strip() == hpm.__version__
+    assert run_here("--version").stdout.strip() == hpm.__version__
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_options_that_cannot_work(image_folder, tmp_path, monkeypatch, capsys, c
 def test_unknown_option_verb_and_preset(image_folder, tmp_path):
     refused(image_folder, tmp_path, "unknown option '--mask-rato'; did you mean 'mask-ratio'",
             extra=["--mask-rato", "0.5"])  # fmt: skip
-    assert_refused(run_hpm("pretrian", image_folder), "no verb 'pretrian'", "'pretrain'")
+    assert_refused(run_here("pretrian", image_folder), "no verb 'pretrian'", "'pretrain'")
     refused(image_folder, tmp_path, "no preset or file 'vit_base_in1'", "'vit_base_in1k'",
             extra=["--config", "vit_base_in1"])  # fmt: skip
     (tmp_path / "mine.yaml").write_text("mask_rato: 0.5\n")
     refused(image_folder, tmp_path, "mask_rato", extra=["--config", tmp_path / "mine.yaml"])
-    assert_refused(run_hpm("pretrain", image_folder), "out missing")
-    assert_refused(run_hpm("eval", "kn", "run", "data"), "no evaluation 'kn'", "knn")
+    assert_refused(run_here("pretrain", image_folder), "out missing")
+    assert_refused(run_here("eval", "kn", "run", "data"), "no evaluation 'kn'", "knn")
 
 
 def test_bad_data(empty, tmp_path, image_folder):
@@ -93,12 +93,12 @@ def test_bad_data(empty, tmp_path, image_folder):
 
 
 def test_bad_output_folders(image_folder, tmp_path, finished_run):
-    result = run_hpm(
+    result = run_here(
         "pretrain", image_folder, "--out", finished_run.folder, *tiny_arguments(mask_ratio=0.5)
     )
     assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5", "--init")
     (tmp_path / "notes.txt").write_text("mine")
-    result = run_hpm("pretrain", image_folder, "--out", tmp_path, *tiny_arguments())
+    result = run_here("pretrain", image_folder, "--out", tmp_path, *tiny_arguments())
     assert_refused(result, "exists and is no run folder")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -83,7 +83,7 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     ("protocol", "options"),
     [("knn", ["--k=[1,5]"]),
      pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
-     ("linear", ["--epochs=3", "--augment"]),
+     pytest.param("linear", ["--epochs=3", "--augment"], marks=pytest.mark.slow),
      pytest.param("finetune", ["--epochs=2", "--batch-size=12"], marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):

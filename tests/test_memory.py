@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_hpm, stop_after, tiny_arguments
+from helpers import TINY, assert_refused, run_here, stop_after, tiny_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -240,7 +240,7 @@ def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     ],
 )
 def test_contradictions_are_refused(image_folder, tmp_path, options, words):
-    result = run_hpm(
+    result = run_here(
         "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments(), *options
     )
     assert_refused(result, *words)

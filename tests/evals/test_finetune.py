@@ -76,6 +76,7 @@ def test_another_setting_in_the_same_folder_is_refused(finished_run, image_folde
                      **(OPTIONS | {"mixup": 0.1}))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_equals_straight_through(finished_run, image_folder, tmp_path):
     """SIGTERM in the middle; the same command then ends at the same weights."""
     options = {"epochs": 30, "batch_size": 12, "workers": 0, "baselines": "false"}
