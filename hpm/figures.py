@@ -154,7 +154,7 @@ def _masked(
     if predicted is not None and "predicted" in wanted:
         found["predicted"] = predicted
     if wanted & {"mask", "reconstruction"}:
-        signal = found["actual"] if by_losses else predicted
+        signal = found["actual"].nan_to_num(nan=-torch.inf) if by_losses else predicted
         if config.mask == "attention":
             signal = attention(teacher, images)[1]
         num_patches = model.encoder.num_patches

@@ -106,6 +106,9 @@ def test_a_run_that_mines_by_memory_is_shown_mining_by_losses():
     assert torch.equal(hidden, hardest)
     alone = picture(model, IMAGES, torch.arange(3), panels=("mask",), **options)
     assert torch.equal(alone.mask, shown.mask) and alone.actual is None
+    # Of a patch that no mask hid, nothing is known: it is not taken for the hardest.
+    one = picture(model, IMAGES, torch.arange(3), 1.0, 1, panels=("mask", "actual"))
+    assert one.actual.isnan().any() and not one.actual[one.mask].isnan().any()
 
 
 def test_patches_that_no_mask_hid_are_grey():
