@@ -43,8 +43,6 @@ SERIES: dict[str, list[dict]] = {
 def measure(options: dict) -> dict:
     """Median seconds of a step; peak memory beyond what there was before the model, in GB."""
     device = pick_device("auto")
-    if options.get("model") == "vit_huge":
-        options |= {"patch_size": 16}
     sizes = {"model": MODEL, "batch_size": BATCH, "patch_size": 16} | options
     config = BenchConfig(**sizes, compile="false")
     before = memory_gb(device)

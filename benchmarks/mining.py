@@ -19,6 +19,7 @@ import time
 from itertools import product
 from pathlib import Path
 
+import step
 import torch
 from methods import Job, as_arguments, gain, read_top1, run_all, spread
 from results import machine, table, write_section
@@ -42,8 +43,8 @@ COMMON = {
 PROTOCOLS = {"knn": "kNN, k = 20", "linear": "linear probe"}
 FEATURES = "trained, patch mean"
 SIZES: dict[str, dict] = {
-    "ViT-Ti, 64 px": {"model": "vit_tiny", "image_size": 64, "patch_size": 8, "batch_size": 64},
-    "ViT-B, 224 px": {"model": "vit_base", "batch_size": 8},
+    "ViT-Ti, 64 px": step.as_options(step.SIZES["vit_tiny"]),
+    "ViT-B, 224 px": step.as_options(step.SIZES["vit_base"]),
 }
 if torch.cuda.is_available():
     SIZES = {"ViT-B, 224 px": {"model": "vit_base", "batch_size": 256}}

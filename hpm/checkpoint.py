@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 
 State = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -292,13 +292,9 @@ def _tensors(content: Any, path: Path) -> State:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: truncated or not a weights file ({_line(error)}); use another checkpoint"
+        f"{path}: truncated or not a weights file ({one_line(error, 160)}); use another checkpoint"
     )
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as `; did you mean 'mask_ratio'?`, empty where nothing known is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpm.checkpoint import write_tensors, write_text
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.extras import need
 from hpm.masking import num_hidden_patches
 from hpm.models.mim import MaskedImageModel
@@ -369,7 +369,7 @@ class Onnx(Format):
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            reason = " ".join(str(cause).split())[:160]
+            reason = one_line(cause, 160)
             raise UserError(f"export to onnx: the exporter cannot express it: {reason}") from None
         finally:
             logging.disable(logging.NOTSET)

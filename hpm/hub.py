@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.extras import need
 
 Loaded = TypeVar("Loaded")
@@ -31,7 +31,7 @@ def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
         if constants.HF_HUB_OFFLINE:
             why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
         else:
-            why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {_line(error)}"
+            why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {one_line(error, 160)}"
         raise UserError(
             f"{name} {why}; fetch it where there is a network, or name a local folder"
         ) from None
@@ -70,7 +70,7 @@ def push(folder: Path, name: str) -> str:
         address = str(hub.create_repo(name, exist_ok=True))
         hub.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of hpm")
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"push: {name} could not be uploaded: {_line(error)}") from None
+        raise UserError(f"push: {name} could not be uploaded: {one_line(error, 160)}") from None
     return address
 
 
@@ -84,7 +84,3 @@ def _reachable(address: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

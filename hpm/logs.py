@@ -28,6 +28,7 @@ from rich.progress import track as rich_track
 from hpm import distributed
 from hpm.checkpoint import write_text
 from hpm.config import PretrainConfig
+from hpm.errors import one_line
 from hpm.trackers import Tracker, start_tracker
 
 # A plain line is printed this many times where there is no terminal for a bar.
@@ -133,7 +134,7 @@ class RunLog:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                text = " ".join(str(error).split())
+                text = one_line(error)
                 with contextlib.suppress(OSError):
                     self.info(f"warning: {what} failed ({text})")
 

@@ -38,7 +38,7 @@ from hpm.data.jpeg import JpegImage
 from hpm.data.loader import num_workers
 from hpm.data.sources import PREPARING, Source, Splits, open_source
 from hpm.data.transforms import decode
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.extras import need
 from hpm.logs import track
 
@@ -203,7 +203,7 @@ def _write_rows(file: Path, shard: Shard, source: Source, config: PrepareConfig)
             try:
                 data = shrunk(source, index, config.size, config.quality, config.channels)
             except (UnreadableImage, OSError) as error:
-                unreadable.append((source.path(index), " ".join(str(error).split())))
+                unreadable.append((source.path(index), one_line(error)))
                 continue
             row: dict[str, Any] = {"image": {"bytes": data, "path": source.path(index)}}
             if source.labels is not None:

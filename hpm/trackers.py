@@ -14,7 +14,7 @@ from typing import Any
 
 from hpm.checkpoint import write_text
 from hpm.config import TrackerName
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.extras import need
 
 
@@ -45,7 +45,7 @@ def check_tracker(name: TrackerName) -> None:
         try:
             library.MlflowClient()  # contacts nobody yet
         except Exception as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             raise UserError(
                 f"MLflow cannot write to {library.get_tracking_uri()} ({reason}): set "
                 "MLFLOW_TRACKING_URI to your server, or pip install mlflow for a local database"

@@ -16,7 +16,7 @@ from hpm import distributed, sessions
 from hpm.checkpoint import write_tensors
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Subset
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.evals.hardness import measure
 from hpm.figures import Picture, draw, picture
 from hpm.logs import memory_gb
@@ -189,7 +189,7 @@ def _reason(stopped: BaseException) -> str:
         return f"by {signal.Signals(stopped.signal_number).name}, saved"
     if isinstance(stopped, KeyboardInterrupt):
         return "at once, by Ctrl-C"
-    text = " ".join(str(stopped).split())
+    text = one_line(stopped)
     return text if isinstance(stopped, UserError) else f"{type(stopped).__name__}: {text}"
 
 

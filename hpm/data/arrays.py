@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from hpm.data.jpeg import START, JpegImage
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.extras import need
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -56,7 +56,7 @@ def reading(errors: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
     except UnreadableImage:
         raise
     except errors as error:
-        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImage(one_line(error) or type(error).__name__) from error
 
 
 @dataclass(frozen=True)

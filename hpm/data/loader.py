@@ -18,7 +18,7 @@ from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import FORKS, Cache
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -148,7 +148,7 @@ class Views(Dataset):
                 own_id = candidate + sum(number) * len(self.source)
                 return Sample(view, candidate, unreadable, crop, own_id)
             except (UnreadableImage, OSError) as error:
-                unreadable.append((candidate, " ".join(str(error).split())))
+                unreadable.append((candidate, one_line(error)))
         return Sample(None, index, unreadable)
 
 

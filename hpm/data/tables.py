@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpm.data.arrays import Opened, any_deep, open_image
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 
 
 class TableSource:
@@ -73,7 +73,9 @@ class ParquetSource(TableSource):
             wanted = [c for c in ("image", "label") if c in schema.names]
             table = parquet.read_table(list(map(str, self.files)), columns=wanted)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.files[0]}: not readable parquet ({_line(error)})") from None
+            raise UserError(
+                f"{self.files[0]}: not readable parquet ({one_line(error, 200)})"
+            ) from None
         labels = table["label"] if "label" in wanted else None
         where = str(self.files[0]) if len(self.files) == 1 else name
         super().__init__(name, where, table["image"], labels, _label_names(schema.metadata or {}))
@@ -100,7 +102,9 @@ class ArrowSource(TableSource):
         except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder}: not a readable Arrow data set ({_line(error)})") from None
+            raise UserError(
+                f"{folder}: not a readable Arrow data set ({one_line(error, 200)})"
+            ) from None
         _check_columns(folder, table.schema)
         features = info.get("features") or {}
         names = (features.get("label") or {}).get("names") or []
@@ -139,7 +143,3 @@ def _label_names(metadata: dict[bytes, bytes]) -> list[str]:
 
 def natural(text: str) -> tuple[int, int | str]:
     return (0, int(text)) if text.lstrip("-").isdigit() else (1, text)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError, nearest, one_line
 from hpm.extras import need
 from hpm.models.encoder import Encoder
 from hpm.models.patches import gather_patches, grid_size, patchify
@@ -351,7 +351,7 @@ def _create(name: str, pretrained: bool, **options: Any) -> Any:
 
 
 def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0][:160].rstrip(".")
+    return one_line(error).partition(". ")[0][:160].rstrip(".")
 
 
 def _module(name: str) -> str:

@@ -29,7 +29,7 @@ from hpm.data.arrays import UnreadableImage, at_depth, is_deep, open_image
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.figures import MASKED, TITLES, as_rgb, head_pixels, picture, pixels, unable
 from hpm.pages.gallery import SHARP, value_range
 from hpm.pages.page import image_uri
@@ -84,7 +84,7 @@ class Viewer:
             with self.lock:
                 return self._show(settings, body)
         except (UserError, UnreadableImage, OSError) as error:
-            return {"error": " ".join(str(error).split())}
+            return {"error": one_line(error)}
 
     def _show(self, settings: dict[str, str], body: bytes) -> dict[str, Any]:
         ratio = share = None
@@ -129,7 +129,7 @@ class Viewer:
             view = evaluation_view(image, (height, width), self.trained.encoder.channels)
         except (UnreadableImage, OSError, MemoryError) as error:
             # Pillow names the buffer that it was given, which says nothing to the user.
-            text = " ".join(str(error).split())
+            text = one_line(error)
             reason = "" if "BytesIO" in text else f" ({text})"
             raise UserError(f"this file cannot be read as an image{reason}") from None
         return torch.from_numpy(at_depth(view, deep).copy())[None]
