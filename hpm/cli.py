@@ -94,17 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except torch.OutOfMemoryError as error:
-        # Said by the process that it happened to, which need not be the main one.
-        print(f"hpm: error: {_out_of_memory(error)}", file=sys.stderr)
+        _complain(_out_of_memory(error))
         return 2
     except hpm.Interrupted as stopped:
-        print(f"hpm: {stopped}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"hpm: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        if distributed.reports_error():
+            raise
+        return 1  # another process has failed first and says why
 
 
 def _run(arguments: list[str]) -> int:
@@ -362,5 +366,7 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 def _complain(text: str) -> None:
-    if distributed.is_main():
-        print(f"hpm: error: {text}", file=sys.stderr)
+    """Report an error once, whichever process it happened on."""
+    if distributed.reports_error():
+        rank = distributed.rank()
+        print(f"hpm: error: {f'rank {rank}: ' if rank else ''}{text}", file=sys.stderr)

@@ -100,6 +100,8 @@ class PretrainConfig:
     """The same when training ends (alpha_T; default: by mask, 0.5 for easy_to_hard)."""
     hard_share_schedule: Schedule = "linear"
     """How the share goes from the one to the other; constant: as at the end, throughout."""
+    hard_share_by: Literal["step", "epoch"] = "step"
+    """When the share changes: at every step, or once an epoch (the paper)."""
     teacher_view: Literal["full", "masked"] = "full"
     """What the teacher sees when it predicts losses: the whole image (the paper), or images masked
     as the student's, as few as hide every patch once: what the predictor was trained on."""

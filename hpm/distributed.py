@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm.errors import UserError
+
+# The longest that a process waits for another one: measures and checkpoints are made by the main
+# process alone, and a process that fails closes its connections, which ends the others at once.
+TIMEOUT = timedelta(minutes=30)
+_store: dist.Store | None = None
 
 
 def rank() -> int:
@@ -47,17 +54,46 @@ def pick_device(name: str) -> torch.device:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes while the block runs; does nothing for a single one."""
-    if device.type == "cuda":
+    global _store
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
     if world_size() == 1 or dist.is_initialized():
         yield
         return
+    _store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # Objects travel between CPUs: NCCL would put those of all processes on every GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=_store,
+        rank=rank,
+        world_size=count,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
     try:
         yield
+    except BaseException:
+        reports_error()  # before the others see that the connection is lost
+        raise
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def reports_error() -> bool:
+    """Whether this process is the one that reports why all of them fail: the first to ask.
+
+    When one process fails, the others fail after it, with the same error or because the connection
+    to it is lost.
+    """
+    if _store is None:  # only the command line was read so far, and it is the same for all
+        return int(os.environ.get("LOCAL_RANK", rank())) == 0
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        return _store.add(f"hpm/failed/{attempt}", 1) == 1
+    except RuntimeError:  # the process that held the store has failed itself, and reported that
+        return False
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
@@ -116,6 +152,12 @@ def from_main(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def wait_for_main() -> None:
+    """Let the main process finish what it does alone before anything is exchanged on the GPUs, whose
+    watchdog would take a long wait for a fault."""
+    from_main(None)
 
 
 def main_first(action: Callable[[], Any]) -> None:

@@ -150,7 +150,7 @@ def _masked(
         maps = loss_maps(model, teacher, images, sample_ids, target, ratio, num_masks, seed)
         found["actual"], predicted = maps.actual, maps.predicted
     elif teacher.predictor is not None:
-        predicted = predicted_losses(teacher, images)[1]
+        predicted = predicted_losses(teacher.predict_loss, images)[1]
     if predicted is not None and "predicted" in wanted:
         found["predicted"] = predicted
     if wanted & {"mask", "reconstruction"}:

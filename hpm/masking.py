@@ -41,14 +41,13 @@ def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def hard_share(
-    epoch: int, epochs: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
+    progress: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
 ) -> float:
-    """alpha: the share of the hidden patches that are mined, at a 0-based epoch.
+    """alpha: the share of the hidden patches that are mined, after a share `progress` of training.
 
-    HPM, section 3.4, "easy-to-hard mask generation": from `start` to `end`, never beyond. `cosine`
-    changes slowly at both ends; `constant` is at `end` throughout.
+    HPM, section 3.4, "easy-to-hard mask generation": from `start` to `end`. The paper's progress is
+    (epoch + 1) / epochs. `cosine` changes slowly at both ends; `constant` is at `end` throughout.
     """
-    progress = min(1.0, (epoch + 1) / epochs)
     if schedule == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))
     if schedule == "constant":

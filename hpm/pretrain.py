@@ -96,6 +96,7 @@ def _train(state: State, stop: Stop) -> None:
     config, schedule = state.config, state.schedule
     if state.step == 0:
         look(state, _num_hard(state, 0))  # what it was before it learned anything
+        distributed.wait_for_main()
     batches, window = state.batches(), Window()
     for step in range(state.step, schedule.total):
         batch = window.next_batch(batches)
@@ -121,6 +122,7 @@ def _train(state: State, stop: Stop) -> None:
                 state.save()
             if evaluating or probing or saving:
                 refresh_report(state)
+                distributed.wait_for_main()
             if stopping and state.step < schedule.total:
                 raise Interrupted(stop.received)
             window = Window()
@@ -160,7 +162,7 @@ def _num_hard(state: State, step: int) -> int:
     if config.mask not in HARD_SHARES:
         return 0
     alpha = hard_share(
-        schedule.epoch(step), schedule.epochs, *config.hard_shares, config.hard_share_schedule
+        schedule.hard_share_progress(step), *config.hard_shares, config.hard_share_schedule
     )
     return int(state.num_hidden * alpha)
 
@@ -222,14 +224,16 @@ def _ask_teacher(
         if asked and config.mask == "attention":
             features, signal = attention(teacher, images)
         elif asked and state.small_teacher is not None:
-            signal = state.small_teacher.predicted_losses(images)
+            signal = state.small_teacher.predicted_losses(images, state.predict_loss)
         elif asked and config.teacher_view == "masked":
             priority = noise(
                 sample_ids, teacher.encoder.num_patches, config.seed, epoch, TEACHER_VIEW
             )
-            signal = predicted_losses_masked(teacher, images, priority, state.num_hidden)
+            signal = predicted_losses_masked(
+                state.predict_loss, images, priority, state.num_hidden
+            )
         elif asked:
-            features, signal = predicted_losses(teacher, images)
+            features, signal = predicted_losses(state.predict_loss, images)
         if features is None and state.target.needs_teacher:
             with torch.no_grad():
                 features = teacher.encoder(images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,6 +28,7 @@ class Schedule:
     evaluate_every: int
     probe_every: int
     checkpoint_every: int
+    hard_share_by: Literal["step", "epoch"]
 
     @property
     def epochs(self) -> float:
@@ -35,6 +37,13 @@ class Schedule:
     def epoch(self, step: int) -> int:
         """0-based epoch that a 0-based step belongs to."""
         return step // self.steps_per_epoch
+
+    def hard_share_progress(self, step: int) -> float:
+        """Share of training, in (0, 1], that the hard share of a 0-based step stands for: by steps,
+        or by whole epochs as in the paper."""
+        if self.hard_share_by == "epoch":
+            return min(1.0, (self.epoch(step) + 1) / self.epochs)
+        return (step + 1) / self.total
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(step, self.total, self.warmup, self.peak_lr)
@@ -72,6 +81,7 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
         evaluate_every=max(1, round(steps(config.eval_every))),
         probe_every=max(1, round(steps(config.probe_every))),
         checkpoint_every=max(1, round(steps(config.checkpoint_every))),
+        hard_share_by=config.hard_share_by,
     )
 
 

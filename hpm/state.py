@@ -101,12 +101,11 @@ class State:
         self.small_teacher = self._small_teacher()
         self.compiled = _compiles(config, device)
         _checkpoint_activations(self.model, config.checkpoint_activations)
-        if self.compiled:
-            # In place: names of parameters, and so checkpoints, stay as they are.
-            self.model.compile()
-            teacher = self.small_teacher.model if self.small_teacher else self.teacher.model
-            teacher.predict_loss = torch.compile(teacher.predict_loss)  # type: ignore[method-assign]
-        self.parallel = distributed.data_parallel(self.model)
+        # Only the training step runs what is compiled, always on one shape. Figures, measures and
+        # probes take the modules themselves, whose other shapes would compile it anew.
+        self.parallel = distributed.data_parallel(self._compile(self.model))
+        miner = self.small_teacher.model if self.small_teacher else self.teacher.model
+        self.predict_loss = self._compile(miner.predict_loss)
         self.log = RunLog(
             self.run.folder, self.step, self.schedule.total, distributed.is_main(), config
         )
@@ -120,6 +119,10 @@ class State:
             self.config.out, self.architecture, self.mean, self.std, self.model.encoder,
             self.model, self.teacher.model, self.config, target=self.target,
         )  # fmt: skip
+
+    def _compile(self, part: Any) -> Any:
+        """A module or function, compiled where the run compiles."""
+        return torch.compile(part, dynamic=False) if self.compiled else part
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of each batch, from the present step to the last."""

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: save, then stop."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: save, then stop."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ class Stop:
     received = 0
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def ignore_stop_signals(*_: object) -> None:
+    """For loading workers: schedulers signal every process of a job, and a worker that died of it
+    would end the run before it has saved. Workers end with the process that started them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM and Ctrl-C ask the loop to save and stop; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 (sent by SLURM before a time limit) and Ctrl-C ask the loop to save and stop;
+    a second Ctrl-C stops at once."""
     stop = Stop()
 
     def receive(number: int, frame: Any) -> None:
@@ -36,7 +47,7 @@ def stop_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, receive) for n in STOP_SIGNALS}
     try:
         yield stop
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,8 @@ from hpm.models.patches import interpolate_positions
 
 Images = Float[Tensor, "batch channels *size"]
 Signal = Float[Tensor, "batch patches"]
+# `MaskedImageModel.predict_loss` of the teacher, or that compiled.
+PredictLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Teacher:
@@ -55,8 +58,13 @@ class SmallTeacher:
         small.decoder_pos_embed.copy_(positions)
 
     @torch.no_grad()
-    def predicted_losses(self, images: Images) -> Signal:
-        """Predicted losses of whole images of the full size, for each patch of their grid."""
+    def predicted_losses(
+        self, images: Images, predict_loss: PredictLoss | None = None
+    ) -> Signal:
+        """Predicted losses of whole images of the full size, for each patch of their grid.
+
+        predict_loss: the small model's, if it is compiled.
+        """
         small, encoder = self.model, self.teacher.encoder
         if encoder.pos_embed is not None:  # of some encoders it is trained
             weights: dict[str, Tensor] = {"pos_embed": encoder.pos_embed}
@@ -64,7 +72,7 @@ class SmallTeacher:
             assert small.encoder.pos_embed is not None
             small.encoder.pos_embed.copy_(fitted)
         shrunk = F.interpolate(images, small.encoder.image_size, mode="area")
-        predicted_loss = small.predict_loss(shrunk)[1].float()
+        predicted_loss = (predict_loss or small.predict_loss)(shrunk)[1].float()
         coarse = predicted_loss.view(-1, 1, *small.encoder.grid)
         return F.interpolate(coarse, encoder.grid, mode="bilinear").flatten(1)
 
@@ -82,22 +90,22 @@ def small_image_size(
 
 @torch.no_grad()
 def predicted_losses(
-    model: MaskedImageModel, images: Images
+    predict_loss: PredictLoss, images: Images
 ) -> tuple[Float[Tensor, "batch tokens dim"], Signal]:
     """Features and predicted losses of whole images, nothing hidden (HPM, section 3.3)."""
-    features, predicted_loss = model.predict_loss(images)
+    features, predicted_loss = predict_loss(images)
     return features, predicted_loss.float()
 
 
 @torch.no_grad()
 def predicted_losses_masked(
-    model: MaskedImageModel, images: Images, priority: Signal, num_hidden: int
+    predict_loss: PredictLoss, images: Images, priority: Signal, num_hidden: int
 ) -> Signal:
     """Predicted loss of each patch from images in which it is hidden, as in training: as many
     masks as hide each patch at least once (two at a mask ratio from 0.5), the mean of each."""
     total, count = torch.zeros_like(priority), torch.zeros_like(priority)
     for visible_ids, hidden_ids in rotating_masks(priority, num_hidden):
-        predicted_loss = model.predict_loss(images, visible_ids, hidden_ids)[1].float()
+        predicted_loss = predict_loss(images, visible_ids, hidden_ids)[1].float()
         total.scatter_add_(1, hidden_ids, predicted_loss)
         count.scatter_add_(1, hidden_ids, torch.ones_like(predicted_loss))
     return total / count

@@ -157,7 +157,7 @@ def test_gradients(golden, model):
 
 
 def test_teacher_on_the_full_image(golden, model):
-    features, predicted_loss = predicted_losses(Teacher(model).model, golden.tensors["images"])
+    features, predicted_loss = predicted_losses(Teacher(model).model.predict_loss, golden.tensors["images"])
     close(features, golden.tensors["teacher.features"])
     close(predicted_loss, golden.tensors["teacher.predicted_loss"])
 
@@ -201,7 +201,7 @@ def test_sampler_frequencies(golden):
     draws = 20_000
     for case in mining["cases"]:
         epoch, (num_hidden,) = case["epoch"], case["num_hidden"]
-        num_hard = int(num_hidden * masking.hard_share(epoch, mining["total_epochs"]))
+        num_hard = int(num_hidden * masking.hard_share((epoch + 1) / mining["total_epochs"]))
         assert num_hard == case["hard_patches"]
         priority = masking.noise(torch.arange(draws), num_patches, seed=0, epoch=epoch)
         priority = masking.hardest_first(priority, predicted_loss.expand(draws, -1), num_hard)

@@ -63,10 +63,10 @@ def test_number_of_hidden_patches(num_patches, ratio):
 
 
 def test_hard_share_rises_linearly_and_stops():
-    assert masking.hard_share(0, 200) == pytest.approx(0.5 / 200)
-    assert masking.hard_share(99, 200) == pytest.approx(0.25)
-    assert masking.hard_share(199, 200) == masking.hard_share(500, 200) == 0.5
-    assert masking.hard_share(9, 10, start=0.8, end=0.2) == pytest.approx(0.2)
+    assert masking.hard_share(1 / 200) == pytest.approx(0.5 / 200)
+    assert masking.hard_share(100 / 200) == pytest.approx(0.25)
+    assert masking.hard_share(1.0) == 0.5
+    assert masking.hard_share(1.0, start=0.8, end=0.2) == pytest.approx(0.2)
 
 
 def test_noise_is_uniform_and_a_pure_function_of_its_keys():
@@ -177,13 +177,13 @@ def test_the_colours_of_noise():
 
 
 def test_schedules_of_the_hard_share():
-    linear = [masking.hard_share(e, 10, 0.1, 0.6) for e in range(10)]
-    cosine = [masking.hard_share(e, 10, 0.1, 0.6, "cosine") for e in range(10)]
+    linear = [masking.hard_share(e / 10, 0.1, 0.6) for e in range(1, 11)]
+    cosine = [masking.hard_share(e / 10, 0.1, 0.6, "cosine") for e in range(1, 11)]
     assert linear[-1] == cosine[-1] == pytest.approx(0.6)
     assert cosine == sorted(cosine) and cosine[0] < linear[0]
     assert cosine[4] == pytest.approx(linear[4])
-    assert {masking.hard_share(e, 10, 0.1, 0.6, "constant") for e in range(10)} == {0.6}
-    assert masking.hard_share(9, 10, 0.5, 0.0) == 0
+    assert {masking.hard_share(e / 10, 0.1, 0.6, "constant") for e in range(1, 11)} == {0.6}
+    assert masking.hard_share(1.0, 0.5, 0.0) == 0
 
 
 @given(st.integers(2, 40), st.floats(0.05, 0.95))

@@ -19,6 +19,7 @@ from hpm.data.cache import FORKS, Cache
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.errors import UserError, one_line
+from hpm.stop import ignore_stop_signals
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -220,6 +221,7 @@ def _loader(
         batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=_collate,
         num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
         multiprocessing_context="fork" if workers and FORKS else None,
         **options,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpm.models.classifier import Classifier, Pool
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import grid_size
+from hpm.models.seeds import part_seed, seeded
 from hpm.models.timm_encoder import PREFIX, timm_encoder
 from hpm.models.vit import VisionTransformer
 
@@ -33,9 +33,7 @@ def build_encoder(
     seed and without touching the global random state.
     """
     name = architecture.get("model", "")
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with seeded(seed):
         if name.startswith(PREFIX):
             sizes = {n: architecture[n] for n in ("image_size", "patch_size", "channels")}
             return timm_encoder(name.removeprefix(PREFIX), **sizes, drop_path=drop_path)
@@ -44,17 +42,19 @@ def build_encoder(
 
 
 def build_model(architecture: dict[str, Any], seed: int = 0) -> MaskedImageModel:
-    """A whole model, initialised from `seed` without touching the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MaskedImageModel(
-            build_encoder(architecture),
+    """A whole model, each part of it initialised from a seed of its own that follows from `seed`;
+    the global random state is left alone."""
+    with seeded(seed):
+        model = MaskedImageModel(
+            build_encoder(architecture, part_seed(seed, "encoder")),
             architecture["decoder_dim"],
             architecture["decoder_depth"],
             architecture["decoder_heads"],
             with_predictor=architecture["with_predictor"],
             **{name: architecture[name] for name in MODEL_OPTIONS if name in architecture},
         )
+    model.init_decoder_weights(seed)
+    return model
 
 
 def build_classifier(
@@ -72,8 +72,7 @@ def build_classifier(
     """
     before = tuple(architecture["image_size"])
     size, patch_size = image_size or before, tuple(architecture["patch_size"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = build_encoder(architecture | {"image_size": size}, drop_path=drop_path)
         if weights is not None:
             grid = grid_size(before, patch_size)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from hpm.models.encoder import Encoder
 from hpm.models.linear import Linear
 from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
+from hpm.models.seeds import part_seed, seeded
 from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights, run_block
 
 Images = Float[Tensor, "batch channels *size"]
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, a norm and a linear head, which reads the last `num_outputs` tokens."""
+    """Transformer blocks, a norm and a linear head for the last `num_outputs` tokens."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, output_dim: int):
         super().__init__()
@@ -30,10 +31,30 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"], num_outputs: int
     ) -> Float[Tensor, "batch outputs values"]:
+        return self.head(self.features(tokens, num_outputs))
+
+    def features(
+        self, tokens: Float[Tensor, "batch tokens dim"], num_outputs: int
+    ) -> Float[Tensor, "batch outputs dim"]:
+        """What the head reads."""
         *before, last = self.blocks
         for block in before:
             tokens = run_block(block, tokens, self.checkpoint_activations)
-        return self.head(self.norm(last(tokens, num_outputs)))
+        return self.norm(last(tokens, num_outputs))
+
+
+class LossPredictor(Decoder):
+    """A decoder whose prediction is the mean of its head's outputs, one number per token."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens dim"], num_outputs: int
+    ) -> Float[Tensor, "batch outputs"]:
+        features = self.features(tokens, num_outputs)
+        # The mean of a linear layer's outputs is one linear layer with its mean weight and bias.
+        # In float32: the order of nearby losses is what is learned, and what is mined by.
+        with torch.autocast(features.device.type, enabled=False):
+            weight, bias = self.head.weight.float().mean(0), self.head.bias.float().mean()
+            return features.float() @ weight + bias
 
 
 class MaskedImageModel(nn.Module):
@@ -84,7 +105,7 @@ class MaskedImageModel(nn.Module):
         self.predictor = None
         self.predictor_embed: nn.Module = nn.Identity()
         if with_predictor:
-            self.predictor = Decoder(
+            self.predictor = LossPredictor(
                 predictor_dim or decoder_dim,
                 predictor_depth or decoder_depth,
                 predictor_heads or decoder_heads,
@@ -93,11 +114,26 @@ class MaskedImageModel(nn.Module):
             if predictor_dim not in (None, decoder_dim):
                 self.predictor_embed = Linear(decoder_dim, predictor_dim)
         self.cover = nn.Parameter(torch.zeros(1, 1, pixels)) if with_cover else None
-        nn.init.normal_(self.mask_token, std=0.02)
-        parts = (self.decoder_embed, self.reconstructor, self.predictor, self.predictor_embed)
-        for part in parts:
-            if part is not None:
-                part.apply(init_weights)
+        self.init_decoder_weights()
+
+    def init_decoder_weights(self, seed: int | None = None) -> None:
+        """Initialise everything but the encoder; with a seed, each part from a seed of its own.
+
+        Two models of the same seed then differ only in the parts that one of them lacks.
+        """
+        parts = {
+            "decoder_embed": self.decoder_embed,
+            "mask_token": self.mask_token,
+            "reconstructor": self.reconstructor,
+            "predictor_embed": self.predictor_embed,
+            "predictor": self.predictor,
+        }
+        for name, part in parts.items():
+            with seeded(None if seed is None else part_seed(seed, name)):
+                if isinstance(part, nn.Parameter):
+                    nn.init.normal_(part, std=0.02)
+                elif part is not None:
+                    part.apply(init_weights)
 
     def forward(
         self,
@@ -144,7 +180,7 @@ class MaskedImageModel(nn.Module):
         assert self.predictor is not None
         if self.detach_predictor:
             tokens = tokens.detach()
-        return self.predictor(self.predictor_embed(tokens), num_outputs).mean(-1)
+        return self.predictor(self.predictor_embed(tokens), num_outputs)
 
     def _with_cover(self, images: Images, covered_ids: Tensor) -> Images:
         """The images with the learned patch in some places: nothing of what was there is left."""

@@ -75,7 +75,7 @@ def test_the_teacher_never_gets_gradients():
     teacher = Teacher(model)
     before = {name: p.clone() for name, p in teacher.model.named_parameters()}
     images = torch.randn(2, 3, 16, 24)
-    features, mined = predicted_losses(teacher.model, images)
+    features, mined = predicted_losses(teacher.model.predict_loss, images)
     assert not features.requires_grad and not mined.requires_grad
     visible_ids, hidden_ids = some_ids(model)
     prediction, predicted_loss = model(images, visible_ids, hidden_ids)

@@ -1,0 +1,25 @@
+"""Random initial weights as a function of a seed and the name of a part of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def part_seed(seed: int, part: str) -> int:
+    """A seed of its own for each part of a model."""
+    digest = hashlib.blake2b(f"{seed} {part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # PyTorch's seeds are signed
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw from this seed inside the block and leave the global random state as it was; with None,
+    draw from the global random state."""
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
