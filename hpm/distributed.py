@@ -155,7 +155,7 @@ def from_main(value: Any) -> Any:
 
 
 def wait_for_main() -> None:
-    """Let the main process finish what it does alone before anything is exchanged on the GPUs, whose
+    """Wait for what the main process does alone, before anything is exchanged between GPUs: their
     watchdog would take a long wait for a fault."""
     from_main(None)
 

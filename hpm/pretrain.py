@@ -229,9 +229,7 @@ def _ask_teacher(
             priority = noise(
                 sample_ids, teacher.encoder.num_patches, config.seed, epoch, TEACHER_VIEW
             )
-            signal = predicted_losses_masked(
-                state.predict_loss, images, priority, state.num_hidden
-            )
+            signal = predicted_losses_masked(state.predict_loss, images, priority, state.num_hidden)
         elif asked:
             features, signal = predicted_losses(state.predict_loss, images)
         if features is None and state.target.needs_teacher:

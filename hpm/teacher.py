@@ -58,9 +58,7 @@ class SmallTeacher:
         small.decoder_pos_embed.copy_(positions)
 
     @torch.no_grad()
-    def predicted_losses(
-        self, images: Images, predict_loss: PredictLoss | None = None
-    ) -> Signal:
+    def predicted_losses(self, images: Images, predict_loss: PredictLoss | None = None) -> Signal:
         """Predicted losses of whole images of the full size, for each patch of their grid.
 
         predict_loss: the small model's, if it is compiled.

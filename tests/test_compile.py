@@ -87,3 +87,45 @@ def test_no_graph_breaks_and_no_recompilation(way, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_never_waits_for_the_device(way, compiled, tmp_path):
     run_python(STEPS + NO_WAIT, tmp_path / "run", "cuda", compiled, json.dumps(way))
+
+
+REAL_RUN_AND_BENCHMARK = """
+import json, sys, tempfile, torch
+from pathlib import Path
+import hpm
+from hpm import bench
+from hpm.config import BenchConfig
+
+graphs, compile_with = [], torch.compile
+
+def record(graph, inputs):
+    assert all(isinstance(value, torch.Tensor) for value in inputs), "a dynamic shape"
+    graphs.append(sorted(tuple(value.shape) for value in inputs))
+    return graph.forward
+
+torch.compile = lambda part, **options: compile_with(part, backend=record, **options)
+options = json.loads(sys.argv[1])
+with tempfile.TemporaryDirectory() as folder:
+    hpm.pretrain(data="demo", out=f"{folder}/run", holdout=12, eval_every="50%", log_every=2,
+                 workers=0, checkpoint_every="100%", **options)
+    trained = list(graphs)
+    graphs.clear()
+    torch.compiler.reset()
+    config = BenchConfig(**options)
+    state = bench.run_state(config, {}, Path(folder) / "bench", torch.device("cpu"))
+    for step in range(2):
+        bench.train_step(state, bench.noise_batch(state), step, num_hard=2)
+    state.log.close()
+assert len(trained) == 2, [len(graph) for graph in trained]  # the student's and the teacher's
+assert sorted(trained) == sorted(graphs), (trained, graphs)
+"""
+
+
+@pytest.mark.parametrize("way", [{}, {"teacher_scale": 0.5}])
+def test_a_real_run_compiles_what_the_benchmark_measures(way):
+    """Figures and measures on the held-out images, of other shapes, leave the graphs alone."""
+    options = {
+        "model": "vit_nano", "image_size": 16, "patch_size": 4, "batch_size": 16, "steps": 4,
+        "decoder_dim": 32, "decoder_depth": 1, "compile": "true", "hard_share_start": 0.25,
+    }  # fmt: skip
+    run_python(REAL_RUN_AND_BENCHMARK, json.dumps(options | way))

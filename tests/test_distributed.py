@@ -117,3 +117,40 @@ def test_a_mistake_is_told_once(image_folder, tmp_path):
     assert result.returncode != 0
     assert result.stderr.count("hpm: error:") == 1
     assert "cannot be shared by 2 processes" in result.stderr
+
+
+ONE_RANK_FAILS = """
+import sys
+from hpm import cli, distributed, pretrain
+from hpm.errors import UserError
+
+def fail(state, *_):
+    if distributed.rank() == 1 and state.step == 0:
+        raise {error}
+    return step(state, *_)
+
+module = sys.modules["hpm.pretrain"]
+step = module.train_step
+module.train_step = fail
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [("UserError('the disk of this machine is full')", "rank 1: the disk of this machine is full"),
+     pytest.param("RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
+    """Once, with its rank, and all processes end; nothing is said of the lost connection."""
+    program = tmp_path / "program.py"
+    program.write_text(ONE_RANK_FAILS.format(error=error))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         program, "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments()],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count(line) == 1, result.stderr
+    assert "Connection closed" not in result.stderr and "connection" not in result.stderr.lower()

@@ -157,7 +157,9 @@ def test_gradients(golden, model):
 
 
 def test_teacher_on_the_full_image(golden, model):
-    features, predicted_loss = predicted_losses(Teacher(model).model.predict_loss, golden.tensors["images"])
+    features, predicted_loss = predicted_losses(
+        Teacher(model).model.predict_loss, golden.tensors["images"]
+    )
     close(features, golden.tensors["teacher.features"])
     close(predicted_loss, golden.tensors["teacher.predicted_loss"])
 

@@ -167,10 +167,10 @@ def test_the_teacher_is_not_run_while_its_result_is_not_used(image_folder, tmp_p
     monkeypatch.setattr(module, "predicted_losses", lambda *x: calls.append(1) or looked(*x))
     pretrain(image_folder, tmp_path / "random", mask="random")
     assert not calls
-    # int(12 hidden x alpha) is 0 in the first of 16 epochs, as alpha is 1/32.
+    # int(12 hidden x alpha) is 0 in the first 15 of 96 steps, where alpha is below 1/12.
     options = {"steps": None, "epochs": 16, "hard_share_start": 0.0, "holdout": 0}
     pretrain(image_folder, tmp_path / "hard", **options)
-    assert len(calls) == 14 * 6
+    assert len(calls) == 81
 
 
 def test_starting_from_other_weights(finished_run, image_folder, tmp_path):

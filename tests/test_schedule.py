@@ -106,3 +106,25 @@ def test_weight_decay_spares_one_dimensional_parameters():
     decayed, spared = adamw(model, 1e-3, (0.9, 0.95), 0.05).param_groups
     assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.05
     assert [p.ndim for p in spared["params"]] == [1, 1, 1] and spared["weight_decay"] == 0
+
+
+def test_the_hard_share_moves_at_every_step():
+    """Also where training is shorter than an epoch, or has two."""
+    short = schedule(1000, batch_size=10, steps=50)
+    assert short.hard_share_progress(0) == pytest.approx(1 / 50)
+    assert short.hard_share_progress(24) == pytest.approx(0.5)
+    assert short.hard_share_progress(49) == 1
+    two_epochs = schedule(100, batch_size=10, epochs=2)
+    shares = [two_epochs.hard_share_progress(step) for step in range(20)]
+    assert shares == pytest.approx([(step + 1) / 20 for step in range(20)])
+
+
+def test_the_papers_hard_share_moves_once_an_epoch():
+    options = read_preset("vit_base_in1k")
+    config = make_config(PretrainConfig, options | {"data": "x", "out": "y"})
+    paper = make_schedule(resolve(config, 1_281_167, CPU, 1), 1_281_167)
+    per_epoch = paper.steps_per_epoch
+    for epoch in (0, 99, 199):
+        first, last = epoch * per_epoch, (epoch + 1) * per_epoch - 1
+        assert paper.hard_share_progress(first) == paper.hard_share_progress(last)
+        assert paper.hard_share_progress(first) == pytest.approx((epoch + 1) / 200)

@@ -121,7 +121,7 @@ class MaskedImageModel(nn.Module):
 
         Two models of the same seed then differ only in the parts that one of them lacks.
         """
-        parts = {
+        parts: dict[str, nn.Module | nn.Parameter | None] = {
             "decoder_embed": self.decoder_embed,
             "mask_token": self.mask_token,
             "reconstructor": self.reconstructor,

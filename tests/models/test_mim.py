@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from hpm.config import SIZES, PretrainConfig, resolve_model
 from hpm.losses import relative_loss, squared_error
@@ -178,3 +180,38 @@ def test_checkpointed_activations_give_the_same_gradients(checkpointed):
     for one, other in zip(model.parameters(), plain.parameters()):
         if one.requires_grad:
             torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_the_predicted_loss_is_the_mean_of_the_head_in_float32():
+    """As one linear layer, also where everything else runs in bfloat16."""
+    model = small()
+    nn.init.normal_(model.predictor.head.bias)
+    tokens = torch.randn(3, 9, 16)
+    features = model.predictor.features(tokens, 4).double()
+    head = model.predictor.head.double()
+    naive = F.linear(features, head.weight, head.bias).mean(-1)
+    model.predictor.float()
+    torch.testing.assert_close(model.predictor(tokens, 4).double(), naive, rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.predictor.features(tokens, 4)
+        predicted = model.predictor(tokens, 4)
+    assert predicted.dtype == torch.float32
+    head = model.predictor.head.double()
+    naive = F.linear(features.double(), head.weight, head.bias).mean(-1)
+    torch.testing.assert_close(predicted.double(), naive, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"with_predictor": False}, {"target_dim": 7}, {"predictor_dim": 16}, {"with_cover": True}],
+)
+def test_models_of_one_seed_differ_only_in_what_one_of_them_lacks(change):
+    shape = resolve_model(PretrainConfig("demo", "out", model="vit_nano", image_size=32))
+    one, other = build_model(shape, 5).state_dict(), build_model(shape | change, 5).state_dict()
+    same = [name for name in one if name in other and one[name].shape == other[name].shape]
+    assert all(torch.equal(one[name], other[name]) for name in same)
+    parts = {name.split(".")[0] for name in same}
+    assert {"encoder", "decoder_embed", "mask_token", "reconstructor"} <= parts
+    another = build_model(shape, 6).state_dict()
+    drawn = [name for name in one if one[name].std() > 0 and "pos_embed" not in name]
+    assert not any(torch.equal(one[name], another[name]) for name in drawn)
