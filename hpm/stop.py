@@ -35,8 +35,8 @@ def ignore_stop_signals(*_: object) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM, SIGUSR1 (sent by some schedulers before a time limit) and Ctrl-C ask the loop to save
-    and stop; a second Ctrl-C stops at once."""
+    """SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C ask the loop to
+    save and stop; a second Ctrl-C stops at once."""
     stop = Stop()
 
     def receive(number: int, frame: Any) -> None:
