@@ -245,6 +245,8 @@ def check_eval(config: EvalConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise UserError(f"{name} is {value}; it must not be negative")
+    if not 0 < config.crop_share <= 1:
+        raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
     if isinstance(config, LabelledEvalConfig) and not 0 < config.train_share <= 1:
         raise UserError(f"train_share is {config.train_share}; it must be above 0 and at most 1")
     if isinstance(config, KnnConfig) and (config.temperature <= 0 or min(config.k, default=0) < 1):

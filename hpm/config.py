@@ -279,6 +279,9 @@ class EvalConfig:
     """Measure random weights of the same architecture, and raw pixels, as well."""
     out: str | None = None
     """Folder for the numbers (default: evals/ in the run folder)."""
+    crop_share: float = 1.0
+    """Share of each image's shorter side that is evaluated, around the centre: 1 for all of it;
+    0.875, as published for ImageNet, resizes it to image_size / 0.875 and cuts the centre out."""
     batch_size: int = 128
     """Images at a time."""
     workers: int | None = None
@@ -348,6 +351,9 @@ class AttentiveConfig(LabelledEvalConfig):
 class FinetuneConfig(LabelledEvalConfig):
     """Train the whole encoder with labels (the recipe of DeiT and MAE)."""
 
+    baselines: bool = False
+    """Train random weights of the same architecture as well, a second training in full, and a
+    linear layer on raw pixels (unlike the other evaluations, only where asked for)."""
     batch_size: int = 256
     """Images per optimiser step, over all processes."""
     accumulate: int = 1

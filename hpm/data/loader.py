@@ -110,9 +110,11 @@ class EvaluationViews:
     size: tuple[int, int]
     channels: int
     min_side: int = 1
+    crop_share: float = 1.0
 
     def __call__(self, source: Source, key: Key) -> tuple[View, None]:
-        view = evaluation_view(source.open(key[1]), self.size, self.channels, self.min_side)
+        image = source.open(key[1])
+        view = evaluation_view(image, self.size, self.channels, self.min_side, self.crop_share)
         return view, None
 
 
@@ -228,10 +230,12 @@ def _loader(
 
 
 def evaluation_batches(
-    source: Source, size: tuple[int, int], channels: int, batch_size: int, workers: int = 0
-) -> Iterator[Batch]:
+    source: Source, size: tuple[int, int], channels: int, batch_size: int, workers: int = 0,
+    crop_share: float = 1.0,
+) -> Iterator[Batch]:  # fmt: skip
     """All readable images once, in order."""
-    views = Views(source, EvaluationViews(size, channels), stand_in=False)
+    make_view = EvaluationViews(size, channels, crop_share=crop_share)
+    views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
     yield from _loader(views, steps, workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from hpm.checks import check_eval
 from hpm.config import PROTOCOLS, EvalConfig, make_config, read_preset
 from hpm.errors import UserError, nearest
 from hpm.evals.features import Reading
+from hpm.evals.files import result_file, training_folder
 from hpm.evals.metrics import accuracies, difference
 from hpm.evals.protocols import COMPARED, TRAINED, Outcome, Task, run_protocol
 from hpm.evals.result import Result, print_result
@@ -57,20 +57,23 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         start = time.perf_counter()
-        task = Task(config, device, Reading(config.batch_size, config.workers, report))
-        file = _file(config, protocol, task.trained.folder)
-        outcome = run_protocol(task, file.with_suffix("") if file else None)
+        reading = Reading(config.batch_size, config.workers, report, config.crop_share)
+        task = Task(config, device, reading)
+        run_folder = task.trained.folder
+        folder = Path(config.out) if config.out else run_folder and run_folder / "evals"
+        outcome = run_protocol(task, training_folder(config, folder) if folder else None)
         about = dataclasses.asdict(config) | outcome.images
         about |= {
             "weights": "teacher" if config.teacher else "student",
             "architecture": task.trained.architecture,
             "device": str(device),
+            **({"classes": task.classes} if task.classes else {}),
             "hpm": __version__,
             "seconds": round(time.perf_counter() - start, 1),
         }
         result = _result(protocol, about, outcome, config.seed)
-        if file:
-            distributed.main_first(lambda: result.save(file))
+        if folder:
+            distributed.main_first(lambda: result.save(result_file(config, protocol, folder)))
     return result
 
 
@@ -88,21 +91,3 @@ def _result(protocol: str, about: dict[str, Any], outcome: Outcome, seed: int) -
         if (other := name.replace(TRAINED, COMPARED, 1)) in outcome.ranked and other != name
     }
     return Result(protocol, about, values, differences, outcome.chosen, outcome.hardness)
-
-
-def _file(config: EvalConfig, protocol: str, run_folder: Path | None) -> Path | None:
-    """Where the numbers go: named after protocol and data, so that two do not overwrite."""
-    folder = Path(config.out) if config.out else run_folder and run_folder / "evals"
-    if folder is None:
-        return None
-    parts = [protocol, _name(config.data)]
-    parts += ["teacher"] if config.teacher else []
-    parts += ["on", _name(config.test)] if config.test else []
-    share = getattr(config, "train_share", 1.0)
-    parts += [f"share_{share:g}"] if share < 1 else []
-    parts += ["less", _name(config.compare)] if config.compare else []
-    return folder / f"{'_'.join(parts)}.json"
-
-
-def _name(path: str) -> str:
-    return re.sub(r"\W+", "_", path.strip("/.")) or "data"

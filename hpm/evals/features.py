@@ -55,13 +55,16 @@ class Reading:
     batch_size: int
     workers: int | None
     report: Callable[[str], None]
+    crop_share: float = 1.0  # see transforms.evaluation_view
 
     def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
         """This process's share of the readable images, in order, in batches."""
         ids = distributed.part_of(len(source)).numpy()
         workers = num_workers(self.workers)
         own = Subset(source, ids)
-        for batch in evaluation_batches(own, size, channels, self.batch_size, workers):
+        for batch in evaluation_batches(
+            own, size, channels, self.batch_size, workers, self.crop_share
+        ):
             for index, problem in batch.unreadable:
                 self.report(f"cannot read {own.path(index)} ({problem}), passed over")
             if len(batch.images):

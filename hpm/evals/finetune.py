@@ -52,7 +52,7 @@ LOG_EVERY = 10
 # How a fine-tuning is run, not what it learns: may differ when it goes on.
 FREE = {
     "run", "compare", "baselines", "out", "workers", "device", "checkpoint_every", "test", "data",
-    "teacher",
+    "teacher", "crop_share",
 }  # fmt: skip
 
 

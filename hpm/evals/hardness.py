@@ -70,7 +70,7 @@ def loss_maps(
 
 def measure(
     trained: Trained, source: Source, device: torch.device, seed: int = 0,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None, crop_share: float = 1.0,
 ) -> dict[str, float]:  # fmt: skip
     """`hardness` of a model and its teacher over all readable images of a source; `report` is told
     of the others."""
@@ -80,7 +80,9 @@ def measure(
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     totals: dict[str, float] = {}
     count = 0
-    for batch in evaluation_batches(source, (height, width), config.channels, batch_size=64):
+    for batch in evaluation_batches(
+        source, (height, width), config.channels, batch_size=64, crop_share=crop_share
+    ):
         if report:
             for index, problem in batch.unreadable:
                 report(f"cannot read {source.path(index)} ({problem}), passed over")
@@ -91,7 +93,7 @@ def measure(
             model, teacher, images, batch.indices.to(device), trained.find_target(device),
             config.mask_ratio, seed=seed,
         )  # fmt: skip
-        objects = object_views(source, batch.indices, (height, width))
+        objects = object_views(source, batch.indices, (height, width), crop_share)
         for name, value in hardness(maps, objects, model.encoder.patch_size):
             totals[name] = totals.get(name, 0.0) + value * len(images)
         count += len(images)
@@ -99,13 +101,14 @@ def measure(
 
 
 def object_views(
-    source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int]
+    source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int], crop_share: float = 1.0
 ) -> Float[Tensor, "batch height width"] | None:
     """Where objects are in the evaluation views of a source, 0 to 1; None where it cannot tell."""
     masks = [object_mask(source, int(index)) for index in indices]
     if any(mask is None for mask in masks):
         return None
-    views = [evaluation_view(Image.fromarray(mask), size, 1)[0] for mask in masks]  # type: ignore[arg-type]
+    pictures = [Image.fromarray(mask) for mask in masks if mask is not None]
+    views = [evaluation_view(picture, size, 1, crop_share=crop_share)[0] for picture in pictures]
     return torch.from_numpy(np.stack(views)) / 255
 
 

@@ -80,6 +80,7 @@ class Task:
 
     def __init__(self, config: EvalConfig, device: torch.device, reading: Reading):
         self.config, self.device, self.reading = config, device, reading
+        self.classes = 0  # of the labels, once they are asked for
         self.trained = load(config.run)
         self.subjects = [self._subject(TRAINED, self.trained)]
         if config.compare:
@@ -102,7 +103,9 @@ class Task:
 
     def labelled(self) -> Labelled:
         assert isinstance(self.config, LabelledEvalConfig)
-        return labelled_splits(self.splits, self.config.seed, self.config.train_share)
+        data = labelled_splits(self.splits, self.config.seed, self.config.train_share)
+        self.classes = len(data.classes)
+        return data
 
     def held(self, labels: np.ndarray, data: Labelled) -> np.ndarray:
         """Ids of the training images that choose the hyper-parameters: a fifth of each class."""
@@ -164,7 +167,7 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
         size, channels = alike[0].view
         embed = pooled(alike, baseline)
         views = TrainingViews(size, channels, config.seed, config.crop_scale, True, 1)
-        still = EvaluationViews(size, channels)
+        still = EvaluationViews(size, channels, crop_share=config.crop_share)
         found |= probe(
             Computed(data.train, data.train_labels, views, embed, task.workers, True),
             Computed(data.train, data.train_labels, still, embed, task.workers),
@@ -194,7 +197,7 @@ def evaluate_attentive(task: Task, config: AttentiveConfig) -> Outcome:
                 check_finite(features)
                 banks.append(Cached(features))
             else:
-                still = EvaluationViews(size, channels)
+                still = EvaluationViews(size, channels, crop_share=config.crop_share)
                 banks.append(Computed(source, labels, still, embed, task.workers))
         train, test = banks
         held = task.held(train.labels.numpy(), data)
@@ -260,7 +263,10 @@ def evaluate_hardness(task: Task, count: int) -> dict[str, float]:
         assert trained.model is not None and trained.teacher is not None
         trained.model.to(task.device).eval()
         trained.teacher.to(task.device).eval()
-        values.update(measure(trained, task.some_images(count), task.device, task.config.seed))
+        images, config = task.some_images(count), task.config
+        values.update(
+            measure(trained, images, task.device, config.seed, crop_share=config.crop_share)
+        )
 
     try:
         distributed.main_first(measure_them)

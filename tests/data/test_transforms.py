@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -239,3 +240,52 @@ def test_a_training_view_says_where_in_its_image_it_lies(flip):
             np.testing.assert_allclose(line, expected, atol=0.02)
         seen.add((top > bottom, left > right))
     assert len(seen) == {"none": 1, "horizontal": 2, "vertical": 2, "both": 4}[flip]
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (401, 300), (257, 256), (60, 31), (256, 256)])
+@pytest.mark.parametrize(("size", "share"), [((224, 224), 0.875), ((96, 96), 0.9), ((48, 96), 0.5)])
+def test_a_part_of_the_centre_is_what_torchvision_cuts_out(shape, size, share):
+    """Resize(size / 0.875), CenterCrop(size), as in the published recipes."""
+    from hpm.extras import need
+
+    v2 = need("torchvision.transforms.v2", "timm", "the test")
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (9, 12, 3), np.uint8)
+    image = Image.fromarray(small).resize(shape[::-1])
+    view = evaluation_view(image, size, 3, crop_share=share)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    sides = [int(side / share) for side in size]
+    if size[0] == size[1]:
+        sides = sides[:1]
+    else:  # which torchvision's Resize has no word for
+        scale = max(sides[0] / shape[0], sides[1] / shape[1])
+        sides = [int(scale * side + 1e-9) for side in shape]
+    resized = v2.Resize(sides, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(pixels)
+    expected = v2.CenterCrop(size)(resized).numpy()
+    assert view.shape == expected.shape
+    assert abs(view.astype(int) - expected).max() <= 1
+
+
+def test_all_of_the_centre_is_the_view_as_it_always_was():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8))
+    pixels = decode(image, 3)
+    expected = pixels.resized((32, 32), centred_box(70, 50, (32, 32)))
+    assert np.array_equal(evaluation_view(image, (32, 32), 3, crop_share=1.0), expected)
+
+
+@given(
+    width=st.integers(1, 90), height=st.integers(1, 90), share=st.floats(0.1, 1),
+    size=st.tuples(*[st.integers(1, 40)] * 2),
+)  # fmt: skip
+def test_a_view_has_its_size_whatever_the_share(width, height, share, size):
+    image = Image.fromarray(np.full((height, width, 3), 77, np.uint8))
+    view = evaluation_view(image, size, 3, crop_share=share)
+    assert view.shape == (3, *size) and (view == 77).all()
+
+
+def test_a_very_long_image_does_not_fill_the_memory():
+    from hpm.data.transforms import resized_size
+
+    assert resized_size((1, 1_000_000), (224, 224), 0.875) == (256, 256_000_000)
+    assert evaluation_view(Image.new("L", (60_000, 1)), (224, 224), 1, crop_share=0.875).size

@@ -10,6 +10,7 @@ from helpers import run_hpm, write_images
 from safetensors.torch import load_file
 
 import hpm
+from hpm.checkpoint import read_tensors, write_tensors
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.patches import interpolate_positions
 
@@ -25,19 +26,20 @@ PLAIN = {"mixup": 0, "cutmix": 0, "rand_augment": "none", "random_erase": 0, "ba
 def finetuned(finished_run, image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetune")
     return out, hpm.evaluate(
-        "finetune", str(finished_run.folder), str(image_folder), out=str(out), **OPTIONS
-    )
+        "finetune", str(finished_run.folder), str(image_folder), out=str(out), baselines=True,
+        **OPTIONS,
+    )  # fmt: skip
 
 
 def test_table_and_files(finetuned):
-    _, result = finetuned
+    out, result = finetuned
     assert list(result.values) == ["trained", "random weights", "raw pixels (linear)"]
     for values in result.values.values():
         assert set(values["finetune"]) == {
             "top1", "top1_low", "top1_high", "top5", "mean_per_class",
         }  # fmt: skip
     assert result.file and json.loads(result.file.read_text())["values"] == result.values
-    folder = result.file.with_suffix("")
+    (folder,) = (path for path in out.iterdir() if path.is_dir())
     losses = [
         json.loads(line)["loss"]
         for line in (folder / "trained" / "metrics.jsonl").read_text().splitlines()
@@ -56,7 +58,7 @@ def test_it_learns(finished_run, image_folder, tmp_path):
 
 
 def test_its_checkpoint_is_no_run(finetuned, image_folder):
-    folder = finetuned[1].file.with_suffix("") / "trained"
+    (folder,) = finetuned[0].glob("*/trained")
     with pytest.raises(hpm.UserError, match="is of a fine-tuning: name the run"):
         hpm.evaluate("knn", str(folder), str(image_folder))
 
@@ -64,16 +66,41 @@ def test_its_checkpoint_is_no_run(finetuned, image_folder):
 def test_a_finished_one_is_only_tested_again(finished_run, image_folder, finetuned):
     out, result = finetuned
     again = hpm.evaluate(
-        "finetune", str(finished_run.folder), str(image_folder), out=str(out), **OPTIONS
-    )
+        "finetune", str(finished_run.folder), str(image_folder), out=str(out), baselines=True,
+        **OPTIONS,
+    )  # fmt: skip
     assert again.values == result.values
 
 
-def test_another_setting_in_the_same_folder_is_refused(finished_run, image_folder, finetuned):
+def test_other_weights_in_the_same_folder_are_refused(
+    finished_run, image_folder, finetuned, tmp_path
+):
     out, _ = finetuned
-    with pytest.raises(hpm.UserError, match="there mixup is 0.8, here 0.1; choose another --out"):
-        hpm.evaluate("finetune", str(finished_run.folder), str(image_folder), out=str(out),
-                     **(OPTIONS | {"mixup": 0.1}))  # fmt: skip
+    tensors, meta = read_tensors(finished_run.backbone)
+    tensors["patch_embed.proj.weight"] *= 2
+    write_tensors(tmp_path / "other.safetensors", tensors, meta)
+    with pytest.raises(hpm.UserError, match="there weights is .*; choose another --out"):
+        hpm.evaluate("finetune", str(tmp_path / "other.safetensors"), str(image_folder),
+                     out=str(out), baselines=True, **OPTIONS)  # fmt: skip
+
+
+def test_random_weights_are_not_trained_unless_asked_for(finished_run, image_folder, tmp_path):
+    """Each setting has a folder of its own; how it is tested has no part in that."""
+    options = OPTIONS | {"epochs": 1, "out": str(tmp_path)}
+    run, data = str(finished_run.folder), str(image_folder)
+    one = hpm.evaluate("finetune", run, data, **options)
+    assert list(one.values) == ["trained"]
+    (trained,) = tmp_path.rglob("classifier.safetensors")
+    assert trained.parent.name == "trained"
+    two = hpm.evaluate("finetune", run, data, crop_share=0.5, **options)
+    assert two.file != one.file and list(tmp_path.rglob("classifier.safetensors")) == [trained]
+    both = hpm.evaluate("finetune", run, data, baselines=True, **options)
+    assert "random weights" in both.values and both.values["trained"] == one.values["trained"]
+    names = {file.parent.name for file in tmp_path.rglob("classifier.safetensors")}
+    assert names == {"trained", "random_weights"}
+    hpm.evaluate("finetune", run, data, mixup=0.1, **options)
+    assert len(list(tmp_path.rglob("classifier.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*.json"))) == 4
 
 
 @pytest.mark.slow
@@ -189,3 +216,4 @@ def test_presets_have_the_papers_settings():
     )
     assert (base.epochs, base.base_lr, base.layer_decay, base.drop_path) == (100, 5e-4, 0.8, 0.1)
     assert (large.epochs, large.batch_size) == (50, 1024)
+    assert base.crop_share == large.crop_share == 0.875 and not base.baselines

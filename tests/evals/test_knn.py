@@ -194,3 +194,64 @@ def test_few_labels(image_folder):
     assert len(data.test) == 9
     least = labelled_splits(open_source(str(image_folder)), seed=0, train_share=0.001)
     assert np.bincount(least.train_labels).tolist() == [1, 1, 1]
+
+
+def test_evaluations_with_other_options_keep_their_own_files(finished_run, image_folder, tmp_path):
+    run, data = str(finished_run.folder), str(image_folder)
+    options = {"workers": 0, "k": (1, 5), "out": str(tmp_path), "baselines": False}
+    first = hpm.evaluate("knn", run, data, **options)
+    cropped = hpm.evaluate("knn", run, data, crop_share=0.5, **options)
+    warmer = hpm.evaluate("knn", run, data, temperature=0.5, **options)
+    backbone = hpm.evaluate("knn", str(finished_run.backbone), data, **options)
+    again = hpm.evaluate("knn", run, data, **(options | {"batch_size": 7}))
+    assert again.file == first.file
+    files = {result.file for result in (first, cropped, warmer, backbone)}
+    assert len(files) == 4 == len(list(tmp_path.glob("*.json")))
+    assert "crop_share_0.5" in cropped.file.name and "temperature_0.5" in warmer.file.name
+    assert json.loads(cropped.file.read_text())["about"]["crop_share"] == 0.5
+    assert cropped.hardness != first.hardness  # of other pixels
+    assert json.loads(backbone.file.read_text())["about"]["run"] == str(finished_run.backbone)
+    long = hpm.evaluate("knn", run, data, **(options | {"k": tuple(range(1, 30))}))
+    assert len(long.file.name) < 200 and long.file not in files
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"),
+    [("knn", {"k": (1,)}), ("linear", {"epochs": 1}), ("linear", {"epochs": 1, "augment": True}),
+     ("attentive", {"epochs": 1, "cache_gb": 1e-9}), ("stats", {}), ("hardness", {}),
+     ("finetune", {"epochs": 1, "batch_size": 12})],
+)  # fmt: skip
+def test_every_evaluation_sees_that_share(
+    finished_run, image_folder, tmp_path, monkeypatch, protocol, options
+):
+    from hpm.data import loader, transforms
+
+    seen = set()
+
+    def view(image, size, channels, min_side=1, crop_share=1.0):
+        seen.add(crop_share)
+        return transforms.evaluation_view(image, size, channels, min_side, crop_share)
+
+    monkeypatch.setattr(loader, "evaluation_view", view)
+    result = hpm.evaluate(
+        protocol, str(finished_run.folder), str(image_folder), crop_share=0.5, baselines=False,
+        workers=0, out=str(tmp_path), **options,
+    )  # fmt: skip
+    assert seen == {0.5} and result.about["crop_share"] == 0.5
+
+
+def test_the_share_of_the_centre_is_checked(finished_run, image_folder):
+    for share in (0.0, 1.5):
+        with pytest.raises(hpm.UserError, match=f"crop_share is {share}"):
+            hpm.evaluate("knn", str(finished_run.folder), str(image_folder), crop_share=share)
+
+
+@pytest.mark.parametrize(("classes", "printed"), [(3, False), (6, True)])
+def test_top_5_of_few_classes_is_not_printed(finished_run, tmp_path, classes, printed):
+    images = write_images(tmp_path, classes=classes, per_class=6)
+    result = hpm.evaluate(
+        "linear", str(finished_run.folder), str(images), epochs=2, baselines=False, workers=0,
+        out=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert ("top-5" in str(result)) == printed
+    assert result.about["classes"] == classes
