@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpm.errors import UserError
 
+Done = TypeVar("Done")
+
 # The longest that a process waits for another one: measures and checkpoints are made by the main
 # process alone, and a process that fails closes its connections, which ends the others at once.
 TIMEOUT = timedelta(minutes=30)
+# And for the main process alone, which trains the probes of frozen features.
+PATIENCE = timedelta(days=7)
 _store: dist.Store | None = None
+_patient: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -54,7 +59,7 @@ def pick_device(name: str) -> torch.device:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes while the block runs; does nothing for a single one."""
-    global _store
+    global _store, _patient
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -71,12 +76,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
     )
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield
     except BaseException:
         reports_error()  # before the others see that the connection is lost
         raise
     finally:
+        _patient = None
         dist.destroy_process_group()
 
 
@@ -150,7 +157,7 @@ def from_main(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_patient)
     return values[0]
 
 
@@ -160,17 +167,19 @@ def wait_for_main() -> None:
     from_main(None)
 
 
-def main_first(action: Callable[[], Any]) -> None:
-    """Do something in the main process alone; the others wait, and fail with it if it fails."""
-    problem = None
+def main_first(action: Callable[[], Done]) -> Done:
+    """Do something in the main process alone; the others wait for what it returns, and fail with it
+    if it fails."""
+    done, problem = None, None
     if is_main():
         try:
-            action()
+            done = action()
         except UserError as error:
             problem = str(error)
-    problem = from_main(problem)
+    done, problem = from_main((done, problem))
     if problem:
         raise UserError(problem)
+    return done
 
 
 def part_of(count: int) -> Tensor:
@@ -178,11 +187,42 @@ def part_of(count: int) -> Tensor:
     return torch.arange(rank(), count, world_size())
 
 
-def join_parts(values: Tensor, count: int) -> Tensor:
-    """All `count` values, from those that each process has of its `part_of(count)`."""
+def rows_of_all(values: Tensor) -> Tensor:
+    """Rows [n ...] of all processes, one process after another, n being each one's own."""
     if not dist.is_initialized():
         return values
-    joined = values.new_empty(count, *values.shape[1:])
-    for process, part in enumerate(gather(values)):
-        joined[process :: world_size()] = part
-    return joined
+    counts = _counts(values)
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    parts = concatenate(padded).unflatten(0, (len(counts), -1)) if max(counts) else [values]
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=False)])
+
+
+def rows_to_main(values: Tensor, ids: Tensor) -> Tensor:
+    """Rows [n ...] of all processes by their ids [n], which rise within each process: all of them
+    in the main process, none in the others.
+
+    They travel as they are, one process after another: the main process holds the whole and at
+    most one part twice.
+    """
+    if not dist.is_initialized():
+        return values
+    counts = _counts(ids)
+    rows = rows_of_all(ids).argsort().argsort().split(counts)
+    if not is_main():
+        if len(values):
+            dist.send(values.contiguous(), 0)
+        return values[:0]
+    whole = values.new_empty(sum(counts), *values.shape[1:])
+    whole[rows[0]] = values
+    for process, count in enumerate(counts[1:], 1):
+        if count:
+            part = values.new_empty(count, *values.shape[1:])
+            dist.recv(part, process)
+            whole[rows[process]] = part
+    return whole
+
+
+def _counts(values: Tensor) -> list[int]:
+    """How many rows each process has."""
+    return concatenate(torch.tensor([len(values)], device=values.device)).tolist()

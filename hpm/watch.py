@@ -138,8 +138,7 @@ def probe(state: State) -> None:
     assert state.probe is not None
     began = time.perf_counter()
     state.model.eval()
-    # One process decides for all, or rounding might part them.
-    values = distributed.from_main(state.probe.measure(state.trained, state.device))
+    values = state.probe.measure(state.trained, state.device)
     state.model.train()
     seconds = time.perf_counter() - began
     state.probe_seconds += seconds

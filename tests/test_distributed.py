@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_arguments
+from helpers import tiny_arguments, write_images
 
 from hpm.checkpoint import read_tensors
 from hpm.run import Run
@@ -82,6 +82,9 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
 @pytest.mark.parametrize(
     ("protocol", "options"),
     [("knn", ["--k=[1,5]"]),
+     ("stats", []),
+     ("attentive", ["--epochs=2"]),
+     pytest.param("attentive", ["--epochs=2", "--cache-gb=1e-9"], marks=pytest.mark.slow),
      pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
      pytest.param("linear", ["--epochs=3", "--augment"], marks=pytest.mark.slow),
      pytest.param("finetune", ["--epochs=2", "--batch-size=12"], marks=pytest.mark.slow)],
@@ -106,8 +109,77 @@ def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, o
         (file,) = out.glob("*.json")
         found[processes] = json.loads(file.read_text())
     assert found[1]["values"].keys() == found[2]["values"].keys()
-    if protocol != "finetune":
+    assert found[1]["hardness"] == found[2]["hardness"]
+    if protocol == "stats":
+        assert close(found[1]["values"], found[2]["values"])
+    elif protocol != "finetune":
         assert found[1]["values"] == found[2]["values"]
+
+
+def close(one, two):
+    """Whether nested numbers are the same but for rounding."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(close(one[name], two[name]) for name in one)
+    return one == pytest.approx(two, rel=1e-4)
+
+
+ROWS = """
+import sys
+import torch
+import torch.distributed as dist
+from hpm import distributed
+from hpm.data.sources import open_source
+from hpm.evals.features import Reading, extract
+
+def refuse(*arguments, **options):
+    raise AssertionError("pickled")
+
+images = sys.argv[1]
+with distributed.process_group(torch.device("cpu")):
+    rank = distributed.rank()
+    dist.all_gather_object = refuse
+    # 0 has rows 1 and 4, 1 has 0, 2 and 3; then 0 has none.
+    ids = torch.tensor([[1, 4], [0, 2, 3]][rank])
+    values = ids[:, None] * torch.tensor([1.0, 10.0])
+    whole = torch.arange(5)[:, None] * torch.tensor([1.0, 10.0])
+    assert torch.equal(distributed.rows_to_main(values, ids), whole if rank == 0 else values[:0])
+    assert torch.equal(distributed.rows_of_all(ids), torch.tensor([1, 4, 0, 2, 3]))
+    for empty in (0, 1):
+        ids = torch.arange(0 if rank == empty else 3)
+        assert torch.equal(distributed.rows_of_all(ids), torch.arange(3))
+        found = distributed.rows_to_main(ids, ids)
+        assert torch.equal(found, torch.arange(3 if rank == 0 else 0))
+    assert len(distributed.rows_of_all(torch.empty(0, 4))) == 0
+
+    source = open_source(images).train
+    means = lambda views: {"mean": views.float().mean((2, 3))}
+    found = extract(means, source, source.labels, (20, 20), 3, Reading(4, 0, print))
+    if rank == 1:
+        assert found == {}
+    else:
+        from hpm.data.loader import evaluation_batches
+        (batch,) = evaluation_batches(source, (20, 20), 3, 100)
+        assert torch.equal(found["mean"].features, means(batch.images)["mean"])
+        assert found["mean"].labels.tolist() == [source.labels[i] for i in batch.indices]
+        assert len(batch.images) == int(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("broken", [(3,), (0, 2, 4)])
+def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
+    """Also where one of the processes can read no image at all."""
+    images = write_images(tmp_path / "images", classes=1, per_class=5)
+    for number in broken:
+        (images / "class_0" / f"{number:03d}.png").write_bytes(b"broken")
+    program = tmp_path / "program.py"
+    program.write_text(ROWS)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         program, images, str(5 - len(broken))],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_mistake_is_told_once(image_folder, tmp_path):

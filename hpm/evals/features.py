@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,16 @@ class Subject:
     name: str
     backbone: Backbone
     architecture: dict[str, Any]
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def parts(
+        self, images: Tensor
+    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
+        """Class token (or None) and patches of a batch as it is loaded, in float32."""
+        device = self.backbone.mean.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            cls_token, patches = self.backbone.parts_of_pixels(images)
+        return None if cls_token is None else cls_token.float(), patches.float()
 
     @property
     def view(self) -> tuple[tuple[int, int], int]:
@@ -79,7 +89,7 @@ def pooled(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            cls_token, patches = subject.backbone.parts_of_pixels(images)
+            cls_token, patches = subject.parts(images)
             if cls_token is not None:
                 features[f"{subject.name}, class token"] = cls_token
             features[f"{subject.name}, patch mean"] = patches.mean(1)
@@ -100,14 +110,13 @@ def by_view(subjects: list[Subject], baseline: bool) -> list[tuple[list[Subject]
 def pooled_features(
     subjects: list[Subject], source: Source, labels: np.ndarray, reading: Reading, baseline: bool
 ) -> dict[str, Features]:
-    """Pooled features of all subjects, and raw pixels, of all readable images."""
+    """Pooled features of all subjects, and raw pixels, of all readable images (see `extract`)."""
     found: dict[str, Features] = {}
     for alike, with_pixels in by_view(subjects, baseline):
         found |= extract(pooled(alike, with_pixels), source, labels, *alike[0].view, reading)
     first = subjects[0].view
-    if any(s.view != first for s in subjects) and baseline:
+    if any(s.view != first for s in subjects) and RAW_PIXELS in found:
         found[RAW_PIXELS] = found.pop(RAW_PIXELS)  # to the end of the table
-    check_finite(found)
     return found
 
 
@@ -132,27 +141,40 @@ def extract(
     """Features of all readable images, of every kind that `embed` gives: [B C H W] -> [B *].
 
     Unreadable images are reported and left out, their labels with them. Several processes share
-    the images; each has all of the result.
+    the images; the main process has all of the result, the others none. Raises UserError where no
+    image can be read, or the features are not finite.
     """
-    found: dict[str, list[Tensor]] = {}
-    parts: list[Tensor] = []
+    share = len(distributed.part_of(len(source)))
+    found: dict[str, Tensor] = {}
+    ids = torch.empty(share, dtype=torch.int64)
+    count = 0
     for batch in reading.batches(source, size, channels):
-        parts.append(batch.indices)
+        rows = slice(count, count + len(batch.indices))
+        ids[rows], count = batch.indices, rows.stop
         for name, features in embed(batch.images).items():
-            found.setdefault(name, []).append(features.float().cpu())
-    gathered = distributed.gather((parts, found))
-    indices = [index for their_indices, _ in gathered for index in their_indices]
-    if not indices:
+            if name not in found:
+                found[name] = torch.empty(share, *features.shape[1:])
+            found[name][rows] = features
+    ids = ids[:count]
+    everyones = distributed.rows_of_all(ids).sort().values
+    if not len(everyones):
         raise UserError(f"{source.name}: no readable image")
-    ids = torch.cat(indices)
-    order = ids.argsort()
-    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[ids[order]]
-    names = next(list(theirs) for _, theirs in gathered if theirs)
+    if not found:  # here, but elsewhere
+        found = no_features(embed, size, channels)
+    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[everyones]
     result = {}
-    for name in names:
-        rows = torch.cat([row for _, theirs in gathered for row in theirs.get(name, [])])
-        result[name] = Features(rows[order] if len(gathered) > 1 else rows, kept)
+    for name in list(found):
+        rows_of_name = distributed.rows_to_main(found.pop(name)[:count], ids)
+        if distributed.is_main():
+            result[name] = Features(rows_of_name, kept)
+    distributed.main_first(lambda: check_finite(result))
     return result
+
+
+def no_features(embed: Embed, size: tuple[int, int], channels: int) -> dict[str, Tensor]:
+    """Features [0 *] of no image, for a process that has read none."""
+    empty = embed(torch.zeros(1, channels, *size, dtype=torch.uint8))
+    return {name: features[:0].float().cpu() for name, features in empty.items()}
 
 
 def raw_pixels(images: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
 from hpm.errors import UserError
 from hpm.evals.features import Labelled, Reading, Subject
-from hpm.evals.metrics import Ranked, join, rank
+from hpm.evals.metrics import Ranked, rank
 from hpm.extras import need
 from hpm.logs import RunLog
 from hpm.models.build import build_classifier
@@ -359,16 +359,19 @@ class _Finetuning:
         self.model.eval()
         mean, std = self.subject.backbone.mean, self.subject.backbone.std
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
-        parts = []
+        ids, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
         channels = self.subject.architecture["channels"]
         for batch in reading.batches(self.data.test, self.size, channels):
             with self._autocast():
                 logits = self.model(normalize(batch.images.to(self.device), mean, std))
-            parts.append(rank(logits.float().cpu(), labels[batch.indices]))
-        everyones = [part for parts in distributed.gather(parts) for part in parts]
-        if not everyones:
+            ids.append(batch.indices)
+            parts.append(rank(logits.float().cpu(), labels[batch.indices]).ranks)
+        everyones = distributed.rows_of_all(torch.cat(ids))
+        if not len(everyones):
             raise UserError(f"{self.data.test.name}: no readable image")
-        return join(everyones)
+        order = everyones.argsort()
+        ranks = distributed.rows_of_all(torch.cat(parts))
+        return Ranked(ranks[order], labels[everyones[order]])
 
     def _save(self) -> None:
         meta = {"step": self.step, "identity": self._identity()}

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpm import distributed
 from hpm.evals.features import Features
 from hpm.evals.metrics import Ranked, rank
 
@@ -25,24 +24,20 @@ def knn(
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, Ranked]]:
     """Yield (`k = K`, where the true class of each test image stands) for every K that the
-    training set is large enough for.
-
-    Several processes share the queries; each has all of the result.
-    """
+    training set is large enough for."""
     device = device or torch.device("cpu")
     ks = [k for k in ks if k <= len(train.features)]
     bank = F.normalize(train.features.to(device), dim=1)
     labels = train.labels.to(device)
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
-    mine = distributed.part_of(len(test.labels))
-    for ids in mine.split(QUERIES):
+    for ids in torch.arange(len(test.labels)).split(QUERIES):
         queries = F.normalize(test.features[ids].to(device), dim=1)
         votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
         for k in ks:
             parts[k].append(rank(votes[k], test.labels[ids].to(device)).ranks)
     for k in ks:
         ranks = torch.cat([*parts[k], torch.empty(0, dtype=torch.int64)])
-        yield f"k = {k}", Ranked(distributed.join_parts(ranks, len(test.labels)), test.labels)
+        yield f"k = {k}", Ranked(ranks, test.labels)
 
 
 def neighbour_votes(

@@ -10,10 +10,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hpm import distributed
 from hpm.config import EvalConfig
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.errors import UserError
-from hpm.evals.features import Reading, Subject, labelled_splits, pooled_features, split_by_class
+from hpm.evals.features import (
+    Features,
+    Reading,
+    Subject,
+    labelled_splits,
+    pooled_features,
+    split_by_class,
+)
 from hpm.evals.knn import knn
 from hpm.evals.metrics import Ranked
 from hpm.evals.probe import Cached, LinearHeads, Recipe, grid, probe
@@ -48,16 +56,19 @@ class OngoingProbe:
         backbone = trained.backbone().to(device).eval()
         subjects = [Subject(NAME, backbone, trained.architecture)]
         train, test = (
-            {POOLED: pooled_features(subjects, source, labels, self.reading, False)[POOLED]}
+            pooled_features(subjects, source, labels, self.reading, False)
             for source, labels in ((data.train, data.train_labels), (data.test, data.test_labels))
         )
-        classes = len(data.classes)
-        nearest = dict(knn(train[POOLED], test[POOLED], classes, (K,), device=device))
-        bank = Cached(train)
+        return distributed.main_first(lambda: self._judged(train[POOLED], test[POOLED], device))
+
+    def _judged(self, train: Features, test: Features, device: torch.device) -> dict[str, float]:
+        data, classes = self.data, len(self.data.classes)
+        nearest = dict(knn(train, test, classes, (K,), device=device))
+        bank = Cached({POOLED: train})
         held = split_by_class(bank.labels.numpy(), data.classes, data.train.name, self.seed)[1]
         settings = grid(LEARNING_RATES, (0.0,))
         recipe = Recipe(LinearHeads, settings, EPOCHS, BATCH_SIZE, self.seed, device)
-        probed = probe(bank, bank, Cached(test), held, classes, recipe)[POOLED]
+        probed = probe(bank, bank, Cached({POOLED: test}), held, classes, recipe)[POOLED]
         return {"knn": _top1(nearest[f"k = {K}"]), "linear": _top1(probed.ranked)}
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpm import distributed
-from hpm.data.loader import MakeView, training_loader
+from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
 from hpm.data.sources import Source
 from hpm.errors import UserError
-from hpm.evals.features import Embed, Features, check_finite
+from hpm.evals.features import Embed, Features, check_finite, no_features
 from hpm.evals.metrics import Ranked, join, rank
 from hpm.logs import track
 from hpm.optim import learning_rate
@@ -65,7 +65,7 @@ class Computed:
         self,
         source: Source,
         labels: np.ndarray,
-        make_view: MakeView,
+        make_view: TrainingViews | EvaluationViews,
         embed: Embed,
         workers: int,
         stand_in: bool = False,
@@ -80,14 +80,14 @@ class Computed:
         for batch in training_loader(
             self.source, self.make_view, keys, self.workers, False, self.stand_in
         ):
-            rows: dict[str, Tensor] = {}
             if len(batch.images):
                 rows = {name: f.float().cpu() for name, f in self.embed(batch.images).items()}
-            parts = [part for part in distributed.gather((rows, batch.indices)) if part[0]]
-            if not parts:
+            else:
+                rows = no_features(self.embed, self.make_view.size, self.make_view.channels)
+            ids = distributed.rows_of_all(batch.indices)
+            if not len(ids):
                 raise UserError(f"{self.source.name}: no readable image")
-            ids = torch.cat([indices for _, indices in parts])
-            whole = {name: torch.cat([rows[name] for rows, _ in parts]) for name in parts[0][0]}
+            whole = {name: distributed.rows_of_all(features) for name, features in rows.items()}
             check_finite({n: Features(f, self.labels[ids]) for n, f in whole.items()})
             yield whole, self.labels[ids], ids
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from hpm.config import (
     AttentiveConfig,
     EvalConfig,
     FinetuneConfig,
+    FrozenConfig,
     HardnessConfig,
     KnnConfig,
     LabelledEvalConfig,
@@ -33,7 +35,6 @@ from hpm.evals.features import (
     Reading,
     Subject,
     by_view,
-    check_finite,
     extract,
     labelled_splits,
     pooled,
@@ -47,7 +48,6 @@ from hpm.evals.knn import knn
 from hpm.evals.metrics import Ranked
 from hpm.evals.probe import (
     AttentiveHeads,
-    Bank,
     Cached,
     Computed,
     LinearHeads,
@@ -88,7 +88,8 @@ class Task:
         if config.baselines:
             random = build_encoder(self.trained.architecture, config.seed)
             backbone = Backbone(random, self.trained.mean, self.trained.std)
-            self.subjects.append(Subject(RANDOM, backbone, self.trained.architecture))
+            architecture = self.trained.architecture
+            self.subjects.append(Subject(RANDOM, backbone, architecture, self.precision))
         for subject in self.subjects:
             subject.backbone.to(device).eval()
         self.splits = open_source(config.data)
@@ -99,7 +100,12 @@ class Task:
         backbone = trained.backbone(teacher=self.config.teacher)
         for note in trained.notes:
             self.reading.report(note)
-        return Subject(name, backbone, trained.architecture)
+        return Subject(name, backbone, trained.architecture, self.precision)
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Of frozen features."""
+        return self.config.precision if isinstance(self.config, FrozenConfig) else "float32"
 
     def labelled(self) -> Labelled:
         assert isinstance(self.config, LabelledEvalConfig)
@@ -132,19 +138,25 @@ def evaluate_knn(task: Task, config: KnnConfig) -> Outcome:
             (data.train, data.train_labels), (data.test, data.test_labels),
         )
     )  # fmt: skip
-    count = len(next(iter(train.values())).labels)
-    if count < min(config.k):
-        raise UserError(
-            f"k {min(config.k)} is more than the {count} training images: pass a smaller --k"
-        )
-    ranked = {
-        name: dict(
-            knn(train[name], test[name], len(data.classes), config.k, config.temperature,
-                task.device)
-        )
-        for name in train
-    }  # fmt: skip
-    return Outcome(ranked, images=_counts(train, test), hardness=evaluate_hardness(task, 256))
+
+    def classified() -> Outcome:
+        count = len(next(iter(train.values())).labels)
+        if count < min(config.k):
+            raise UserError(
+                f"k {min(config.k)} is more than the {count} training images: pass a smaller --k"
+            )
+        ranked = {
+            name: dict(
+                knn(train[name], test[name], len(data.classes), config.k, config.temperature,
+                    task.device)
+            )
+            for name in train
+        }  # fmt: skip
+        return Outcome(ranked, images=_counts(train, test))
+
+    outcome = distributed.main_first(classified)
+    outcome.hardness = evaluate_hardness(task, 256)
+    return outcome
 
 
 def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
@@ -157,11 +169,12 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
                 (data.train, data.train_labels), (data.test, data.test_labels),
             )
         )  # fmt: skip
-        bank = Cached(train)
-        held = task.held(bank.labels.numpy(), data)
-        found = probe(bank, bank, Cached(test), held, len(data.classes), recipe)
-        return _probe_outcome("linear", found, _counts(train, test))
-    found = {}
+        return distributed.main_first(
+            lambda: _probe_outcome(
+                "linear", _probe_cached(task, data, train, test, recipe), _counts(train, test)
+            )
+        )
+    found: dict[str, Probed] = {}
     held = task.held(data.train_labels, data)
     for alike, baseline in by_view(task.subjects, config.baselines):
         size, channels = alike[0].view
@@ -190,20 +203,26 @@ def evaluate_attentive(task: Task, config: AttentiveConfig) -> Outcome:
             f[0].numel() for f in embed(torch.zeros(1, channels, *size, dtype=torch.uint8)).values()
         )
         sides = ((data.train, data.train_labels), (data.test, data.test_labels))
-        banks: list[Bank] = []
-        for source, labels in sides:
-            if 4 * values * (len(data.train) + len(data.test)) <= config.cache_gb * 1e9:
-                features = extract(embed, source, labels, size, channels, task.reading)
-                check_finite(features)
-                banks.append(Cached(features))
-            else:
-                still = EvaluationViews(size, channels, crop_share=config.crop_share)
-                banks.append(Computed(source, labels, still, embed, task.workers))
-        train, test = banks
-        held = task.held(train.labels.numpy(), data)
-        found |= probe(train, train, test, held, len(data.classes), recipe)
-        images = {"train_images": len(train.labels), "test_images": len(test.labels)}
+        if 4 * values * (len(data.train) + len(data.test)) <= config.cache_gb * 1e9:
+            one, two = (extract(embed, *side, size, channels, task.reading) for side in sides)
+            found |= distributed.main_first(partial(_probe_cached, task, data, one, two, recipe))
+            images = distributed.main_first(partial(_counts, one, two))
+        else:
+            still = EvaluationViews(size, channels, crop_share=config.crop_share)
+            train, test = (Computed(*side, still, embed, task.workers) for side in sides)
+            held = task.held(data.train_labels, data)
+            found |= probe(train, train, test, held, len(data.classes), recipe)
     return _probe_outcome("attentive", found, images)
+
+
+def _probe_cached(
+    task: Task, data: Labelled, train: dict[str, Features], test: dict[str, Features],
+    recipe: Recipe,
+) -> dict[str, Probed]:  # fmt: skip
+    """A probe on features that the main process holds: of no use in another one."""
+    bank = Cached(train)
+    held = task.held(bank.labels.numpy(), data)
+    return probe(bank, bank, Cached(test), held, len(data.classes), recipe)
 
 
 def evaluate_finetune(task: Task, config: FinetuneConfig, folder: Path | None) -> Outcome:
@@ -233,9 +252,7 @@ def evaluate_finetune(task: Task, config: FinetuneConfig, folder: Path | None) -
         )  # fmt: skip
         linear = LinearConfig(config.run, config.data, seed=config.seed)
         recipe = _recipe(LinearHeads, linear, task.device)
-        bank = Cached(train)
-        held = task.held(bank.labels.numpy(), data)
-        found = probe(bank, bank, Cached(test), held, len(data.classes), recipe)
+        found = distributed.main_first(lambda: _probe_cached(task, data, train, test, recipe))
         name = f"{RAW_PIXELS} (linear)"
         outcome.ranked[name] = {"finetune": found[RAW_PIXELS].ranked}
         outcome.chosen = {name: _setting(found[RAW_PIXELS])}
@@ -257,25 +274,22 @@ def evaluate_hardness(task: Task, count: int) -> dict[str, float]:
     trained = task.trained
     if trained.model is None or trained.teacher is None or trained.model.predictor is None:
         return {}
-    values: dict[str, float] = {}
 
-    def measure_them() -> None:
+    def measure_them() -> dict[str, float]:
         assert trained.model is not None and trained.teacher is not None
         trained.model.to(task.device).eval()
         trained.teacher.to(task.device).eval()
         images, config = task.some_images(count), task.config
-        values.update(
-            measure(trained, images, task.device, config.seed, crop_share=config.crop_share)
-        )
+        return measure(trained, images, task.device, config.seed, crop_share=config.crop_share)
 
     try:
-        distributed.main_first(measure_them)
+        return distributed.main_first(measure_them)
     except UserError as error:
         # A frozen model or a codebook may be missing here: no reason to lose all other numbers.
         if isinstance(task.config, HardnessConfig):
             raise
         task.reading.report(f"the predictor is not measured: {error}")
-    return distributed.from_main(values)
+        return {}
 
 
 def run_protocol(task: Task, folder: Path | None) -> Outcome:
@@ -316,7 +330,7 @@ def _patches(subjects: list[Subject], baseline: bool) -> Embed:
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
-        features = {s.name: s.backbone.parts_of_pixels(images)[1] for s in subjects}
+        features = {s.name: s.parts(images)[1] for s in subjects}
         if baseline:
             patch_size = tuple(subjects[0].architecture["patch_size"])
             features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)

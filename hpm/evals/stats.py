@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpm import distributed
 from hpm.data.sources import Source
 from hpm.evals.features import (
     RAW_PIXELS,
     Embed,
+    Features,
     Reading,
     Subject,
     by_view,
-    check_finite,
     extract,
     raw_pixels,
 )
@@ -33,15 +36,20 @@ def stats(
     for alike, with_pixels in by_view(subjects, baseline):
         embed = _embed(alike, with_pixels)
         found = extract(embed, source, np.zeros(len(source), int), *alike[0].view, reading)
-        check_finite(found)
-        for name, features in found.items():
-            if not name.startswith(LIKENESS):
-                x = features.features
-                values[name] = {"rank": effective_rank(x), "of": float(min(x.shape))}
-        for name, features in found.items():
-            if name.startswith(LIKENESS):
-                likeness = features.features.mean().item()
-                values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
+        values |= distributed.main_first(partial(_measured, found))
+    return values
+
+
+def _measured(found: dict[str, Features]) -> dict[str, dict[str, float]]:
+    values = {}
+    for name, features in found.items():
+        if not name.startswith(LIKENESS):
+            x = features.features
+            values[name] = {"rank": effective_rank(x), "of": float(min(x.shape))}
+    for name, features in found.items():
+        if name.startswith(LIKENESS):
+            likeness = features.features.mean().item()
+            values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
     return values
 
 
@@ -50,7 +58,7 @@ def _embed(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
         for subject in subjects:
-            cls_token, patches = subject.backbone.parts_of_pixels(images)
+            cls_token, patches = subject.parts(images)
             mean = f"{subject.name}, patch mean"
             if cls_token is not None:
                 features[f"{subject.name}, class token"] = cls_token

@@ -8,8 +8,9 @@ from helpers import write_images
 import hpm
 from hpm.checkpoint import read_tensors, write_tensors
 from hpm.data.sources import Splits, open_source
-from hpm.evals.features import Features, Reading, extract, labelled_splits, raw_pixels
+from hpm.evals.features import Features, Reading, Subject, extract, labelled_splits, raw_pixels
 from hpm.evals.knn import knn
+from hpm.run import load
 
 
 def naive_knn(train, test, num_classes, k, temperature):
@@ -255,3 +256,31 @@ def test_top_5_of_few_classes_is_not_printed(finished_run, tmp_path, classes, pr
     )  # fmt: skip
     assert ("top-5" in str(result)) == printed
     assert result.about["classes"] == classes
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "attentive", "stats"])
+def test_bfloat16_features_are_nearly_the_same(finished_run, image_folder, tmp_path, protocol):
+    options = {"workers": 0, "baselines": False, "out": str(tmp_path)}
+    options |= {"epochs": 2} if protocol in ("linear", "attentive") else {}
+    run, data = str(finished_run.folder), str(image_folder)
+    exact = hpm.evaluate(protocol, run, data, **options)
+    rounded = hpm.evaluate(protocol, run, data, precision="bfloat16", **options)
+    assert rounded.about["precision"] == "bfloat16" and rounded.file != exact.file
+    for name, settings in exact.values.items():
+        for setting, numbers in settings.items():
+            first = next(iter(numbers))
+            assert rounded.values[name][setting][first] == pytest.approx(numbers[first], rel=0.2)
+
+
+def test_precision_of_the_backbone(finished_run):
+    trained = load(finished_run.folder)
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    with torch.inference_mode():
+        exact, rounded = (
+            Subject("trained", trained.backbone().eval(), trained.architecture, precision).parts(
+                images
+            )[1]
+            for precision in ("float32", "bfloat16")
+        )
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(exact, rounded, dim=-1).min() > 0.99
