@@ -1,0 +1,1 @@
+"""Which patches are hard, which are hidden, and how the student learns to tell."""

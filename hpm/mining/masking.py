@@ -1,0 +1,128 @@
+"""Which patches to hide: every strategy is a priority per patch, one function hides the top M."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hpm.mining.draw import SECONDARY, Draw, Priority
+from hpm.mining.strategies import STRATEGIES
+
+Mined = Literal["easy_to_hard", "hard_to_easy", "moderate", "hardest", "easiest", "attention"]
+Drawn = Literal[
+    "random", "block", "multi_block", "uniform", "red_noise", "green_noise", "blue_noise",
+    "purple_noise",
+]  # fmt: skip
+Mask = Literal[Mined, Drawn]
+
+# Share of the hidden patches that are mined (the others are drawn at random), at first and last.
+HARD_SHARES: dict[str, tuple[float, float]] = {
+    "easy_to_hard": (0.0, 0.5),
+    "hard_to_easy": (0.5, 0.0),
+    "moderate": (0.5, 0.5),
+    "hardest": (1.0, 1.0),
+    "easiest": (1.0, 1.0),
+    "attention": (1.0, 1.0),
+}
+assert set(HARD_SHARES) == set(get_args(Mined))
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
+    """M = N - int(N (1 - mask_ratio)), as masked autoencoders count."""
+    return num_patches - int(num_patches * (1 - mask_ratio))
+
+
+def hard_share(
+    progress: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
+) -> float:
+    """alpha: the share of the hidden patches that are mined, after a share `progress` of training.
+
+    HPM, section 3.4, "easy-to-hard mask generation": from `start` to `end`. The paper's progress is
+    (epoch + 1) / epochs. `cosine` changes slowly at both ends; `constant` is at `end` throughout.
+    """
+    if schedule == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    if schedule == "constant":
+        progress = 1.0
+    return start + progress * (end - start)
+
+
+def make_mask(
+    mask: Mask,
+    draw: Draw,
+    grid: tuple[int, ...],
+    num_hidden: int,
+    signal: Priority | None = None,
+    num_hard: int = 0,
+) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
+    """(visible_ids, hidden_ids) of a batch, always of the same lengths.
+
+    Args:
+        mask: a strategy.
+        draw: the random numbers.
+        grid: patches along each axis.
+        num_hidden: patches that are hidden, M.
+        signal: what is mined by: the predicted loss of each patch, or the attention to it.
+        num_hard: how many of the hidden patches are those of the highest signal (of `easiest`: the
+            lowest); the others are drawn at random.
+    """
+    priority = STRATEGIES.get(mask, STRATEGIES["random"])(draw, grid, num_hidden)
+    if signal is not None and num_hard > 0:
+        priority = hardest_first(priority, -signal if mask == "easiest" else signal, num_hard)
+    return hide_top(priority, num_hidden)
+
+
+def hardest_first(priority: Priority, predicted_loss: Priority, num_hard: int) -> Priority:
+    """Put the `num_hard` patches of highest predicted loss before all others."""
+    if num_hard == 0:
+        return priority
+    hardest = predicted_loss.topk(num_hard, dim=1).indices
+    return priority.scatter(1, hardest, torch.inf)
+
+
+def hide_top(
+    priority: Priority, num_hidden: int
+) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
+    """Hide the `num_hidden` patches of highest priority: (visible_ids, hidden_ids).
+
+    Both in raster order, always of the same length, whatever the priorities.
+    """
+    order = priority.argsort(dim=1, descending=True)
+    hidden_ids = order[:, :num_hidden].sort(dim=1).values
+    visible_ids = order[:, num_hidden:].sort(dim=1).values
+    return visible_ids, hidden_ids
+
+
+def choose_covered(
+    draw: Draw, visible_ids: Int[Tensor, "batch visible"], ratio: float, num_patches: int
+) -> Int[Tensor, "batch covered"]:
+    """Secondary masking (UM-MAE): int(V ratio) of the visible patches, whose content is replaced
+    by something learned; they are encoded all the same."""
+    priority = draw.noise(num_patches, SECONDARY).gather(1, visible_ids)
+    count = int(visible_ids.shape[1] * ratio)
+    return visible_ids.gather(1, priority.argsort(dim=1)[:, :count])
+
+
+def rotating_masks(
+    priority: Priority, num_hidden: int
+) -> list[tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]]:
+    """As few masks as possible that together hide every patch at least once."""
+    count = priority.shape[1]
+    order = priority.argsort(dim=1, descending=True)
+    masks = []
+    for start in range(0, count, num_hidden):
+        turned = order.roll(-start, dims=1)
+        hidden_ids, visible_ids = turned[:, :num_hidden], turned[:, num_hidden:]
+        masks.append((visible_ids.sort(dim=1).values, hidden_ids.sort(dim=1).values))
+    return masks
+
+
+def to_mask(hidden_ids: Int[Tensor, "batch hidden"], num_patches: int) -> Tensor:
+    """Boolean mask [B N], True where hidden: for files and figures."""
+    mask = torch.zeros(len(hidden_ids), num_patches, dtype=torch.bool, device=hidden_ids.device)
+    return mask.scatter(1, hidden_ids, True)

@@ -1,0 +1,166 @@
+"""The miner: what says how hard each patch is, and which patches are hidden because of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hpm.mining.draw import TEACHER_VIEW, TIES, Draw
+from hpm.mining.masking import Mask, choose_covered, make_mask
+from hpm.mining.memory import HardnessMemory
+from hpm.mining.teacher import (
+    Images,
+    PredictLoss,
+    Signal,
+    SmallTeacher,
+    attention,
+    predicted_losses,
+    predicted_losses_masked,
+    small_image_size,
+)
+from hpm.models.build import build_model
+from hpm.models.mim import MaskedImageModel
+
+
+class Seen(NamedTuple):
+    """Which training images a batch shows, and which part of each (see `data.transforms.Crop`)."""
+
+    image_ids: Int[Tensor, " batch"]
+    crops: Float[Tensor, "batch 4"]
+
+
+class Mined(NamedTuple):
+    """What the student is shown and asked, and what the teacher computed of the whole images."""
+
+    visible_ids: Int[Tensor, "batch visible"]
+    hidden_ids: Int[Tensor, "batch hidden"]
+    covered_ids: Int[Tensor, "batch covered"] | None
+    features: Float[Tensor, "batch tokens dim"] | None
+    signal: Signal | None  # None where the teacher was not asked
+
+
+@dataclass
+class Miner:
+    """Decides which patches are hidden (HPM, sections 3.3 and 3.4).
+
+    The same miner serves the training step, the figures, the hardness measures and the benchmark.
+
+    Args:
+        teacher: the EMA model.
+        mask: strategy.
+        num_hidden: patches that are hidden, M.
+        secondary_mask_ratio: share of the visible patches whose content is covered.
+        mine_by: the teacher's prediction, or a memory of the student's actual losses.
+        mine_every: steps from one prediction to the next; in between the memory of the predictions
+            is mined by.
+        teacher_view: whether the teacher sees whole images, or masked ones.
+        small_teacher: predicts on smaller images instead.
+        memory: where losses or predictions are remembered.
+        needs_features: whether the target needs the teacher's features of whole images.
+        predict_loss: the teacher's `predict_loss`, where it is compiled.
+    """
+
+    teacher: MaskedImageModel
+    mask: Mask
+    num_hidden: int
+    secondary_mask_ratio: float = 0.0
+    mine_by: Literal["teacher", "memory"] = "teacher"
+    mine_every: int = 1
+    teacher_view: Literal["full", "masked"] = "full"
+    small_teacher: SmallTeacher | None = None
+    memory: HardnessMemory | None = None
+    needs_features: bool = False
+    predict_loss: PredictLoss | None = None
+
+    def mine(
+        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None
+    ) -> Mined:
+        """Hide the `num_hard` hardest patches of normalised images, and others at random.
+
+        The teacher runs only where its result is used. `seen` is needed with a memory.
+        """
+        features = predicted = None
+        mines = num_hard > 0
+        if mines and self.mine_by == "teacher" and step % self.mine_every == 0:
+            features, predicted = self.signal(images, draw)
+        if features is None and self.needs_features:
+            features = self._features(images)
+        signal = predicted
+        if mines and signal is None and self.memory is not None:
+            assert seen is not None, "a memory needs to know which images these are"
+            signal = self.memory.read(*seen)
+            # Nothing is known of some places: none of those comes before another.
+            signal = signal + 1e-3 * draw.noise(signal.shape[1], TIES)
+        visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
+        covered_ids = None
+        if self.secondary_mask_ratio:
+            num_patches = self.teacher.encoder.num_patches
+            covered_ids = choose_covered(
+                draw, visible_ids, self.secondary_mask_ratio, num_patches
+            )
+        return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
+
+    def hide(
+        self, draw: Draw, signal: Signal | None, num_hard: int, num_hidden: int | None = None
+    ) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
+        """(visible_ids, hidden_ids): the patches of the highest signal, and others at random."""
+        num_hidden = self.num_hidden if num_hidden is None else num_hidden
+        grid = self.teacher.encoder.grid
+        return make_mask(self.mask, draw, grid, num_hidden, signal, num_hard)
+
+    def signal(
+        self, images: Images, draw: Draw
+    ) -> tuple[Float[Tensor, "batch tokens dim"] | None, Signal]:
+        """(the teacher's features, where they were computed; what patches are mined by)."""
+        if self.mask == "attention":
+            return attention(self.teacher, images)
+        return self.predicted_loss(images, draw)
+
+    def predicted_loss(
+        self, images: Images, draw: Draw
+    ) -> tuple[Float[Tensor, "batch tokens dim"] | None, Signal]:
+        """(the teacher's features of whole images, where they were computed; the loss that it
+        predicts for each patch, in the way that patches are mined)."""
+        if self.small_teacher is not None:
+            return None, self.small_teacher.predicted_losses(images, self.predict_loss)
+        predict_loss = self.predict_loss or self.teacher.predict_loss
+        if self.teacher_view == "masked":
+            priority = draw.noise(self.teacher.encoder.num_patches, TEACHER_VIEW)
+            return None, predicted_losses_masked(predict_loss, images, priority, self.num_hidden)
+        return predicted_losses(predict_loss, images)
+
+    @torch.no_grad()
+    def remember(self, seen: Seen, mined: list[Mined], patch_loss: list[Tensor]) -> None:
+        """Keep what a batch, in parts, showed about its images: the teacher's predictions, or the
+        student's losses [B M]."""
+        if self.memory is None:
+            return
+        predicted = [part.signal for part in mined if part.signal is not None]
+        if predicted:
+            hardness = torch.cat(predicted)
+            patch_ids = torch.arange(hardness.shape[1], device=hardness.device)
+            # The predictor learns from the order within images alone.
+            self.memory.write(*seen, patch_ids.expand_as(hardness), hardness, per_image=True)
+        elif self.mine_by == "memory":
+            hidden_ids = torch.cat([part.hidden_ids for part in mined])
+            self.memory.write(*seen, hidden_ids, torch.cat(patch_loss))
+
+    @torch.no_grad()
+    def _features(self, images: Images) -> Tensor:
+        return self.teacher.encoder(images)
+
+
+def make_small_teacher(
+    teacher: MaskedImageModel, architecture: dict[str, Any], scale: float
+) -> SmallTeacher | None:
+    """The teacher on images of `scale` times their size; None for the whole size."""
+    if scale == 1:
+        return None
+    (height, width), (rows, columns) = architecture["image_size"], architecture["patch_size"]
+    size = small_image_size((height, width), (rows, columns), scale)
+    small = build_model(architecture | {"image_size": list(size)})
+    return SmallTeacher(teacher, small.to(next(teacher.parameters()).device))

@@ -1,0 +1,164 @@
+"""Masks that are drawn at random: each gives every patch of a batch a priority to be hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hpm.mining.draw import BLOCKS, Draw, Priority
+
+def random(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
+    """Any patches (MAE)."""
+    return draw.noise(math.prod(grid))
+
+
+def block(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
+    """One square."""
+    place = draw.noise(len(grid), BLOCKS)
+    return one_block(random(draw, grid, num_hidden), place, grid, num_hidden)
+
+
+def multi_block(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
+    """Blocks of random size and shape (BEiT)."""
+    choices = draw.noise(4 * BLOCKS_TRIED, BLOCKS).view(-1, BLOCKS_TRIED, 4)
+    return many_blocks(random(draw, grid, num_hidden), choices, grid)
+
+
+def uniform(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
+    """All but one patch of each 2 x 2 (UM-MAE)."""
+    return one_visible_per_cell(random(draw, grid, num_hidden), grid)
+
+
+def coloured_noise(
+    draw: Draw, grid: tuple[int, ...], num_hidden: int, colour: str
+) -> Priority:
+    """Blobs of a size that the colour says (ColorMAE)."""
+    return filtered_noise(random(draw, grid, num_hidden), grid, colour)
+
+
+def one_block(
+    priority: Priority,
+    place: Float[Tensor, "batch axes"],
+    grid: tuple[int, ...],
+    num_hidden: int,
+) -> Priority:
+    """One square: the nearer to its centre, the sooner hidden; it lies within the image.
+
+    `place` in [0, 1) says where; `priority` in [0, 1) which corner patches stay visible where the
+    square has more patches than are hidden. Where the image is too narrow for a square, it is as
+    wide as the image.
+    """
+    side = 1
+    while math.prod(min(side, size) for size in grid) < num_hidden:
+        side += 1
+    distance = torch.zeros_like(priority)
+    for axis, coordinates in enumerate(_coordinates(grid, priority.device)):
+        width = min(side, grid[axis])
+        start = (place[:, axis] * (grid[axis] - width + 1)).floor()
+        centre = start + (width - 1) / 2
+        distance = torch.maximum(distance, (coordinates - centre[:, None]).abs())
+    return 0.5 * priority - distance  # distances differ by 1 or not at all
+
+
+BLOCKS_TRIED = 32
+BLOCK_AREA = (16 / 196, 0.4)  # share of the image
+BLOCK_ASPECT = 0.3  # of the most oblong block
+
+
+def many_blocks(
+    priority: Priority, choices: Float[Tensor, "batch blocks 4"], grid: tuple[int, ...]
+) -> Priority:
+    """Blocks of random size, shape and place, one after the other until enough is hidden (BEiT,
+    algorithm 1); of the last one a random part.
+
+    `choices` in [0, 1): area, aspect, row, column of each block. Raises ValueError unless the grid
+    has two axes.
+    """
+    if len(grid) != 2:
+        raise ValueError("blocks are made for images")
+    rows, columns = grid
+    low, high = BLOCK_AREA
+    area = (low + choices[..., 0] * (high - low)) * rows * columns
+    aspect = ((2 * choices[..., 1] - 1) * math.log(BLOCK_ASPECT)).exp()
+    height = (area * aspect).sqrt().round().clamp(1, rows)
+    width = (area / aspect).sqrt().round().clamp(1, columns)
+    top = (choices[..., 2] * (rows - height + 1)).floor()[..., None]
+    left = (choices[..., 3] * (columns - width + 1)).floor()[..., None]
+    y, x = _coordinates(grid, priority.device)
+    inside_y = (y >= top) & (y < top + height[..., None])
+    inside_x = (x >= left) & (x < left + width[..., None])
+    covered = inside_y & inside_x  # [B blocks N]
+    first = torch.where(covered.any(1), covered.int().argmax(1), covered.shape[1])
+    return priority - first
+
+
+def one_visible_per_cell(priority: Priority, grid: tuple[int, ...]) -> Priority:
+    """Uniform sampling (UM-MAE): of each cell of two patches along every axis, one is visible.
+
+    Raises ValueError where the grid is odd.
+    """
+    if any(size % 2 for size in grid):
+        raise ValueError(f"a grid of {grid} has no cells of two along every axis")
+    cell = torch.zeros(priority.shape[1], dtype=torch.int64, device=priority.device)
+    for size, coordinates in zip(grid, _coordinates(grid, priority.device), strict=True):
+        cell = cell * (size // 2) + coordinates.long() // 2
+    members = cell.argsort(stable=True).view(-1, 2 ** len(grid))  # [cells patches-of-a-cell]
+    chosen = priority[:, members].argmin(-1, keepdim=True)
+    visible = members.expand(len(priority), -1, -1).gather(-1, chosen).flatten(1)
+    return priority.scatter(1, visible, -1.0)
+
+
+# Widths of the Gaussian filters, in patches.
+FINE, COARSE = 1.0, 2.0
+
+
+def filtered_noise(priority: Priority, grid: tuple[int, ...], colour: str) -> Priority:
+    """Filtered noise (ColorMAE), which needs no learning: red leaves low frequencies (large
+    blobs), blue the high ones, green those between (small blobs), purple all but those between."""
+    white = (priority - 0.5).reshape(-1, *grid)
+    fine, coarse = _blurred(white, FINE), _blurred(white, COARSE)
+    filtered = {
+        "red": fine,
+        "blue": white - fine,
+        "green": fine - coarse,
+        "purple": white - (fine - coarse),
+    }
+    return filtered[colour].flatten(1)
+
+
+def _blurred(values: Float[Tensor, batch * grid], sigma: float) -> Float[Tensor, batch * grid]:
+    """Gaussian filter along every axis; the borders meet, so that no patch is special."""
+    for axis in range(1, values.ndim):
+        size = values.shape[axis]
+        offset = torch.arange(size, device=values.device)
+        apart = (offset[:, None] - offset).abs()
+        weights = torch.exp(-(torch.minimum(apart, size - apart) ** 2) / (2 * sigma**2))
+        weights = weights / weights.sum(1, keepdim=True)
+        values = (values.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return values
+
+
+def _coordinates(grid: tuple[int, ...], device: torch.device) -> list[Float[Tensor, " patches"]]:
+    """Row, column, ... of every patch, in raster order."""
+    axes = [torch.arange(size, device=device, dtype=torch.float32) for size in grid]
+    return [c.flatten() for c in torch.meshgrid(*axes, indexing="ij")]
+
+
+# A strategy gives every patch of a batch a priority [B N]; those of the highest are hidden.
+Strategy = Callable[[Draw, tuple[int, ...], int], Priority]
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": random,
+    "block": block,
+    "multi_block": multi_block,
+    "uniform": uniform,
+    "red_noise": partial(coloured_noise, colour="red"),
+    "green_noise": partial(coloured_noise, colour="green"),
+    "blue_noise": partial(coloured_noise, colour="blue"),
+    "purple_noise": partial(coloured_noise, colour="purple"),
+}
