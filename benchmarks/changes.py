@@ -24,7 +24,9 @@ from torch import Tensor
 from hpm.bench import HARD_SHARE, noise_batch, run_state
 from hpm.config import BenchConfig
 from hpm.distributed import pick_device
-from hpm.masking import make_mask
+from hpm.mining import miner
+from hpm.mining.draw import Draw
+from hpm.mining.masking import make_mask
 from hpm.models import linear
 from hpm.models.mim import Decoder
 from hpm.state import State
@@ -69,12 +71,20 @@ def loop_of_adamw(state: State) -> Iterator[None]:
             g["fused"], g["foreach"] = fused, foreach
 
 
-def image_by_image(mask: Any, sample_ids: Tensor, grid: Any, *options: Any) -> Any:
+def image_by_image(
+    mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, num_hard: int
+) -> Any:
     """Masks in a loop over the images, as the published code makes them."""
-    *rest, signal, num_hard = options
     masks = [
-        make_mask(mask, sample_ids[i : i + 1], grid, *rest, signal[i : i + 1], num_hard)
-        for i in range(len(sample_ids))
+        make_mask(
+            mask,
+            Draw(draw.seed, draw.epoch, draw.sample_ids[i : i + 1]),
+            grid,
+            num_hidden,
+            None if signal is None else signal[i : i + 1],
+            num_hard,
+        )
+        for i in range(len(draw.sample_ids))
     ]
     return tuple(torch.cat(ids) for ids in zip(*masks, strict=True))
 
@@ -85,7 +95,7 @@ CHANGES: dict[str, Undo] = {
     "AdamW in one pass": loop_of_adamw,
     "the teacher's average in one pass": parameter_by_parameter,
     "masks of the whole batch at once":
-        lambda state: patch.object(pretrain, "make_mask", image_by_image),
+        lambda state: patch.object(miner, "make_mask", image_by_image),
 }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from hpm.data.loader import normalize
 from hpm.data.sources import open_source
 from hpm.data.transforms import evaluation_view
-from hpm.masking import HARD_SHARES, Mask, make_mask, num_hidden_patches, to_mask
+from hpm.mining.draw import Draw
+from hpm.mining.masking import HARD_SHARES, Mask, make_mask, num_hidden_patches, to_mask
+from hpm.mining.teacher import attention, predicted_losses
 from hpm.run import load
-from hpm.teacher import attention, predicted_losses
 
 DOCS = Path(__file__).parent
 IMAGE, RATIO = 7, 0.75
@@ -25,7 +26,7 @@ view = torch.from_numpy(
 images = normalize(view, torch.tensor(trained.mean), torch.tensor(trained.std))
 with torch.no_grad():
     signals = {"attention": attention(trained.teacher, images)[1]}
-    losses = predicted_losses(trained.teacher, images)[1]
+    losses = predicted_losses(trained.teacher.predict_loss, images)[1]
 
 names = get_args(Mask)
 hidden = num_hidden_patches(encoder.num_patches, RATIO)
@@ -37,9 +38,13 @@ shown = {"image": picture, "predicted loss": losses.view(encoder.grid).numpy()}
 for name in names:
     share = max(HARD_SHARES.get(name, (0, 0)))
     _, ids = make_mask(
-        name, torch.tensor([3]), encoder.grid, hidden, 0, 0, signals.get(name, losses),
+        name,
+        Draw(0, 0, torch.tensor([3])),
+        encoder.grid,
+        hidden,
+        signals.get(name, losses),
         int(share * hidden),
-    )  # fmt: skip
+    )
     mask = to_mask(ids, encoder.num_patches).view(1, 1, *encoder.grid)
     covered = torch.nn.functional.interpolate(mask.float(), encoder.image_size)[0, 0].bool()
     covered_picture = picture.copy()

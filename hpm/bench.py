@@ -22,11 +22,11 @@ from hpm.data.loader import Batch
 from hpm.distributed import pick_device
 from hpm.errors import UserError
 from hpm.logs import memory_gb, track
-from hpm.masking import HARD_SHARES
+from hpm.mining.masking import HARD_SHARES
+from hpm.mining.teacher import small_image_size
 from hpm.models.patches import grid_size
 from hpm.pretrain import Mark, no_mark, train_step
 from hpm.state import State
-from hpm.teacher import small_image_size
 
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
 METHODS: dict[str, dict[str, Any]] = {

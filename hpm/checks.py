@@ -19,9 +19,9 @@ from hpm.config import (
     secondary_mask_ratio,
 )
 from hpm.errors import UserError, nearest
-from hpm.masking import HARD_SHARES
+from hpm.mining.masking import HARD_SHARES
+from hpm.mining.teacher import small_image_size
 from hpm.schedule import duration_steps
-from hpm.teacher import small_image_size
 from hpm.trackers import check_tracker
 
 COUNTS = (

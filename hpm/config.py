@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from hpm.errors import UserError, nearest
-from hpm.masking import HARD_SHARES, Mask, Schedule
+from hpm.mining.masking import HARD_SHARES, Mask, Schedule
 
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
+PredictorLoss = Literal["relative", "absolute", "none"]
 TrackerName = Literal["none", "wandb", "mlflow"]
 TIMM = "timm/"
 Panel = Literal["image", "actual", "predicted", "mask", "reconstruction", "pca", "attention"]
@@ -126,7 +127,7 @@ class PretrainConfig:
     """Of target tokens: the file that `hpm tokenize` wrote."""
     ranking_signal: RankingSignal = "target"
     """Of pixel targets: the loss that the predictor ranks by, in raw or in normalised pixels."""
-    predictor_loss: Literal["relative", "absolute", "none"] = "relative"
+    predictor_loss: PredictorLoss = "relative"
     """How the predictor learns: from pairwise order, by regression, or not at all (plain MAE
     together with --mask random)."""
     predictor_weight: float = 1.0

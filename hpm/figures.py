@@ -20,14 +20,14 @@ from hpm.config import PANELS, Panel
 from hpm.data.loader import normalize
 from hpm.errors import UserError
 from hpm.evals.hardness import loss_maps
-from hpm.masking import make_mask, num_hidden_patches, to_mask
+from hpm.mining.draw import Draw
+from hpm.mining.masking import num_hidden_patches, to_mask
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.pages.page import colours
 from hpm.run import Trained
 from hpm.targets import PixelTarget, patch_statistics
-from hpm.teacher import attention, predicted_losses
 
 TITLES: dict[Panel, str] = {
     "image": "image",
@@ -143,26 +143,24 @@ def _masked(
     ratio = config.mask_ratio if mask_ratio is None else mask_ratio
     found: dict[str, Tensor] = {}
     predicted = None
+    miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
     # A memory of losses knows training images alone: here, losses take its place.
     by_losses = config.mine_by == "memory" and bool(wanted & {"mask", "reconstruction"})
     if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
-        maps = loss_maps(model, teacher, images, sample_ids, target, ratio, num_masks, seed)
+        maps = loss_maps(model, miner, images, draw, target, ratio, num_masks)
         found["actual"], predicted = maps.actual, maps.predicted
     elif teacher.predictor is not None:
-        predicted = predicted_losses(teacher.predict_loss, images)[1]
+        predicted = miner.predicted_loss(images, draw)[1]
     if predicted is not None and "predicted" in wanted:
         found["predicted"] = predicted
     if wanted & {"mask", "reconstruction"}:
         signal = found["actual"].nan_to_num(nan=-torch.inf) if by_losses else predicted
         if config.mask == "attention":
-            signal = attention(teacher, images)[1]
+            signal = miner.signal(images, draw)[1]
         num_patches = model.encoder.num_patches
         num_hidden = num_hidden_patches(num_patches, ratio)
-        visible_ids, hidden_ids = make_mask(
-            config.mask, sample_ids, model.encoder.grid, num_hidden, seed, 1, signal,
-            int(num_hidden * hard_share),
-        )  # fmt: skip
+        visible_ids, hidden_ids = miner.hide(draw, signal, int(num_hidden * hard_share), num_hidden)
         found["mask"] = to_mask(hidden_ids, num_patches)
         if "reconstruction" in wanted:
             target = trained.find_target(images.device)

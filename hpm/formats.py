@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hpm.checkpoint import write_tensors, write_text
 from hpm.errors import UserError, one_line
 from hpm.extras import need
-from hpm.masking import num_hidden_patches
+from hpm.mining.masking import num_hidden_patches
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import PREFIX, HieraEncoder, TimmEncoder
 from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer

@@ -7,28 +7,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpm import distributed
 from hpm.checks import check_pretrain
-from hpm.config import PretrainConfig, make_config, read_preset, secondary_mask_ratio
+from hpm.config import PretrainConfig, make_config, read_preset
 from hpm.data.loader import Batch
-from hpm.losses import absolute_loss, ranking_accuracy, relative_loss
-from hpm.masking import (
-    HARD_SHARES,
-    TEACHER_VIEW,
-    TIES,
-    choose_covered,
-    hard_share,
-    make_mask,
-    noise,
-)
+from hpm.mining.draw import Draw
+from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
+from hpm.mining.masking import HARD_SHARES, hard_share
+from hpm.mining.miner import Mined
 from hpm.models.patches import gather_patches
 from hpm.run import Run
 from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
-from hpm.teacher import attention, predicted_losses, predicted_losses_masked
+from hpm.targets import Target
 from hpm.watch import (
     Step,
     Window,
@@ -131,16 +125,21 @@ def _train(state: State, stop: Stop) -> None:
 def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark = no_mark) -> Step:
     """One step of the algorithm: mine, reconstruct and predict, update student and teacher.
 
-    Nothing here waits for the device. `mark` is told each phase that ends, for measuring.
+    Nothing here waits for the device. `mark` is called with each phase as it ends, for measuring.
     """
-    config, schedule = state.config, state.schedule
-    parts = []
+    config, schedule, epoch = state.config, state.schedule, state.schedule.epoch(step)
+    parts: list[tuple[Mined, Learned]] = []
     for number, part in enumerate(batch.parts(config.accumulate)):
         images = state.to_device(part.images)
-        mined = _mine(state, images, part, step, num_hard, mark)
+        draw = Draw(config.seed, epoch, part.view_ids.to(state.device, non_blocking=True))
+        with state.autocast():
+            mined = state.miner.mine(images, draw, num_hard, step, state.seen(part))
+        mark("mining")
         last = number == config.accumulate - 1
         with distributed.no_gradient_sync(state.parallel, last):
-            learned = _learn(state, images, mined, mark)
+            learned = _learn(
+                state.parallel, state.target, images, mined, config, state.autocast(), mark
+            )
         parts.append((mined, learned))
     grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
     state.optimizer.step()
@@ -148,12 +147,17 @@ def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark 
     mark("optimiser")
     state.teacher.update(state.model, schedule.ema_decay(step))
     mark("EMA")
-    _remember(state, batch, parts)
-    mark("mining")
-    visible = torch.cat([mined.visible_ids for mined, _ in parts])
-    hidden = torch.cat([mined.hidden_ids for mined, _ in parts])
-    losses = torch.stack([learned.losses for _, learned in parts]).mean(0)
-    return Step(torch.stack([*losses, grad_norm.detach()]), batch, visible, hidden)
+    all_mined, all_learned = zip(*parts, strict=True)
+    if (seen := state.seen(batch)) is not None:
+        state.miner.remember(seen, all_mined, [learned.patch_loss for learned in all_learned])
+        mark("mining")
+    losses = torch.stack([learned.losses for learned in all_learned]).mean(0)
+    return Step(
+        losses=torch.stack([*losses, grad_norm.detach()]),
+        batch=batch,
+        visible_ids=torch.cat([mined.visible_ids for mined in all_mined]),
+        hidden_ids=torch.cat([mined.hidden_ids for mined in all_mined]),
+    )
 
 
 def _num_hard(state: State, step: int) -> int:
@@ -167,93 +171,37 @@ def _num_hard(state: State, step: int) -> int:
     return int(state.num_hidden * alpha)
 
 
-class Mined(NamedTuple):
-    """What the student is shown and asked, and what the teacher made of the whole images."""
-
-    visible_ids: Int[Tensor, "batch visible"]
-    hidden_ids: Int[Tensor, "batch hidden"]
-    covered_ids: Int[Tensor, "batch covered"] | None
-    features: Float[Tensor, "batch tokens dim"] | None
-    signal: Float[Tensor, "batch patches"] | None
-
-
 class Learned(NamedTuple):
-    """What a forward and backward pass tell; nothing of it has been waited for."""
+    """Results of a forward and backward pass, still on the device."""
 
     losses: Float[Tensor, " 3"]  # reconstruction, predictor, ranking accuracy
-    patch_loss: Float[Tensor, "batch hidden"]  # of what the predictor ranks
+    patch_loss: Float[Tensor, "batch hidden"]  # that the predictor ranks
 
 
-def _mine(
-    state: State, images: Tensor, batch: Batch, step: int, num_hard: int, mark: Mark
-) -> Mined:
-    """The hardest patches are hidden, the rest at random."""
-    config, encoder = state.config, state.model.encoder
-    sample_ids = batch.view_ids.to(state.device, non_blocking=True)
-    epoch = state.schedule.epoch(step)
-    asked = num_hard > 0 and config.mine_by == "teacher" and step % config.mine_every == 0
-    features, told = _ask_teacher(state, images, sample_ids, epoch, asked)
-    mark("teacher")
-    signal = told
-    if state.memory is not None and num_hard > 0 and not asked:
-        images_seen = batch.indices.to(state.device, non_blocking=True)
-        signal = state.memory.read(images_seen, state.crops(batch))
-        # Of places that nothing is known about, none comes before another.
-        signal = signal + 1e-3 * noise(sample_ids, encoder.num_patches, config.seed, epoch, TIES)
-    visible_ids, hidden_ids = make_mask(
-        config.mask, sample_ids, encoder.grid, state.num_hidden, config.seed, epoch, signal,
-        num_hard,
-    )  # fmt: skip
-    covered_ids = None
-    if ratio := secondary_mask_ratio(config):
-        covered_ids = choose_covered(
-            sample_ids, visible_ids, ratio, encoder.num_patches, config.seed, epoch
-        )
-    mark("mining")
-    return Mined(visible_ids, hidden_ids, covered_ids, features, told)
-
-
-def _ask_teacher(
-    state: State, images: Tensor, sample_ids: Tensor, epoch: int, asked: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(features, what is mined by if that is asked for), as far as they are needed: nothing is run
-    in vain."""
-    config, teacher = state.config, state.teacher.model
-    features = signal = None
-    with state.autocast():
-        if asked and config.mask == "attention":
-            features, signal = attention(teacher, images)
-        elif asked and state.small_teacher is not None:
-            signal = state.small_teacher.predicted_losses(images, state.predict_loss)
-        elif asked and config.teacher_view == "masked":
-            priority = noise(
-                sample_ids, teacher.encoder.num_patches, config.seed, epoch, TEACHER_VIEW
-            )
-            signal = predicted_losses_masked(state.predict_loss, images, priority, state.num_hidden)
-        elif asked:
-            features, signal = predicted_losses(state.predict_loss, images)
-        if features is None and state.target.needs_teacher:
-            with torch.no_grad():
-                features = teacher.encoder(images)
-    return features, signal
-
-
-def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Learned:
+def _learn(
+    student: nn.Module,
+    target: Target,
+    images: Float[Tensor, "batch channels *size"],
+    mined: Mined,
+    config: PretrainConfig,
+    autocast: torch.autocast,
+    mark: Mark,
+) -> Learned:
     """Reconstruct the hidden patches, predict how well, and take both losses backward."""
-    config, hidden_ids = state.config, mined.hidden_ids
-    with state.autocast():
+    hidden_ids = mined.hidden_ids
+    with autocast:
         with torch.no_grad():
-            target = gather_patches(state.target(images, mined.features), hidden_ids)
-        prediction, predicted_loss = state.parallel(
+            expected = gather_patches(target(images, mined.features), hidden_ids)
+        prediction, predicted_loss = student(
             images, mined.visible_ids, hidden_ids, mined.covered_ids
         )
-    patch_loss = state.target.patch_loss(prediction, target)
+    patch_loss = target.patch_loss(prediction, expected)
     reconstruction_loss = patch_loss.mean()
     predictor_loss = torch.zeros_like(reconstruction_loss)
     accuracy = torch.full_like(reconstruction_loss, math.nan)
     patch_loss = patch_loss.detach()
     if predicted_loss is not None or config.mine_by == "memory":
-        patch_loss = state.target.ranked_by(patch_loss, images, hidden_ids)
+        patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
     if predicted_loss is not None:
         if config.predictor_loss == "relative":
             total, pairs = relative_loss(predicted_loss, patch_loss)
@@ -268,23 +216,6 @@ def _learn(state: State, images: Tensor, mined: Mined, mark: Mark) -> Learned:
     mark("backward")
     losses = torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])
     return Learned(losses, patch_loss)
-
-
-def _remember(state: State, batch: Batch, parts: list[tuple[Mined, Learned]]) -> None:
-    """Keep for the next visit to these images what was found out about them, if that is used."""
-    if state.memory is None:
-        return
-    sample_ids = batch.indices.to(state.device, non_blocking=True)
-    told = [mined.signal for mined, _ in parts if mined.signal is not None]
-    if told:
-        hardness = torch.cat(told)
-        patch_ids = torch.arange(hardness.shape[1], device=state.device).expand_as(hardness)
-        # Predicted losses are learned from the order within images alone.
-        state.memory.write(sample_ids, state.crops(batch), patch_ids, hardness, per_image=True)
-    elif state.config.mine_by == "memory":
-        hidden_ids = torch.cat([mined.hidden_ids for mined, _ in parts])
-        patch_loss = torch.cat([learned.patch_loss for _, learned in parts])
-        state.memory.write(sample_ids, state.crops(batch), hidden_ids, patch_loss)
 
 
 __all__ = ["Interrupted", "pretrain", "run_pretraining"]

@@ -28,6 +28,7 @@ from hpm.config import FREE_OPTIONS, PretrainConfig, make_config
 from hpm.data.loader import normalize
 from hpm.errors import UserError
 from hpm.imports import import_model
+from hpm.mining.miner import Miner, make_miner
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -186,6 +187,7 @@ class Trained:
     config: PretrainConfig | None = None
     folder: Path | None = None
     target: Target | None = None  # of a run that is in training; see `find_target`
+    miner: Miner | None = None  # likewise; see `find_miner`
     notes: list[str] = field(default_factory=list)  # what was assumed of weights that are not ours
 
     def find_target(self, device: torch.device) -> Target:
@@ -194,6 +196,14 @@ class Trained:
         if self.target is None:
             self.target = make_target(self.config, self.architecture, self.mean, self.std, device)
         return self.target
+
+    def find_miner(self) -> Miner:
+        """What mined in training, or would go on to; without a memory, which a file of weights has
+        of the training images alone."""
+        assert self.config is not None and self.teacher is not None
+        if self.miner is None:
+            self.miner = make_miner(self.config, self.architecture, self.teacher)
+        return self.miner
 
     def backbone(self, pool: str = "mean", teacher: bool = False) -> Backbone:
         encoder = self.encoder

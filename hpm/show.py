@@ -12,7 +12,7 @@ from hpm.data.sources import Source, Subset, open_source
 from hpm.distributed import pick_device
 from hpm.errors import UserError
 from hpm.figures import TITLES, draw, picture, unable
-from hpm.masking import num_hidden_patches
+from hpm.mining.masking import num_hidden_patches
 from hpm.pages.gallery import write_gallery
 from hpm.run import Trained, load
 

@@ -37,8 +37,10 @@ from hpm.errors import UserError
 from hpm.evals.ongoing import OngoingProbe
 from hpm.imports import initialise
 from hpm.logs import RunLog
-from hpm.masking import HARD_SHARES, num_hidden_patches
-from hpm.memory import HardnessMemory
+from hpm.mining.masking import HARD_SHARES, num_hidden_patches
+from hpm.mining.memory import HardnessMemory
+from hpm.mining.miner import Seen, make_miner
+from hpm.mining.teacher import Teacher
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
@@ -46,7 +48,6 @@ from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
 from hpm.schedule import make_schedule, resolve
 from hpm.targets import make_target
-from hpm.teacher import SmallTeacher, Teacher, small_image_size
 
 
 class State:
@@ -98,14 +99,17 @@ class State:
         if checkpoint:
             self._resume(checkpoint)
             messages.append(f"going on from {latest}, step {self.step}")
-        self.small_teacher = self._small_teacher()
         self.compiled = _compiles(config, device)
         _checkpoint_activations(self.model, config.checkpoint_activations)
         # Only the training step runs what is compiled, always on one shape. Figures, measures and
         # probes take the modules themselves, whose other shapes would compile it anew.
         self.parallel = distributed.data_parallel(self._compile(self.model))
-        miner = self.small_teacher.model if self.small_teacher else self.teacher.model
-        self.predict_loss = self._compile(miner.predict_loss)
+        self.eager_miner = make_miner(
+            config, self.architecture, self.teacher.model, self.memory, self.target.needs_teacher
+        )
+        self.miner = dataclasses.replace(
+            self.eager_miner, predict_loss=self._compile(self.eager_miner.model.predict_loss)
+        )
         self.log = RunLog(
             self.run.folder, self.step, self.schedule.total, distributed.is_main(), config
         )
@@ -117,7 +121,7 @@ class State:
         """The model as it is now, for measures and figures."""
         return Trained(
             self.config.out, self.architecture, self.mean, self.std, self.model.encoder,
-            self.model, self.teacher.model, self.config, target=self.target,
+            self.model, self.teacher.model, self.config, target=self.target, miner=self.eager_miner,
         )  # fmt: skip
 
     def _compile(self, part: Any) -> Any:
@@ -153,10 +157,15 @@ class State:
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.normalization)
 
-    def crops(self, batch: Batch) -> Tensor:
-        """Where the views of a training batch lie in their images [B 4], on the device."""
+    def seen(self, batch: Batch) -> Seen | None:
+        """Which images a batch shows and where in them, on the device, where that is remembered."""
+        if self.memory is None:
+            return None
         assert batch.crops is not None, "training views come with their crops"
-        return batch.crops.to(self.device, non_blocking=True)
+        return Seen(
+            batch.indices.to(self.device, non_blocking=True),
+            batch.crops.to(self.device, non_blocking=True),
+        )
 
     def autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
@@ -224,20 +233,6 @@ class State:
             save_backbone(
                 self.run.backbone, self.model.encoder, self.architecture, self.mean, self.std
             )
-
-    def _small_teacher(self) -> SmallTeacher | None:
-        config, (height, width) = self.config, self.image_size
-        if config.teacher_scale == 1:
-            return None
-        if self.model.encoder.pos_embed is None:
-            raise UserError(
-                f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
-                "that could be interpolated: leave it out"
-            )
-        rows, columns = self.architecture["patch_size"]
-        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-        small = build_model(self.architecture | {"image_size": list(size)}).to(self.device)
-        return SmallTeacher(self.teacher.model, small)
 
     def _memory(self) -> HardnessMemory | None:
         """Where something is to be remembered: losses, or what the teacher said."""

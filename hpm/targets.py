@@ -16,7 +16,7 @@ from torch import Tensor
 from hpm.config import PretrainConfig, RankingSignal
 from hpm.errors import UserError
 from hpm.frozen import FrozenModel, load_frozen
-from hpm.losses import normalized_squared_error, squared_error, token_cross_entropy
+from hpm.mining.losses import normalized_squared_error, squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, grid_size, patchify
 from hpm.tokens import Codebook, load_codebook
 

@@ -9,7 +9,8 @@ import torch
 import hpm
 from hpm.config import TargetName, TokenizeConfig
 from hpm.extras import need
-from hpm.masking import Mask, make_mask, num_hidden_patches
+from hpm.mining.draw import Draw
+from hpm.mining.masking import Mask, make_mask, num_hidden_patches
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
 from hpm.models.vit import VisionTransformer
@@ -99,7 +100,7 @@ def test_what_is_hidden_stays_hidden(mask):
     model = MaskedImageModel(encoder, 32, 1, 2, with_cover=True).eval()
     images, ids = torch.randn(2, 3, 32, 32), torch.arange(2)
     visible_ids, hidden_ids = make_mask(
-        mask, ids, encoder.grid, num_hidden_patches(64, 0.75), 0, 0, torch.randn(2, 64), 24
+        mask, Draw(0, 0, ids), encoder.grid, num_hidden_patches(64, 0.75), torch.randn(2, 64), 24
     )
     covered_ids = visible_ids[:, ::4]
     patches = patchify(images, (4, 4))

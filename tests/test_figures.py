@@ -9,7 +9,8 @@ from PIL import Image
 from hpm.config import PretrainConfig, make_config, resolve_model
 from hpm.extras import need
 from hpm.figures import draw, head_pixels, picture, pixels, principal_colours, reconstruct, unable
-from hpm.masking import hide_top, noise
+from hpm.mining.draw import noise
+from hpm.mining.masking import hide_top
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.run import Trained, load

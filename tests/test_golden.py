@@ -9,13 +9,14 @@ import torch
 from published import our_state
 from safetensors.torch import load_file
 
-from hpm import losses, masking, optim
+from hpm import optim
+from hpm.mining import draw, losses, masking
+from hpm.mining.teacher import Teacher, predicted_losses
 from hpm.models.classifier import Classifier
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, sincos_positions
 from hpm.models.vit import VisionTransformer
 from hpm.targets import pixel_target
-from hpm.teacher import Teacher, predicted_losses
 
 FOLDER = Path(__file__).parents[1] / ".." / "shared" / "golden"
 FILES = sorted(FOLDER.glob("golden_*.json"))
@@ -205,7 +206,7 @@ def test_sampler_frequencies(golden):
         epoch, (num_hidden,) = case["epoch"], case["num_hidden"]
         num_hard = int(num_hidden * masking.hard_share((epoch + 1) / mining["total_epochs"]))
         assert num_hard == case["hard_patches"]
-        priority = masking.noise(torch.arange(draws), num_patches, seed=0, epoch=epoch)
+        priority = draw.noise(torch.arange(draws), num_patches, seed=0, epoch=epoch)
         priority = masking.hardest_first(priority, predicted_loss.expand(draws, -1), num_hard)
         _, hidden_ids = masking.hide_top(priority, num_hidden)
         frequency = masking.to_mask(hidden_ids, num_patches).float().mean(0)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpm import losses
+from hpm.mining import losses
 
 numbers = st.floats(-3, 3, width=32)
 

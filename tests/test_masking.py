@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpm import masking
+from hpm.mining import masking
+from hpm.mining.draw import Draw, noise
 
 
 def naive_hidden(noise, predicted_loss, num_hidden, num_hard):
@@ -71,19 +72,19 @@ def test_hard_share_rises_linearly_and_stops():
 
 def test_noise_is_uniform_and_a_pure_function_of_its_keys():
     ids = torch.arange(2000)
-    first = masking.noise(ids, 64, seed=3, epoch=5)
-    assert torch.equal(first, masking.noise(ids, 64, seed=3, epoch=5))
+    first = noise(ids, 64, seed=3, epoch=5)
+    assert torch.equal(first, noise(ids, 64, seed=3, epoch=5))
     # A sample's numbers do not depend on the batch that it is in.
-    assert torch.equal(first[[7, 1500]], masking.noise(torch.tensor([7, 1500]), 64, 3, 5))
+    assert torch.equal(first[[7, 1500]], noise(torch.tensor([7, 1500]), 64, 3, 5))
     histogram = np.histogram(first.numpy(), bins=64, range=(0, 1))[0]
     expected = first.numel() / 64
     chi_square = ((histogram - expected) ** 2 / expected).sum()
     assert chi_square < 63 + 5 * (2 * 63) ** 0.5
     for other in (
-        masking.noise(ids, 64, seed=4, epoch=5),
-        masking.noise(ids, 64, seed=3, epoch=6),
-        masking.noise(ids, 64, seed=3, epoch=5, draw=1),
-        masking.noise(ids + 1, 64, seed=3, epoch=5),
+        noise(ids, 64, seed=4, epoch=5),
+        noise(ids, 64, seed=3, epoch=6),
+        noise(ids, 64, seed=3, epoch=5, purpose=1),
+        noise(ids + 1, 64, seed=3, epoch=5),
         first.roll(1, dims=1),
     ):
         correlation = torch.corrcoef(torch.stack([first.flatten(), other.flatten()]))[0, 1]
@@ -102,14 +103,19 @@ def test_every_mask_has_exact_counts(mask, grid, ratio, share, epoch):
     num_hidden = masking.num_hidden_patches(count, 0.75 if mask == "uniform" else ratio)
     signal = torch.randn(5, count)
     visible_ids, hidden_ids = masking.make_mask(
-        mask, torch.arange(5), grid, num_hidden, 3, epoch, signal, int(share * num_hidden)
+        mask, Draw(3, epoch, torch.arange(5)), grid, num_hidden, signal, int(share * num_hidden)
     )
     assert visible_ids.shape == (5, count - num_hidden) and hidden_ids.shape == (5, num_hidden)
     both = torch.cat([visible_ids, hidden_ids], 1).sort(dim=1).values
     assert torch.equal(both, torch.arange(count).expand(5, -1))
     # The same sample gets the same mask, whatever stands beside it in the batch.
     again = masking.make_mask(
-        mask, torch.tensor([3]), grid, num_hidden, 3, epoch, signal[3:4], int(share * num_hidden)
+        mask,
+        Draw(3, epoch, torch.tensor([3])),
+        grid,
+        num_hidden,
+        signal[3:4],
+        int(share * num_hidden),
     )
     assert torch.equal(again[1][0], hidden_ids[3])
 
@@ -117,15 +123,15 @@ def test_every_mask_has_exact_counts(mask, grid, ratio, share, epoch):
 @pytest.mark.parametrize(("mask", "extreme"), [("hardest", "max"), ("easiest", "min")])
 def test_hardest_and_easiest(mask, extreme):
     signal = torch.randn(4, 16)
-    _, hidden = masking.make_mask(mask, torch.arange(4), (4, 4), 6, 0, 0, signal, 6)
+    _, hidden = masking.make_mask(mask, Draw(0, 0, torch.arange(4)), (4, 4), 6, signal, 6)
     largest = extreme == "max"
     expected = signal.topk(6, dim=1, largest=largest).indices.sort(dim=1).values
     assert torch.equal(hidden, expected)
 
 
 def masks_of(name, grid, num_hidden, count=64, epoch=0):
-    ids = torch.arange(count)
-    _, hidden = masking.make_mask(name, ids, grid, num_hidden, 0, epoch)
+    draw = Draw(0, epoch, torch.arange(count))
+    _, hidden = masking.make_mask(name, draw, grid, num_hidden)
     return masking.to_mask(hidden, math.prod(grid)).view(count, *grid)
 
 
@@ -197,9 +203,9 @@ def test_rotating_masks_hide_every_patch(count, ratio):
 
 
 def test_covered_patches_are_visible_ones():
-    ids = torch.arange(6)
-    visible_ids, _ = masking.make_mask("uniform", ids, (8, 8), 48, 0, 0)
-    covered = masking.choose_covered(ids, visible_ids, 0.25, 64, 0, 0)
+    draw = Draw(0, 0, torch.arange(6))
+    visible_ids, _ = masking.make_mask("uniform", draw, (8, 8), 48)
+    covered = masking.choose_covered(draw, visible_ids, 0.25, 64)
     assert covered.shape == (6, 4)
     for row in range(6):
         chosen = covered[row].tolist()

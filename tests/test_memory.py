@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import hpm
 from hpm.checkpoint import read_tensors
-from hpm.memory import DOUBT, KEPT, HardnessMemory, overlaps
+from hpm.mining.memory import DOUBT, KEPT, HardnessMemory, overlaps
 
 WHOLE = [0.0, 1.0, 0.0, 1.0]
 edge_pairs = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda e: abs(e[0] - e[1]) > 0.05)
@@ -198,9 +198,9 @@ def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     from torch.nn import functional as F
 
     from hpm.config import PretrainConfig, resolve_model
+    from hpm.mining.teacher import SmallTeacher, Teacher
     from hpm.models.build import build_model
     from hpm.models.patches import interpolate_positions
-    from hpm.teacher import SmallTeacher, Teacher
 
     config = PretrainConfig("x", "y", model="vit_nano", image_size=(32, 64), patch_size=8)
     architecture = resolve_model(config)

@@ -16,8 +16,8 @@ import hpm
 from hpm import stop
 from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
 from hpm.errors import UserError
+from hpm.mining.teacher import predicted_losses
 from hpm.state import State
-from hpm.teacher import predicted_losses
 
 
 def pretrain(folder, out, **changes):

@@ -12,7 +12,7 @@ from hpm.checks import check_pretrain
 from hpm.config import PretrainConfig
 from hpm.extras import need
 from hpm.frozen import of_hugging_face, of_timm
-from hpm.losses import squared_error, token_cross_entropy
+from hpm.mining.losses import squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, patchify
 from hpm.targets import HogTarget, PixelTarget, TeacherTarget, hog
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import Source, object_mask
 from hpm.data.transforms import evaluation_view
-from hpm.losses import ranking_accuracy
-from hpm.masking import hide_top, noise, num_hidden_patches
+from hpm.mining.draw import Draw, noise
+from hpm.mining.losses import ranking_accuracy
+from hpm.mining.masking import hide_top, num_hidden_patches
+from hpm.mining.miner import Miner
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify
 from hpm.run import Trained
@@ -37,23 +39,22 @@ class LossMaps:
 @torch.no_grad()
 def loss_maps(
     model: MaskedImageModel,
-    teacher: MaskedImageModel,
+    miner: Miner,
     images: Float[Tensor, "batch channels height width"],
-    sample_ids: Int[Tensor, " batch"],
+    draw: Draw,
     target: Target,
     mask_ratio: float,
     num_masks: int = 10,
-    seed: int = 0,
 ) -> LossMaps:
     """The student's losses are means over random masks; the teacher's is what mining goes by."""
-    num_patches = model.encoder.num_patches
+    teacher, num_patches = miner.teacher, model.encoder.num_patches
     num_hidden = num_hidden_patches(num_patches, mask_ratio)
     features = teacher.encoder(images) if target.needs_teacher else None
     targets = target(images, features)
     total = torch.zeros(len(images), num_patches, device=images.device)
     predicted_total, count = torch.zeros_like(total), torch.zeros_like(total)
-    for draw in range(num_masks):
-        priority = noise(sample_ids, num_patches, seed, epoch=0, draw=draw)
+    for number in range(num_masks):
+        priority = noise(draw.sample_ids, num_patches, draw.seed, epoch=0, purpose=number)
         visible_ids, hidden_ids = hide_top(priority, num_hidden)
         prediction, predicted_loss = model(images, visible_ids, hidden_ids)
         patch_loss = target.patch_loss(prediction, gather_patches(targets, hidden_ids))
@@ -64,7 +65,7 @@ def loss_maps(
             predicted_total.scatter_add_(1, hidden_ids, predicted_loss.float())
     if teacher.predictor is None:
         return LossMaps(total / count, None, None)
-    predicted = teacher.predict_loss(images)[1].float()
+    predicted = miner.predicted_loss(images, draw)[1]
     return LossMaps(total / count, predicted_total / count, predicted)
 
 
@@ -74,8 +75,8 @@ def measure(
 ) -> dict[str, float]:  # fmt: skip
     """`hardness` of a model and its teacher over all readable images of a source; `report` is told
     of the others."""
-    model, teacher, config = trained.model, trained.teacher, trained.config
-    assert model is not None and teacher is not None and config is not None
+    model, config = trained.model, trained.config
+    assert model is not None and config is not None
     height, width = model.encoder.image_size
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     totals: dict[str, float] = {}
@@ -90,9 +91,13 @@ def measure(
             continue
         images = normalize(batch.images, mean, std).to(device)
         maps = loss_maps(
-            model, teacher, images, batch.indices.to(device), trained.find_target(device),
-            config.mask_ratio, seed=seed,
-        )  # fmt: skip
+            model,
+            trained.find_miner(),
+            images,
+            Draw(seed, 0, batch.indices.to(device)),
+            trained.find_target(device),
+            config.mask_ratio,
+        )
         objects = object_views(source, batch.indices, (height, width), crop_share)
         for name, value in hardness(maps, objects, model.encoder.patch_size):
             totals[name] = totals.get(name, 0.0) + value * len(images)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Priority = Float[Tensor, "batch patches"]
 
-# Purposes: numbers of independent draws from the same (seed, epoch, sample). Masks have 0 and above.
+# Purposes: independent draws from the same (seed, epoch, sample). Masks have 0 and above.
 BLOCKS, SECONDARY, TEACHER_VIEW, TIES = -1, -2, -3, -4
 
 

@@ -32,6 +32,7 @@ assert set(HARD_SHARES) == set(get_args(Mined))
 
 Schedule = Literal["linear", "cosine", "constant"]
 
+
 def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
     """M = N - int(N (1 - mask_ratio)), as masked autoencoders count."""
     return num_patches - int(num_patches * (1 - mask_ratio))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpm.config import PretrainConfig, secondary_mask_ratio
+from hpm.errors import UserError
 from hpm.mining.draw import TEACHER_VIEW, TIES, Draw
-from hpm.mining.masking import Mask, choose_covered, make_mask
+from hpm.mining.masking import Mask, choose_covered, make_mask, num_hidden_patches
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.teacher import (
     Images,
@@ -76,6 +79,11 @@ class Miner:
     needs_features: bool = False
     predict_loss: PredictLoss | None = None
 
+    @property
+    def model(self) -> MaskedImageModel:
+        """The model that predicts the losses."""
+        return self.small_teacher.model if self.small_teacher else self.teacher
+
     def mine(
         self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None
     ) -> Mined:
@@ -99,9 +107,7 @@ class Miner:
         covered_ids = None
         if self.secondary_mask_ratio:
             num_patches = self.teacher.encoder.num_patches
-            covered_ids = choose_covered(
-                draw, visible_ids, self.secondary_mask_ratio, num_patches
-            )
+            covered_ids = choose_covered(draw, visible_ids, self.secondary_mask_ratio, num_patches)
         return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
 
     def hide(
@@ -134,7 +140,7 @@ class Miner:
         return predicted_losses(predict_loss, images)
 
     @torch.no_grad()
-    def remember(self, seen: Seen, mined: list[Mined], patch_loss: list[Tensor]) -> None:
+    def remember(self, seen: Seen, mined: Sequence[Mined], patch_loss: Sequence[Tensor]) -> None:
         """Keep what a batch, in parts, showed about its images: the teacher's predictions, or the
         student's losses [B M]."""
         if self.memory is None:
@@ -147,20 +153,46 @@ class Miner:
             self.memory.write(*seen, patch_ids.expand_as(hardness), hardness, per_image=True)
         elif self.mine_by == "memory":
             hidden_ids = torch.cat([part.hidden_ids for part in mined])
-            self.memory.write(*seen, hidden_ids, torch.cat(patch_loss))
+            self.memory.write(*seen, hidden_ids, torch.cat(list(patch_loss)))
 
     @torch.no_grad()
     def _features(self, images: Images) -> Tensor:
         return self.teacher.encoder(images)
 
 
-def make_small_teacher(
-    teacher: MaskedImageModel, architecture: dict[str, Any], scale: float
+def make_miner(
+    config: PretrainConfig,
+    architecture: dict[str, Any],
+    teacher: MaskedImageModel,
+    memory: HardnessMemory | None = None,
+    needs_features: bool = False,
+) -> Miner:
+    """The miner of a resolved config. UserError where the encoder cannot run on smaller images."""
+    return Miner(
+        teacher,
+        config.mask,
+        num_hidden_patches(teacher.encoder.num_patches, config.mask_ratio),
+        secondary_mask_ratio(config),
+        config.mine_by,
+        config.mine_every,
+        config.teacher_view,
+        _small_teacher(config, architecture, teacher),
+        memory,
+        needs_features,
+    )
+
+
+def _small_teacher(
+    config: PretrainConfig, architecture: dict[str, Any], teacher: MaskedImageModel
 ) -> SmallTeacher | None:
-    """The teacher on images of `scale` times their size; None for the whole size."""
-    if scale == 1:
+    if config.teacher_scale == 1:
         return None
+    if teacher.encoder.pos_embed is None:
+        raise UserError(
+            f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
+            "that could be interpolated: leave it out"
+        )
     (height, width), (rows, columns) = architecture["image_size"], architecture["patch_size"]
-    size = small_image_size((height, width), (rows, columns), scale)
+    size = small_image_size((height, width), (rows, columns), config.teacher_scale)
     small = build_model(architecture | {"image_size": list(size)})
     return SmallTeacher(teacher, small.to(next(teacher.parameters()).device))

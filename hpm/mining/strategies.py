@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpm.mining.draw import BLOCKS, Draw, Priority
 
+
 def random(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
     """Any patches (MAE)."""
     return draw.noise(math.prod(grid))
@@ -34,9 +35,7 @@ def uniform(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
     return one_visible_per_cell(random(draw, grid, num_hidden), grid)
 
 
-def coloured_noise(
-    draw: Draw, grid: tuple[int, ...], num_hidden: int, colour: str
-) -> Priority:
+def coloured_noise(draw: Draw, grid: tuple[int, ...], num_hidden: int, colour: str) -> Priority:
     """Blobs of a size that the colour says (ColorMAE)."""
     return filtered_noise(random(draw, grid, num_hidden), grid, colour)
 

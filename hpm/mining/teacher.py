@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpm.masking import rotating_masks
+from hpm.mining.masking import rotating_masks
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import interpolate_positions
 

@@ -4,12 +4,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpm.config import SIZES, PretrainConfig, resolve_model
-from hpm.losses import relative_loss, squared_error
-from hpm.masking import hide_top, noise
+from hpm.mining.draw import noise
+from hpm.mining.losses import relative_loss, squared_error
+from hpm.mining.masking import hide_top
+from hpm.mining.teacher import Teacher, predicted_losses
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.models.vit import Block, VisionTransformer
-from hpm.teacher import Teacher, predicted_losses
 
 
 def small(image_size=(16, 24), patch_size=(4, 8), channels=3, with_predictor=True):

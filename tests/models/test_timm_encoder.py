@@ -14,7 +14,8 @@ from hpm.config import FinetuneConfig, PretrainConfig, nearest_size, resolve_mod
 from hpm.errors import UserError
 from hpm.evals.finetune import check_finetune
 from hpm.extras import need
-from hpm.masking import hide_top, noise
+from hpm.mining.draw import noise
+from hpm.mining.masking import hide_top
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
