@@ -16,6 +16,7 @@ import hpm
 from hpm import stop
 from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
 from hpm.errors import UserError
+from hpm.mining import miner
 from hpm.mining.teacher import predicted_losses
 from hpm.state import State
 
@@ -163,8 +164,7 @@ def test_accumulation_changes_nothing_but_rounding(image_folder, tmp_path):
 def test_the_teacher_is_not_run_while_its_result_is_not_used(image_folder, tmp_path, monkeypatch):
     calls = []
     looked = predicted_losses
-    module = sys.modules["hpm.pretrain"]  # the package has a function of that name
-    monkeypatch.setattr(module, "predicted_losses", lambda *x: calls.append(1) or looked(*x))
+    monkeypatch.setattr(miner, "predicted_losses", lambda *x: calls.append(1) or looked(*x))
     pretrain(image_folder, tmp_path / "random", mask="random")
     assert not calls
     # int(12 hidden x alpha) is 0 in the first 15 of 96 steps, where alpha is below 1/12.

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import hpm
 from hpm.data.sources import open_source
 from hpm.evals.hardness import LossMaps, hardness, loss_maps, object_views, spearman
+from hpm.mining.draw import Draw
 from hpm.run import load
 
 
@@ -62,13 +63,16 @@ def test_loss_maps_are_means_over_masks(finished_run):
     trained = load(finished_run.folder)
     images, ids = torch.randn(2, 3, 16, 16), torch.tensor([4, 9])
     target = trained.find_target(torch.device("cpu"))
-    arguments = (trained.model, trained.teacher, images, ids, target, 0.75)
-    ten = loss_maps(*arguments, num_masks=10, seed=1)
-    again = loss_maps(*arguments, num_masks=10, seed=1)
-    assert torch.equal(ten.actual, again.actual)
+
+    def maps(seed, **options):
+        draw = Draw(seed, 0, ids)
+        return loss_maps(trained.model, trained.find_miner(), images, draw, target, 0.75, **options)
+
+    ten = maps(seed=1, num_masks=10)
+    assert torch.equal(ten.actual, maps(seed=1, num_masks=10).actual)
     assert ten.actual.shape == ten.predicted.shape == ten.predicted_hidden.shape == (2, 16)
-    assert not torch.equal(ten.actual, loss_maps(*arguments, num_masks=10, seed=2).actual)
-    one = loss_maps(*arguments, num_masks=1)
+    assert not torch.equal(ten.actual, maps(seed=2, num_masks=10).actual)
+    one = maps(seed=0, num_masks=1)
     assert one.actual.isnan().sum(1).tolist() == [4, 4]  # a quarter stays visible
 
 
