@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpm.checkpoint import write_text
 from hpm.checks import MINED_BY_LOSS
 from hpm.config import ExportConfig, PretrainConfig
+from hpm.evals.files import COMPARED, changed_options
 from hpm.formats import Subject
+from hpm.run import Trained
 from hpm.version import __version__
 
 FIGURE = "figure.png"
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
 
-def add_card(folder: Path, subject: Subject, config: ExportConfig, lines: str) -> None:
-    """Write README.md, and copy the run's latest figure if there is one."""
-    figure = latest_figure(subject.trained.folder)
+def add_card(folder: Path, subject: Subject, config: ExportConfig, lines: str) -> int:
+    """Write README.md, and copy the run's latest figure where that is asked for. Returns how many
+    of the run's evaluations are of other weights, and left out."""
+    figure = latest_figure(subject.trained.folder) if config.with_figure else None
     if figure:
         shutil.copy(figure, folder / FIGURE)
-    write_text(folder / "README.md", card(subject, config, lines, bool(figure)))
+    found = Results.of(subject.trained, "teacher" if config.teacher else "student")
+    write_text(folder / "README.md", card(subject, config, lines, bool(figure), found))
+    return found.left_out
 
 
-def card(subject: Subject, config: ExportConfig, lines: str, with_figure: bool) -> str:
+@dataclass
+class Results:
+    """Rows of the table of results, and how many evaluations are of other weights."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    left_out: int = 0
+
+    @staticmethod
+    def of(trained: Trained, weights: str) -> Results:
+        """Every number in RUN/evals/*.json that was measured on these weights at this step."""
+        found = Results()
+        for file in sorted((trained.folder / "evals").glob("*.json")) if trained.folder else []:
+            try:
+                result = json.loads(file.read_text())
+                about = result["about"]
+                if (about.get("weights"), about.get("step")) == (weights, trained.step):
+                    found.rows += _rows(result)
+                else:
+                    found.left_out += 1
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                found.rows.append([file.name, "", "", "unreadable"])
+        return found
+
+
+def card(
+    subject: Subject, config: ExportConfig, lines: str, with_figure: bool, found: Results
+) -> str:
     """The text of the card. `lines` load the model; those of a folder that is pushed name it."""
     if config.push and config.to == "hf":
         lines = lines.replace(config.out, config.push)
@@ -36,7 +68,7 @@ def card(subject: Subject, config: ExportConfig, lines: str, with_figure: bool) 
         f"![image, losses, mask, reconstruction]({FIGURE})" if with_figure else "",
         f"## Use\n\n```python\n{lines}\n```\n\n{_input(subject)}",
         f"## Training\n\n{_training(subject.trained.config)}",
-        f"## Results\n\n{_results(subject.trained.folder)}",
+        f"## Results\n\n{_results(found)}",
         f"## Licence\n\n{config.licence or 'Not stated: the one who exports gives --licence.'}",
         f"Made by hpm {__version__}.",
     ]
@@ -111,32 +143,36 @@ def _training(config: PretrainConfig | None) -> str:
     return _table(["", ""], [[name, value] for name, value in rows.items()])
 
 
-def _results(run: Path | None) -> str:
-    """Every number in RUN/evals/*.json, with its interval where it has one."""
-    rows: list[list[str]] = []
-    for file in sorted((run / "evals").glob("*.json")) if run else []:
-        try:
-            rows += _rows(json.loads(file.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            rows.append([file.name, "", "", "unreadable"])
-    if not rows:
+def _results(found: Results) -> str:
+    if not found.rows:
         return "Not measured."
     header = ["evaluation", "data", "features", "numbers"]
-    return _table(header, rows) + "\n\nTop-1 in %, with its 95 % bootstrap interval."
+    return _table(header, found.rows) + "\n\nTop-1 in %, with its 95 % bootstrap interval."
 
 
 def _rows(result: dict[str, Any]) -> list[list[str]]:
-    data = Path(result["about"]["data"]).name
+    about, protocol = result["about"], result["protocol"]
+    data = Path(about["data"]).name
+    data += f", tested on {Path(about['test']).name}" if about.get("test") else ""
     rows = []
     for features, settings in result["values"].items():
+        if features.startswith(COMPARED):
+            continue  # another run's
         for setting, numbers in settings.items():
-            name = result["protocol"]
-            name += "" if setting == name else f", {setting}"
-            rows.append([name, data, features, _numbers(numbers)])
+            name = protocol if setting == protocol else f"{protocol}, {setting}"
+            rows.append([f"{name}{_options(protocol, about)}", data, features, _numbers(numbers)])
     if result["hardness"]:
-        name = "hardness" if result["protocol"] == "hardness" else "predictor"
+        name = "hardness" if protocol == "hardness" else "predictor"
         rows.append([name, data, "", _numbers(result["hardness"])])
     return rows
+
+
+def _options(protocol: str, about: dict[str, Any]) -> str:
+    """How it was measured, where that is not the default; the k of kNN is named anyway."""
+    changed = changed_options(protocol, about)
+    share = about.get("train_share", 1)
+    changed |= {"train_share": share} if share != 1 else {}
+    return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))
 
 
 def _numbers(numbers: dict[str, float]) -> str:

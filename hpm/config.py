@@ -307,8 +307,8 @@ class FrozenConfig(EvalConfig):
     """What every evaluation of frozen features takes."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the backbone's products; bfloat16 is about twice as fast on a GPU and changes the features
-    by less than a percent."""
+    """Of the backbone's products: bfloat16 is for speed on a GPU (the probes themselves stay in
+    float32)."""
 
 
 @dataclass
@@ -500,7 +500,13 @@ class ExportConfig:
     with_decoder: bool = False
     """Of hf: a ViTMAEForPreTraining, with the reconstructor (run or checkpoint only)."""
     push: str | None = None
-    """USER/NAME on the Hugging Face hub to upload to, with a model card."""
+    """USER/NAME on the Hugging Face hub to upload to, with a model card (private if new)."""
+    public: bool = False
+    """With push: make a new repository public."""
+    with_figure: bool = False
+    """Put the run's latest figure, which shows some of its images, beside the model card."""
+    crop_share: float = 1.0
+    """Of hf, for its preprocessing: as in the evaluations."""
     licence: str | None = None
     """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hpm import hub
-from hpm.card import add_card
+from hpm.card import add_card, latest_figure
 from hpm.checkpoint import disk_error
 from hpm.config import ExportConfig, make_config
 from hpm.errors import UserError
@@ -61,14 +61,15 @@ def run_export(config: ExportConfig, report: Report = print) -> Path:
             written.write(subject, staged)
             difference = check(written, subject, staged)
             if config.to == "hf":
-                add_card(staged, subject, config, written.lines(subject, out))
+                left_out = add_card(staged, subject, config, written.lines(subject, out))
+                _say_left_out(left_out, config, report)
             _publish(Path(folder), out)
     except OSError as error:
         raise disk_error(out, error) from None
     report(f"the same outputs as ours, to {difference:.1e} (largest difference, random images)")
     report(f"written to {out}; to load it:\n\n{written.lines(subject, out)}\n")
     if config.push:
-        report(f"uploaded to {_push(config, subject, out, written)}")
+        report(f"uploaded to {_push(config, subject, out, written, report)}")
     return out
 
 
@@ -100,6 +101,14 @@ def _check(config: ExportConfig, out: Path, written: Format) -> None:
         raise UserError(f"with_decoder is of --to hf alone, but to is {config.to}")
     if config.push and not config.licence:
         raise UserError("push needs the licence of the weights: pass --licence (apache-2.0, ...)")
+    if config.public and not config.push:
+        raise UserError("public is of --push alone: leave it out, or pass --push USER/NAME")
+    if config.with_figure and config.to != "hf" and not config.push:
+        raise UserError("with_figure needs a model card beside it: pass --to hf, or --push")
+    if not 0 < config.crop_share <= 1:
+        raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
+    if config.crop_share != 1 and config.to != "hf":
+        raise UserError("crop_share is of the preprocessing, which --to hf alone has: leave it out")
     if config.push and config.push.count("/") != 1:
         raise UserError(f"push is '{config.push}': name it USER/NAME")
     if written.suffixes and out.suffix not in written.suffixes:
@@ -118,7 +127,9 @@ def _subject(config: ExportConfig, report: Report) -> Subject:
     model = (trained.teacher if config.teacher else trained.model) if config.with_decoder else None
     if model is not None:
         model.eval()
-    return Subject(trained, backbone, model)
+    if config.with_figure and not latest_figure(trained.folder):
+        raise UserError(f"with_figure: {config.run} has no figures: leave it out")
+    return Subject(trained, backbone, model, config.crop_share)
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -134,13 +145,25 @@ def _publish(folder: Path, out: Path) -> None:
         raise
 
 
-def _push(config: ExportConfig, subject: Subject, out: Path, written: Format) -> str:
+def _push(
+    config: ExportConfig, subject: Subject, out: Path, written: Format, report: Report
+) -> str:
     assert config.push is not None
     if out.is_dir():
-        return hub.push(out, config.push)
+        return hub.push(out, config.push, config.public)
     with tempfile.TemporaryDirectory() as folder:
         for path in (out, out.with_suffix(".json")):
             if path.exists():
                 shutil.copy(path, folder)
-        add_card(Path(folder), subject, config, written.lines(subject, Path(out.name)))
-        return hub.push(Path(folder), config.push)
+        lines = written.lines(subject, Path(out.name))
+        _say_left_out(add_card(Path(folder), subject, config, lines), config, report)
+        return hub.push(Path(folder), config.push, config.public)
+
+
+def _say_left_out(count: int, config: ExportConfig, report: Report) -> None:
+    if count:
+        whose = "teacher" if config.teacher else "student"
+        report(
+            f"evaluations that the model card leaves out, as they are not of the {whose}'s weights "
+            f"at this step: {count}"
+        )

@@ -42,6 +42,7 @@ class Subject:
     trained: Trained
     backbone: Backbone
     model: MaskedImageModel | None = None
+    crop_share: float = 1.0  # see transforms.evaluation_view
 
     @property
     def encoder(self) -> Any:
@@ -153,6 +154,9 @@ class HuggingFace(Format):
     library = "export to hf"
 
     def unable(self, subject: Subject) -> str | None:
+        oblong = subject.encoder.image_size[0] != subject.encoder.image_size[1]
+        if oblong and subject.crop_share != 1:
+            return "transformers cuts the centre out for square images alone: leave crop_share out"
         return _only_ours(subject, "transformers' ViT")
 
     def write(self, subject: Subject, path: Path) -> None:
@@ -447,12 +451,14 @@ def _expressible(backbone: Backbone) -> Backbone:
 
 
 def preprocessing(subject: Subject) -> dict[str, Any]:
-    """Contents of preprocessor_config.json: 8-bit images, resized and normalised as ours were."""
+    """Contents of preprocessor_config.json: 8-bit images, their shorter side resized and the centre
+    cut out, as in our evaluations, and normalised as ours were.
+
+    For oblong images transformers has no such processor: they are resized to the shape.
+    """
     height, width = subject.encoder.image_size
-    return {
-        "image_processor_type": "ViTImageProcessor",
+    common = {
         "do_resize": True,
-        "size": {"height": height, "width": width},
         "resample": BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -460,6 +466,16 @@ def preprocessing(subject: Subject) -> dict[str, Any]:
         "image_mean": subject.trained.mean,
         "image_std": subject.trained.std,
     }
+    if height != width:
+        size = {"height": height, "width": width}
+        return {"image_processor_type": "ViTImageProcessor", "size": size} | common
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": int(height / subject.crop_share)},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_convert_rgb": subject.encoder.channels == 3,
+    } | common
 
 
 def _only_ours(subject: Subject, whose: str) -> str | None:

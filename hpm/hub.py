@@ -57,8 +57,9 @@ def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     return content
 
 
-def push(folder: Path, name: str) -> str:
-    """Upload a folder as the model USER/NAME, made where there is none. Returns its address.
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Upload a folder as the model USER/NAME, made where there is none, private unless it is to be
+    `public`. Returns its address.
 
     Raises UserError where the hub cannot be reached or does not accept it.
     """
@@ -67,7 +68,7 @@ def push(folder: Path, name: str) -> str:
     if not _reachable(endpoint):
         raise UserError(f"push: {endpoint} cannot be reached")
     try:
-        address = str(hub.create_repo(name, exist_ok=True))
+        address = str(hub.create_repo(name, exist_ok=True, private=not public))
         hub.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export of hpm")
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"push: {name} could not be uploaded: {one_line(error, 160)}") from None

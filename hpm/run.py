@@ -186,6 +186,7 @@ class Trained:
     teacher: MaskedImageModel | None = None
     config: PretrainConfig | None = None
     folder: Path | None = None
+    step: int | None = None  # of the training, where it is known
     target: Target | None = None  # of a run that is in training; see `find_target`
     miner: Miner | None = None  # likewise; see `find_miner`
     notes: list[str] = field(default_factory=list)  # what was assumed of weights that are not ours
@@ -267,7 +268,7 @@ def load(path: str | Path) -> Trained:
     load_exactly(teacher, checkpoint.teacher, path)
     return Trained(
         str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
-        make_config(PretrainConfig, meta["config"]),
+        make_config(PretrainConfig, meta["config"]), step=meta["step"],
     )  # fmt: skip
 
 

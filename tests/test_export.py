@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, assert_refused, run_hpm
+from PIL import Image
 from safetensors.torch import load_file
 
 import hpm
 from hpm import formats
+from hpm.data.loader import normalize
+from hpm.data.transforms import evaluation_view
 from hpm.extras import need
 from hpm.run import load, save_backbone
 
@@ -86,7 +90,7 @@ def test_oblong_images_of_seven_channels_for_timm(tmp_path):
 
 def test_hugging_face(finished_run, ours, tmp_path):
     out = hpm.export(finished_run.folder, "hf", tmp_path / "hf")
-    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} < set(
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} == set(
         os.listdir(out)
     )
     model, report = transformers.AutoModel.from_pretrained(
@@ -237,6 +241,11 @@ def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
         ({}, {"to": "hf", "out": "x", "push": "me/it"}, "pass --licence"),
         ({}, {"to": "hf", "out": "x", "push": "it", "licence": "mit"}, "name it USER/NAME"),
         ({}, {"to": "timm", "out": "run.safetensors"}, "exists: choose another --out"),
+        ({}, {"to": "hf", "out": "x", "public": True}, "public is of --push alone"),
+        ({}, {"to": "timm", "out": "x.safetensors", "with_figure": True}, "needs a model card"),
+        ({}, {"to": "hf", "out": "x", "with_figure": True}, "has no figures: leave it out"),
+        ({}, {"to": "hf", "out": "x", "crop_share": 0.5}, "square images alone"),
+        ({}, {"to": "hf", "out": "x", "crop_share": 1.5}, "crop_share is 1.5"),
     ],
 )
 def test_what_is_refused(tmp_path, changes, options, reason):
@@ -297,20 +306,30 @@ def evaluated(finished_run, tmp_path):
     folder = finished_run.folder / "evals"
     content = {
         "protocol": "knn",
-        "about": {"data": "somewhere/flowers"},
+        "about": {"data": "somewhere/flowers", "weights": "student", "step": TINY["steps"]},
         "values": {"trained": {"k = 20": {"top1": 52.31, "top1_low": 49.0, "top1_high": 55.5}}},
         "hardness": {"ranking_accuracy": 0.86},
     }
     folder.mkdir(exist_ok=True)
     (folder / "knn_test.json").write_text(json.dumps(content))
     (folder / "odd.json").write_text("{")
+    others = {"student_before": {"step": 4}, "teacher": {"weights": "teacher"}}
+    for number, (name, changes) in enumerate(others.items()):
+        numbers = {"top1": 11.0 + number, "top1_low": 1.0, "top1_high": 99.0}
+        other = content | {"about": content["about"] | changes | {"crop_share": 0.875}}
+        other |= {"values": {"trained": {"k = 20": numbers}, "compared": {"k = 20": numbers}}}
+        (folder / f"{name}.json").write_text(json.dumps(other))
+    old = content | {"about": {"data": "somewhere/flowers"}}
+    (folder / "of_an_older_version.json").write_text(json.dumps(old))
     yield finished_run
-    (folder / "knn_test.json").unlink()
-    (folder / "odd.json").unlink()
+    for file in ("knn_test", "odd", "student_before", "teacher", "of_an_older_version"):
+        (folder / f"{file}.json").unlink()
 
 
 def test_the_model_card(evaluated, tmp_path):
-    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", licence="cc-by-4.0")
+    said = []
+    options = {"licence": "cc-by-4.0", "with_figure": True}
+    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options)
     text = (out / "README.md").read_text()
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
     assert "license: cc-by-4.0" in front and "library_name: transformers" in front
@@ -327,6 +346,75 @@ def test_the_model_card(evaluated, tmp_path):
         assert words in body, words
     assert str(Path(evaluated.folder).parent) not in body.partition("## Training")[2]
     assert "![" in body and (out / "figure.png").stat().st_size > 0
+    assert body.count("| knn") == 1 and any("leaves out" in line and "3" in line for line in said)
+
+
+def test_the_card_shows_what_was_measured_on_these_weights(evaluated, tmp_path):
+    """Not what the student could, nor what a step before could; no picture unasked."""
+    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", teacher=True)
+    text = (out / "README.md").read_text()
+    assert "| knn, k = 20, crop_share 0.875 | flowers | trained | top-1 12.0" in text
+    assert text.count("| knn") == 1 and "compared" not in text
+    assert "![" not in text and not (out / "figure.png").exists()
+
+
+def test_an_evaluation_says_of_which_weights_it_is(finished_run, image_folder, tmp_path):
+    options = {"workers": 0, "k": (1,), "baselines": False, "out": str(tmp_path)}
+    for teacher in (False, True):
+        result = hpm.evaluate(
+            "knn", str(finished_run.folder), str(image_folder), teacher=teacher, **options
+        )
+        about = json.loads(result.file.read_text())["about"]
+        assert (about["step"], about["weights"]) == (TINY["steps"], ["student", "teacher"][teacher])
+    first = finished_run.checkpoints / "step_00000004.safetensors"
+    result = hpm.evaluate("knn", str(first), str(image_folder), **options)
+    assert result.about["step"] == 4
+
+
+def in_units_of_255(difference, std):
+    return (difference * torch.tensor(std).view(-1, 1, 1)).abs() * 255
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+@pytest.mark.parametrize("share", [1.0, 0.875])
+def test_pixels_are_those_of_an_evaluation(tmp_path, backend, share):
+    """To 1 of 255 where the margins are whole pixels; else to one pixel of the resized image."""
+    architecture = OBLONG | {"image_size": [56, 56]}
+    path = backbone_of(architecture, tmp_path / "run.safetensors")
+    out = hpm.export(path, "hf", tmp_path / "hf", crop_share=share)
+    processor = transformers.AutoImageProcessor.from_pretrained(str(out), backend=backend)
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
+
+    def difference(image):
+        theirs = processor(image, return_tensors="pt").pixel_values
+        view = evaluation_view(image, (56, 56), 3, crop_share=share)
+        ours = normalize(torch.from_numpy(view)[None], mean, std)
+        assert theirs.shape == ours.shape
+        return in_units_of_255(theirs - ours, [0.25] * 3)[0]
+
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (25, 25, 3), np.uint8))
+    assert difference(noise.resize((300, 300))).max() < 1.01
+    if share < 1:
+        assert difference(noise.resize((240, 120))).max() < 1.01
+    for width, height in ((375, 500), (376, 500), (500, 333), (401, 57)):
+        rows, columns = np.mgrid[:height, :width] * (255 / max(width, height))
+        ramp = Image.fromarray(np.stack([rows, columns, rows], -1).round().astype(np.uint8))
+        pixel = min(width, height) / (56 / share) * 255 / max(width, height)
+        assert difference(ramp).max() < pixel + 2, (width, height)
+
+
+def test_photographs_are_preprocessed_as_evaluated(tmp_path, shared_data):
+    path = backbone_of(OBLONG | {"image_size": [224, 224]}, tmp_path / "run.safetensors")
+    out = hpm.export(path, "hf", tmp_path / "hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(str(out))
+    differences = []
+    for file in sorted((shared_data / "photos").glob("*.JPEG"))[:12]:
+        image = Image.open(file).convert("RGB")
+        theirs = processor(image, return_tensors="pt").pixel_values[0] * 0.25 + 0.5
+        ours = torch.from_numpy(evaluation_view(image, (224, 224), 3)) / 255
+        differences.append((theirs - ours).abs().mean().item())
+    assert max(differences) < 0.03, differences  # of full scale; squashed to a square: 0.06 to 0.22
 
 
 def test_pushing(evaluated, tmp_path, monkeypatch):
@@ -350,15 +438,17 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
     out = tmp_path / "x.safetensors"
     options = {"push": "me/flowers", "licence": "mit"}
     hpm.export(evaluated.folder, "timm", out, said.append, **options)
-    assert calls[0] == ("create", "me/flowers", {"exist_ok": True})
+    assert calls[0] == ("create", "me/flowers", {"exist_ok": True, "private": True})
     kind, files, given = calls[1]
-    assert (kind, files) == ("upload", ["README.md", "figure.png", "x.safetensors"])
+    assert (kind, files) == ("upload", ["README.md", "x.safetensors"])
     assert given["repo_id"] == "me/flowers"
     assert 'checkpoint_path="x.safetensors"' in calls[2] and "license: mit" in calls[2]
     assert said[-1] == "uploaded to https://hub/me/flowers"
 
     calls.clear()
-    hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options)
+    shown = {"public": True, "with_figure": True}
+    hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options, **shown)
+    assert calls[0][2]["private"] is False and "figure.png" in calls[1][1]
     assert "config.json" in calls[1][1] and 'from_pretrained("me/flowers"' in calls[2]
 
     def refuse(name, **options):

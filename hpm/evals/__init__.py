@@ -13,9 +13,9 @@ from hpm.checks import check_eval
 from hpm.config import PROTOCOLS, EvalConfig, make_config, read_preset
 from hpm.errors import UserError, nearest
 from hpm.evals.features import Reading
-from hpm.evals.files import result_file, training_folder
+from hpm.evals.files import COMPARED, result_file, training_folder
 from hpm.evals.metrics import accuracies, difference
-from hpm.evals.protocols import COMPARED, TRAINED, Outcome, Task, run_protocol
+from hpm.evals.protocols import TRAINED, Outcome, Task, run_protocol
 from hpm.evals.result import Result, print_result
 from hpm.version import __version__
 
@@ -64,6 +64,7 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
         outcome = run_protocol(task, training_folder(config, folder) if folder else None)
         about = dataclasses.asdict(config) | outcome.images
         about |= {
+            "step": task.trained.step,
             "weights": "teacher" if config.teacher else "student",
             "architecture": task.trained.architecture,
             "device": str(device),

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpm.config import PROTOCOLS, EvalConfig
 
+COMPARED = "compared"  # features of the run that --compare names
 # What is evaluated, which names and tables tell by themselves.
 WHAT = ("run", "data", "test", "compare", "teacher", "train_share")
 # Where and how fast; of no influence on the numbers.

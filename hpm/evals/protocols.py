@@ -42,6 +42,7 @@ from hpm.evals.features import (
     raw_pixels,
     split_by_class,
 )
+from hpm.evals.files import COMPARED
 from hpm.evals.finetune import check_finetune, finetune
 from hpm.evals.hardness import measure
 from hpm.evals.knn import knn
@@ -61,7 +62,7 @@ from hpm.models.build import build_encoder
 from hpm.models.patches import patchify
 from hpm.run import Backbone, Trained, load
 
-TRAINED, COMPARED, RANDOM = "trained", "compared", "random weights"
+TRAINED, RANDOM = "trained", "random weights"
 
 
 @dataclass
