@@ -18,7 +18,7 @@ from hpm.config import (
     resolve_model,
     secondary_mask_ratio,
 )
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError, counted, nearest
 from hpm.mining.masking import HARD_SHARES
 from hpm.mining.teacher import small_image_size
 from hpm.schedule import duration_steps
@@ -84,6 +84,8 @@ def check_pretrain(config: PretrainConfig) -> None:
             f"normalize imagenet has 3 channels, but channels is {config.channels}: "
             "pass --normalize measured"
         )
+    if config.normalize == "timm":
+        _check_timm_input(config)
     check_tracker(config.tracker)
 
 
@@ -104,6 +106,22 @@ def _check_model(config: PretrainConfig) -> None:
     from hpm.models.timm_encoder import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
+
+
+def _check_timm_input(config: PretrainConfig) -> None:
+    if not config.model.startswith(TIMM):
+        raise UserError(
+            f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
+            f"imagenet or measured, or --model {TIMM}NAME"
+        )
+    from hpm.models.timm_encoder import timm_input
+
+    channels = timm_input(config.model.removeprefix(TIMM)).channels
+    if config.channels != channels:
+        raise UserError(
+            f"normalize timm has {counted(channels, 'channel')}, but channels is "
+            f"{config.channels}: pass --normalize measured"
+        )
 
 
 def _check_sizes(architecture: dict[str, Any]) -> None:

@@ -68,8 +68,8 @@ class PretrainConfig:
     plain Vision Transformer or a Hiera of timm. Its decoders are sized to match (for timm's: those
     of our size with the nearest width)."""
     pretrained: bool = False
-    """Start from timm's weights of a timm/NAME (its input was mostly normalised as --normalize
-    imagenet does)."""
+    """Start from timm's weights of a timm/NAME; images are then normalised as they were for these
+    (see normalize)."""
     image_size: int | tuple[int, int] = 224
     """Pixels, one number or [height, width]."""
     patch_size: int | tuple[int, int] | None = None
@@ -187,8 +187,10 @@ class PretrainConfig:
     (repeated augmentation). They count as images: a batch holds that many times fewer different
     ones, an epoch is as many steps as without, and to go through all images takes that many
     epochs."""
-    normalize: Literal["measured", "imagenet"] = "measured"
-    """Mean and deviation of the channels: measured from the data, or ImageNet's."""
+    normalize: Literal["auto", "measured", "imagenet", "timm"] = "auto"
+    """Mean and deviation of the channels: measured from the data, ImageNet's, or those that timm's
+    weights of the model were trained with (auto: timm with --pretrained and its number of channels,
+    else measured)."""
     holdout: int = 128
     """Images kept out of training to measure on: of the val split, or else of the data."""
     max_unreadable: float = 0.1
@@ -265,8 +267,8 @@ class EvalConfig:
     """What every evaluation takes."""
 
     run: str
-    """Run folder, checkpoint or backbone file; or weights of published HPM, MAE, timm's or Hugging
-    Face's ViT."""
+    """Run folder, checkpoint or backbone file; weights of published HPM, MAE, timm's or Hugging
+    Face's ViT; or timm/NAME, timm's own weights."""
     data: str
     """Images, labelled for all but hardness and stats (see pretrain); with splits train and val
     (or test), or else a fifth is held out."""
@@ -442,7 +444,7 @@ class ShowConfig:
     """Draw what a model makes of images: losses, mask, reconstruction, features, attention."""
 
     run: str
-    """Run folder, checkpoint, backbone file, or what --init takes."""
+    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME."""
     data: str
     """Images (see pretrain), or one image file."""
     out: str = "show.png"
@@ -470,7 +472,7 @@ class ViewConfig:
     """Open a page on this machine to try a model on images, with other masks."""
 
     run: str
-    """Run folder, checkpoint, backbone file, or what --init takes."""
+    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME."""
     data: str | None = None
     """Images to offer as examples (default: the run's, or else the built-in ones)."""
     port: int | None = None
@@ -488,7 +490,7 @@ class ExportConfig:
     """Hand the backbone over to other software, checked to give the same outputs there."""
 
     run: str
-    """Run folder, checkpoint, backbone file, or what --init takes."""
+    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
     """Library or format; hf is transformers of Hugging Face, safetensors our own backbone file."""
     out: str

@@ -18,6 +18,11 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """`1 image`, `2 images`; with a plural where it is not made by an s."""
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as `; did you mean 'mask_ratio'?`, empty where nothing known is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

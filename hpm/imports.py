@@ -30,11 +30,18 @@ from hpm.checkpoint import (
 from hpm.config import SIZES, PretrainConfig
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.errors import UserError
-from hpm.hub import read_json
+from hpm.hub import fetched, read_json
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import grid_size, interpolate_positions, resample_projection
+from hpm.models.timm_encoder import (
+    PREFIX,
+    check_weights,
+    pretrained_weights,
+    timm_input,
+    timm_shape,
+)
 from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
 from hpm.names import ABOUT, Kind, recognise, to_ours
 
@@ -98,6 +105,27 @@ def import_model(path: Path) -> Imported:
         weights.notes.append("no teacher in the file: the student stands in for it")
     config = _config(architecture, target)
     return Imported(architecture, mean, std, model.encoder, model, teacher, config, weights.notes)
+
+
+def import_timm(name: str) -> Imported:
+    """timm's own weights of `timm/NAME`, for images as they were trained on.
+
+    Raises UserError where timm has none, or they are not on the disk and cannot be fetched.
+    """
+    model = name.removeprefix(PREFIX)
+    shape = {key: value for key, value in timm_shape(model).items() if key != "fixed"}
+    check_weights(model)
+    wanted = timm_input(model)
+    architecture = {"model": name} | shape
+    architecture |= {"image_size": list(wanted.image_size), "channels": wanted.channels}
+    architecture["patch_size"] = list(shape["patch_size"])
+    encoder: Any = build_encoder(architecture, seed=0)
+    encoder.load_state_dict(fetched(name, "timm", lambda: pretrained_weights(encoder)))
+    note = (
+        f"{name}: timm's pretrained weights, for images of {_by(wanted.image_size)} pixels "
+        f"normalised by mean {wanted.mean} and deviation {wanted.std}"
+    )
+    return Imported(architecture, wanted.mean, wanted.std, encoder, None, None, None, [note])
 
 
 def initialise(model: MaskedImageModel, path: Path, partial: bool, teacher: bool = False) -> str:

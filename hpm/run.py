@@ -24,10 +24,10 @@ from hpm.checkpoint import (
     write_tensors,
     write_text,
 )
-from hpm.config import FREE_OPTIONS, PretrainConfig, make_config
+from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config
 from hpm.data.loader import normalize
 from hpm.errors import UserError
-from hpm.imports import import_model
+from hpm.imports import Imported, import_model, import_timm
 from hpm.mining.miner import Miner, make_miner
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
@@ -238,8 +238,10 @@ def load_encoder(path: str | Path, pool: str = "mean", teacher: bool = False) ->
 
 def load(path: str | Path) -> Trained:
     """Read a run folder (its latest checkpoint, else its backbone), a checkpoint, a backbone, or
-    weights of others (see `hpm.imports`)."""
-    path = Path(path).expanduser()
+    weights of others (see `hpm.imports`); `timm/NAME`: timm's own weights."""
+    name, path = str(path), Path(path).expanduser()
+    if not path.exists() and name.startswith(TIMM):
+        return _of_others(name, import_timm(name))
     if not path.exists():
         raise UserError(f"{path}: no such run folder or file")
     run = Run(path)
@@ -251,14 +253,14 @@ def load(path: str | Path) -> Trained:
         trained.name, trained.folder = str(path), path
         return trained
     if path.is_dir() or path.suffix in TORCH_SUFFIXES:
-        return _of_others(path)
+        return _of_others(str(path), import_model(path))
     tensors, meta = read_tensors(path)
     if meta.get("kind") == "hpm encoder":
         encoder = build_encoder(meta)
         load_exactly(encoder, tensors, path)
         return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
     if "step" not in meta:
-        return _of_others(path)
+        return _of_others(str(path), import_model(path))
     checkpoint = load_checkpoint(path)
     if "architecture" not in checkpoint.meta:
         raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
@@ -272,10 +274,9 @@ def load(path: str | Path) -> Trained:
     )  # fmt: skip
 
 
-def _of_others(path: Path) -> Trained:
-    found = import_model(path)
+def _of_others(name: str, found: Imported) -> Trained:
     return Trained(
-        str(path), found.architecture, found.mean, found.std, found.encoder, found.model,
+        name, found.architecture, found.mean, found.std, found.encoder, found.model,
         found.teacher, found.config, notes=found.notes,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from hpm.config import PretrainConfig, resolve_model, secondary_mask_ratio
+from hpm.config import TIMM, PretrainConfig, resolve_model, secondary_mask_ratio
 from hpm.errors import UserError
 from hpm.optim import ema_decay, learning_rate
 
@@ -115,6 +115,9 @@ def resolve(
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
+    normalize = config.normalize
+    if normalize == "auto":
+        normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"
     height, width = architecture["patch_size"]
     return dataclasses.replace(
         config,
@@ -127,4 +130,11 @@ def resolve(
         decoder_heads=architecture["decoder_heads"],
         batch_size=batch_size,
         precision=precision,
+        normalize=normalize,
     )
+
+
+def _has_timm_channels(config: PretrainConfig) -> bool:
+    from hpm.models.timm_encoder import timm_input
+
+    return timm_input(config.model.removeprefix(TIMM)).channels == config.channels

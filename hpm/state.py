@@ -19,7 +19,7 @@ from hpm.checkpoint import (
     save_checkpoint,
     write_checkpoint,
 )
-from hpm.config import PretrainConfig, resolve_model
+from hpm.config import TIMM, PretrainConfig, resolve_model
 from hpm.data.cache import make_cache
 from hpm.data.loader import (
     IMAGENET_MEAN,
@@ -43,7 +43,7 @@ from hpm.mining.miner import Seen, make_miner
 from hpm.mining.teacher import Teacher
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
-from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
+from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
 from hpm.schedule import make_schedule, resolve
@@ -278,6 +278,9 @@ class State:
         if self.config.normalize == "imagenet":
             return IMAGENET_MEAN, IMAGENET_STD
         config = self.config
+        if config.normalize == "timm":
+            trained_on = timm_input(config.model.removeprefix(TIMM))
+            return trained_on.mean, trained_on.std
         return measure_statistics(
             self.source, self.image_size, config.channels, config.seed, self.min_side
         )

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_hpm
+from helpers import TINY, assert_refused, run_here, run_hpm
 from published import PREFIXES
 from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
 
 import hpm
 from hpm import imports
+from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.errors import UserError
 from hpm.extras import need
 from hpm.models.build import build_encoder, build_model
@@ -499,3 +500,91 @@ def test_our_own_backbone_at_another_size(tmp_path):
     target = build_model(SHAPE | {"image_size": [24, 24]}, 2)
     said = imports.initialise(target, tmp_path / "x.safetensors", partial=True)
     assert "encoder 30 of 30" in said and "from 4 x 4 to 6 x 6 patches" in said
+
+
+SMALL = "timm/test_vit.r160_in1k"
+
+
+@pytest.fixture
+def timms_weights(monkeypatch):
+    """Random weights in the place of timm's, which are on the network."""
+    encoder = build_encoder(
+        {"model": SMALL, "image_size": [160, 160], "patch_size": [16, 16], "channels": 3}, seed=7
+    )
+    monkeypatch.setattr("hpm.imports.pretrained_weights", lambda wanted: encoder.state_dict())
+    return encoder.eval()
+
+
+def test_timms_own_weights(timms_weights):
+    encoder = hpm.load_encoder(SMALL)
+    images = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    normalised = (images / 255 - 0.5) / 0.5  # as this model's weights want it
+    with torch.no_grad():
+        expected = timms_weights(normalised)[:, timms_weights.num_prefix_tokens :]
+        torch.testing.assert_close(encoder(images)[1], expected)
+
+
+def test_timms_own_weights_wherever_a_run_is_named(
+    timms_weights, finished_run, image_folder, tmp_path
+):
+    options = {"workers": 0, "k": (1,), "baselines": False}
+    run, data = str(finished_run.folder), str(image_folder)
+    said = []
+    alone = hpm.evaluate("knn", SMALL, data, said.append, out=str(tmp_path / "evals"), **options)
+    assert "normalised by mean [0.5, 0.5, 0.5]" in said[0] and alone.file.exists()
+    both = hpm.evaluate("knn", run, data, said.append, compare=SMALL, **options)
+    name = "patch mean"
+    assert both.values[f"compared, {name}"] == alone.values[f"trained, {name}"]
+    both.file.unlink()
+    out = hpm.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
+    assert load_file(out).keys() == timms_weights.state_dict().keys()
+    result = run_here("show", SMALL, data, "--out", tmp_path / "x.png", "--images", 2,
+                      "--device", "cpu")  # fmt: skip
+    assert result.returncode == 0 and (tmp_path / "x.png").exists(), result.stderr
+
+
+def test_timms_own_weights_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("hpm.hub._reachable", lambda address: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(hpm.UserError, match=f"{SMALL} is not on disk .* cannot be reached") as no:
+        hpm.load_encoder(SMALL)
+    assert "\n" not in str(no.value)
+    with pytest.raises(hpm.UserError, match="'timm/vit_tiny_patch16_22', .* did you mean"):
+        hpm.load_encoder("timm/vit_tiny_patch16_22")
+    with pytest.raises(hpm.UserError, match="timm has no weights for timm/vit_base_patch16_xp"):
+        hpm.load_encoder("timm/vit_base_patch16_xp_224")
+    with pytest.raises(hpm.UserError, match="runs as a whole|part of its patches"):
+        hpm.load_encoder("timm/resnet18")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"normalize": "timm"}, ([0.5] * 3, [0.5] * 3)),
+     ({"normalize": "imagenet"}, (IMAGENET_MEAN, IMAGENET_STD)),
+     ({"pretrained": True}, ([0.5] * 3, [0.5] * 3)),
+     ({"pretrained": True, "channels": 1}, None),
+     ({}, None)],
+)  # fmt: skip
+def test_images_are_normalised_as_timms_weights_want_it(
+    image_folder, tmp_path, monkeypatch, options, expected
+):
+    monkeypatch.setattr("hpm.state.pretrained_weights", lambda encoder: encoder.state_dict())
+    sizes = {"image_size": 32, "patch_size": 16, "steps": 1, "model": SMALL}
+    run = hpm.pretrain(
+        data=str(image_folder), out=str(tmp_path / "run"), **(TINY | sizes | options)
+    )
+    trained = load(run.folder)
+    if expected:
+        assert (trained.mean, trained.std) == expected
+        assert trained.config.normalize == options.get("normalize", "timm")
+    else:
+        assert trained.config.normalize == "measured" and trained.mean[0] not in (0.5, 0.485)
+
+
+def test_bad_normalisation():
+    def refused(words, **options):
+        with pytest.raises(hpm.UserError, match=words):
+            hpm.pretrain(data="demo", out="never", normalize="timm", **options)
+
+    refused("of timm's models, but model is vit_tiny", model="vit_tiny")
+    refused("has 3 channels, but channels is 1", model=SMALL, channels=1)

@@ -9,6 +9,7 @@ it, under the name `norm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -325,13 +326,34 @@ def timm_shape(name: str) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class TimmInput:
+    """The images that timm's weights of a model were trained on: normalised by mean and std of each
+    channel, full scale being 1."""
+
+    image_size: tuple[int, int]
+    channels: int
+    mean: list[float]
+    std: list[float]
+
+
+def timm_input(name: str) -> TimmInput:
+    """As timm says it. UserError where it has no such model."""
+    _module(name)
+    config = need("timm", "timm", f"model {PREFIX}{name}").get_pretrained_cfg(name)
+    if config is None:
+        raise UserError(f"timm does not say how images of {PREFIX}{name} are normalised")
+    channels, height, width = config.input_size
+    return TimmInput((height, width), channels, list(config.mean), list(config.std))
+
+
 def check_weights(name: str) -> None:
     """Raises UserError where timm has no weights for this model at all."""
     timm = need("timm", "timm", f"model {PREFIX}{name}")
     _module(name)
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
-        raise UserError(f"timm has no weights for {PREFIX}{name}: train it without --pretrained")
+        raise UserError(f"timm has no weights for {PREFIX}{name}: name another model")
 
 
 def _create(name: str, pretrained: bool, **options: Any) -> Any:
