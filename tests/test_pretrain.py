@@ -165,7 +165,7 @@ def test_the_teacher_is_not_run_while_its_result_is_not_used(image_folder, tmp_p
     calls = []
     looked = predicted_losses
     monkeypatch.setattr(miner, "predicted_losses", lambda *x: calls.append(1) or looked(*x))
-    pretrain(image_folder, tmp_path / "random", mask="random")
+    pretrain(image_folder, tmp_path / "random", mask="random", holdout=0)
     assert not calls
     # int(12 hidden x alpha) is 0 in the first 15 of 96 steps, where alpha is below 1/12.
     options = {"steps": None, "epochs": 16, "hard_share_start": 0.0, "holdout": 0}
