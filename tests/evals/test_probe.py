@@ -98,7 +98,7 @@ def test_held_out_images_teach_nothing_to_the_heads_that_choose(heads):
 def test_attentive_heads_equal_plain_cross_attention():
     """The cheap form against keys and values computed for every patch, in float64."""
     torch.manual_seed(0)
-    heads = AttentiveHeads(torch.Size([5, 128]), 3, 2).double().train()
+    heads = AttentiveHeads(torch.Size([5, 128]), 3, grid((0.1, 0.2), (0.0,)), 6).double().train()
     for parameter in heads.parameters():
         parameter.data.normal_(std=0.5)
     x = torch.randn(6, 5, 128, dtype=torch.float64)
@@ -179,3 +179,40 @@ def test_of_equal_accuracies_the_likelier_wins():
     train = blobs(400, 0, noise=0.1)
     found = probed(train, blobs(100, 1, noise=0.1), settings=grid((1e-3, 1e-2, 0.1), (0.0,)))
     assert found.held_out_top1 == 100 and found.setting.lr > 1e-3
+
+
+def test_linear_heads_descend_as_sgd_does():
+    """Against autograd and torch.optim.SGD with Nesterov momentum, in float64."""
+    torch.manual_seed(0)
+    settings = grid((0.1, 0.5), (0.0, 0.1))
+    heads = LinearHeads(torch.Size([6]), 3, settings, 128).double()
+    weights = [torch.zeros(2, 3, 6).double().requires_grad_() for _ in settings]
+    biases = [torch.zeros(2, 3).double().requires_grad_() for _ in settings]
+    groups = [
+        {"params": [w, b], "lr": s.lr * 128 / 256, "weight_decay": s.weight_decay}
+        for w, b, s in zip(weights, biases, settings)
+    ]
+    sgd = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    for step in range(5):
+        features, labels = torch.randn(20, 6).double(), torch.randint(0, 3, (20,))
+        seen = torch.rand(20) < 0.8
+        rate = 1 - step / 5
+        for group, setting in zip(sgd.param_groups, settings):
+            group["lr"] = rate * setting.lr * 128 / 256
+        centred = features - features.mean(0)
+        normed = centred / (centred.square().mean(0) + 1e-6).sqrt()
+        loss = torch.zeros(()).double()
+        for w, b in zip(weights, biases):
+            logits = torch.einsum("nd,kcd->knc", normed, w) + b[:, None]
+            entropy = torch.nn.functional.cross_entropy
+            loss = loss + entropy(logits[CHOOSING][seen], labels[seen])
+            loss = loss + entropy(logits[TESTED], labels)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        heads.learn(features, labels, seen, rate)
+    found = heads.weight.view(2, len(settings), 3, 6)
+    expected = torch.stack([w.detach() for w in weights], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    expected = torch.stack([b.detach() for b in biases], 1)
+    torch.testing.assert_close(heads.bias.view(2, 4, 3), expected, rtol=1e-6, atol=1e-9)
