@@ -26,7 +26,7 @@ from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
 from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.logs import track
 
 GOAL = 0.9  # of the bare libraries' speed, per worker: what a loader should reach
@@ -68,7 +68,7 @@ class _Bare:
         drawn = np.random.default_rng(0).permutation(len(source))[:BARE_IMAGES]
         self.indices = [int(index) for index in drawn if self._readable(int(index))]
         if not self.indices:
-            raise UserError(f"{source.name}: none of {len(drawn)} images can be read")
+            raise UserError(f"{source.name}: no image of {len(drawn)} can be read")
 
     def run(self) -> None:
         rng, least = np.random.default_rng(1), least_size(self.views.size, self.views.crop_scale[0])
@@ -227,8 +227,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     bare: dict[str, Any] = report["bare"]
     height, width = report["image_size"]
     console.print(
-        f"{report['images']} images of {report['data']}, views of {height} x {width}, batches of "
-        f"{report['batch_size']}, {report['cores']} cores, JPEG by {report['decoder']}",
+        f"{counted(report['images'], 'image')} of {report['data']}, "
+        f"views of {height} x {width}, batches of {report['batch_size']}, "
+        f"{counted(report['cores'], 'core')}, JPEG by {report['decoder']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -241,7 +242,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for number, found in report["workers"].items():
         memory = found["memory_mb"]
         table.add_row(
-            f"{number} worker{'s' if number > 1 else ''}", f"{found['images_per_second']:.0f}",
+            counted(number, "worker"), f"{found['images_per_second']:.0f}",
             f"{found['best']:.0f}", f"{100 * found['share_of_bare']:.0f}",
             "" if memory is None else f"{memory:.0f}",
         )  # fmt: skip
@@ -250,9 +251,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(f"ms per image: {parts}", highlight=False)
     if "wanted" in report:
         needed, cores = report["workers_needed"], report["cores"]
-        spare = "" if needed < cores else f" (more than the {cores} cores leave beside training)"
+        spare = (
+            ""
+            if needed < cores
+            else f" (more than {counted(cores, 'core')} leave room for beside training)"
+        )
         console.print(
-            f"{report['wanted']:g} images/s need {needed} worker{'s' if needed > 1 else ''}{spare}",
+            f"{report['wanted']:g} images/s need {counted(needed, 'worker')}{spare}",
             highlight=False,
         )
     console.print(f"limited by {report['limit']}", highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 from hpm.checkpoint import write_text
 from hpm.checks import MINED_BY_LOSS
 from hpm.config import ExportConfig, PretrainConfig
+from hpm.errors import counted
 from hpm.evals.files import COMPARED, changed_options
 from hpm.formats import Subject
 from hpm.run import Trained
@@ -99,9 +100,9 @@ def _method(subject: Subject, config: ExportConfig) -> str:
     shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
     name = shape.get("model", "Vision Transformer")
     text = (
-        f"{name}, width {shape['embed_dim']}, {shape['depth']} blocks, for images of "
+        f"{name}, width {shape['embed_dim']}, {counted(shape['depth'], 'block')}, for images of "
         f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
-        f"{encoder.channels} channel(s). "
+        f"{counted(encoder.channels, 'channel')}. "
     )
     if trained.notes:
         # The name alone: where it lay is nobody's business.
@@ -130,7 +131,7 @@ def _input(subject: Subject) -> str:
 def _training(config: PretrainConfig | None) -> str:
     if config is None or not config.data:
         return "Unknown: the file does not tell."
-    length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
+    length = counted(config.steps, "step") if config.steps else counted(config.epochs, "epoch")
     rows = {
         "data": Path(config.data).name,
         "length": f"{length} of batches of {config.batch_size}",

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hpm.errors import UserError, one_line
+from hpm.errors import UserError, counted, one_line
 
 State = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -184,10 +184,13 @@ def load_exactly(module: nn.Module, state: State, path: Path) -> None:
     """Load a state of the same names and shapes; UserError names the first that differs."""
     problems = compare(module, state)
     if problems:
-        raise UserError(
-            f"{path}: of another architecture ({problems[0]}; {len(problems)} tensors differ)"
-        )
+        raise UserError(f"{path}: of another architecture ({problems[0]}; {differ(problems)})")
     module.load_state_dict(state)
+
+
+def differ(problems: list[str]) -> str:
+    """How many tensors do."""
+    return "1 tensor differs" if len(problems) == 1 else f"{len(problems)} tensors differ"
 
 
 def load_initial(
@@ -203,7 +206,8 @@ def load_initial(
     if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
         state = {f"encoder.{name}": tensor for name, tensor in state.items()}
     matching = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
-    summary = f"{len(matching)} of {len(own)} tensors matched {path} ({_by_part(own, matching)})"
+    summary = f"{len(matching)} of {counted(len(own), 'tensor')} matched {path} "
+    summary += f"({_by_part(own, matching)})"
     left = [*unused, *[name for name in state if name not in matching]]
     summary += f", {len(left)} left over: {_some(left)}" if left else ""
     if not matching:

@@ -34,7 +34,7 @@ from hpm.config import (
     ViewConfig,
     preset_path,
 )
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError, counted, nearest
 
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
@@ -217,10 +217,12 @@ def _prepare(arguments: list[str]) -> int:
     config = _parse("prepare", arguments)
     made = prepare(config)
     if made.unreadable:
-        print(f"{len(made.unreadable)} images cannot be read: {config.out}/unreadable.txt")
+        print(
+            f"{counted(len(made.unreadable), 'image')} cannot be read: {config.out}/unreadable.txt"
+        )
     print(
-        f"{made.images} images, {made.bytes / 1e9:.3g} GB, in {config.out}: hpm pretrain "
-        f"{config.out} --out ..."
+        f"{counted(made.images, 'image')}, {made.bytes / 1e9:.3g} GB, in {config.out}: "
+        f"hpm pretrain {config.out} --out ..."
     )
     return 0
 

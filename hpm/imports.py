@@ -22,6 +22,7 @@ from hpm.checkpoint import (
     TORCH_SUFFIXES,
     State,
     compare,
+    differ,
     load_checkpoint,
     load_initial,
     read_tensors,
@@ -29,7 +30,7 @@ from hpm.checkpoint import (
 )
 from hpm.config import SIZES, PretrainConfig
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.hub import fetched, read_json
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
@@ -141,8 +142,8 @@ def initialise(model: MaskedImageModel, path: Path, partial: bool, teacher: bool
         heads = block.attn.num_heads
         if shape.get("num_heads", heads) != heads:
             raise UserError(
-                f"init: {path} has {shape['num_heads']} attention heads, but the model {heads}: "
-                "name the --model that it is of"
+                f"init: {path} has {counted(shape['num_heads'], 'attention head')}, but the "
+                f"model {heads}: name the --model that it is of"
             )
         try:
             state, resampled = fit(state, model.encoder, shape.get("image_size"))
@@ -409,12 +410,13 @@ def _checked_heads(weights: Weights, name: str, dim: int, guess: float) -> int:
 
 
 def _mention(weights: Weights, shape: dict[str, Any], about: dict[str, Any]) -> None:
-    found = f"width {shape['embed_dim']}, {shape['depth']} blocks, {shape['channels']} channels, "
+    found = f"width {shape['embed_dim']}, {counted(shape['depth'], 'block')}, "
+    found += f"{counted(shape['channels'], 'channel')}, "
     found += f"images of {_by(shape['image_size'])} in patches of {_by(shape['patch_size'])} pixels"
-    for name, what in (("num_heads", "heads"), ("decoder_heads", "heads of the decoders")):
+    for name, whose in (("num_heads", ""), ("decoder_heads", " of the decoders")):
         if name in shape:
             assumed = "" if name in about else " (assumed)"
-            found += f", {shape[name]} {what}{assumed}"
+            found += f", {counted(shape[name], 'head')}{whose}{assumed}"
     weights.notes.append(found)
 
 
@@ -423,13 +425,15 @@ def _normalisation(weights: Weights, channels: int) -> tuple[list[float], list[f
     if mean is not None and std is not None:
         if not (_numbers(mean, channels) and _numbers(std, channels) and min(std) > 0):
             raise UserError(
-                f"{weights.path}: mean {mean} and deviation {std} do not fit {channels} channels"
+                f"{weights.path}: mean {mean} and deviation {std} do not fit "
+                f"{counted(channels, 'channel')}"
             )
         return list(map(float, mean)), list(map(float, std))
     if channels != len(IMAGENET_MEAN):
         raise UserError(
-            f"{weights.path}: how its {channels} channels were normalised cannot be told; say so "
-            f'in {weights.path.with_suffix(".json")}: {{"mean": [...], "std": [...]}}'
+            f"{weights.path}: how images of {counted(channels, 'channel')} were "
+            f"normalised cannot be told; say so in "
+            f'{weights.path.with_suffix(".json")}: {{"mean": [...], "std": [...]}}'
         )
     weights.notes.append("images are normalised by ImageNet's mean and deviation (assumed)")
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
@@ -471,9 +475,7 @@ def _filled(make: Callable[[], Built], state: State, path: Path) -> Built:
         raise UserError(f"{path}: of another architecture ({error})") from None
     problems = compare(module, state)
     if problems:
-        raise UserError(
-            f"{path}: of another architecture ({problems[0]}; {len(problems)} tensors differ)"
-        )
+        raise UserError(f"{path}: of another architecture ({problems[0]}; {differ(problems)})")
     whole = {name: tensor.float().contiguous() for name, tensor in state.items()}
     module.load_state_dict(whole, assign=True)
     return module

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from hpm.config import TIMM, PretrainConfig, resolve_model, secondary_mask_ratio
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.optim import ema_decay, learning_rate
 
 
@@ -85,6 +85,16 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
     )
 
 
+def long_warmup(text: str, warmup: float, total: int) -> list[str]:
+    """A line for the log where a warm-up ends after the training does."""
+    if warmup <= total:
+        return []
+    return [
+        f"warning: the warm-up of {text} takes {warmup:.0f} steps, but the training has {total}: "
+        "the learning rate never reaches its peak; pass a shorter --warmup"
+    ]
+
+
 def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
     """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
@@ -103,14 +113,15 @@ def resolve(
     batch_size = config.batch_size or min(256, num_images) // share * share
     if not 0 < batch_size <= num_images:
         raise UserError(
-            f"a batch of {batch_size or share} needs more than the {num_images} images that there "
-            "are to train on: pass a smaller --batch-size"
+            f"a batch of {batch_size or share} needs more than {counted(num_images, 'image')} to "
+            "train on: pass a smaller --batch-size"
         )
     if batch_size % share:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared by {world_size} processes, accumulate "
-            f"{config.accumulate} and repeat_augment {config.repeat_augment}: pass a multiple of "
-            f"{share}"
+            f"batch_size {batch_size} cannot be shared by "
+            f"{counted(world_size, 'process', 'processes')}, "
+            f"accumulate {config.accumulate} and repeat_augment {config.repeat_augment}: pass a "
+            f"multiple of {share}"
         )
     precision = config.precision
     if precision == "auto":

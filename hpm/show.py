@@ -144,9 +144,7 @@ def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     (batch,) = evaluation_batches(some, (height, width), trained.encoder.channels, config.images)
     problems = [f"{some.path(index)}: {what}" for index, what in batch.unreadable]
     if not len(batch.images):
-        raise UserError(
-            f"{source.name}: none of the {len(some)} images can be read ({problems[0]})"
-        )
+        raise UserError(f"{source.name}: no image of {len(some)} can be read ({problems[0]})")
     for problem in problems[:NAMED]:
         print(f"passed over: {problem}")
     if len(problems) > NAMED:

@@ -33,7 +33,7 @@ from hpm.data.loader import (
     training_loader,
 )
 from hpm.data.sources import Source, hold_out, open_source
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.evals.ongoing import OngoingProbe
 from hpm.imports import initialise
 from hpm.logs import RunLog
@@ -46,7 +46,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
-from hpm.schedule import make_schedule, resolve
+from hpm.schedule import long_warmup, make_schedule, resolve
 from hpm.targets import make_target
 
 
@@ -60,6 +60,7 @@ class State:
     def __init__(self, config: PretrainConfig, device: torch.device):
         splits = open_source(config.data)
         self.device = device
+        self.has_split = splits.test is not None
         self.source, self.held_out = _split(splits.train, splits.test, config)
         self.config = config = resolve(config, len(self.source), device, distributed.world_size())
         self.schedule = make_schedule(config, len(self.source))
@@ -113,7 +114,8 @@ class State:
         self.log = RunLog(
             self.run.folder, self.step, self.schedule.total, distributed.is_main(), config
         )
-        for message in [self._introduction(), *messages]:
+        warmup = long_warmup(config.warmup, self.schedule.warmup, self.schedule.total)
+        for message in [self._introduction(), *warmup, *messages]:
             self.log.info(message)
 
     @property
@@ -265,8 +267,8 @@ class State:
         meta = checkpoint.meta
         if meta["num_images"] != len(self.source):
             raise UserError(
-                f"{self.config.data} has {len(self.source)} training images, but the run began "
-                f"with {meta['num_images']}: put the data back, or choose another --out"
+                f"{self.config.data} has {counted(len(self.source), 'training image')}, but the "
+                f"run began with {meta['num_images']}: put the data back, or choose another --out"
             )
         restore(checkpoint, self.model, self.teacher.model, self.optimizer, self.memory)
         self.step = meta["step"]
@@ -288,13 +290,18 @@ class State:
     def _introduction(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         held_out = len(self.held_out) if self.held_out else 0
+        fewer = ""
+        if held_out < self.config.holdout:
+            fewer = f" (fewer than the {self.config.holdout} of --holdout: "
+            fewer += "the split has no more)" if self.has_split else "at most a tenth of them)"
         memory = self.memory.found.nbytes / 1e6 if self.memory else 0
         return (
             f"{self.config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
-            f"{len(self.source)} images of {self.source.name}, {held_out} held out, "
-            f"{self.schedule.total} steps of {self.config.batch_size} images "
+            f"{counted(len(self.source), 'image')} of {self.source.name}, {held_out} held out"
+            f"{fewer}, {counted(self.schedule.total, 'step')} of "
+            f"{counted(self.config.global_batch_size, 'image')} "
             f"({self.schedule.epochs:.4g} epochs), {self.device}, {self.config.precision}, "
-            f"{distributed.world_size()} process(es), into {self.config.out}"
+            f"{counted(distributed.world_size(), 'process', 'processes')}, into {self.config.out}"
             + (f", memory of hardness {memory:.3g} MB" if memory else "")
         )
 

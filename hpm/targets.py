@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpm.config import PretrainConfig, RankingSignal
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.frozen import FrozenModel, load_frozen
 from hpm.mining.losses import normalized_squared_error, squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, grid_size, patchify
@@ -245,8 +245,8 @@ def make_target(
         if codebook.frozen is None and made_for != (patch_size, channels):
             raise UserError(
                 f"codebook {config.codebook} is of patches of {list(codebook.patch_size)} pixels "
-                f"and {codebook.channels} channels, but patch_size is {list(patch_size)} and "
-                f"channels {channels}: tokenize with those"
+                f"and {counted(codebook.channels, 'channel')}, but patch_size is "
+                f"{list(patch_size)} and channels {channels}: tokenize with those"
             )
         return TokenTarget(codebook, *moments, grid)
     normalized = config.target == "normalized_pixels"

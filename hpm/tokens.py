@@ -101,8 +101,8 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
     vectors = _sample(codebook, open_source(config.data).train, size, config, generator)
     if len(vectors) < config.codes:
         raise UserError(
-            f"codes {config.codes} is more than the {len(vectors)} patches: pass fewer --codes or "
-            "more images"
+            f"codes {config.codes} is more than there are patches ({len(vectors)}): pass fewer "
+            "--codes or more images"
         )
     codebook.codes, inertia = kmeans(vectors.to(device), config.codes, config.rounds, generator)
     codebook.save(out)

@@ -68,7 +68,7 @@ def test_refusals(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "no such folder" in errors and "hpm bench data" in errors
     (tmp_path / "a.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="none of 1 images can be read"):
+    with pytest.raises(UserError, match="no image of 1 can be read"):
         bench_data(BenchDataConfig(str(tmp_path)))
     with pytest.raises(UserError, match="workers"):
         bench_data(BenchDataConfig("demo", workers=0))

@@ -1,6 +1,7 @@
 """The command line as a person types it, and what it says to mistakes."""
 
 import re
+from pathlib import Path
 
 import pytest
 from helpers import assert_refused, run_here, run_hpm, tiny_arguments, write_images
@@ -176,3 +177,13 @@ def test_demo(tmp_path):
         "\n", " ")).groups())  # fmt: skip
     assert hard > 1.5 * chance
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000
+
+
+def test_counts_have_their_number():
+    from hpm.errors import counted
+
+    assert counted(1, "image") == "1 image" and counted(0, "image") == "0 images"
+    assert counted(1, "class", "classes") == "1 class"
+    assert counted(2, "class", "classes") == "2 classes"
+    sources = [path.read_text() for path in Path(hpm.__file__).parent.rglob("*.py")]
+    assert not [text for text in sources if "(es)" in text or "image(s)" in text]

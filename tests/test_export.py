@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from hpm import formats
 from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
 from hpm.extras import need
-from hpm.run import load, save_backbone
+from hpm.run import Run, load, save_backbone
 
 transformers = need("transformers", "hf", "the test")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -301,16 +302,18 @@ def test_the_command_line(finished_run, tmp_path):
 
 
 @pytest.fixture
-def evaluated(finished_run, tmp_path):
-    """The run with numbers of an evaluation beside it, taken away afterwards."""
-    folder = finished_run.folder / "evals"
+def evaluated(finished_run, tmp_path_factory):
+    """A copy of the run with numbers of evaluations beside it."""
+    run = Run(tmp_path_factory.mktemp("evaluated") / "finished")
+    shutil.copytree(finished_run.folder, run.folder, ignore=shutil.ignore_patterns("evals"))
+    folder = run.folder / "evals"
     content = {
         "protocol": "knn",
         "about": {"data": "somewhere/flowers", "weights": "student", "step": TINY["steps"]},
         "values": {"trained": {"k = 20": {"top1": 52.31, "top1_low": 49.0, "top1_high": 55.5}}},
         "hardness": {"ranking_accuracy": 0.86},
     }
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     (folder / "knn_test.json").write_text(json.dumps(content))
     (folder / "odd.json").write_text("{")
     others = {"student_before": {"step": 4}, "teacher": {"weights": "teacher"}}
@@ -321,9 +324,7 @@ def evaluated(finished_run, tmp_path):
         (folder / f"{name}.json").write_text(json.dumps(other))
     old = content | {"about": {"data": "somewhere/flowers"}}
     (folder / "of_an_older_version.json").write_text(json.dumps(old))
-    yield finished_run
-    for file in ("knn_test", "odd", "student_before", "teacher", "of_an_older_version"):
-        (folder / f"{file}.json").unlink()
+    return run
 
 
 def test_the_model_card(evaluated, tmp_path):

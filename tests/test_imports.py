@@ -427,7 +427,7 @@ def test_a_json_that_does_not_fit(tmp_path, about, words):
 
 def test_seven_channels_want_their_normalisation(tmp_path):
     torch.save(state_of(build_encoder(SHAPE | {"channels": 7})), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="how its 7 channels were normalised cannot be told"):
+    with pytest.raises(UserError, match="how images of 7 channels were normalised cannot be told"):
         load(tmp_path / "x.pth")
     (tmp_path / "x.json").write_text(json.dumps({"mean": [0.5] * 7, "std": [0.2] * 7}))
     assert load(tmp_path / "x.pth").mean == [0.5] * 7

@@ -74,6 +74,16 @@ def test_the_backbone_is_the_encoder(finished_run):
             "norm.weight"} <= names  # fmt: skip
 
 
+def test_what_is_not_as_asked_for_is_in_the_log(image_folder, tmp_path):
+    """Fewer images held out than asked for, a warm-up that does not end."""
+    options = TINY | {"steps": 1, "warmup": "2 epochs", "holdout": 128}
+    run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **options)
+    log = (run.folder / "train.log").read_text()
+    assert "44 images of" in log and "1 step of 8 images" in log and "1 process, into" in log
+    assert "4 held out (fewer than the 128 of --holdout: at most a tenth of them)" in log
+    assert "warning: the warm-up of 2 epochs takes 10 steps, but the training has 1" in log
+
+
 def test_loss_falls(image_folder, tmp_path):
     run = pretrain(image_folder, tmp_path / "run", steps=60, log_every=10)
     losses = [m["reconstruction_loss"] for m in run.metrics() if "reconstruction_loss" in m]

@@ -6,7 +6,7 @@ import torch
 from hpm.config import FinetuneConfig, PretrainConfig, make_config, preset_path, read_preset
 from hpm.errors import UserError
 from hpm.optim import adamw, ema_decay, learning_rate
-from hpm.schedule import duration_steps, make_schedule, resolve
+from hpm.schedule import duration_steps, long_warmup, make_schedule, resolve
 
 CPU = torch.device("cpu")
 
@@ -128,3 +128,9 @@ def test_the_papers_hard_share_moves_once_an_epoch():
         first, last = epoch * per_epoch, (epoch + 1) * per_epoch - 1
         assert paper.hard_share_progress(first) == paper.hard_share_progress(last)
         assert paper.hard_share_progress(first) == pytest.approx((epoch + 1) / 200)
+
+
+def test_a_warm_up_that_is_longer_than_the_training_is_said():
+    assert long_warmup("10%", 10, 100) == long_warmup("5 epochs", 100, 100) == []
+    (line,) = long_warmup("40 epochs", 400, 100)
+    assert "of 40 epochs takes 400 steps, but the training has 100" in line

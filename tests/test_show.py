@@ -117,7 +117,7 @@ def test_unreadable_images_are_named(finished_run, image_folder, tmp_path, capsy
     shown(finished_run.folder, folder, tmp_path / "x.png")
     assert "passed over: " in (printed := capsys.readouterr().out) and "bad.png" in printed
     (folder / "good.png").unlink()
-    with pytest.raises(UserError, match="none of the 1 images can be read .*bad.png"):
+    with pytest.raises(UserError, match="no image of 1 can be read .*bad.png"):
         shown(finished_run.folder, folder, tmp_path / "y.png")
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hpm import distributed
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.run import Backbone
 
 RAW_PIXELS = "raw pixels"
@@ -220,14 +220,14 @@ def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labe
     )
     if unknown:
         raise UserError(
-            f"{test.name} has {len(unknown)} classes that {train.name} has not, "
-            f"the first '{unknown[0]}': nothing can be learned of them"
+            f"{test.name} has {counted(len(unknown), 'class', 'classes')} that "
+            f"{train.name} has not, the first '{unknown[0]}': nothing can be learned of them"
         )
     lacking = sorted(set(train.classes) - set(test.classes))
     if lacking:
         raise UserError(
-            f"{train.name} has {len(lacking)} classes that {test.name} has not, "
-            f"the first '{lacking[0]}': give both splits the same classes"
+            f"{train.name} has {counted(len(lacking), 'class', 'classes')} that "
+            f"{test.name} has not, the first '{lacking[0]}': give both splits the same classes"
         )
     numbers = {name: i for i, name in enumerate(train.classes)}
     renumber = np.array([numbers[name] for name in test.classes])

@@ -37,7 +37,7 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.extras import need
@@ -45,7 +45,7 @@ from hpm.logs import RunLog
 from hpm.models.build import build_classifier
 from hpm.models.classifier import Classifier
 from hpm.optim import layer_decay_groups, learning_rate
-from hpm.schedule import duration_steps
+from hpm.schedule import duration_steps, long_warmup
 from hpm.stop import Interrupted, stop_signals
 
 LOG_EVERY = 10
@@ -161,7 +161,7 @@ def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None
     if config.rand_augment != "none" and architecture["channels"] not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "
-            f"{architecture['channels']} channels: pass --rand-augment none"
+            f"{counted(architecture['channels'], 'channel')}: pass --rand-augment none"
         )
     if config.pool == "cls" and not architecture.get("class_token", True):
         raise UserError(f"pool cls: {architecture['model']} has no class token, pass --pool mean")
@@ -223,8 +223,9 @@ class _Finetuning:
         self.batch_size = min(config.batch_size, len(data.train)) // share * share
         if not self.batch_size:
             raise UserError(
-                f"{min(config.batch_size, len(data.train))} images are too few for a batch of "
-                f"{self.world_size} process(es), accumulate {config.accumulate}"
+                f"{counted(min(config.batch_size, len(data.train)), 'image')} cannot be a batch of "
+                f"{counted(self.world_size, 'process', 'processes')}, accumulate "
+                f"{config.accumulate}: {share} or more can"
             )
         self.steps_per_epoch = len(data.train) // self.batch_size
         self.total = config.epochs * self.steps_per_epoch
@@ -269,12 +270,15 @@ class _Finetuning:
         config = self.config
         log = RunLog(self.folder, self.step, self.total, distributed.is_main())
         log.info(
-            f"fine-tuning {self.subject.name}: {len(self.data.train)} images of "
-            f"{len(self.data.classes)} classes, {self.total} steps of {self.batch_size}, "
+            f"fine-tuning {self.subject.name}: {counted(len(self.data.train), 'image')} of "
+            f"{counted(len(self.data.classes), 'class', 'classes')}, "
+            f"{counted(self.total, 'step')} of {self.batch_size}, "
             f"from step {self.step}, into {self.folder}"
         )
         peak = config.base_lr * self.batch_size / 256
         warmup = duration_steps(config.warmup, self.total, self.steps_per_epoch)
+        for line in long_warmup(config.warmup, warmup, self.total):
+            log.info(line)
         save_every = max(
             1, round(duration_steps(config.checkpoint_every, self.total, self.steps_per_epoch))
         )

@@ -13,7 +13,7 @@ import torch
 from hpm import distributed
 from hpm.config import EvalConfig
 from hpm.data.sources import Source, Splits, Subset, open_source
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.evals.features import (
     Features,
     Reading,
@@ -46,7 +46,7 @@ class OngoingProbe:
         count = len(self.data.train)
         if count < K:
             raise UserError(
-                f"probe: {whole.name} leaves {count} images to learn from; it takes {K}"
+                f"probe: {whole.name} leaves {counted(count, 'image')} to learn from; it takes {K}"
             )
         self.seed, self.reading = seed, Reading(128, workers, lambda line: None)
 

@@ -26,7 +26,7 @@ from hpm.config import (
 )
 from hpm.data.loader import EvaluationViews, TrainingViews, num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.evals.features import (
     RAW_PIXELS,
     Embed,
@@ -144,7 +144,8 @@ def evaluate_knn(task: Task, config: KnnConfig) -> Outcome:
         count = len(next(iter(train.values())).labels)
         if count < min(config.k):
             raise UserError(
-                f"k {min(config.k)} is more than the {count} training images: pass a smaller --k"
+                f"k {min(config.k)} is more than {counted(count, 'training image')}: pass a "
+                "smaller --k"
             )
         ranked = {
             name: dict(

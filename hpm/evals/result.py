@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpm.checkpoint import write_text
+from hpm.errors import counted
 
 Numbers = dict[str, float]
 LABELLED = ("knn", "linear", "attentive", "finetune")
@@ -55,9 +56,10 @@ def print_result(result: Result, console: Console) -> None:
     if result.values:
         what = f"{about['run']} ({about['weights']}) on {about['data']}"
         if result.protocol in LABELLED:
-            what = f"top-1 of {result.protocol} in %, {what}, {about['test_images']} test images"
+            tested = counted(about["test_images"], "test image")
+            what = f"top-1 of {result.protocol} in %, {what}, {tested}"
         else:
-            what = f"{result.protocol} of {what}, {about['images']} images"
+            what = f"{result.protocol} of {what}, {counted(about['images'], 'image')}"
         console.print(what, soft_wrap=True, highlight=False)
         console.print(_table(result))
     if result.protocol == "knn":

@@ -15,7 +15,7 @@ import yaml
 
 from hpm.checkpoint import disk_error, write_text
 from hpm.config import PretrainConfig, ReportConfig
-from hpm.errors import UserError
+from hpm.errors import UserError, counted
 from hpm.pages import curves
 from hpm.pages.curves import draw_chart, make_curve
 from hpm.pages.moments import Moment, read_moments
@@ -381,7 +381,7 @@ def _sessions(sessions: list[Session], config_file: Path) -> str:
         f"<td>{escape(session.ended or '')}</td>"
         f"<td>{'' if session.last_step is None else format(session.last_step, ',')}</td>"
         f"<td>{escape(str(session.environment.get('device')))}, "
-        f"{session.environment.get('processes')} process(es)</td></tr>"
+        f"{counted(session.environment.get('processes') or 1, 'process', 'processes')}</td></tr>"
         for session in sessions
     )
     heads = "".join(

@@ -187,7 +187,7 @@ def test_bad_finetuning(finished_run, image_folder, tmp_path):
     refused("epochs is 0", epochs=0)
     refused("'5 weeks' is not a duration", warmup="5 weeks")
     refused("train_share is 0", train_share=0.0)
-    refused("39 images are too few for a batch", accumulate=30)
+    refused("39 images cannot be a batch of 1 process, accumulate 30: 60 or more", accumulate=30)
     with pytest.raises(hpm.UserError, match="pass --out FOLDER"):
         hpm.evaluate("finetune", str(finished_run.backbone), data)
 

@@ -114,8 +114,8 @@ def splits_of(tmp_path, train, test):
 
 @pytest.mark.parametrize(
     ("train", "test", "words"),
-    [(2, 3, "has 1 classes that .*train has not, the first 'class_2'"),
-     (3, 2, "has 1 classes that .*val has not, the first 'class_2'")],
+    [(2, 3, "has 1 class that .*train has not, the first 'class_2'"),
+     (3, 2, "has 1 class that .*val has not, the first 'class_2'")],
 )  # fmt: skip
 def test_more_classes_in_one_split(tmp_path, train, test, words):
     with pytest.raises(hpm.UserError, match=words):
@@ -155,7 +155,7 @@ def test_bad_evaluations(finished_run, image_folder, tmp_path):
     run, data = str(finished_run.folder), str(image_folder)
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'; did you mean 'knn'"):
         hpm.evaluate("kn", run, data)
-    with pytest.raises(hpm.UserError, match="k 100 is more than the 39 training images"):
+    with pytest.raises(hpm.UserError, match="k 100 is more than 39 training images"):
         hpm.evaluate("knn", run, data, k=(100,))
     with pytest.raises(hpm.UserError, match="no labels"):
         hpm.evaluate("knn", run, str(image_folder / "class_0"))
