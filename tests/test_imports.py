@@ -71,7 +71,7 @@ def test_published_hpm(tmp_path, prefix, key):
     same_model(trained, model, teacher if key else None)
     text = "; ".join(trained.notes)
     assert f"a published checkpoint of Hard Patches Mining; {len(state)} of its" in text
-    assert "1 heads (assumed)" in text and "ImageNet's mean and deviation (assumed)" in text
+    assert "1 head (assumed)" in text and "ImageNet's mean and deviation (assumed)" in text
     assert ("the student stands in" in text) == (not key)
     assert trained.config.target == "normalized_pixels"
 
