@@ -1,0 +1,543 @@
+"""Does mining help? Masked autoencoders with and without mining, paired over seeds.
+
+    python benchmarks/evidence.py --minutes 60          # again and again, until it says done
+    python benchmarks/evidence.py --timing              # once, while nothing else runs
+    python benchmarks/evidence.py --report              # RESULTS.md and the figure, as far as it is
+
+On a GPU (data: a folder with the two parquet files of tin100):
+    python benchmarks/evidence.py --data DATA --model vit_small --rows 37000 --epochs 100 \
+        --side-by-side 8 --minutes 8
+
+Everything is a command of `hpm` in a process of its own. What is done stays done: results are kept
+in --results, runs in --out, and an interrupted piece goes on where it was. The protocol below was
+written before the first run and is not changed afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from results import machine, table, write_section
+
+PROTOCOL = """
+- **Data.** 100 classes of Tiny ImageNet, 64 px. Pre-training on the first {rows} training rows,
+  probes on the labels of the same rows. Test: the 13,000 training rows from 37,000 on and the
+  5,000 of validation, 18,000 images that no choice ever sees. Choices are judged on the
+  training rows 30,000 to 34,999 ({rows} rows or fewer pre-train) or on a held-out fifth of the
+  training labels (more).
+- **Model.** {model}, patches of 8 pixels, batch 128, {epochs} epochs, target: normalised
+  pixels, in every arm but the two of raw pixels.
+- **Arms.** MAE; the predictor's loss with random masks; HPM (easy to hard); HPM by memory,
+  without a predictor; green noise (ColorMAE), a mask that needs no learning; MAE for as long as
+  HPM takes, in steps, by the measured ratio of their steps; MAE and HPM with raw pixels.
+- **Tuning**, for each arm alike, on seeds from 100 on: half of the epochs, linear probe. Base
+  learning rate 2e-3, 4e-3, 8e-3, extended by factors of 2 until the best is inside the grid;
+  where the best two differ by less than 0.5 points, a second seed decides. Then the mask ratio
+  of MAE (0.65, 0.75, 0.85) and the hard share of HPM at the end of training (0.25, 0.5) at the
+  best learning rate.
+- **Seeds** 0 to 6, paired: the same order, crops and initial encoder in every arm. Reported:
+  the mean of the paired differences to MAE with its 95 % t-interval.
+- **Primary measures.** Top-1 of a linear probe on the mean of the patches; mean IoU of a linear
+  head on frozen patch features of CamVid. Secondary: kNN (k = 20), attentive probe.
+- **Order of work**: tuning and seeds of MAE and HPM, then predictor, memory, equal time, green
+  noise, raw pixels; so that what is there is complete pairs.
+"""
+
+FOLDER = Path(__file__).parent
+DATA = FOLDER / ".." / ".." / "shared" / "data" / "tin100"
+SEEDS, TUNING_SEEDS = range(7), (100, 101)
+RATES, FACTOR, CLOSE = (2e-3, 4e-3, 8e-3), 2.0, 0.5
+MINED = {"mask": "easy_to_hard", "predictor_loss": "relative"}
+PLAIN = {"mask": "random", "predictor_loss": "none"}
+METHODS: dict[str, dict[str, Any]] = {
+    "MAE": PLAIN,
+    "HPM": MINED,
+    "predictor": {"mask": "random", "predictor_loss": "relative"},
+    "memory": {"mask": "easy_to_hard", "mine_by": "memory", "predictor_loss": "none"},
+    "MAE, HPM's time": PLAIN,
+    "green noise": {"mask": "green_noise", "predictor_loss": "none"},
+    "MAE, raw pixels": PLAIN | {"target": "pixels"},
+    "HPM, raw pixels": MINED | {"target": "pixels"},
+}
+EQUAL_TIME = "MAE, HPM's time"
+TITLES = {
+    "predictor": "predictor's loss, random masks",
+    "memory": "HPM by memory, no predictor",
+    "green noise": "green noise (ColorMAE)",
+    EQUAL_TIME: "MAE for as long as HPM takes",
+}
+ALSO_TUNED = {"MAE": ("mask_ratio", (0.65, 0.75, 0.85)), "HPM": ("hard_share_end", (0.25, 0.5))}
+DEFAULTS = {"mask_ratio": 0.75, "hard_share_end": 0.5}
+MEASURES = {"linear": "linear probe", "knn": "kNN", "attentive": "attentive probe"}
+CHECKPOINTS = 10  # of the runs in which objects are looked for
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pre-training and what is measured of it; `key` names its results."""
+
+    key: str
+    run: Path
+    options: tuple[tuple[str, Any], ...]
+    measures: tuple[tuple[str, ...], ...]  # arguments of `hpm eval`, and of `--objects`
+
+    def commands(self, data: Path) -> Iterator[list[str]]:
+        """What is still to be run, one after another."""
+        if not (self.run / "backbone.safetensors").exists():
+            train = data / "train.parquet"
+            yield [
+                "-m",
+                "hpm",
+                "pretrain",
+                str(train),
+                "--out",
+                str(self.run),
+                *as_arguments(dict(self.options)),
+            ]
+        for protocol, test in self.measures:
+            out = self.run / protocol
+            if protocol == "objects" and not (self.run / "objects.json").exists():
+                yield [__file__, "--objects", str(self.run), "--data", str(data)]
+            elif protocol != "objects" and not list(out.glob("*.json")):
+                options = {"test": data / test, "out": out, "baselines": "false", "workers": 0}
+                options |= {"k": "[20]"} if protocol == "knn" else {}
+                yield ["-m", "hpm", "eval", protocol, str(self.run), str(data / "train.parquet"),
+                       *as_arguments(options)]  # fmt: skip
+
+    def results(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for protocol, _ in self.measures:
+            if protocol == "objects":
+                found[protocol] = json.loads((self.run / "objects.json").read_text())
+                continue
+            (file,) = (self.run / protocol).glob("*.json")
+            values = json.loads(file.read_text())["values"]
+            name = "trained" if protocol == "attentive" else "trained, patch mean"
+            values = values.get(name) or next(iter(values.values()))
+            found[protocol] = next(iter(values.values()))["top1"]
+        return found
+
+
+class Experiment:
+    """What is known so far, and what is to be done next."""
+
+    def __init__(self, chosen: argparse.Namespace):
+        self.out, self.file, self.chosen = chosen.out, chosen.results, chosen
+        self.data = write_splits(chosen.data, chosen.out, chosen.rows, chosen.smoke)
+        self.known: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.epochs = chosen.epochs
+        self.seeds = range(2) if chosen.smoke else SEEDS
+
+    def keep(self, key: str, values: Any) -> None:
+        self.known[key] = values
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.known, indent=1, sort_keys=True) + "\n")
+        temporary.replace(self.file)
+
+    def plan(self) -> list[Job]:
+        """Every job that can be done now and is not done, the most important first."""
+        jobs: list[Job] = []
+        for methods in (("MAE", "HPM"), *((name,) for name in list(METHODS)[2:])):
+            settings = {}
+            for method in methods:
+                missing, settings[method] = self.tune(method)
+                jobs += missing
+            if EQUAL_TIME in methods and "ratio" not in self.known:
+                continue
+            for seed in self.seeds:
+                jobs += [
+                    self.job(method, settings[method], seed)
+                    for method in methods if settings[method] is not None
+                ]  # fmt: skip
+        if all(job.key in self.known for job in jobs):  # the costliest measure comes last
+            jobs += [self.attentive_job(m, s) for m in METHODS for s in self.seeds]
+        return [job for job in dict.fromkeys(jobs) if job.key not in self.known]
+
+    def tune(self, method: str) -> tuple[list[Job], dict[str, Any] | None]:
+        """(jobs that are still needed, the best setting once it is known)."""
+        if method == EQUAL_TIME:
+            return self.tune("MAE")
+        rates = list(RATES)
+        while True:
+            jobs = [self.tuning_job(method, {"base_lr": rate}) for rate in rates]
+            if any(job.key not in self.known for job in jobs):
+                return jobs, None
+            scores = {rate: self.score(method, {"base_lr": rate}) for rate in rates}
+            best, second = sorted(scores, key=scores.__getitem__, reverse=True)[:2]
+            if best == min(rates):
+                rates.append(best / FACTOR)
+            elif best == max(rates):
+                rates.append(best * FACTOR)
+            elif scores[best] - scores[second] < CLOSE:
+                jobs = [
+                    self.tuning_job(method, {"base_lr": rate}, TUNING_SEEDS[1])
+                    for rate in (best, second)
+                ]
+                if any(job.key not in self.known for job in jobs):
+                    return jobs, None
+                break
+            else:
+                break
+        setting = {"base_lr": best}
+        if method in ALSO_TUNED:
+            name, values = ALSO_TUNED[method]
+            others = [setting | {name: v} for v in values if v != DEFAULTS[name]]
+            jobs = [self.tuning_job(method, other) for other in others]
+            if any(job.key not in self.known for job in jobs):
+                return jobs, None
+            first = self.known[self.tuning_job(method, setting).key]["linear"]
+            found = [(self.known[job.key]["linear"], other)
+                     for job, other in zip(jobs, others, strict=True)]  # fmt: skip
+            top, other = max(found, key=lambda pair: pair[0])
+            setting = other if top > first else setting
+        return [], setting
+
+    def score(self, method: str, setting: dict[str, Any]) -> float:
+        keys = [self.tuning_job(method, setting, seed).key for seed in TUNING_SEEDS]
+        return statistics.mean(self.known[key]["linear"] for key in keys if key in self.known)
+
+    def tuning_job(self, method: str, setting: dict[str, Any], seed: int = TUNING_SEEDS[0]) -> Job:
+        name = ", ".join(f"{k} {v:g}" for k, v in setting.items())
+        key = f"tuning / {method} / {name} / seed {seed}"
+        options = self.options(method, setting, seed, max(1, self.epochs // 2))
+        return Job(key, self.folder(key), options, (("linear", "tuning.parquet"),))
+
+    def job(self, method: str, setting: dict[str, Any], seed: int) -> Job:
+        key = f"{method} / seed {seed}"
+        options = dict(self.options(method, setting, seed, self.epochs))
+        measures = [(protocol, "test.parquet") for protocol in ("linear", "knn")]
+        if method == EQUAL_TIME:
+            steps_per_epoch = self.chosen.rows // options["batch_size"]
+            options["steps"] = round(options.pop("epochs") * steps_per_epoch * self.known["ratio"])
+        if method == "HPM":
+            options |= {"checkpoint_every": f"{100 // CHECKPOINTS}%"}
+            options |= {"keep_checkpoints": CHECKPOINTS}
+            measures.append(("objects", "test.parquet"))
+        return Job(key, self.folder(key), tuple(options.items()), tuple(measures))
+
+    def attentive_job(self, method: str, seed: int) -> Job:
+        run = self.folder(f"{method} / seed {seed}")
+        return Job(f"{method} / seed {seed} / attentive", run, (), (("attentive", "test.parquet"),))
+
+    def folder(self, key: str) -> Path:
+        return self.out / key.replace(" / ", "/").replace(", ", "_").replace(" ", "_")
+
+    def options(
+        self, method: str, setting: dict[str, Any], seed: int, epochs: int
+    ) -> tuple[tuple[str, Any], ...]:
+        options = {
+            "model": self.chosen.model, "image_size": 64, "patch_size": 8, "batch_size": 128,
+            "holdout": 0, "workers": 0, "keep_checkpoints": 1, "log_every": 50, "cache": "true",
+            "target": "normalized_pixels", "checkpoint_every": "5%",
+        }  # fmt: skip
+        options |= METHODS[method] | setting | {"seed": seed, "epochs": epochs}
+        if self.chosen.smoke:
+            options |= {"batch_size": 64}
+        return tuple(options.items())
+
+    def run(self, deadline: float) -> bool:
+        """Do what there is to do. True once nothing is left."""
+        threads = max(1, (os.cpu_count() or 1) // self.chosen.side_by_side)
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        running: dict[Job, tuple[subprocess.Popen, float]] = {}
+        while True:
+            waiting = [job for job in self.plan() if job not in running]
+            if not waiting and not running:
+                return True
+            while waiting and len(running) < self.chosen.side_by_side:
+                self._start(waiting.pop(0), running, environment)
+            time.sleep(0.5)
+            for job, (process, began) in list(running.items()):
+                if process.poll() is None and time.time() < deadline:
+                    continue
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                hours = self.known.get("hours", 0.0) + (time.time() - began) / 3600
+                self.keep("hours", round(hours, 3))
+                del running[job]
+                if process.returncode and time.time() < deadline:
+                    sys.exit(f"failed: {job.key}\n{log_of(job).read_text()[-2000:]}")
+                if time.time() < deadline:
+                    self._start(job, running, environment)
+            if time.time() > deadline and not running:
+                return False
+
+    def _start(self, job: Job, running: dict, environment: dict) -> None:
+        """The next command of a job; its results are kept where there is none left."""
+        command = next(job.commands(self.data), None)
+        if command is None:
+            self.keep(job.key, job.results())
+            print(f"{time.strftime('%H:%M')} {job.key}: {self.known[job.key]}", flush=True)
+            # Checkpoints are large, and the backbone is what is measured again.
+            shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
+            return
+        job.run.parent.mkdir(parents=True, exist_ok=True)
+        with open(log_of(job), "a") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=log, stderr=log, env=environment
+            )
+        running[job] = (process, time.time())
+
+    def report(self) -> None:
+        """Write the section of RESULTS.md and the figure, as far as the work has come."""
+        found = {
+            method: {seed: self.known[key] | self.known.get(f"{key} / attentive", {})
+                     for seed in self.seeds
+                     if (key := f"{method} / seed {seed}") in self.known}
+            for method in METHODS
+        }  # fmt: skip
+        rows, gains = [], []
+        for method, by_seed in found.items():
+            if not by_seed:
+                continue
+            _, setting = self.tune(method)
+            chosen = ", ".join(f"{k} {v:g}" for k, v in (setting or {}).items())
+            cells = [spread([v[m] for v in by_seed.values() if m in v]) for m in MEASURES]
+            rows.append([TITLES.get(method, method), chosen, str(len(by_seed)), *cells])
+            pairs = sorted(set(by_seed) & set(found["MAE"]))
+            if method != "MAE" and pairs:
+                cells = [
+                    interval([by_seed[s][m] - found["MAE"][s][m] for s in pairs
+                              if m in by_seed[s] and m in found["MAE"][s]])
+                    for m in MEASURES
+                ]  # fmt: skip
+                gains.append([f"{TITLES.get(method, method)} less MAE", str(len(pairs)), *cells])
+        tuning = [
+            [*key.split(" / ")[1:], f"{values['linear']:.1f}"]
+            for key, values in sorted(self.known.items()) if key.startswith("tuning")
+        ]  # fmt: skip
+        total = len(METHODS) * len(self.seeds)
+        done = sum(len(by_seed) for by_seed in found.values())
+        figure = FOLDER / "evidence.png"
+        parts = [
+            "## Does mining help?",
+            f"`python benchmarks/evidence.py --model {self.chosen.model} --rows {self.chosen.rows} "
+            f"--epochs {self.epochs}`, on {machine()}, code of commit "
+            f"`{self.known.get('commit', 'unknown')}`; {done} of {total} runs and {len(tuning)} "
+            f"runs of tuning so far, {self.known.get('hours', 0):.1f} process hours beside other "
+            "work.",
+            "### Protocol, fixed before the first run",
+            PROTOCOL.format(rows=f"{self.chosen.rows:,}", model=self.chosen.model,
+                            epochs=self.epochs).strip(),
+            "### Results",
+        ]  # fmt: skip
+        if rows:
+            draw(found, figure)
+            parts += [
+                "Top-1 in %, mean ± standard deviation over the seeds.",
+                table(["", "setting", "seeds", *MEASURES.values()], rows),
+                f"![top-1 by arm]({figure.name})",
+            ]
+        else:
+            parts.append("No arm has been run yet.")
+        if gains:
+            parts += [
+                "Paired differences in points, mean ± half of the 95 % t-interval, which is also "
+                "the smallest difference that this number of seeds could have told from none.",
+                table(["", "pairs", *MEASURES.values()], gains),
+            ]
+        objects = [v["objects"] for v in found["HPM"].values() if "objects" in v]
+        if objects:
+            parts += [
+                "### Are the mined patches the objects?",
+                "Share of the patches that lie in the object's box, in %, on test images: of the "
+                "patches that the teacher predicts to be hardest, of as many that the student in "
+                "fact reconstructs worst, and of all patches (chance). Mean over "
+                f"{len(objects)} HPM runs.",
+                table(["of training", "mined", "really hardest", "chance"], object_rows(objects)),
+            ]
+        if tuning:
+            parts += ["### Tuning", table(["arm", "setting", "seed", "linear probe"], tuning)]
+        write_section("evidence", "\n\n".join(parts))
+
+
+def write_splits(data: Path, out: Path, rows: int, smoke: bool) -> Path:
+    """The rows of each part of the data as parquet files, written once. Returns their folder."""
+    folder = out / "data"
+    if (folder / "test.parquet").exists():
+        return folder
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (train_file,), (test_file,) = data.glob("train*.parquet"), data.glob("val*.parquet")
+    train, validation = pq.read_table(train_file), pq.read_table(test_file)
+    few = 600 if smoke else None
+    parts = {
+        "train": train.slice(0, few or rows),
+        "tuning": train.slice(30_000, few or 5_000),
+        "test": pa.concat_tables([train.slice(37_000, few), validation.slice(0, few)]),
+    }
+    for name, part in parts.items():
+        temporary = folder / f"{name}.tmp"
+        pq.write_table(part, temporary, row_group_size=1024)
+        temporary.replace(folder / f"{name}.parquet")
+    return folder
+
+
+def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8) -> None:
+    """For each checkpoint of an HPM run, how much of what it mines lies in the objects' boxes."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    import torch
+
+    from hpm.data.loader import evaluation_batches, normalize
+    from hpm.data.sources import Subset, open_source
+    from hpm.evals.hardness import loss_maps
+    from hpm.mining.draw import Draw
+    from hpm.models.patches import patchify
+    from hpm.run import load
+
+    boxes = pq.read_table(data / "test.parquet", columns=["bbox"])["bbox"].to_pylist()
+    source = open_source(str(data / "test.parquet")).train
+    ids = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
+    (batch,) = evaluation_batches(Subset(source, ids), (64, 64), 3, images)
+    inside = torch.zeros(images, 1, 64, 64)
+    for row, index in enumerate(ids):
+        x0, y0, x1, y1 = boxes[index]
+        inside[row, 0, y0:y1, x0:x1] = 1
+    share = patchify(inside, (8, 8)).mean(-1)  # of each patch, the part in the box
+    found = {"chance": share.mean().item(), "progress": [], "mined": [], "hardest": []}
+    checkpoints = sorted((run / "checkpoints").glob("step_*.safetensors"))
+    for number, file in enumerate(checkpoints, 1):
+        trained = load(file)
+        trained.model.eval(), trained.teacher.eval()
+        pixels = normalize(batch.images, torch.tensor(trained.mean), torch.tensor(trained.std))
+        target = trained.find_target(torch.device("cpu"))
+        maps = loss_maps(
+            trained.model, trained.find_miner(), pixels, Draw(0, 0, torch.from_numpy(ids)), target,
+            trained.config.mask_ratio, num_masks,
+        )  # fmt: skip
+        count = trained.find_miner().num_hidden // 2
+        for name, values in (("mined", maps.predicted), ("hardest", maps.actual)):
+            top = values.nan_to_num(nan=-torch.inf).topk(count, dim=1).indices
+            found[name].append(share.gather(1, top).mean().item())
+        found["progress"].append(number / len(checkpoints))
+    (run / "objects.json").write_text(json.dumps(found) + "\n")
+
+
+def object_rows(objects: list[dict]) -> list[list[str]]:
+    chance = f"{100 * statistics.mean(o['chance'] for o in objects):.1f}"
+    return [
+        [f"{100 * progress:.0f} %",
+         *[spread([100 * o[name][i] for o in objects]) for name in ("mined", "hardest")], chance]
+        for i, progress in enumerate(objects[0]["progress"])
+    ]  # fmt: skip
+
+
+def measure_ratio(experiment: Experiment) -> None:
+    """How many times as long as MAE's a step of HPM takes, in turns, by `hpm bench step`."""
+    file = experiment.out / "step.json"
+    options = {
+        "model": experiment.chosen.model, "image_size": 64, "patch_size": 8, "batch_size": 128,
+        "repeats": 15, "json": file,
+    }  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "hpm", "bench", "step", *as_arguments(options)], check=True
+    )
+    experiment.keep("ratio", json.loads(file.read_text())["hpm_to_mae"]["median"])
+
+
+def log_of(job: Job) -> Path:
+    return job.run.with_name(job.run.name + ".log")
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+
+
+def interval(differences: list[float]) -> str:
+    """Mean ± half of the 95 % t-interval."""
+    from scipy.stats import t
+
+    if not differences:
+        return ""
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return f"{mean:+.1f}"
+    half = t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    return f"{mean:+.1f} ± {half:.1f}"
+
+
+def draw(found: dict[str, dict[int, dict]], file: Path) -> None:
+    """A dot per seed, a thin line from MAE's dot of the same seed, a bar at the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    arms = [method for method in METHODS if found[method]]
+    figure = Figure(figsize=(10, 1.2 + 0.45 * len(arms)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    shown = {m: title for m, title in MEASURES.items()
+             if all(m in values for arm in arms for values in found[arm].values())}  # fmt: skip
+    panels = figure.subplots(1, len(shown), sharey=True)
+    for panel, (measure, title) in zip(panels, shown.items(), strict=True):
+        for row, method in enumerate(arms):
+            for seed, values in found[method].items():
+                if method != "MAE" and seed in found["MAE"]:
+                    panel.plot([found["MAE"][seed][measure], values[measure]], [0, row], lw=0.5,
+                               color="0.8", zorder=0)  # fmt: skip
+                panel.plot(values[measure], row, "o", ms=4, color="#4477aa")
+            mean = statistics.mean(values[measure] for values in found[method].values())
+            panel.plot([mean, mean], [row - 0.3, row + 0.3], color="k")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("top-1 in %")
+        panel.set_yticks(range(len(arms)), [TITLES.get(arm, arm) for arm in arms])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    figure.savefig(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--results", type=Path, default=FOLDER / "evidence.json")
+    parser.add_argument("--minutes", type=float, default=9, help="of this piece")
+    parser.add_argument("--model", default="vit_nano")
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--side-by-side", type=int, default=1)
+    parser.add_argument("--timing", action="store_true", help="measure the ratio of step times")
+    parser.add_argument("--report", action="store_true", help="write the report alone")
+    parser.add_argument("--smoke", action="store_true", help="a few images: does it run through?")
+    parser.add_argument("--objects", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.objects:
+        measure_objects(chosen.objects, chosen.data, 64 if chosen.smoke else 512)
+        return
+    experiment = Experiment(chosen)
+    if chosen.timing:
+        measure_ratio(experiment)
+    elif not chosen.report:
+        if "commit" not in experiment.known:
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                                    cwd=FOLDER)  # fmt: skip
+            experiment.keep("commit", commit.stdout.strip()[:12] or "unknown")
+        done = experiment.run(time.time() + 60 * chosen.minutes)
+        print("done" if done else "time is up: the same command goes on from here")
+    if not chosen.smoke:
+        experiment.report()
+
+
+if __name__ == "__main__":
+    main()
