@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hpm.checkpoint import write_text
 from hpm.checks import MINED_BY_LOSS
 from hpm.config import ExportConfig, PretrainConfig
 from hpm.errors import counted
-from hpm.evals.files import COMPARED, changed_options
+from hpm.evals.saved import saved_evaluations
 from hpm.formats import Subject
 from hpm.run import Trained
 from hpm.version import __version__
@@ -41,18 +39,15 @@ class Results:
 
     @staticmethod
     def of(trained: Trained, weights: str) -> Results:
-        """Every number in RUN/evals/*.json that was measured on these weights at this step."""
+        """Every number of the run's evaluations that was measured on these weights at this step."""
         found = Results()
-        for file in sorted((trained.folder / "evals").glob("*.json")) if trained.folder else []:
-            try:
-                result = json.loads(file.read_text())
-                about = result["about"]
-                if (about.get("weights"), about.get("step")) == (weights, trained.step):
-                    found.rows += _rows(result)
-                else:
-                    found.left_out += 1
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                found.rows.append([file.name, "", "", "unreadable"])
+        for saved in saved_evaluations(trained.folder):
+            if saved.rows is None:
+                found.rows.append([saved.file.name, "", "", "unreadable"])
+            elif (saved.weights, saved.step) == (weights, trained.step):
+                found.rows += saved.rows
+            else:
+                found.left_out += 1
         return found
 
 
@@ -149,38 +144,6 @@ def _results(found: Results) -> str:
         return "Not measured."
     header = ["evaluation", "data", "features", "numbers"]
     return _table(header, found.rows) + "\n\nTop-1 in %, with its 95 % bootstrap interval."
-
-
-def _rows(result: dict[str, Any]) -> list[list[str]]:
-    about, protocol = result["about"], result["protocol"]
-    data = Path(about["data"]).name
-    data += f", tested on {Path(about['test']).name}" if about.get("test") else ""
-    rows = []
-    for features, settings in result["values"].items():
-        if features.startswith(COMPARED):
-            continue  # another run's
-        for setting, numbers in settings.items():
-            name = protocol if setting == protocol else f"{protocol}, {setting}"
-            rows.append([f"{name}{_options(protocol, about)}", data, features, _numbers(numbers)])
-    if result["hardness"]:
-        name = "hardness" if protocol == "hardness" else "predictor"
-        rows.append([name, data, "", _numbers(result["hardness"])])
-    return rows
-
-
-def _options(protocol: str, about: dict[str, Any]) -> str:
-    """How it was measured, where that is not the default; the k of kNN is named anyway."""
-    changed = changed_options(protocol, about)
-    share = about.get("train_share", 1)
-    changed |= {"train_share": share} if share != 1 else {}
-    return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))
-
-
-def _numbers(numbers: dict[str, float]) -> str:
-    if "top1" in numbers:
-        low, high = numbers["top1_low"], numbers["top1_high"]
-        return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from hpm.data.jpeg import START, JpegImage
-from hpm.errors import UserError, one_line
+from hpm.errors import UserError, counted, one_line
 from hpm.extras import need
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -87,8 +87,7 @@ class ArrayImage:
             raise UnreadableImage(f"{_times(self.shape)} values, which is not one image")
         found = self.shape[axes.index("C")] if "C" in axes else 1
         if found != channels and not (self.colours and channels in (1, 3, 4) and found <= 4):
-            plural = "s" if found > 1 else ""
-            raise UnreadableImage(f"{found} channel{plural} instead of {channels}")
+            raise UnreadableImage(f"{counted(found, 'channel')} instead of {channels}")
         array = self._decoded()
         array = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
         return Pixels(

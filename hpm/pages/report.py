@@ -16,6 +16,7 @@ import yaml
 from hpm.checkpoint import disk_error, write_text
 from hpm.config import PretrainConfig, ReportConfig
 from hpm.errors import UserError, counted
+from hpm.evals.saved import saved_evaluations
 from hpm.pages import curves
 from hpm.pages.curves import draw_chart, make_curve
 from hpm.pages.moments import Moment, read_moments
@@ -141,6 +142,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _moments(moments, options),
         "<h2>Curves</h2>",
         charts,
+        _evaluations(folder),
         "<h2>Use the backbone</h2>",
         _usage(folder),
         "<h2>Configuration</h2>",
@@ -207,7 +209,7 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
         names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:NAMED])
         more = f"<li>and {len(unreadable) - NAMED} more, all in train.log</li>"
         found.append(
-            f"<details><summary>{count} image{'s' * (count > 1)} could not be read and "
+            f"<details><summary>{counted(count, 'image')} could not be read and "
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > NAMED)}</ul></details>"
         )
@@ -331,6 +333,26 @@ def _charts(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
         return "<p>Nothing is measured yet.</p>", values
     hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
     return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
+
+
+def _evaluations(folder: Path) -> str:
+    """What `hpm eval` has measured of this run; nothing where that is nothing."""
+    rows = ""
+    for saved in saved_evaluations(folder):
+        whose = saved.weights or ""
+        whose += "" if saved.step is None else f", step {saved.step:,}"
+        for row in saved.rows or [[saved.file.name, "", "", "unreadable"]]:
+            cells = "".join(f"<td>{escape(cell)}</td>" for cell in [*row, whose])
+            rows += f"<tr>{cells}</tr>"
+    if not rows:
+        return ""
+    titles = ("evaluation", "data", "features", "numbers", "weights")
+    heads = "".join(f"<th>{title}</th>" for title in titles)
+    return (
+        "<h2>Evaluations</h2>\n<p>Top-1 in %, with its 95 % bootstrap interval.</p>\n"
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
 
 
 def _usage(folder: Path) -> str:

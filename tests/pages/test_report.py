@@ -249,3 +249,16 @@ def test_every_view_is_a_part_of_a_moment():
     from hpm.pages.moments import Moment
 
     assert set(report.VIEWS) <= set(Moment.__dataclass_fields__)
+
+
+def test_it_lists_all_evaluations(run_folder, image_folder):
+    shutil.rmtree(run_folder / "evals", ignore_errors=True)
+    assert "<h2>Evaluations" not in write_report(run_folder).read_text()
+    options = {"k": (1,), "workers": 0, "baselines": False}
+    for changes in ({}, {"crop_share": 0.5}, {"teacher": True}):
+        hpm.evaluate("knn", str(run_folder), str(image_folder), **options, **changes)
+    (run_folder / "evals" / "odd<.json").write_text("{")
+    text = write_report(run_folder).read_text().partition("<h2>Evaluations")[2]
+    assert text.count("<td>knn, k = 1</td>") == 4  # class token and patches, student and teacher
+    assert text.count("<td>knn, k = 1, crop_share 0.5</td>") == 2
+    assert text.count("<td>teacher, step 8</td>") == 3 and "<td>odd&lt;.json</td>" in text

@@ -1,0 +1,68 @@
+"""The evaluations that a run folder holds, for its report and model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpm.evals.files import COMPARED, changed_options
+
+
+@dataclass
+class Saved:
+    """One file of numbers: of which weights (student or teacher) at which step, where it says so;
+    a row [evaluation, data, features, numbers] each, None where the file cannot be read."""
+
+    file: Path
+    weights: str | None
+    step: int | None
+    rows: list[list[str]] | None
+
+
+def saved_evaluations(run_folder: Path | None) -> list[Saved]:
+    """All of RUN/evals/*.json, by name."""
+    files = sorted((run_folder / "evals").glob("*.json")) if run_folder else []
+    return [_read(file) for file in files]
+
+
+def _read(file: Path) -> Saved:
+    try:
+        result = json.loads(file.read_text())
+        about = result["about"]
+        return Saved(file, about.get("weights"), about.get("step"), _rows(result))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Saved(file, None, None, None)
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    about, protocol = result["about"], result["protocol"]
+    data = Path(about["data"]).name
+    data += f", tested on {Path(about['test']).name}" if about.get("test") else ""
+    rows = []
+    for features, settings in result["values"].items():
+        if features.startswith(COMPARED):
+            continue  # another run's
+        for setting, numbers in settings.items():
+            name = protocol if setting == protocol else f"{protocol}, {setting}"
+            rows.append([f"{name}{_options(protocol, about)}", data, features, _numbers(numbers)])
+    if result["hardness"]:
+        name = "hardness" if protocol == "hardness" else "predictor"
+        rows.append([name, data, "", _numbers(result["hardness"])])
+    return rows
+
+
+def _options(protocol: str, about: dict[str, Any]) -> str:
+    """How it was measured, where that is not the default; the k of kNN is named anyway."""
+    changed = changed_options(protocol, about)
+    share = about.get("train_share", 1)
+    changed |= {"train_share": share} if share != 1 else {}
+    return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))
+
+
+def _numbers(numbers: dict[str, float]) -> str:
+    if "top1" in numbers:
+        low, high = numbers["top1_low"], numbers["top1_high"]
+        return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
