@@ -322,7 +322,7 @@ class Torchvision(Format):
         return {"class token": model.eval()(images), "patches": tokens[0][:, 1:]}
 
     def ours(self, subject: Subject, images: Tensor) -> Outputs:
-        cls_token, patches = subject.backbone.parts(subject.backbone.tokens(images))
+        cls_token, patches = subject.backbone.tokens(images)
         assert cls_token is not None
         return {"class token": cls_token, "patches": patches}
 
@@ -433,8 +433,7 @@ class _FromPixels(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = self.backbone.mean.view(-1, 1, 1), self.backbone.std.view(-1, 1, 1)
-        return self.backbone((images - mean) / std)
+        return self.backbone(self.backbone.normalize(images, full_scale=1))
 
 
 def _expressible(backbone: Backbone) -> Backbone:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Float
-from torch import Tensor, nn
 
+from hpm.backbone import Backbone
 from hpm.checkpoint import (
     TORCH_SUFFIXES,
     list_checkpoints,
@@ -24,12 +23,11 @@ from hpm.checkpoint import (
     write_tensors,
     write_text,
 )
-from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config
-from hpm.data.loader import normalize
+from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config, pair
 from hpm.errors import UserError
 from hpm.imports import Imported, import_model, import_timm
 from hpm.mining.miner import Miner, make_miner
-from hpm.models.build import build_encoder, build_model
+from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.targets import Target, make_target
@@ -120,58 +118,6 @@ class Run:
         write_text(self.config_file, header + text)
 
 
-class Backbone(nn.Module):
-    """A trained encoder with its own normalisation.
-
-    forward: images [B C H W], either uint8 or uint16 (normalised here) or floating point (already
-    normalised by `mean` and `std`, whose full scale is 1) -> pooled [B D], the mean of the patches
-    (or the class token with pool="cls"), and patches [B N D], both after the final norm.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, encoder: Encoder, mean: list[float], std: list[float], pool: str = "mean"):
-        super().__init__()
-        if pool == "cls" and not encoder.has_class_token:
-            raise UserError("this encoder has no class token: take pool='mean'")
-        self.encoder = encoder
-        self.pool = pool
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
-
-    def forward(
-        self, images: Tensor
-    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
-        cls_token, patches = self.parts(self.tokens(images))
-        if self.pool == "mean" or cls_token is None:
-            return patches.mean(1), patches
-        return cls_token, patches
-
-    def tokens(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
-        """Prefix tokens (class token first, if there is one), then patches."""
-        if images.dtype in (torch.uint8, torch.uint16):
-            images = normalize(images, self.mean, self.std)
-        return self.encoder(images)
-
-    def tokens_of_pixels(self, images: Tensor) -> Float[Tensor, "batch tokens dim"]:
-        """The same of a batch as it is loaded, whose floating-point images are not normalised."""
-        return self.encoder(normalize(images.to(self.mean.device), self.mean, self.std))
-
-    def parts(
-        self, tokens: Float[Tensor, "batch tokens dim"]
-    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (None where the encoder has none) and patches."""
-        cls_token = tokens[:, 0] if self.encoder.has_class_token else None
-        return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
-
-    def parts_of_pixels(
-        self, images: Tensor
-    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (or None) and patches of a batch as it is loaded."""
-        return self.parts(self.tokens_of_pixels(images))
-
-
 @dataclass
 class Trained:
     """A trained encoder, how its input is normalised, and, where they were kept (in a checkpoint,
@@ -206,12 +152,19 @@ class Trained:
             self.miner = make_miner(self.config, self.architecture, self.teacher)
         return self.miner
 
-    def backbone(self, pool: str = "mean", teacher: bool = False) -> Backbone:
+    def backbone(
+        self,
+        pool: str = "mean",
+        teacher: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> Backbone:
         encoder = self.encoder
         if teacher:
             if self.teacher is None:
                 raise UserError(f"{self.name} holds a backbone only, no teacher")
             encoder = self.teacher.encoder
+        if image_size is not None:
+            encoder = resized_encoder(self.architecture, encoder.state_dict(), pair(image_size))
         return Backbone(encoder, self.mean, self.std, pool)
 
 
@@ -228,12 +181,18 @@ def save_backbone(
     write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
-def load_encoder(path: str | Path, pool: str = "mean", teacher: bool = False) -> Backbone:
+def load_encoder(
+    path: str | Path,
+    pool: str = "mean",
+    teacher: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+) -> Backbone:
     """The encoder of a run folder, a checkpoint or a backbone file, in evaluation mode.
 
-    Raises UserError where the path holds none.
+    image_size (height, width) in pixels: other than that of the training, with its positions
+    interpolated. Raises UserError where the path holds no encoder, or the size does not fit.
     """
-    return load(path).backbone(pool, teacher).eval()
+    return load(path).backbone(pool, teacher, image_size).eval()
 
 
 def load(path: str | Path) -> Trained:

@@ -286,12 +286,13 @@ def measure_statistics(
     return mean.tolist(), std.tolist()
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels [B C H W] -> float32, standardised by mean and std [C].
+def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | None = None) -> Tensor:
+    """Pixels [B C H W] -> float32, standardised by mean and std [C], whose full scale is 1.
 
-    Full scale is 255 in uint8 and floating point, 65535 in uint16, and 1 in mean and std.
+    That of the pixels, unless given, is 255 in uint8 and floating point, and 65535 in uint16.
     """
-    full_scale = 65535 if images.dtype == torch.uint16 else 255
+    if full_scale is None:
+        full_scale = 65535 if images.dtype == torch.uint16 else 255
     return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 

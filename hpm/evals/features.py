@@ -48,7 +48,7 @@ class Subject:
         """Class token (or None) and patches of a batch as it is loaded, in float32."""
         device = self.backbone.mean.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            cls_token, patches = self.backbone.parts_of_pixels(images)
+            cls_token, patches = self.backbone.tokens(self.backbone.normalize(images))
         return None if cls_token is None else cls_token.float(), patches.float()
 
     @property

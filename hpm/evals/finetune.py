@@ -42,7 +42,7 @@ from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.extras import need
 from hpm.logs import RunLog
-from hpm.models.build import build_classifier
+from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.optim import layer_decay_groups, learning_rate
 from hpm.schedule import duration_steps, long_warmup
@@ -151,13 +151,7 @@ class Augmentation:
 def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None:
     """Raises UserError for the first option that cannot work."""
     size = pair(config.image_size) if config.image_size else tuple(architecture["image_size"])
-    for image, patch in zip(size, architecture["patch_size"], strict=True):
-        if image < patch or image % patch:
-            fitting = max(1, round(image / patch)) * patch
-            raise UserError(
-                f"image_size {image} is not a multiple of this backbone's patch_size {patch}: "
-                f"the nearest that fits is --image-size {fitting}"
-            )
+    check_image_size(size, architecture["patch_size"])
     if config.rand_augment != "none" and architecture["channels"] not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from hpm.errors import UserError
 from hpm.models.classifier import Classifier, Pool
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -70,11 +72,34 @@ def build_classifier(
 
     Positions are interpolated for another image size. Raises ValueError where patches do not fit.
     """
-    before = tuple(architecture["image_size"])
-    size, patch_size = image_size or before, tuple(architecture["patch_size"])
+    size = image_size or tuple(architecture["image_size"])
     with seeded(seed):
-        encoder = build_encoder(architecture | {"image_size": size}, drop_path=drop_path)
-        if weights is not None:
-            grid = grid_size(before, patch_size)
-            encoder.load_state_dict(encoder.fit_positions(weights, grid))
+        encoder = resized_encoder(architecture, weights, size, drop_path)
         return Classifier(encoder, num_classes, pool)
+
+
+def resized_encoder(
+    architecture: dict[str, Any],
+    weights: dict[str, Tensor] | None,
+    image_size: tuple[int, int],
+    drop_path: float = 0.0,
+) -> Encoder:
+    """An encoder with these weights (random ones for None), its positions interpolated for another
+    image size. Raises UserError where the patches do not fit into it."""
+    check_image_size(image_size, architecture["patch_size"])
+    encoder = build_encoder(architecture | {"image_size": image_size}, drop_path=drop_path)
+    if weights is not None:
+        before = grid_size(tuple(architecture["image_size"]), tuple(architecture["patch_size"]))
+        encoder.load_state_dict(encoder.fit_positions(weights, before))
+    return encoder
+
+
+def check_image_size(image_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Raises UserError where an image is not made of whole patches."""
+    for image, patch in zip(image_size, patch_size, strict=True):
+        if image < patch or image % patch:
+            fitting = max(1, round(image / patch)) * patch
+            raise UserError(
+                f"image_size {image} is not a multiple of this backbone's patch_size {patch}: "
+                f"the nearest that fits is {fitting}"
+            )
