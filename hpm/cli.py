@@ -32,6 +32,7 @@ from hpm.config import (
     ShowConfig,
     TokenizeConfig,
     ViewConfig,
+    lay_over,
     preset_path,
 )
 from hpm.errors import UserError, counted, nearest
@@ -274,7 +275,9 @@ def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
     except ArgumentError as error:
         raise UserError(_one_line(str(error), parser.prog)) from None
     options.pop("config", None)
-    return config(**options)
+    typed = {word.removeprefix("--").partition("=")[0] for word in written}
+    given = {name: value for name, value in options.items() if name in typed}
+    return config(**(lay_over(options, given) if "steps" in options else options))
 
 
 class _Parser(ArgumentParser):
@@ -302,7 +305,8 @@ def _spell_out(
         name, given, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if name not in types and name != "config":
-            hint = nearest(name, types).replace("_", "-")
+            known = [f"--{option.replace('_', '-')}" for option in types]
+            hint = nearest(f"--{name.replace('_', '-')}", known)
             raise UserError(f"unknown option '{argument.partition('=')[0]}'{hint}")
         if not given and types.get(name) == "bool" and waiting[:1] not in (["true"], ["false"]):
             value = "true"

@@ -649,6 +649,18 @@ def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
     return cls(**{name: _typed(name, value, hints[name]) for name, value in options.items()})
 
 
+def lay_over(preset: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The options on top of those of a preset. Steps and epochs are two ways to give one length:
+    that of the options replaces either of the preset. Raises UserError where they give both."""
+    if None not in (options.get("steps"), options.get("epochs")):
+        raise UserError(
+            f"steps is {options['steps']} and epochs is {options['epochs']}: pass only one of them"
+        )
+    if options.get("epochs") is not None:
+        options = {"steps": None} | options
+    return preset | options
+
+
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """The value as its type wants it: YAML has no tuples and takes 1e-3 for text."""
     if typing.get_origin(hint) is Literal:
@@ -661,7 +673,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     if isinstance(value, list):
         value = tuple(value)
-    if hint is float and isinstance(value, str):
+    if float in (hint, *typing.get_args(hint)) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     if not _fits(value, hint):

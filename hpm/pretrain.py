@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hpm import distributed
 from hpm.checks import check_pretrain
-from hpm.config import PretrainConfig, make_config, read_preset
+from hpm.config import PretrainConfig, lay_over, make_config, read_preset
 from hpm.data.loader import Batch
 from hpm.mining.draw import Draw
 from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
@@ -51,7 +51,7 @@ def pretrain(config: str | None = None, **options: Any) -> Run:
     Returns the run. Raises UserError on bad input, Interrupted when told to stop.
     """
     preset = read_preset(config) if config else {}
-    return run_pretraining(make_config(PretrainConfig, preset | options))
+    return run_pretraining(make_config(PretrainConfig, lay_over(preset, options)))
 
 
 def run_pretraining(config: PretrainConfig) -> Run:

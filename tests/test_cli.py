@@ -67,7 +67,7 @@ def test_options_that_cannot_work(image_folder, tmp_path, monkeypatch, capsys, c
 
 
 def test_unknown_option_verb_and_preset(image_folder, tmp_path):
-    refused(image_folder, tmp_path, "unknown option '--mask-rato'; did you mean 'mask-ratio'",
+    refused(image_folder, tmp_path, "unknown option '--mask-rato'; did you mean '--mask-ratio'",
             extra=["--mask-rato", "0.5"])  # fmt: skip
     assert_refused(run_here("pretrian", image_folder), "no verb 'pretrian'", "'pretrain'")
     refused(image_folder, tmp_path, "no preset or file 'vit_base_in1'", "'vit_base_in1k'",
@@ -76,6 +76,29 @@ def test_unknown_option_verb_and_preset(image_folder, tmp_path):
     refused(image_folder, tmp_path, "mask_rato", extra=["--config", tmp_path / "mine.yaml"])
     assert_refused(run_here("pretrain", image_folder), "out missing")
     assert_refused(run_here("eval", "kn", "run", "data"), "no evaluation 'kn'", "knn")
+
+
+def test_steps_or_epochs(tmp_path):
+    """Either gives the length: of two that are typed none is preferred; one that is typed replaces
+    whatever a preset has."""
+    from hpm.cli import _parse
+
+    both = run_here("pretrain", "photos", "--out", tmp_path / "run", "--steps=5", "--epochs=2")
+    assert_refused(both, "steps is 5 and epochs is 2: pass only one of them")
+    with pytest.raises(hpm.UserError, match="steps is 5 and epochs is 2"):
+        hpm.pretrain(data="photos", out=str(tmp_path / "run"), steps=5, epochs=2)
+
+    def length(*words):
+        config = _parse("pretrain", ["photos", "--out", "run", *words])
+        return config.steps or f"{config.epochs} epochs"
+
+    assert length("--config", "demo") == 1000
+    assert length("--config", "demo", "--epochs", "3") == "3 epochs"
+    assert length("--epochs", "3", "--config", "demo") == "3 epochs"
+    assert length("--config", "vit_base_in1k", "--steps", "7") == 7
+    # A run's config.yaml has both; it trained for the steps.
+    (tmp_path / "old.yaml").write_text("epochs: 100\nsteps: 9\n")
+    assert length("--config", str(tmp_path / "old.yaml")) == 9
 
 
 def test_bad_data(empty, tmp_path, image_folder):
