@@ -21,6 +21,7 @@ from results import machine, table, write_section
 
 from hpm.data.arrays import BICUBIC
 from hpm.data.jpeg import reduction
+from hpm.data.pillow import open_by_pillow
 from hpm.data.transforms import least_size, random_crop
 
 SIZE, SCALE = (224, 224), (0.2, 1.0)
@@ -31,11 +32,11 @@ Resize = Callable[[Array, tuple[int, int, int, int]], Any]
 
 
 def by_pillow(data: bytes) -> Array:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return np.asarray(open_by_pillow(io.BytesIO(data)).convert("RGB"))
 
 
 def by_pillow_draft(data: bytes) -> Array:
-    image = Image.open(io.BytesIO(data))
+    image = open_by_pillow(io.BytesIO(data))
     image.draft("RGB", least_size(SIZE, SCALE[0])[::-1])
     return np.asarray(image.convert("RGB"))
 
@@ -163,7 +164,7 @@ def measure(files: list[bytes], rounds: int, titles: tuple[str, str]) -> list[st
 
 def enlarged(data: bytes) -> bytes:
     file = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").resize(ENLARGED, BICUBIC).save(
+    open_by_pillow(io.BytesIO(data)).convert("RGB").resize(ENLARGED, BICUBIC).save(
         file, "jpeg", quality=90
     )
     return file.getvalue()
@@ -199,7 +200,7 @@ def main() -> None:
     paths = [p for p in sorted(chosen.photos.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg")]
     files = [path.read_bytes() for path in paths[: chosen.images]]
     large = [enlarged(data) for data in files[: chosen.large_images]]
-    pixels = statistics.mean(np.prod(Image.open(io.BytesIO(f)).size) for f in files)
+    pixels = statistics.mean(np.prod(open_by_pillow(io.BytesIO(f)).size) for f in files)
     _, missing = decoders()
     lines = [
         "## Decoders",

@@ -67,35 +67,46 @@ class FrozenModel(nn.Module):
         return features.flatten(2).transpose(1, 2)
 
 
-def load_frozen(name: str) -> FrozenModel:
-    """`timm/NAME`, `hf/NAME`, or a folder that holds a model of either. Raises UserError where it
-    is not on disk and cannot be fetched."""
+def load_frozen(name: str, fetch: bool = True) -> FrozenModel:
+    """`timm/NAME`, `hf/NAME`, or a folder that holds a model of either.
+
+    fetch: from the network where it is not on disk. A name that comes from a file of weights and
+    not from the user must not be. Raises UserError where the model cannot be had.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         config = read_json(folder / "config.json", needed=True)
         if "architecture" in config:
-            return _load_timm(f"local-dir:{folder}", name)
+            return _load_timm(f"local-dir:{folder}", name, fetch)
         if "model_type" in config:
-            return _load_hugging_face(str(folder), name)
+            return _load_hugging_face(str(folder), name, fetch)
         raise UserError(f"{name}: its config.json is neither of timm nor of Hugging Face")
     library, _, model = name.partition("/")
     if library == "timm" and model:
-        return _load_timm(model, name)
+        return _load_timm(model, name, fetch)
     if library == "hf" and model:
-        return _load_hugging_face(model, name)
+        return _load_hugging_face(model, name, fetch)
     raise UserError(
         f"{name}: no such folder; name a folder, timm/NAME or hf/NAME (hf/facebook/dino-vits16)"
     )
 
 
-def _load_timm(model_name: str, name: str) -> FrozenModel:
+def _load_timm(model_name: str, name: str, fetch: bool) -> FrozenModel:
     timm = need("timm", "timm", "a model of timm")
     data = need("timm.data", "timm", "a model of timm")
-    if not model_name.startswith("local-dir:") and not timm.is_model(model_name):
+    local = model_name.startswith("local-dir:")
+    if not local and not timm.is_model(model_name):
         raise UserError(f"{name}: timm has no such model{nearest(model_name, timm.list_models())}")
-    model = fetched(
-        name, "timm", lambda: timm.create_model(model_name, pretrained=True, num_classes=0)
-    )
+    command = f'python -c "import timm; timm.create_model({model_name!r}, pretrained=True)"'
+
+    def load() -> Any:
+        config = None if local else timm.get_pretrained_cfg(model_name)
+        if not (fetch or local or (config and config.hf_hub_id)):
+            # Of other addresses timm knows no way to look at the disk alone.
+            raise OSError("not of the hub")
+        return timm.create_model(model_name, pretrained=True, num_classes=0)
+
+    model = fetched(name, "timm", load, None if fetch else command)
     return of_timm(model, data.resolve_model_data_config(model))
 
 
@@ -112,11 +123,19 @@ def of_timm(model: Any, config: dict[str, Any]) -> FrozenModel:
     return FrozenModel(extract, model, (height, width), list(config["mean"]), list(config["std"]))
 
 
-def _load_hugging_face(model_name: str, name: str) -> FrozenModel:
+def _load_hugging_face(model_name: str, name: str, fetch: bool) -> FrozenModel:
     transformers = need("transformers", "hf", "a model of Hugging Face")
     hub: Any = need("transformers.utils", "hf", "a model of Hugging Face")
-    model = fetched(name, "hf", lambda: transformers.AutoModel.from_pretrained(model_name))
-    file = fetched(name, "hf", lambda: hub.cached_file(model_name, "preprocessor_config.json"))
+    command = None if fetch else f"hf download {model_name}"
+
+    def load() -> Any:
+        model = transformers.AutoModel.from_pretrained(
+            model_name, trust_remote_code=False, local_files_only=not fetch
+        )
+        file = hub.cached_file(model_name, "preprocessor_config.json", local_files_only=not fetch)
+        return model, file
+
+    model, file = fetched(name, "hf", load, command)
     return of_hugging_face(model, read_json(Path(file), needed=True))
 
 

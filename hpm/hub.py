@@ -18,16 +18,27 @@ Loaded = TypeVar("Loaded")
 SECONDS = 3.0
 
 
-def fetched(name: str, extra: str, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` returns. Raises UserError where the weights are neither here nor to be had."""
+def fetched(
+    name: str, extra: str, load: Callable[[], Loaded], only_by: str | None = None
+) -> Loaded:
+    """What `load` returns. Raises UserError where the weights are neither here nor to be had.
+
+    only_by: the command by which the user fetches the weights; given where only a file of weights
+    names them. Then they are taken from the disk, and the network is left alone.
+    """
     constants: Any = need("huggingface_hub.constants", extra, f"fetching {name}")
     before = constants.HF_HUB_OFFLINE
     # Without a network the library would try again for most of a minute.
-    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = bool(only_by or before or not _reachable(constants.ENDPOINT))
     try:
         return load()
     except (OSError, ValueError, RuntimeError) as error:
         where = f"it was looked for in {constants.HF_HUB_CACHE}"
+        if only_by:
+            raise UserError(
+                f"{name} is not on disk ({where}), and what only a file names is not fetched: "
+                f"fetch it with {only_by}"
+            ) from None
         if constants.HF_HUB_OFFLINE:
             why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
         else:

@@ -141,7 +141,10 @@ class Trained:
         """What the model was trained to reconstruct. UserError where a part of it is not here."""
         assert self.config is not None
         if self.target is None:
-            self.target = make_target(self.config, self.architecture, self.mean, self.std, device)
+            # The config comes from a file, so that nothing it names is fetched.
+            self.target = make_target(
+                self.config, self.architecture, self.mean, self.std, device, fetch=False
+            )
         return self.target
 
     def find_miner(self) -> Miner:

@@ -218,10 +218,12 @@ def make_target(
     mean: list[float],
     std: list[float],
     device: torch.device,
+    fetch: bool = True,
 ) -> Target:
     """The target of a checked config; `mean` and `std` are those that images are normalised by.
 
-    Raises UserError where a frozen model or a codebook is not there or does not fit.
+    fetch: see `load_frozen`. Raises UserError where a frozen model or a codebook is not there or
+    does not fit.
     """
     patch_size, channels = tuple(architecture["patch_size"]), architecture["channels"]
     grid = grid_size(tuple(architecture["image_size"]), patch_size)
@@ -232,7 +234,7 @@ def make_target(
         return TeacherTarget(architecture["embed_dim"], math.prod(grid))
     if config.target == "frozen":
         assert config.target_model is not None
-        return FrozenTarget(load_frozen(config.target_model).to(device), grid, *moments)
+        return FrozenTarget(load_frozen(config.target_model, fetch).to(device), grid, *moments)
     if config.target == "tokens":
         assert config.codebook is not None
         codebook = load_codebook(config.codebook).to(device)

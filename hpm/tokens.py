@@ -64,11 +64,11 @@ class Codebook:
 
 
 def load_codebook(path: str) -> Codebook:
-    """Raises UserError where the file is none."""
+    """Raises UserError where the file is none, or names a model that is not on disk."""
     tensors, about = read_tensors(Path(path).expanduser())
     if about.get("kind") != "hpm codebook":
         raise UserError(f"{path} is no codebook: make one by hpm tokenize DATA --out {path}")
-    frozen = load_frozen(about["of"]) if about["of"] != "pixels" else None
+    frozen = load_frozen(about["of"], fetch=False) if about["of"] != "pixels" else None
     height, width = about["patch_size"]
     return Codebook(tensors["codes"], about["of"], (height, width), about["channels"], frozen)
 

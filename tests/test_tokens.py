@@ -67,6 +67,6 @@ def test_tokenize_and_train_on_tokens(image_folder, tmp_path):
 
 def test_bad_tokenizing(image_folder, tmp_path):
     size = ["--image-size=16", "--patch-size=8", "--out", tmp_path / "c.safetensors"]
-    assert_refused(run_here("tokenize", image_folder, "--codes=9999", *size), "more than the 192")
+    assert_refused(run_here("tokenize", image_folder, "--codes=9999", *size), "patches (192)")
     assert_refused(run_here("tokenize", image_folder, "--codes=0", *size), "codes is 0")
     assert_refused(run_here("tokenize", tmp_path / "none", *size), "no such folder")

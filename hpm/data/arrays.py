@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from hpm.data.jpeg import START, JpegImage
+from hpm.data.pillow import open_by_pillow
 from hpm.errors import UserError, counted, one_line
 from hpm.extras import need
 
@@ -183,7 +184,7 @@ def open_image(file: File) -> Opened:
         if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _open_tiff(file)
         try:
-            return Image.open(_rewound(file))
+            return open_by_pillow(_rewound(file))
         except UnidentifiedImageError:
             # Pillow names the file, which is named anyway, or an address in memory.
             raise UnreadableImage("cannot identify what kind of image this is") from None
@@ -278,7 +279,7 @@ def _open_colour_png(file: File, head: bytes) -> ArrayImage:
 def _open_tiff(file: File) -> Image.Image | ArrayImage:
     """By Pillow what it keeps all channels, bits and pages of; else by tifffile."""
     with suppress(UnidentifiedImageError):
-        image: Any = Image.open(_rewound(file))
+        image: Any = open_by_pillow(_rewound(file))
         bands = len(image.getbands())
         samples, bits = image.tag_v2.get(277, 1), max(image.tag_v2.get(258, (1,)))
         pages = bands == 1 and image.is_animated  # of an image whose channels are pages

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image
 
+from hpm.data.pillow import open_by_pillow
+
 try:
     import simplejpeg
 except ImportError:  # no wheel for this machine: Pillow decodes, to the same pixels
@@ -27,7 +29,7 @@ class JpegImage:
 
     def opened(self) -> Image.Image:
         """By Pillow, not decoded."""
-        return Image.open(io.BytesIO(self.data))
+        return open_by_pillow(io.BytesIO(self.data))
 
     @property
     def size(self) -> tuple[int, int]:

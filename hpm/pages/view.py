@@ -249,9 +249,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
-    """Some images of the data asked for; else of the run's, or of the built-in ones."""
+    """Some images of the data asked for; else of the run's, or of the built-in ones.
+
+    A checkpoint alone may come from anyone, and its config name any folder: only that of a run
+    folder is opened unasked.
+    """
     height, width = trained.encoder.image_size
-    of_run = trained.config.data if trained.config else ""
+    of_run = trained.config.data if trained.config and trained.folder else ""
     for candidate in [data] if data is not None else [of_run, "demo"]:
         try:
             splits = open_source(candidate) if candidate else None
