@@ -45,7 +45,7 @@ VERBS: dict[str, tuple[Any, str]] = {
         EvalConfig,
         f"measure a backbone: hpm eval PROTOCOL RUN DATA ({', '.join(PROTOCOLS)})",
     ),
-    "ablate": (AblateConfig, "pre-train with some options varied, over seeds, and compare"),
+    "ablate": (AblateConfig, "pre-train with some options changed, over seeds, and compare"),
     "bench": (BenchConfig, "what a training step costs, and loading: hpm bench step|data"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "prepare": (PrepareConfig, "shrink images once into large files that are fast to read"),
@@ -70,7 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
 WITH_PRESETS = ("pretrain", "eval", "ablate")
 
 # May be given several times.
-REPEATED = ("vary",)
+REPEATED = ("arm", "vary")
 
 # Words separated by commas.
 LISTED = ("panels",)
@@ -175,10 +175,12 @@ def _eval(arguments: list[str]) -> int:
 
 def _ablate(arguments: list[str]) -> int:
     from hpm.ablate import ablate
+    from hpm.ablation.results import print_results
 
-    table = ablate(_parse("ablate", arguments))
+    results = ablate(_parse("ablate", arguments))
     if distributed.is_main():
-        print(f"{table.read_text()}\nwritten to {table} (with .csv and .png beside it)")
+        print_results(results, Console())
+        print(f"written to {results.file} (with .csv and .png beside it)")
     return 0
 
 

@@ -515,11 +515,14 @@ class ExportConfig:
 
 @dataclass
 class AblateConfig(PretrainConfig):
-    """Pre-train with some options varied, over seeds, and compare (all options of pretrain)."""
+    """Pre-train with some options changed, over seeds, and compare (all options of pretrain)."""
 
+    arm: tuple[str, ...] = ()
+    """A set of options to compare: mae, predictor, hpm, hpm_memory, or your own, `NAME: mask=random
+    predictor_loss=none`; may be given several times. The others are compared with the first."""
     vary: tuple[str, ...] = ()
     """An option and its values, `mask=random,easy_to_hard`; may be given several times: every
-    combination is run."""
+    combination is run, with every arm."""
     seeds: int = 3
     """How many seeds, from --seed on."""
     labels: str | None = None

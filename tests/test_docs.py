@@ -82,12 +82,9 @@ def check(config):
             config = dataclasses.replace(config, codebook=__file__)
         check_pretrain(config)
     if isinstance(config, AblateConfig):
-        from hpm.ablate import combinations
+        from hpm.ablation.plan import make_plan
 
-        plain = {field.name for field in dataclasses.fields(PretrainConfig)}
-        options = {n: v for n, v in dataclasses.asdict(config).items() if n in plain}
-        for setting in combinations(config.vary):
-            check_pretrain(make_config(PretrainConfig, options | setting))
+        make_plan(config)
 
 
 def test_there_are_commands():

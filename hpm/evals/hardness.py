@@ -73,8 +73,9 @@ def measure(
     trained: Trained, source: Source, device: torch.device, seed: int = 0,
     report: Callable[[str], None] | None = None, crop_share: float = 1.0,
 ) -> dict[str, float]:  # fmt: skip
-    """`hardness` of a model and its teacher over all readable images of a source; `report` is told
-    of the others."""
+    """Means over all readable images of a source (`report` is told of the others):
+    reconstruction_loss, the student's on random masks, which does not depend on what is mined, and
+    the measures of `hardness`."""
     model, config = trained.model, trained.config
     assert model is not None and config is not None
     height, width = model.encoder.image_size
@@ -99,7 +100,9 @@ def measure(
             config.mask_ratio,
         )
         objects = object_views(source, batch.indices, (height, width), crop_share)
-        for name, value in hardness(maps, objects, model.encoder.patch_size):
+        values = {"reconstruction_loss": maps.actual.nanmean().item()}
+        values |= hardness(maps, objects, model.encoder.patch_size)
+        for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value * len(images)
         count += len(images)
     return {name: total / count for name, total in totals.items()}

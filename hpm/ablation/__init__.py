@@ -1,0 +1,1 @@
+"""What `hpm ablate` compares (plan), and how the numbers are shown (results)."""
