@@ -267,6 +267,8 @@ def check_eval(config: EvalConfig) -> None:
         raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
     if isinstance(config, LabelledEvalConfig) and not 0 < config.train_share <= 1:
         raise UserError(f"train_share is {config.train_share}; it must be above 0 and at most 1")
+    if isinstance(config, LabelledEvalConfig) and not 0 <= config.max_unreadable <= 1:
+        raise UserError(f"max_unreadable is {config.max_unreadable}; it must lie between 0 and 1")
     if isinstance(config, KnnConfig) and (config.temperature <= 0 or min(config.k, default=0) < 1):
         raise UserError("temperature and every k must be positive")
     if isinstance(config, (LinearConfig, AttentiveConfig)):

@@ -208,7 +208,7 @@ class PretrainConfig:
     """Compute the blocks' activations again in the backward pass instead of keeping them: less
     memory, about a third more time."""
     workers: int | None = None
-    """Processes that load images (default: one per spare core, at most 8)."""
+    """Processes that load images (default: one per spare core, at most 16)."""
     cache: Literal["auto", "true", "false"] = "auto"
     """Keep decoded images in memory that the loading processes share; auto: where all of them fit
     into a quarter of the available memory. Views are the same with and without."""
@@ -288,7 +288,7 @@ class EvalConfig:
     batch_size: int = 128
     """Images at a time."""
     workers: int | None = None
-    """Processes that load images (default: one per spare core, at most 8)."""
+    """Processes that load images (default: one per spare core, at most 16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     seed: int = 0
@@ -302,6 +302,8 @@ class LabelledEvalConfig(EvalConfig):
     train_share: float = 1.0
     """Share of each class's training images that is used: 0.01 and 0.1 are the usual few-label
     settings."""
+    max_unreadable: float = 0.1
+    """Stop when more than this share of the images cannot be read."""
 
 
 @dataclass
@@ -454,7 +456,7 @@ class ShowConfig:
     mask, the reconstruction, the principal components (PCA) of the features, the attention of the
     class token (default: all that the file can show)."""
     images: int = 8
-    """How many images."""
+    """How many images: at most 100 in a figure, 2000 in a page."""
     hard_share: float | None = None
     """Share of the hidden patches that are the hardest (default: as at the end of training)."""
     mask_ratio: float | None = None
@@ -624,7 +626,7 @@ class PrepareConfig:
     channels: int = 3
     """Of .npy and TIFF, as in pretrain."""
     workers: int | None = None
-    """Processes (default: one per spare core, at most 8)."""
+    """Processes (default: one per spare core, at most 16)."""
 
 
 @dataclass

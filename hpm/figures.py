@@ -20,6 +20,7 @@ from hpm.config import PANELS, Panel
 from hpm.data.loader import normalize
 from hpm.errors import UserError
 from hpm.evals.hardness import loss_maps
+from hpm.logs import track
 from hpm.mining.draw import Draw
 from hpm.mining.masking import num_hidden_patches, to_mask
 from hpm.models.encoder import Encoder
@@ -90,7 +91,7 @@ def unable(trained: Trained) -> dict[Panel, str]:
 def picture(
     trained: Trained, images: Tensor, sample_ids: Int[Tensor, " batch"], hard_share: float,
     num_masks: int = 10, seed: int = 0, mask_ratio: float | None = None,
-    panels: Collection[Panel] = TRAINING,
+    panels: Collection[Panel] = TRAINING, progress: bool = False,
 ) -> Picture:  # fmt: skip
     """What a file shows of a batch's images [B C H W]: of the panels those that it can.
 
@@ -98,9 +99,11 @@ def picture(
     `num_masks` random masks; mask_ratio is that of the training unless given.
     """
     wanted = set(panels) - set(unable(trained))
+    split = zip(images.split(AT_A_TIME), sample_ids.split(AT_A_TIME), strict=True)
+    steps = track(split, "computing", -(-len(images) // AT_A_TIME)) if progress else split
     parts = [
         _show(trained, part, ids, wanted, hard_share, num_masks, seed, mask_ratio)
-        for part, ids in zip(images.split(AT_A_TIME), sample_ids.split(AT_A_TIME), strict=True)
+        for part, ids in steps
     ]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     features = found.pop("features", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hpm.config import PANELS, Panel, PretrainConfig, ShowConfig
 from hpm.data.loader import Batch, evaluation_batches
@@ -12,12 +13,15 @@ from hpm.data.sources import Source, Subset, open_source
 from hpm.distributed import pick_device
 from hpm.errors import UserError
 from hpm.figures import TITLES, draw, picture, unable
+from hpm.logs import track
 from hpm.mining.masking import num_hidden_patches
 from hpm.pages.gallery import write_gallery
 from hpm.run import Trained, load
 
 FIGURES = (".png", ".pdf", ".svg", ".jpg")
 PAGES = (".html", ".htm")
+MOST = {FIGURES: 100, PAGES: 2000}  # images: figures are drawn in memory, pages are one file
+AT_A_TIME = 64
 NAMED = 3  # unreadable images that are named
 
 
@@ -33,7 +37,7 @@ def show(config: ShowConfig) -> Path:
     batch, names = _read(config, trained)
     shown = picture(
         trained, batch.images, batch.indices, share, config.num_masks, config.seed,
-        config.mask_ratio, panels,
+        config.mask_ratio, panels, progress=True,
     )  # fmt: skip
     title = f"{config.run} on {config.data}"
     if path.suffix.lower() in PAGES:
@@ -114,6 +118,12 @@ def _check(config: ShowConfig, path: Path) -> None:
         raise UserError("images and num_masks must be at least 1")
     if path.suffix.lower() not in FIGURES + PAGES:
         raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg, .jpg or .html file")
+    (most,) = (number for kinds, number in MOST.items() if path.suffix.lower() in kinds)
+    if config.images > most:
+        page = "a page (--out show.html) holds more" if most < MOST[PAGES] else "show fewer"
+        raise UserError(
+            f"images is {config.images}, but a {path.suffix} file holds at most {most}: {page}"
+        )
     if config.panels is not None and not config.panels:
         raise UserError(f"panels is empty: name some of {', '.join(PANELS)}")
 
@@ -141,12 +151,16 @@ def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     rng = np.random.default_rng([config.seed, len(source)])
     some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
     height, width = trained.encoder.image_size
-    (batch,) = evaluation_batches(some, (height, width), trained.encoder.channels, config.images)
-    problems = [f"{some.path(index)}: {what}" for index, what in batch.unreadable]
-    if not len(batch.images):
+    reading = evaluation_batches(some, (height, width), trained.encoder.channels, AT_A_TIME)
+    batches = list(track(reading, "reading", -(-len(some) // AT_A_TIME)))
+    problems = [f"{some.path(i)}: {what}" for b in batches for i, what in b.unreadable]
+    batches = [batch for batch in batches if len(batch.images)]
+    if not batches:
         raise UserError(f"{source.name}: no image of {len(some)} can be read ({problems[0]})")
     for problem in problems[:NAMED]:
         print(f"passed over: {problem}")
     if len(problems) > NAMED:
         print(f"passed over: {len(problems) - NAMED} more")
-    return batch, [some.path(int(index)) for index in batch.indices]
+    indices = torch.cat([batch.indices for batch in batches])
+    images = torch.cat([batch.images for batch in batches])
+    return Batch(images, indices, []), [some.path(int(index)) for index in indices]

@@ -33,6 +33,7 @@ from hpm.data.loader import (
     training_loader,
 )
 from hpm.data.sources import Source, hold_out, open_source
+from hpm.data.unreadable import UnreadableImages
 from hpm.errors import UserError, counted
 from hpm.evals.ongoing import OngoingProbe
 from hpm.imports import initialise
@@ -85,8 +86,7 @@ class State:
         self.target = make_target(config, self.architecture, self.mean, self.std, device)
         self.architecture["target_dim"] = self.target.dim
         self.step = 0
-        self.unreadable: dict[int, str] = {}  # of all processes, as of the last reading
-        self._found: dict[int, str] = {}  # by this process since then
+        self.unreadable = UnreadableImages(self.source, config.max_unreadable)
         self._said: set[str] = set()
 
         self.model = build_model(self.architecture, config.seed).to(device)
@@ -151,7 +151,7 @@ class State:
             if len(batch.images) * world_size < config.global_batch_size:
                 problem = batch.unreadable[0][1]
                 raise UserError(f"{self.source.name}: no readable image ({problem})")
-            self._found.update(batch.unreadable)
+            self.unreadable.add(batch.unreadable)
             yield batch
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -174,23 +174,8 @@ class State:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def count_unreadable(self) -> None:
-        """Report what any process could not read; UserError when it is too much.
-
-        All processes do this together, so that all of them stop or none.
-        """
-        for found in distributed.gather(self._found):
-            for index, problem in found.items():
-                if index not in self.unreadable:
-                    path = self.source.path(index)
-                    self.log.info(f"cannot read {path} ({problem}), passed over")
-                    self.unreadable[index] = problem
-        self._found = {}
-        if len(self.unreadable) > self.config.max_unreadable * len(self.source):
-            raise UserError(
-                f"{len(self.unreadable)} of {len(self.source)} images cannot be read, more than "
-                f"max_unreadable {self.config.max_unreadable}: mend them (train.log names each), "
-                "or pass a larger --max-unreadable"
-            )
+        """Report what any process could not read; UserError when it is too much (collective)."""
+        self.unreadable.check(self.log.info)
 
     def say_once(self, text: str) -> None:
         """A line of the log, however often it is said."""
@@ -224,7 +209,7 @@ class State:
             "mean": self.mean,
             "std": self.std,
             "num_images": len(self.source),
-            "unreadable": self.unreadable,
+            "unreadable": self.unreadable.problems,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
         }
@@ -272,7 +257,8 @@ class State:
             )
         restore(checkpoint, self.model, self.teacher.model, self.optimizer, self.memory)
         self.step = meta["step"]
-        self.unreadable = {int(index): text for index, text in meta["unreadable"].items()}
+        known = {int(index): text for index, text in meta["unreadable"].items()}
+        self.unreadable = UnreadableImages(self.source, self.config.max_unreadable, known)
         self.best_probe = meta.get("best_probe", {})
         self.probe_seconds = meta.get("probe_seconds", 0.0)
 

@@ -109,6 +109,31 @@ def test_on_the_command_line(finished_run, image_folder, tmp_path):
     assert_refused(result, "panels", "pac", "attention")
 
 
+def test_more_images_than_a_file_holds(finished_run, image_folder, tmp_path):
+    for name, most, hint in (("fig.png", 100, "a page"), ("fig.html", 2000, "show fewer")):
+        config = ShowConfig(
+            str(finished_run.folder), str(image_folder), str(tmp_path / name), images=most + 1
+        )
+        with pytest.raises(UserError, match=f"images is {most + 1}.*at most {most}: {hint}"):
+            show(config)
+
+
+def test_progress_is_shown_while_reading_and_computing(
+    finished_run, image_folder, tmp_path, monkeypatch
+):
+    told = []
+
+    def track(steps, description, total):
+        told.append((description, total))
+        return steps
+
+    for module in ("hpm.show", "hpm.figures"):
+        monkeypatch.setattr(f"{module}.track", track)
+    show(ShowConfig(str(finished_run.folder), str(image_folder), str(tmp_path / "a.html"),
+                    images=40, num_masks=1, device="cpu"))  # fmt: skip
+    assert told == [("reading", 1), ("computing", 3)]
+
+
 def test_unreadable_images_are_named(finished_run, image_folder, tmp_path, capsys):
     folder = tmp_path / "some"
     folder.mkdir()

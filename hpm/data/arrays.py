@@ -208,6 +208,24 @@ def any_deep(open_one: Callable[[int], Opened], count: int) -> bool:
     return False
 
 
+def loses_alpha(open_one: Callable[[int], Opened], count: int, channels: int) -> bool:
+    """Have some of the images (see `any_deep`) a fourth band beside their colours, which these
+    channels leave out?"""
+    if channels not in (1, 3):
+        return False
+    for index in np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int):
+        with suppress(UnreadableImage, OSError):
+            if _has_alpha(open_one(int(index))):
+                return True
+    return False
+
+
+def _has_alpha(image: Opened) -> bool:
+    if isinstance(image, Image.Image):
+        return image.mode in ("RGBA", "RGBa", "RGBX", "LA", "PA") or "transparency" in image.info
+    return isinstance(image, ArrayImage) and image.colours and image.shape[-1] in (2, 4)
+
+
 def from_pillow(image: Image.Image) -> ArrayImage:
     """The pixels of an image in a mode that a view cannot be made of directly."""
     bands = image.getbands()

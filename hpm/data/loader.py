@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from hpm import distributed
 from hpm.config import Flip
-from hpm.data.arrays import Pixels, UnreadableImage, at_depth
+from hpm.data.arrays import Pixels, UnreadableImage, at_depth, loses_alpha
 from hpm.data.cache import FORKS, Cache
+from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
-from hpm.errors import UserError, one_line
+from hpm.errors import UserError, counted, one_line
 from hpm.stop import ignore_stop_signals
 
+MOST_WORKERS = 16  # by default; each holds a batch of views or more, and keeps a core busy
+SHARED = Path("/dev/shm")
+# What PyTorch says where the memory that loading processes share is full.
+OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -138,6 +146,12 @@ class Views(Dataset):
         self.make_view = make_view
         self.stand_in = stand_in
         self.deep = source.is_deep()
+        channels = getattr(make_view, "channels", 0)
+        if loses_alpha(source.open, len(source), channels):
+            say_once(
+                f"{source.name}: transparency (a fourth band) of its images is left out, as "
+                f"channels is {channels}; --channels 4 keeps it"
+            )
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index, *number = key
@@ -210,6 +224,23 @@ def training_loader(
     )  # fmt: skip
 
 
+class _Loader(DataLoader):
+    """Says in one line that the memory that its workers share is full."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except (RuntimeError, OSError) as error:
+            if not self.num_workers or not OUT_OF_SHARED.search(str(error)):
+                raise
+            size = f" ({shutil.disk_usage(SHARED).total / 1e6:.0f} MB)" if SHARED.exists() else ""
+            raise UserError(
+                f"{SHARED}{size} is too small for {counted(self.num_workers, 'loading worker')}: "
+                "pass fewer --workers (0 needs none of it), or enlarge it (in a container: "
+                "docker run --shm-size=8g)"
+            ) from None
+
+
 def _loader(
     views: Views, steps: Iterable[Sequence[Key]], workers: int, **options: Any
 ) -> DataLoader:
@@ -218,7 +249,7 @@ def _loader(
     No other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
     held, and wait for ever (none of ours does).
     """
-    return DataLoader(
+    return _Loader(
         views,
         batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=_collate,
@@ -298,10 +329,10 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | Non
 
 def num_workers(asked: int | None) -> int:
     """Processes that load images: as many as asked for, else one per spare core of this process,
-    at most 8, at least 1."""
+    at most MOST_WORKERS, at least 1."""
     if asked is not None:
         return asked
-    return max(1, min(8, usable_cores() // distributed.processes_here() - 1))
+    return max(1, min(MOST_WORKERS, usable_cores() // distributed.processes_here() - 1))
 
 
 def usable_cores() -> int:

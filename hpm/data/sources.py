@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,24 @@ from PIL import Image
 
 from hpm.data import demo
 from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
+from hpm.data.notes import say_once
 from hpm.data.tables import ArrowSource, ParquetSource, natural
 from hpm.errors import UserError
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
 )  # fmt: skip
+# Known, but not read: what they are, by suffix.
+OTHER_KINDS = {
+    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"), "raw"),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "videos"),
+}
+HINTS = {
+    "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.heic)",
+    "raw": "convert raw photographs to JPEG or TIFF",
+    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg)",
+}
 PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
@@ -254,11 +267,13 @@ def _first_test_split(files: list[Path]) -> list[Path]:
 
 def _image_folder(root: Path) -> FileSource:
     """All images below `root`; labelled by first-level folder if every image lies in one."""
-    files = _find_images(root)
+    files, others = _find_images(root)
     if not files:
-        raise UserError(
-            f"{root}: no images in this folder or below it (looked for {' '.join(IMAGE_SUFFIXES)})"
-        )
+        looked_for = f" (looked for {' '.join(IMAGE_SUFFIXES)})"
+        passed_over = f", but {_described(others)}" if others else looked_for
+        raise UserError(f"{root}: no images in this folder or below it{passed_over}")
+    if others:
+        say_once(f"{root}: passed over: {_described(others)}")
     paths = [os.path.join(root, f) for f in files]
     tops = [f.split(os.sep)[0] if os.sep in f else None for f in files]
     classes = sorted({top for top in tops if top is not None})
@@ -269,9 +284,18 @@ def _image_folder(root: Path) -> FileSource:
     return FileSource(str(root), paths, labels, classes)
 
 
-def _find_images(root: Path) -> list[str]:
-    """Relative paths, sorted; links are followed, but no folder is entered twice."""
+def _described(others: Counter[str]) -> str:
+    """`12 .heic, 3 .mp4: ` and how to turn them into images."""
+    hints = dict.fromkeys(HINTS[OTHER_KINDS[suffix]] for suffix in sorted(others))
+    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+    return f"{counts}: {'; '.join(hints)}"
+
+
+def _find_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """Relative paths, sorted, and how many files of other kinds there are, by suffix; links are
+    followed, but no folder is entered twice."""
     found, seen = [], set()
+    others: Counter[str] = Counter()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -280,9 +304,13 @@ def _find_images(root: Path) -> list[str]:
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith("."):
+            if file.startswith("."):
+                continue
+            if file.lower().endswith(IMAGE_SUFFIXES):
                 found.append(os.path.relpath(os.path.join(folder, file), root))
-    return sorted(found)
+            elif (suffix := os.path.splitext(file)[1].lower()) in OTHER_KINDS:
+                others[suffix] += 1
+    return sorted(found), others
 
 
 def _open_list(path: Path) -> FileSource:

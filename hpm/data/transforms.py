@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -177,12 +177,21 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
         if array is not None:
             return Pixels(array, channels)
         image = image.opened()
+    if channels == 4 and _has_four_bands(image):
+        return Pixels(_channels_first(np.asarray(ImageOps.exif_transpose(image))), channels)
     if isinstance(image, Image.Image) and not is_deep(image) and channels in MODES:
         return Pixels(_by_pillow(image, channels, least), channels, transparent=channels == 4)
     if isinstance(image, Image.Image):
         ImageOps.exif_transpose(image, in_place=True)
         image = from_pillow(image)
     return image.pixels(channels)
+
+
+def _has_four_bands(image: Opened) -> TypeGuard[Image.Image]:
+    """Of a TIFF, the fourth may be anything (near infrared, say), even where it is called alpha."""
+    return isinstance(image, Image.Image) and (
+        image.format == "TIFF" and image.mode in ("RGBA", "RGBa", "RGBX")
+    )
 
 
 def _by_pillow(image: Image.Image, channels: int, least: tuple[int, int] | None) -> np.ndarray:

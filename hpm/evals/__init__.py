@@ -57,7 +57,8 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         start = time.perf_counter()
-        reading = Reading(config.batch_size, config.workers, report, config.crop_share)
+        most = getattr(config, "max_unreadable", 1.0)
+        reading = Reading(config.batch_size, config.workers, report, config.crop_share, most)
         task = Task(config, device, reading)
         run_folder = task.trained.folder
         folder = Path(config.out) if config.out else run_folder and run_folder / "evals"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hpm import distributed
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
+from hpm.data.unreadable import UnreadableImages
 from hpm.errors import UserError, counted
 from hpm.run import Backbone
 
@@ -66,19 +67,21 @@ class Reading:
     workers: int | None
     report: Callable[[str], None]
     crop_share: float = 1.0  # see transforms.evaluation_view
+    max_unreadable: float = 1.0
 
     def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
         """This process's share of the readable images, in order, in batches."""
         ids = distributed.part_of(len(source)).numpy()
         workers = num_workers(self.workers)
         own = Subset(source, ids)
+        unreadable = UnreadableImages(source, self.max_unreadable)
         for batch in evaluation_batches(
             own, size, channels, self.batch_size, workers, self.crop_share
         ):
-            for index, problem in batch.unreadable:
-                self.report(f"cannot read {own.path(index)} ({problem}), passed over")
+            unreadable.add((int(ids[index]), problem) for index, problem in batch.unreadable)
             if len(batch.images):
                 yield Batch(batch.images, torch.from_numpy(ids)[batch.indices], [])
+        unreadable.check(self.report)
 
 
 def pooled(subjects: list[Subject], baseline: bool) -> Embed:

@@ -37,6 +37,7 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
+from hpm.data.unreadable import UnreadableImages
 from hpm.errors import UserError, counted
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
@@ -52,7 +53,7 @@ LOG_EVERY = 10
 # How a fine-tuning is run, not what it learns: may differ when it goes on.
 FREE = {
     "run", "compare", "baselines", "out", "workers", "device", "checkpoint_every", "test", "data",
-    "teacher", "crop_share",
+    "teacher", "crop_share", "max_unreadable",
 }  # fmt: skip
 
 
@@ -237,6 +238,7 @@ class _Finetuning:
             self.model, config.base_lr, config.layer_decay, config.weight_decay
         )
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
+        self.unreadable = UnreadableImages(data.train, config.max_unreadable)
         self.step = 0
         self.fingerprint = _fingerprint(self.model)
         self._resume()
@@ -311,6 +313,7 @@ class _Finetuning:
                     saving = self.step % save_every == 0 or done or stopping
                     if saving or self.step % LOG_EVERY == 0:
                         self._read(log, losses, rate)
+                        self.unreadable.check(log.info)
                         stopping = distributed.any_process(stop.received > 0, self.device)
                     if saving or stopping:
                         self._save()
@@ -332,6 +335,7 @@ class _Finetuning:
         ):
             if len(batch.images) * self.world_size < self.batch_size:
                 raise UserError(f"{self.data.train.name}: no readable image")
+            self.unreadable.add(batch.unreadable)
             yield batch
 
     def _autocast(self) -> torch.autocast:

@@ -7,7 +7,7 @@ test set is looked at once, by the heads of the chosen setting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from hpm import distributed
 from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
 from hpm.data.sources import Source
+from hpm.data.unreadable import UnreadableImages
 from hpm.errors import UserError
 from hpm.evals.features import Embed, Features, check_finite, no_features
 from hpm.evals.metrics import Ranked, join, rank
@@ -69,9 +70,11 @@ class Computed:
         make_view: TrainingViews | EvaluationViews,
         embed: Embed,
         workers: int,
+        unreadable: UnreadableImages,
+        report: Callable[[str], None],
         stand_in: bool = False,
     ):
-        self.stand_in = stand_in
+        self.stand_in, self.unreadable, self.report = stand_in, unreadable, report
         self.source, self.make_view, self.embed, self.workers = source, make_view, embed, workers
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
@@ -85,12 +88,14 @@ class Computed:
                 rows = {name: f.float().cpu() for name, f in self.embed(batch.images).items()}
             else:
                 rows = no_features(self.embed, self.make_view.size, self.make_view.channels)
+            self.unreadable.add(batch.unreadable)
             ids = distributed.rows_of_all(batch.indices)
             if not len(ids):
                 raise UserError(f"{self.source.name}: no readable image")
             whole = {name: distributed.rows_of_all(features) for name, features in rows.items()}
             check_finite({n: Features(f, self.labels[ids]) for n, f in whole.items()})
             yield whole, self.labels[ids], ids
+        self.unreadable.check(self.report)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from hpm.config import (
 )
 from hpm.data.loader import EvaluationViews, TrainingViews, num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
+from hpm.data.unreadable import UnreadableImages
 from hpm.errors import UserError, counted
 from hpm.evals.features import (
     RAW_PIXELS,
@@ -118,6 +119,9 @@ class Task:
         """Ids of the training images that choose the hyper-parameters: a fifth of each class."""
         return split_by_class(labels, data.classes, data.train.name, self.config.seed)[1]
 
+    def unreadable(self, source: Source) -> UnreadableImages:
+        return UnreadableImages(source, self.reading.max_unreadable)
+
     def some_images(self, count: int) -> Source:
         """At most `count` images of the test split (or else of all)."""
         source = self.splits.test or self.splits.train
@@ -183,10 +187,14 @@ def evaluate_linear(task: Task, config: LinearConfig) -> Outcome:
         embed = pooled(alike, baseline)
         views = TrainingViews(size, channels, config.seed, config.crop_scale, True, 1)
         still = EvaluationViews(size, channels, crop_share=config.crop_share)
+        in_train, in_test = task.unreadable(data.train), task.unreadable(data.test)
+        labelled, report = (data.train, data.train_labels), task.reading.report
         found |= probe(
-            Computed(data.train, data.train_labels, views, embed, task.workers, True),
-            Computed(data.train, data.train_labels, still, embed, task.workers),
-            Computed(data.test, data.test_labels, still, embed, task.workers),
+            Computed(*labelled, views, embed, task.workers, in_train, report, stand_in=True),
+            Computed(*labelled, still, embed, task.workers, in_train, report),
+            Computed(
+                data.test, data.test_labels, still, embed, task.workers, in_test, report
+            ),
             held, len(data.classes), recipe,
         )  # fmt: skip
     images = {"train_images": len(data.train), "test_images": len(data.test)}
@@ -211,7 +219,13 @@ def evaluate_attentive(task: Task, config: AttentiveConfig) -> Outcome:
             images = distributed.main_first(partial(_counts, one, two))
         else:
             still = EvaluationViews(size, channels, crop_share=config.crop_share)
-            train, test = (Computed(*side, still, embed, task.workers) for side in sides)
+            train, test = (
+                Computed(
+                    *side, still, embed, task.workers, task.unreadable(side[0]),
+                    task.reading.report,
+                )
+                for side in sides
+            )  # fmt: skip
             held = task.held(data.train_labels, data)
             found |= probe(train, train, test, held, len(data.classes), recipe)
     return _probe_outcome("attentive", found, images)
