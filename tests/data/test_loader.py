@@ -31,7 +31,7 @@ def batches(source, workers=0, **sampler):
 
 def test_the_cores_of_a_machine_are_shared_among_its_own_processes(monkeypatch):
     monkeypatch.setattr(loader, "usable_cores", lambda: 16)
-    assert num_workers(None) == 8
+    assert num_workers(None) == 15
     assert num_workers(3) == 3
     monkeypatch.setenv("WORLD_SIZE", "16")  # four machines of four
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
