@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from hpm.config import Flip
 from hpm.data.arrays import (
@@ -178,6 +178,9 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
             return Pixels(array, channels)
         image = image.opened()
     if channels == 4 and _has_four_bands(image):
+        # As stored: Pillow would divide the others by an alpha that they are multiplied with.
+        image.tile = [t._replace(args=("RGBA", *t.args[1:])) if t.args[0] == "RGBa" else t
+                      for t in image.tile]  # fmt: skip
         return Pixels(_channels_first(np.asarray(ImageOps.exif_transpose(image))), channels)
     if isinstance(image, Image.Image) and not is_deep(image) and channels in MODES:
         return Pixels(_by_pillow(image, channels, least), channels, transparent=channels == 4)
@@ -187,9 +190,9 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
     return image.pixels(channels)
 
 
-def _has_four_bands(image: Opened) -> TypeGuard[Image.Image]:
+def _has_four_bands(image: Opened) -> TypeGuard[ImageFile.ImageFile]:
     """Of a TIFF, the fourth may be anything (near infrared, say), even where it is called alpha."""
-    return isinstance(image, Image.Image) and (
+    return isinstance(image, ImageFile.ImageFile) and (
         image.format == "TIFF" and image.mode in ("RGBA", "RGBa", "RGBX")
     )
 
