@@ -152,8 +152,9 @@ class PretrainConfig:
     """Images per optimiser step, over all processes (default: 256, or as many as there are)."""
     accumulate: int = 1
     """Parts that a batch is cut into, one after another, to save memory."""
-    base_lr: float = 1.5e-4
-    """Peak learning rate per 256 images of a batch."""
+    base_lr: float | None = None
+    """Peak learning rate per 256 images of a batch (default: by the number of steps; 1.5e-4, the
+    paper's, from 100,000 on)."""
     warmup: str = "10%"
     """Linear warm-up of the learning rate."""
     weight_decay: float = 0.05
@@ -236,6 +237,12 @@ class PretrainConfig:
         if self.hard_share_start is not None:
             start = self.hard_share_start
         return start, end if self.hard_share_end is None else self.hard_share_end
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up, once the config is resolved."""
+        assert self.base_lr is not None, "the config is not resolved"
+        return self.base_lr * self.global_batch_size / 256
 
     @property
     def global_batch_size(self) -> int:

@@ -88,6 +88,12 @@ class Run:
     def load_encoder(self) -> Backbone:
         return load_encoder(self.folder)
 
+    def base_lr(self) -> float | None:
+        """That of an interrupted or finished run, which its continuation keeps; None without."""
+        if not self.config_file.exists() or self.latest_checkpoint() is None:
+            return None
+        return _read_config(self.config_file).get("base_lr")
+
     def claim(self, config: PretrainConfig) -> None:
         """Take the folder for this config. UserError where it holds anything else."""
         options = dataclasses.asdict(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,10 @@ import torch
 from hpm.config import TIMM, PretrainConfig, resolve_model, secondary_mask_ratio
 from hpm.errors import UserError, counted
 from hpm.optim import ema_decay, learning_rate
+
+PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
+HIGHEST_PEAK_LR = 2e-3
+FEW_STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
     """The schedule of a resolved config for that many training images."""
     batch_size = config.global_batch_size
     steps_per_epoch = num_images // batch_size
-    total = config.steps or config.epochs * steps_per_epoch
+    total = num_steps(config, batch_size, num_images)
 
     def steps(text: str) -> float:
         return duration_steps(text, total, steps_per_epoch)
@@ -74,7 +79,7 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
         total=total,
         steps_per_epoch=steps_per_epoch,
         warmup=steps(config.warmup),
-        peak_lr=config.base_lr * batch_size / 256,
+        peak_lr=config.peak_lr,
         ema_horizon_start=steps(config.ema_horizon_start),
         ema_horizon_end=steps(config.ema_horizon_end),
         ema_ramp=steps(config.ema_ramp),
@@ -83,6 +88,34 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
         checkpoint_every=max(1, round(steps(config.checkpoint_every))),
         hard_share_by=config.hard_share_by,
     )
+
+
+def num_steps(config: PretrainConfig, batch_size: int, num_images: int) -> int:
+    """Length of the training."""
+    return config.steps or config.epochs * (num_images // batch_size)
+
+
+def default_base_lr(steps: int, batch_size: int) -> float:
+    """Base learning rate where none is given: larger for shorter trainings.
+
+    The paper's 1.5e-4 x (100,000 / steps)^0.75, where the peak, base x batch / 256, is kept at or
+    below the highest that was measured (docs/recipes.md), and the base never below the paper's.
+    """
+    by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
+    base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
+    return float(f"{base_lr:.2g}")
+
+
+def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
+    """A line for the log where the training is short: what to change."""
+    if total >= FEW_STEPS or config.data == "demo":  # the demo is made to be short
+        return []
+    per_epoch = num_images // config.global_batch_size
+    more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
+    return [
+        f"warning: a training of {counted(total, 'step')} is short: features learn little in fewer "
+        f"than some {FEW_STEPS:,}; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
+    ]
 
 
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:
@@ -123,6 +156,9 @@ def resolve(
             f"accumulate {config.accumulate} and repeat_augment {config.repeat_augment}: pass a "
             f"multiple of {share}"
         )
+    base_lr = config.base_lr
+    if base_lr is None:
+        base_lr = default_base_lr(num_steps(config, batch_size, num_images), batch_size)
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -140,6 +176,7 @@ def resolve(
         decoder_depth=architecture["decoder_depth"],
         decoder_heads=architecture["decoder_heads"],
         batch_size=batch_size,
+        base_lr=base_lr,
         precision=precision,
         normalize=normalize,
     )

@@ -47,7 +47,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
-from hpm.schedule import long_warmup, make_schedule, resolve
+from hpm.schedule import few_steps, long_warmup, make_schedule, resolve
 from hpm.targets import make_target
 
 
@@ -63,6 +63,9 @@ class State:
         self.device = device
         self.has_split = splits.test is not None
         self.source, self.held_out = _split(splits.train, splits.test, config)
+        self.run = Run(Path(config.out))
+        if config.base_lr is None:
+            config = dataclasses.replace(config, base_lr=distributed.from_main(self.run.base_lr()))
         self.config = config = resolve(config, len(self.source), device, distributed.world_size())
         self.schedule = make_schedule(config, len(self.source))
         self.architecture = resolve_model(config)
@@ -74,7 +77,6 @@ class State:
         self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
         self.probe_seconds = 0.0
         self.min_side = min(self.architecture["patch_size"])
-        self.run = Run(Path(config.out))
         distributed.main_first(lambda: self.run.claim(config))
         latest = distributed.from_main(self.run.latest_checkpoint())
         checkpoint = load_checkpoint(latest) if latest else None
@@ -96,7 +98,7 @@ class State:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
         self.memory = self._memory()
-        self.optimizer = adamw(self.model, config.base_lr, config.betas, config.weight_decay)
+        self.optimizer = adamw(self.model, config.peak_lr, config.betas, config.weight_decay)
         if checkpoint:
             self._resume(checkpoint)
             messages.append(f"going on from {latest}, step {self.step}")
@@ -115,7 +117,8 @@ class State:
             self.run.folder, self.step, self.schedule.total, distributed.is_main(), config
         )
         warmup = long_warmup(config.warmup, self.schedule.warmup, self.schedule.total)
-        for message in [self._introduction(), *warmup, *messages]:
+        few = [] if checkpoint else few_steps(config, self.schedule.total, len(self.source))
+        for message in [self._introduction(), *few, *warmup, *messages]:
             self.log.info(message)
 
     @property
@@ -286,7 +289,8 @@ class State:
             f"{counted(len(self.source), 'image')} of {self.source.name}, {held_out} held out"
             f"{fewer}, {counted(self.schedule.total, 'step')} of "
             f"{counted(self.config.global_batch_size, 'image')} "
-            f"({self.schedule.epochs:.4g} epochs), {self.device}, {self.config.precision}, "
+            f"({self.schedule.epochs:.4g} epochs), base lr {self.config.base_lr:g}, {self.device}, "
+            f"{self.config.precision}, "
             f"{counted(distributed.world_size(), 'process', 'processes')}, into {self.config.out}"
             + (f", memory of hardness {memory:.3g} MB" if memory else "")
         )

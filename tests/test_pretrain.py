@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -15,9 +16,13 @@ from safetensors.torch import load_file
 import hpm
 from hpm import stop
 from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
+from hpm.data.sources import open_source
 from hpm.errors import UserError
+from hpm.evals.hardness import measure
 from hpm.mining import miner
 from hpm.mining.teacher import predicted_losses
+from hpm.run import load
+from hpm.schedule import default_base_lr
 from hpm.state import State
 
 
@@ -103,6 +108,37 @@ def test_resuming_is_bitwise_the_same(image_folder, tmp_path, monkeypatch, stopp
     assert_same_weights(final(whole), final(resumed))
     steps = [m["step"] for m in resumed.metrics() if "reconstruction_loss" in m]
     assert steps == sorted(set(steps))
+
+
+def test_a_run_keeps_the_learning_rate_that_it_began_with(image_folder, tmp_path, monkeypatch):
+    """1.5e-4 was the default of earlier versions: their interrupted runs go on."""
+    began = {"steps": 8, "base_lr": 1.5e-4}
+    whole = pretrain(image_folder, tmp_path / "whole", **began)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(image_folder, tmp_path / "stopped", **began)
+    resumed = pretrain(image_folder, tmp_path / "stopped", **began | {"base_lr": None})
+    assert final(resumed).meta["config"]["base_lr"] == 1.5e-4
+    assert_same_weights(final(whole), final(resumed))
+    # A run that is begun without a learning rate records which it took, and says that it is short.
+    fresh = pretrain(image_folder, tmp_path / "fresh", steps=2, base_lr=None)
+    assert yaml.safe_load(fresh.config_file.read_text())["base_lr"] == default_base_lr(2, 8)
+    log = (fresh.folder / "train.log").read_text()
+    assert log.count("a training of 2 steps is short") == 1
+    assert "is short" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
+
+
+def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_folder):
+    """The same weights on the same images: of the same masks, whatever the run's own are."""
+    trained, source = load(finished_run.folder), open_source(str(image_folder)).train
+    losses = set()
+    for mask in ("easy_to_hard", "hardest", "block"):
+        trained.config, trained.miner = dataclasses.replace(trained.config, mask=mask), None
+        losses.add(measure(trained, source, torch.device("cpu"))["reconstruction_loss"])
+    assert len(losses) == 1 and losses.pop() > 0
+    logged = [m for m in finished_run.metrics() if "held_out/reconstruction_loss" in m]
+    assert logged and all(m["held_out/reconstruction_loss"] > 0 for m in logged)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):

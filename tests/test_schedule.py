@@ -6,7 +6,15 @@ import torch
 from hpm.config import FinetuneConfig, PretrainConfig, make_config, preset_path, read_preset
 from hpm.errors import UserError
 from hpm.optim import adamw, ema_decay, learning_rate
-from hpm.schedule import duration_steps, long_warmup, make_schedule, resolve
+from hpm.schedule import (
+    PAPER_BASE_LR,
+    default_base_lr,
+    duration_steps,
+    few_steps,
+    long_warmup,
+    make_schedule,
+    resolve,
+)
 
 CPU = torch.device("cpu")
 
@@ -82,7 +90,7 @@ def test_steps_or_epochs():
 
 
 def test_batch_size_is_global_and_defaults_to_what_there_is():
-    assert schedule(num_images=1000).peak_lr == pytest.approx(1.5e-4)
+    assert schedule(num_images=1000, base_lr=1.5e-4).peak_lr == pytest.approx(1.5e-4)
     config = PretrainConfig("demo", "out")
     assert resolve(config, 100, CPU, 1).batch_size == 100
     assert resolve(config, 101, CPU, 2).batch_size == 100
@@ -134,3 +142,47 @@ def test_a_warm_up_that_is_longer_than_the_training_is_said():
     assert long_warmup("10%", 10, 100) == long_warmup("5 epochs", 100, 100) == []
     (line,) = long_warmup("40 epochs", 400, 100)
     assert "of 40 epochs takes 400 steps, but the training has 100" in line
+
+
+def test_the_default_learning_rate_follows_the_number_of_steps():
+    lengths = [1, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000]
+    rates = [default_base_lr(steps, 64) for steps in lengths]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[3:6] == [8e-3, 4.7e-3, 2.1e-3]
+    assert rates[-2:] == [PAPER_BASE_LR, PAPER_BASE_LR]
+    for batch_size in (8, 256, 4096):
+        for steps in lengths:
+            base_lr = default_base_lr(steps, batch_size)
+            # The peak is not above what was measured, unless the paper's own is.
+            assert base_lr >= PAPER_BASE_LR
+            assert base_lr * batch_size / 256 <= max(2e-3, PAPER_BASE_LR * batch_size / 256) * 1.05
+
+    def resolved(**options):
+        config = PretrainConfig("photos", "out", batch_size=64, **options)
+        return resolve(config, 3457, CPU, 1)
+
+    assert resolved(steps=300).base_lr == default_base_lr(300, 64)
+    assert resolved(epochs=20).base_lr == default_base_lr(20 * 54, 64)
+    assert resolved(steps=300, base_lr=1.5e-4).base_lr == 1.5e-4
+    assert resolved(steps=300).peak_lr == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("name", ["vit_base_in1k", "vit_base_in1k_800", "vit_large_in1k_800"])
+def test_the_papers_presets_have_its_learning_rate_whatever_the_length(name):
+    options = read_preset(name) | {"data": "x", "out": "y", "epochs": 1}
+    assert resolve(make_config(PretrainConfig, options), 1_281_167, CPU, 1).base_lr == 1.5e-4
+
+
+def test_a_short_training_is_said_with_what_to_change():
+    def lines(num_images=3457, data="photos", **options):
+        config = PretrainConfig(data, "out", batch_size=64, **options)
+        config = resolve(config, num_images, CPU, 1)
+        return few_steps(config, make_schedule(config, num_images).total, num_images)
+
+    (line,) = lines(epochs=10)
+    assert "a training of 540 steps is short" in line and "smaller --batch-size" in line
+    assert "--epochs 38" in line and 37 * 54 < 2000 <= 38 * 54
+    assert lines(epochs=38) == []
+    (line,) = lines(steps=1)
+    assert "of 1 step is short" in line and line.endswith("pass --steps 2000")
+    assert lines(steps=1000, data="demo") == []
