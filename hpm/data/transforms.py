@@ -179,8 +179,10 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
         image = image.opened()
     if channels == 4 and _has_four_bands(image):
         # As stored: Pillow would divide the others by an alpha that they are multiplied with.
-        image.tile = [t._replace(args=("RGBA", *t.args[1:])) if t.args[0] == "RGBa" else t
-                      for t in image.tile]  # fmt: skip
+        image.tile = [
+            tile._replace(args=("RGBA", *rest)) if raw == "RGBa" else tile
+            for tile, (raw, *rest) in ((tile, tuple(tile.args or ("",))) for tile in image.tile)
+        ]
         return Pixels(_channels_first(np.asarray(ImageOps.exif_transpose(image))), channels)
     if isinstance(image, Image.Image) and not is_deep(image) and channels in MODES:
         return Pixels(_by_pillow(image, channels, least), channels, transparent=channels == 4)
