@@ -38,6 +38,7 @@ MEASURES = {
     "minutes": Measure("minutes", 1, compared=False),
 }
 CAPTION = "mean ± standard deviation over the seeds"
+NO_BREAK = "\xa0"
 IN_PERCENT = "; kNN and linear probe: top-1 in %"
 
 
@@ -165,7 +166,7 @@ def print_results(results: Results, console: Console) -> None:
         for number, title in enumerate(table.head):
             shown.add_column(title, justify="left" if number < table.labels else "right")
         for row in table.rows:
-            shown.add_row(*row)
+            shown.add_row(*[cell.replace(" ", NO_BREAK) for cell in row])
         console.print(table.title, highlight=False, markup=False)
         console.print(shown)
 

@@ -78,7 +78,7 @@ def test_a_report_that_fails_never_stops_training(image_folder, tmp_path, monkey
     assert run.latest_checkpoint().name == "step_00000008.safetensors"
     errors = capfd.readouterr().err
     assert errors.count("warning: writing the report failed (no space)") == 1
-    assert errors.count("warning: ") == 3
+    assert len(re.findall("warning: .* failed", errors)) == 3
 
 
 def test_what_could_not_be_read_is_named(run_folder):
