@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import track as rich_track
+from rich.text import Text
 
 from hpm import distributed
 from hpm.checkpoint import write_text
@@ -33,6 +34,15 @@ from hpm.trackers import Tracker, start_tracker
 
 # A plain line is printed this many times where there is no terminal for a bar.
 PLAIN_LINES = 50
+
+
+class TrainingProgress(Progress):
+    """The bar with step and time, and below it the latest numbers: 80 columns hold one of them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 class RunLog:
@@ -69,11 +79,10 @@ class RunLog:
             with self.never_fail(self._tracking):
                 self._tracker = start_tracker(config.tracker, folder, options, start_step > 0)
         if self.console.is_terminal:
-            self._progress = Progress(
+            self._progress = TrainingProgress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=20),
-                MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self.console, transient=False,
+                MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), console=self.console, transient=True,
             )  # fmt: skip
             self._task = self._progress.add_task(
                 "training", total=total_steps, completed=start_step, status=""
