@@ -37,6 +37,7 @@ class Session:
     ended: str | None = None  # None: it is going on, or was killed
     last_step: int | None = None
     reason: str | None = None
+    failed: bool = False  # by an error, not by being told to stop
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -64,9 +65,11 @@ def begin(folder: Path, step: int, total_steps: int, device: torch.device) -> No
     })  # fmt: skip
 
 
-def end(folder: Path, step: int, reason: str) -> None:
-    """Record that it ended there, and why."""
-    _append(folder, {"event": "end", "time": _now(), "step": step, "reason": reason})
+def end(folder: Path, step: int, reason: str, failed: bool = False) -> None:
+    """Record that it ended there, why, and whether by an error."""
+    _append(folder, {
+        "event": "end", "time": _now(), "step": step, "reason": reason, "failed": failed,
+    })  # fmt: skip
 
 
 def read_sessions(folder: Path) -> list[Session]:
@@ -81,6 +84,7 @@ def read_sessions(folder: Path) -> list[Session]:
             elif sessions:
                 last = sessions[-1]
                 last.ended, last.last_step, last.reason = line["time"], line["step"], line["reason"]
+                last.failed = line.get("failed", False)
     return sessions
 
 

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from hpm import distributed, sessions
-from hpm.checkpoint import write_tensors
+from hpm.checkpoint import list_checkpoints, write_tensors
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Subset
 from hpm.errors import UserError, one_line
 from hpm.evals.hardness import measure
 from hpm.figures import Picture, draw, picture
 from hpm.logs import memory_gb
+from hpm.not_finite import advice, judge_checkpoints
 from hpm.pages.moments import keep_moment
 from hpm.pages.report import write_report
+from hpm.sessions import read_lines
 from hpm.state import State
 from hpm.stop import Interrupted
 
@@ -163,15 +165,16 @@ def recorded(state: State) -> Iterator[None]:
     folder = state.run.folder
     with state.log.never_fail("recording the session"):
         sessions.begin(folder, state.step, state.schedule.total, state.device)
-    reason = sessions.FINISHED
+    reason, failed = sessions.FINISHED, False
     try:
         yield
     except BaseException as stopped:
         reason = _reason(stopped)
+        failed = not isinstance(stopped, (Interrupted, KeyboardInterrupt))
         raise
     finally:
         with state.log.never_fail("recording the session"):
-            sessions.end(folder, state.step, reason)
+            sessions.end(folder, state.step, reason, failed)
         refresh_report(state)
 
 
@@ -193,17 +196,24 @@ def _reason(stopped: BaseException) -> str:
 
 
 def _stop_not_finite(state: State, window: Window, row: int) -> None:
-    """Save the batch for a replay and say where it and the last good weights are."""
+    """Save the batch for a replay and say where it and the last good weights are.
+
+    The state then stands at that step, so that line, files and report give the same number.
+    """
     step = window.steps[row]
-    number = state.step - len(window.steps) + row
-    file = state.run.folder / f"not_finite_step_{number:08d}_rank_{distributed.rank()}.safetensors"
+    state.step += row + 1 - len(window.steps)
+    file = (
+        state.run.folder / f"not_finite_step_{state.step:08d}_rank_{distributed.rank()}.safetensors"
+    )
     tensors = {
         "images": step.batch.images, "indices": step.batch.indices, "losses": step.losses,
         "visible_ids": step.visible_ids, "hidden_ids": step.hidden_ids,
     }  # fmt: skip
-    write_tensors(file, tensors, {"batch_of_step": number})
+    write_tensors(file, tensors, {"batch_of_step": state.step})
+    judged = judge_checkpoints(
+        list_checkpoints(state.run.checkpoints), read_lines(state.run.folder / "metrics.jsonl")
+    )
     raise UserError(
-        f"the loss is not finite at step {number}; last good checkpoint: "
-        f"{state.run.latest_checkpoint() or 'none yet'}; its batch: {file}; "
-        "lower --base-lr, or train in --precision float32, in another --out"
+        f"the loss is not finite at step {state.step}; {judged}; its batch: {file}; "
+        f"{advice(state.config)}"
     )

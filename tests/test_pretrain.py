@@ -23,7 +23,6 @@ from hpm.mining import miner
 from hpm.mining.teacher import predicted_losses
 from hpm.run import load
 from hpm.schedule import default_base_lr
-from hpm.state import State
 
 
 def pretrain(folder, out, **changes):
@@ -231,22 +230,6 @@ def test_starting_from_other_weights(finished_run, image_folder, tmp_path):
         image_folder, tmp_path / "allowed", init=str(finished_run.backbone), init_partial=True
     )
     assert "54 of" in (run.folder / "train.log").read_text()
-
-
-def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
-    to_device = State.to_device
-    monkeypatch.setattr(
-        State, "to_device",
-        lambda state, images: to_device(state, images) * (math.nan if state.step == 5 else 1),
-    )  # fmt: skip
-    with pytest.raises(hpm.UserError, match=r"not finite at step 5.*step_00000004"):
-        pretrain(image_folder, tmp_path / "run")
-    (saved,) = (tmp_path / "run").glob("not_finite_step_00000005_rank_0.safetensors")
-    batch = load_file(saved)
-    assert batch["images"].shape == (8, 3, 16, 16) and batch["hidden_ids"].shape == (8, 12)
-    checkpoint = final(hpm.Run(tmp_path / "run"))
-    assert checkpoint.meta["step"] == 4
-    assert all(tensor.isfinite().all() for tensor in checkpoint.model.values())
 
 
 def test_unreadable_images_are_counted_and_survive_a_restart(tmp_path, monkeypatch):

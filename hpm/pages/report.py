@@ -167,8 +167,12 @@ def _head(
     last_session = sessions[-1] if sessions else None
     total = last_session.total_steps if last_session else options.get("steps")
     step = last.get("step", 0)
+    if last_session and last_session.failed:
+        step = last_session.last_step or step
     progress = f"step {step:,} of {total:,}" if total else f"step {step:,}"
-    if step and step == total:
+    if last_session and last_session.failed:
+        progress += ", failed"
+    elif step and step == total:
         progress += ", finished"
     elif last_session and last_session.reason is None:
         progress += ", in training when this was written"
@@ -219,10 +223,10 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
         if session.reason is None and not latest:
             found.append(f"The training that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
-            goes_on = ""
+            ended, goes_on = "Failed" if session.failed else "Stopped", ""
             if not latest:
                 goes_on = f"; it went on from step {sessions[number + 1].first_step:,}"
-            found.append(f"Stopped {where}: {escape(str(session.reason))}{goes_on}.")
+            found.append(f"{ended} {where}: {escape(str(session.reason))}{goes_on}.")
     if not found:
         return ""
     items = "".join(f"<li>{item}</li>" for item in found)
