@@ -255,11 +255,11 @@ def read_torch_file(path: Path) -> dict[str, State]:
         # Training scripts keep their arguments beside the weights, in this container.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds pickled code (or is damaged), which is never run; "
+            f"{path}: holds pickled code (or is damaged), which is never run{_which_code(error)}; "
             "convert it to safetensors where you trust it"
-        ) from None
+        ) from error
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a damaged file can fail anywhere in PyTorch's reader
@@ -270,6 +270,12 @@ def read_torch_file(path: Path) -> dict[str, State]:
     if not states:
         raise _unreadable(path, ValueError("no tensors in it"))
     return states
+
+
+def _which_code(error: pickle.UnpicklingError) -> str:
+    """What PyTorch refused to run, where it says so."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found[1]})" if found else ""
 
 
 def _refuse_packed(path: Path) -> None:

@@ -688,8 +688,10 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if float in (hint, *typing.get_args(hint)) and isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
+    if isinstance(value, Path) and str in (hint, *typing.get_args(hint)):
+        value = str(value)
     if not _fits(value, hint):
-        raise UserError(f"{name} cannot be {value!r}")
+        raise UserError(f"{name} cannot be {value!r}: it must be {_expected(hint)}")
     return value
 
 
@@ -714,8 +716,22 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def preset_path(name: str) -> Path:
+def _expected(hint: Any) -> str:
+    """A type in words, such as `a whole number or a list such as [1, 2]`."""
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    if hint in words:
+        return words[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return "a list such as [1, 2]" if str not in arguments else "a list of words"
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    return " or ".join(_expected(kind) for kind in arguments if kind is not type(None))
+
+
+def preset_path(name: str | Path) -> Path:
     """A YAML file, or the preset of that name installed with the package."""
+    name = str(name)
     if Path(name).is_file():
         return Path(name)
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
@@ -725,7 +741,7 @@ def preset_path(name: str) -> Path:
     return presets[name]
 
 
-def read_preset(name: str) -> dict[str, Any]:
+def read_preset(name: str | Path) -> dict[str, Any]:
     """The options of a preset or YAML file."""
     try:
         return yaml.safe_load(preset_path(name).read_text()) or {}

@@ -170,15 +170,15 @@ def wait_for_main() -> None:
 def main_first(action: Callable[[], Done]) -> Done:
     """Do something in the main process alone; the others wait for what it returns, and fail with it
     if it fails."""
-    done, problem = None, None
+    done, problem, cause = None, None, None
     if is_main():
         try:
             done = action()
         except UserError as error:
-            problem = str(error)
+            problem, cause = str(error), error.__cause__
     done, problem = from_main((done, problem))
     if problem:
-        raise UserError(problem)
+        raise UserError(problem) from cause
     return done
 
 

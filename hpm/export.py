@@ -17,6 +17,7 @@ from hpm.checkpoint import disk_error
 from hpm.config import ExportConfig, make_config
 from hpm.errors import UserError
 from hpm.formats import FORMATS, WITH_DECODER, Format, Subject
+from hpm.random_state import random_state_kept
 from hpm.run import load
 
 # Largest difference of an output, in float32; relative where outputs are larger than 1.
@@ -41,12 +42,17 @@ def export(
     Returns what was written. Raises UserError where it cannot be expressed, or where the other
     library does not give the same outputs; nothing is then left behind.
     """
-    given = {"run": str(run), "to": to, "out": str(out)} | options
+    given = {"run": run, "to": to, "out": out} | options
     return run_export(make_config(ExportConfig, given), report)
 
 
 def run_export(config: ExportConfig, report: Report = print) -> Path:
     """Export as configured."""
+    with random_state_kept():
+        return _export(config, report)
+
+
+def _export(config: ExportConfig, report: Report) -> Path:
     out = Path(config.out).expanduser()
     written = WITH_DECODER if config.with_decoder else FORMATS[config.to]
     _check(config, out, written)

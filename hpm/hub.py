@@ -61,11 +61,15 @@ def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, one_line(error)) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: mend it, or fetch the model again")
+        raise _damaged(path, "it holds no dictionary")
     return content
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why}): mend it, or fetch the model again")
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.mining.masking import HARD_SHARES, hard_share
 from hpm.mining.miner import Mined
 from hpm.models.patches import gather_patches
+from hpm.random_state import random_state_kept
 from hpm.run import Run
 from hpm.state import State
 from hpm.stop import Interrupted, Stop, stop_signals
@@ -41,15 +43,24 @@ def no_mark(phase: str) -> None:
     """Nobody measures."""
 
 
-def pretrain(config: str | None = None, **options: Any) -> Run:
-    """Pre-train a backbone: `hpm.pretrain(data="photos/", out="runs/first", model="vit_small")`.
+def pretrain(
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Pre-train a backbone: `hpm.pretrain("photos/", out="runs/first", model="vit_small")`.
 
     Args:
+        data: images: a folder, a list file, parquet, or `demo`.
+        out: run folder; the same call again continues an interrupted run.
         config: name of a preset, or a YAML file, that the options are laid over.
         options: those of `config.PretrainConfig`.
 
     Returns the run. Raises UserError on bad input, Interrupted when told to stop.
     """
+    named = {"data": data, "out": out}
+    options |= {name: value for name, value in named.items() if value is not None}
     preset = read_preset(config) if config else {}
     return run_pretraining(make_config(PretrainConfig, lay_over(preset, options)))
 
@@ -58,7 +69,11 @@ def run_pretraining(config: PretrainConfig) -> Run:
     """Train as configured, or go on with an interrupted run of the same config."""
     check_pretrain(config)
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device), stop_signals() as stop:
+    with (
+        distributed.process_group(device),
+        random_state_kept(device),
+        stop_signals() as stop,
+    ):
         state = State(config, device)
         try:
             if state.step == state.schedule.total:

@@ -24,12 +24,13 @@ from hpm.checkpoint import (
     write_text,
 )
 from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config, pair
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 from hpm.imports import Imported, import_model, import_timm
 from hpm.mining.miner import Miner, make_miner
 from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
+from hpm.random_state import random_state_kept
 from hpm.targets import Target, make_target
 from hpm.version import __version__
 
@@ -201,7 +202,8 @@ def load_encoder(
     image_size (height, width) in pixels: other than that of the training, with its positions
     interpolated. Raises UserError where the path holds no encoder, or the size does not fit.
     """
-    return load(path).backbone(pool, teacher, image_size).eval()
+    with random_state_kept():
+        return load(path).backbone(pool, teacher, image_size).eval()
 
 
 def load(path: str | Path) -> Trained:
@@ -254,10 +256,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    mend = "mend it, or choose another --out"
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        content = None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): {mend}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: mend it, or choose another --out")
+        raise UserError(f"{path} is damaged (it holds no options): {mend}")
     return content

@@ -179,5 +179,8 @@ def test_python_is_true(page):
                 assert hasattr(hpm, node.attr), ast.unparse(node)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "hpm.pretrain":
                 options = {given.arg: ast.literal_eval(given.value) for given in node.keywords}
+                options |= dict(
+                    zip(("data", "out"), map(ast.literal_eval, node.args), strict=False)
+                )
                 options.pop("config", None)
                 check_pretrain(make_config(PretrainConfig, options))

@@ -14,7 +14,7 @@ import yaml
 
 from hpm.checks import check_pretrain
 from hpm.config import AblateConfig, PretrainConfig, lay_over, make_config
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError, nearest, one_line
 
 PretrainOptions = dict[str, Any]
 
@@ -168,8 +168,8 @@ def _read_option(where: str, text: str, wanted: str) -> tuple[str, str]:
 def _read_yaml(where: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{where}: '{text}' cannot be read") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: '{text}' cannot be read ({one_line(error)})") from error
 
 
 def _run_config(config: AblateConfig, variant: Variant, seed: int) -> PretrainConfig:

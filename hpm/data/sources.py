@@ -17,7 +17,7 @@ from hpm.data import demo
 from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
 from hpm.data.notes import say_once
 from hpm.data.tables import ArrowSource, ParquetSource, natural
-from hpm.errors import UserError
+from hpm.errors import UserError, one_line
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
@@ -245,8 +245,9 @@ def _open_saved(path: Path) -> Splits:
     """Splits as `datasets` of Hugging Face saves them, and `hpm prepare`."""
     try:
         names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: dataset_dict.json names no splits") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: dataset_dict.json names no splits ({reason})") from error
     train = next((n for n in names if n.lower().startswith(TRAIN_NAMES)), None)
     test = next((n for wanted in TEST_NAMES for n in names if n.lower().startswith(wanted)), None)
     if train is None:

@@ -17,6 +17,7 @@ from hpm.evals.files import COMPARED, result_file, training_folder
 from hpm.evals.metrics import accuracies, difference
 from hpm.evals.protocols import TRAINED, Outcome, Task, run_protocol
 from hpm.evals.result import Result, print_result
+from hpm.random_state import random_state_kept
 from hpm.version import __version__
 
 __all__ = ["PROTOCOLS", "Result", "evaluate", "print_result"]
@@ -24,10 +25,10 @@ __all__ = ["PROTOCOLS", "Result", "evaluate", "print_result"]
 
 def evaluate(
     protocol: str,
-    run: str,
-    data: str,
+    run: str | Path,
+    data: str | Path,
     report: Callable[[str], None] = print,
-    config: str | None = None,
+    config: str | Path | None = None,
     **options: Any,
 ) -> Result:
     """Evaluate a backbone: `hpm.evaluate("knn", "runs/first", "flowers/")`.
@@ -46,7 +47,7 @@ def evaluate(
         known = ", ".join(PROTOCOLS)
         raise UserError(f"no evaluation '{protocol}'{nearest(protocol, PROTOCOLS)} ({known})")
     preset = read_preset(config) if config else {}
-    given = preset | {"run": str(run), "data": str(data)} | options
+    given = preset | {"run": run, "data": data} | options
     return run_evaluation(make_config(PROTOCOLS[protocol], given), report)
 
 
@@ -55,7 +56,7 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
     check_eval(config)
     protocol = next(name for name, cls in PROTOCOLS.items() if type(config) is cls)
     device = distributed.pick_device(config.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device), random_state_kept(device):
         start = time.perf_counter()
         most = getattr(config, "max_unreadable", 1.0)
         reading = Reading(config.batch_size, config.workers, report, config.crop_share, most)
