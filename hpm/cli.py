@@ -49,7 +49,7 @@ VERBS: dict[str, tuple[Any, str]] = {
     "bench": (BenchConfig, "what a training step costs, and loading: hpm bench step|data"),
     "tokenize": (TokenizeConfig, "learn a codebook of discrete tokens, a target of pre-training"),
     "prepare": (PrepareConfig, "shrink images once into large files that are fast to read"),
-    "show": (ShowConfig, "draw what a model makes of images: losses, mask, features ..."),
+    "show": (ShowConfig, "draw what a model makes of images: losses, mask, features, attention"),
     "view": (ViewConfig, "a page on this machine to try a model on images"),
     "export": (ExportConfig, "hand the backbone over to timm, Hugging Face, torchvision, ONNX"),
 }
@@ -57,7 +57,7 @@ VERBS: dict[str, tuple[Any, str]] = {
 POSITIONAL: dict[str, list[str]] = {
     "demo": [], "pretrain": ["data"], "report": ["run"], "eval": ["run", "data"],
     "ablate": ["data"], "bench": [], "tokenize": ["data"], "prepare": ["data"],
-    "show": ["run", "data"], "view": ["run"], "export": ["run"],
+    "show": ["run", "data"], "view": ["run"], "export": ["run"], "bench data": ["data"],
 }  # fmt: skip
 
 # Verbs of several kinds, each with options of its own.
@@ -159,10 +159,7 @@ def _eval(arguments: list[str]) -> int:
         raise UserError(f"name an evaluation: {known}")
     protocol, *rest = arguments
     if protocol in ("-h", "--help"):
-        for name, config in PROTOCOLS.items():
-            print(f"hpm eval {name:10} RUN DATA   {' '.join((config.__doc__ or '').split())}")
-        print("hpm eval PROTOCOL --help lists the options of one")
-        return 0
+        return _list_kinds("eval")
     if protocol not in PROTOCOLS:
         raise UserError(f"no evaluation '{protocol}'{nearest(protocol, PROTOCOLS)} ({known})")
     result = run_evaluation(_parse("eval", rest, protocol))
@@ -188,6 +185,8 @@ def _bench(arguments: list[str]) -> int:
     from hpm import bench, bench_data
 
     kind, *rest = arguments or [""]
+    if kind in ("-h", "--help"):
+        return _list_kinds("bench")
     if kind not in KINDS["bench"]:
         raise UserError(
             "name what to measure: hpm bench step, or hpm bench data (--help for its options)"
@@ -251,6 +250,20 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _list_kinds(verb: str) -> int:
+    """What there is of a verb of several kinds, a line each."""
+    for kind, config in KINDS[verb].items():
+        places = " ".join(_places(verb, kind)).upper()
+        print(f"hpm {verb} {kind:10} {places:10} {' '.join((config.__doc__ or '').split())}")
+    print(f"hpm {verb} KIND --help lists the options of one")
+    return 0
+
+
+def _places(verb: str, kind: str | None) -> list[str]:
+    """Options that need no name, in order."""
+    return POSITIONAL.get(f"{verb} {kind}", POSITIONAL[verb])
+
+
 def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
     """The config of a verb (or of a kind of it), read and checked by jsonargparse."""
     config, about = VERBS[verb]
@@ -260,7 +273,7 @@ def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
     prog = " ".join(["hpm", verb, *([protocol] if protocol else [])])
     parser = _Parser(prog=prog, description=about or None, exit_on_error=False)
     parser.usage = " ".join(
-        [parser.prog, *[p.upper() for p in POSITIONAL[verb]], "[--OPTION VALUE]"]
+        [parser.prog, *[p.upper() for p in _places(verb, protocol)], "[--OPTION VALUE]"]
     )
     if verb in WITH_PRESETS:
         parser.add_argument(
@@ -271,7 +284,7 @@ def _parse(verb: str, arguments: list[str], protocol: str | None = None) -> Any:
         parser.print_help()
         sys.exit(0)
     types = {field.name: str(field.type) for field in dataclasses.fields(config)}
-    written = _spell_out(arguments, types, POSITIONAL[verb], parser.prog)
+    written = _spell_out(arguments, types, _places(verb, protocol), parser.prog)
     try:
         options = parser.parse_args(written).as_dict()
     except ArgumentError as error:
@@ -319,7 +332,8 @@ def _spell_out(
         if name == "config":
             # A preset is a file inside of the package.
             value = str(preset_path(value))
-        if name in LISTED:
+        several = "tuple" in types.get(name, "") and name not in REPEATED
+        if name in LISTED or (several and "," in value):
             value = f"[{value.strip('[]')}]"
         if name in REPEATED:
             repeated.setdefault(name, []).append(value)

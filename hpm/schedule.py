@@ -17,6 +17,7 @@ from hpm.optim import ema_decay, learning_rate
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
 FEW_STEPS = 2000
+FEW_IMAGES = 10
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,17 @@ def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
     return [
         f"warning: a training of {counted(total, 'step')} is short: features learn little in fewer "
         f"than some {FEW_STEPS:,}; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
+    ]
+
+
+def few_images(num_images: int) -> list[str]:
+    """A line for the log where there is next to nothing to train on."""
+    if num_images >= FEW_IMAGES:
+        return []
+    are = "is" if num_images == 1 else "are"
+    return [
+        f"warning: there {are} {counted(num_images, 'image')} to train on: a backbone needs "
+        "hundreds at least"
     ]
 
 

@@ -47,7 +47,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
 from hpm.optim import adamw
 from hpm.run import Run, Trained, save_backbone
-from hpm.schedule import few_steps, long_warmup, make_schedule, resolve
+from hpm.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
 from hpm.targets import make_target
 
 
@@ -118,6 +118,7 @@ class State:
         )
         warmup = long_warmup(config.warmup, self.schedule.warmup, self.schedule.total)
         few = [] if checkpoint else few_steps(config, self.schedule.total, len(self.source))
+        few += few_images(len(self.source))
         for message in [self._introduction(), *few, *warmup, *messages]:
             self.log.info(message)
 

@@ -85,6 +85,8 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
         raise UserError(f"patch_size {config.patch_size} does not divide {config.image_size}")
     if out.suffix != ".safetensors":
         raise UserError(f"out is '{out}': name a .safetensors file")
+    if out.exists():
+        raise UserError(f"{out} exists: choose another --out")
     if not 1 <= config.channels <= MOST_CHANNELS:
         raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
     if config.of != "pixels" and config.channels not in (1, 3):

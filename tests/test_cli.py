@@ -32,6 +32,46 @@ def test_help():
     assert run_here("--version").stdout.strip() == hpm.__version__
 
 
+@pytest.mark.parametrize("verb", ["eval", "bench"])
+def test_help_of_a_verb_of_several_kinds(verb):
+    from hpm.cli import KINDS
+
+    result = run_here(verb, "--help")
+    assert result.returncode == 0 and not result.stderr
+    for kind, config in KINDS[verb].items():
+        (line,) = [line for line in result.stdout.splitlines() if f"hpm {verb} {kind} " in line]
+        assert " ".join(config.__doc__.split()) in line
+
+
+def test_no_line_of_the_help_breaks_off():
+    lines = run_here("--help").stdout.splitlines()[1:]
+    assert not [line for line in lines if line.rstrip().endswith(("...", ",", " of", " and"))]
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "value"),
+    [
+        (["--image-size", "96,64"], "image_size", (96, 64)),
+        (["--image-size=96, 64"], "image_size", (96, 64)),
+        (["--image-size", "[96,64]"], "image_size", (96, 64)),
+        (["--image-size", "96"], "image_size", 96),
+        (["--crop-scale", "0.5,1"], "crop_scale", (0.5, 1.0)),
+    ],
+)
+def test_a_list_needs_no_brackets(words, option, value):
+    from hpm.cli import _parse
+
+    assert getattr(_parse("pretrain", ["photos", "--out", "run", *words]), option) == value
+
+
+def test_what_bench_data_reads_is_named_as_elsewhere():
+    from hpm.cli import _parse
+
+    assert _parse("bench", ["photos"], "data").data == "photos"
+    assert _parse("bench", ["--data", "photos"], "data").data == "photos"
+    assert_refused(run_here("bench", "step", "photos"), "'photos' is one argument too many")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -10,6 +10,7 @@ from hpm.schedule import (
     PAPER_BASE_LR,
     default_base_lr,
     duration_steps,
+    few_images,
     few_steps,
     long_warmup,
     make_schedule,
@@ -142,6 +143,13 @@ def test_a_warm_up_that_is_longer_than_the_training_is_said():
     assert long_warmup("10%", 10, 100) == long_warmup("5 epochs", 100, 100) == []
     (line,) = long_warmup("40 epochs", 400, 100)
     assert "of 40 epochs takes 400 steps, but the training has 100" in line
+
+
+def test_few_images_are_said():
+    (line,) = few_images(1)
+    assert "there is 1 image to train on" in line
+    assert "there are 9 images to train on" in few_images(9)[0]
+    assert few_images(10) == []
 
 
 def test_the_default_learning_rate_follows_the_number_of_steps():

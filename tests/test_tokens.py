@@ -47,6 +47,10 @@ def test_tokenize_and_train_on_tokens(image_folder, tmp_path):
     result = run_hpm("tokenize", image_folder, "--out", file, "--codes=12", *size)
     assert result.returncode == 0, result.stderr
     assert "mean squared distance" in result.stdout and f"--codebook {file}" in result.stdout
+    before = file.read_bytes()
+    again = run_here("tokenize", image_folder, "--out", file, "--codes=8", *size)
+    assert_refused(again, "codebook.safetensors exists", "another --out")
+    assert file.read_bytes() == before
     codebook = load_codebook(str(file))
     assert codebook.codes.shape == (12, 48) and codebook.codes.mean(1).abs().max() < 1e-5
     run = hpm.pretrain(

@@ -49,6 +49,10 @@ def test_one_image_is_one_clear_line(tmp_path):
     with pytest.raises(hpm.UserError, match="1 image") as caught:
         hpm.pretrain(data=str(folder), out=str(tmp_path / "run"), **TINY)
     assert "\n" not in str(caught.value)
+    # The batch follows the data where it is not given: that trains, and says so.
+    options = TINY | {"batch_size": None, "steps": 1}
+    run = hpm.pretrain(data=str(folder), out=str(tmp_path / "run"), **options)
+    assert "warning: there is 1 image to train on" in (run.folder / "train.log").read_text()
 
 
 @pytest.mark.parametrize("kind", ["unspecified", "assocalpha", "unassalpha"])
