@@ -4,8 +4,9 @@
 #   OUT=results bash benchmarks/gpu.sh mining    # cheaper mining, beside MAE
 #   OUT=results bash benchmarks/gpu.sh growth    # growth and a profile, with their pictures
 # The first runs the tests that need a GPU, then times the step of ViT-B/16 and ViT-L/16 at 224 px,
-# compiled and eager. Tables go to the screen, numbers and pictures into $OUT. On a CPU (to test the
-# script itself):
+# compiled and eager, and trains ViT-B/16 for 200 steps (on $DATA, or the built-in images) to compare
+# its images per second with those of the benchmark. Tables go to the screen, numbers and pictures
+# into $OUT. On a CPU (to test the script itself):
 #   SMALL=1 OUT=results bash benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,9 +28,18 @@ bench() {  # name, seconds, options ...
     limited "$seconds" "$PYTHON" -m hpm bench step "$@" --json "$OUT/$name.json" 2>/dev/null
 }
 
+real_run() {  # name of its benchmark, seconds, options ...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name, a real run"
+    limited "$seconds" "$PYTHON" benchmarks/real_run.py "$OUT/$name.json" "$OUT/${name}_run.json" \
+        --data "${DATA:-demo}" "$@" 2>"$OUT/${name}_run.log"
+}
+
 if [ -n "${SMALL:-}" ]; then
     bench small_eager 60 --model vit_nano --image-size 32 --patch-size 8 --batch-size 4 \
         --repeats 2 --steps-each 1 --compile false
+    real_run small_eager 60 --steps 20 --holdout 8 --workers 0
     exit
 fi
 
@@ -50,5 +60,6 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 echo "== a step never waits for the device"
 limited 90 "$PYTHON" -m pytest -q tests/test_compile.py
 bench vit_base_compiled 140 --model vit_base --batch-size 256 --repeats 4
+real_run vit_base_compiled 180 --steps 200
 bench vit_base_eager 80 --model vit_base --batch-size 256 --repeats 4 --compile false
 bench vit_large_compiled 200 --model vit_large --batch-size 256 --repeats 3

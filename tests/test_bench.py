@@ -83,4 +83,10 @@ def test_the_script_for_a_gpu_runs(tmp_path):
         env=os.environ | {"SMALL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable},
     )  # fmt: skip
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout
-    assert json.loads((tmp_path / "small_eager.json").read_text())["methods"]["HPM"]
+    benchmark = json.loads((tmp_path / "small_eager.json").read_text())["methods"]["HPM"]
+    # A real run, with held-out images, beside it; both speeds are printed.
+    real = json.loads((tmp_path / "small_eager_run.json").read_text())
+    assert real["steps"] == 20 and real["held_out"] == 8 and real["images_per_second"] > 0
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("real run")]
+    for rate in (benchmark["images_per_second"], real["images_per_second"]):
+        assert f"{rate:.1f} images/s" in line

@@ -106,8 +106,8 @@ def record(graph, inputs):
 torch.compile = lambda part, **options: compile_with(part, backend=record, **options)
 options = json.loads(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
-    hpm.pretrain(data="demo", out=f"{folder}/run", holdout=12, eval_every="50%", log_every=2,
-                 workers=0, checkpoint_every="100%", **options)
+    hpm.pretrain("demo", out=f"{folder}/run", holdout=12, eval_every="50%", log_every=2,
+                 workers=0, checkpoint_every="100%", probe=sys.argv[2] or None, **options)
     trained = list(graphs)
     graphs.clear()
     torch.compiler.reset()
@@ -122,10 +122,10 @@ assert sorted(trained) == sorted(graphs), (trained, graphs)
 
 
 @pytest.mark.parametrize("way", [{}, {"teacher_scale": 0.5}])
-def test_a_real_run_compiles_what_the_benchmark_measures(way):
-    """Figures and measures on the held-out images, of other shapes, leave the graphs alone."""
+def test_a_real_run_compiles_what_the_benchmark_measures(way, image_folder):
+    """Figures, measures and probes, whose batches have other shapes, leave the graphs alone."""
     options = {
         "model": "vit_nano", "image_size": 16, "patch_size": 4, "batch_size": 16, "steps": 4,
         "decoder_dim": 32, "decoder_depth": 1, "compile": "true", "hard_share_start": 0.25,
     }  # fmt: skip
-    run_python(REAL_RUN_AND_BENCHMARK, json.dumps(options | way))
+    run_python(REAL_RUN_AND_BENCHMARK, json.dumps(options | way), "" if way else image_folder)
