@@ -27,6 +27,7 @@ from hpm.errors import UserError, counted, one_line
 
 State = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+STALE = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 
 
 @dataclass
@@ -64,6 +65,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise disk_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(*folders: Path) -> None:
+    """Remove the temporary files that killed saves left in these folders: ours, and those that
+    safetensors makes beside them."""
+    for folder in folders:
+        for path in folder.glob(".*"):
+            if STALE.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: Exception) -> UserError:
