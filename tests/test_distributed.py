@@ -262,7 +262,7 @@ def test_a_main_process_that_dies_alone_ends_the_others(image_folder, tmp_path):
 
 
 def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
-    """Without its device, NCCL guesses; without a limit, a process waits for a lost one for ever."""
+    """NCCL guesses a device that is not given, and a lost process is not waited for for ever."""
     joined, groups = {}, []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
