@@ -135,7 +135,11 @@ def write_checkpoint(
     path: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
     meta: dict[str, Any], memory: nn.Module | None = None,
 ) -> None:  # fmt: skip
-    """Write everything that training goes on from."""
+    """Write everything that training goes on from.
+
+    That includes the state of the global random generator. It is the same however often the run was
+    interrupted: only the training itself may draw from that generator, loaders have their own.
+    """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if teacher is not None:
         tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
