@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from hpm.distributed import pick_device
 from hpm.errors import UserError
 from hpm.logs import memory_gb, track
 from hpm.mining.masking import HARD_SHARES
+from hpm.mining.miner import Mark, no_mark
 from hpm.mining.teacher import small_image_size
 from hpm.models.patches import grid_size
-from hpm.pretrain import Mark, no_mark, train_step
+from hpm.pretrain import train_step
 from hpm.state import State
 
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
@@ -68,6 +71,7 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
     for options in METHODS.values():
         check_pretrain(_run_config(config, options, Path("unused")))
     device = pick_device(config.device)
+    memory = _peak_memory(config, device)
     with tempfile.TemporaryDirectory() as folder:
         states = {
             name: run_state(config, options, Path(folder) / name, device)
@@ -78,15 +82,17 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
                 name,
                 step_multiply_adds(state.architecture, state.config),
                 state.config.global_batch_size,
+                memory_gb=memory[name],
             )
             for name, state in states.items()
         }
         products = []
-        for repeat in track(range(config.repeats + 1), "rounds"):
+        for state in states.values():
+            _warm_up(state)
+        for _ in track(range(config.repeats), "rounds"):
             for name, state in states.items():
-                _time_steps(state, measured[name], config.steps_each, warm_up=repeat == 0)
-            if repeat:
-                products.append(matrix_product_flops(device))
+                _time_steps(state, measured[name], config.steps_each)
+            products.append(matrix_product_flops(device))
         for state in states.values():
             state.log.close()
     return _report(config, measured, statistics.median(products), device, states["HPM"])
@@ -106,36 +112,56 @@ def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> Pret
     return PretrainConfig(**given | STILL | {"normalize": normalize, "out": str(out)} | options)
 
 
-def _time_steps(state: State, measured: Measured, count: int, warm_up: bool) -> None:
-    """Whole steps, then as many with a wait after each phase."""
-    config, device = state.config, state.device
+def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """GB that each method takes, in a process of its own, where nothing else is counted."""
+    start_method = multiprocessing.get_context("spawn")
+    found = {}
+    for name, options in METHODS.items():
+        with ProcessPoolExecutor(1, start_method) as process:
+            found[name] = process.submit(_memory_of, config, options, device).result()
+    return found
+
+
+def _memory_of(config: BenchConfig, options: dict[str, Any], device: torch.device) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        state = run_state(config, options, Path(folder) / "run", device)
+        _warm_up(state)
+        state.log.close()
+    return memory_gb(device)
+
+
+def _warm_up(state: State) -> None:
+    """Compile, fill caches, and take memory from the system."""
     batch = noise_batch(state)
-    num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
-    # Where the teacher is not asked in each step, a step is the mean of a whole turn.
-    turn = range(config.mine_every)
+    for _ in range(3 if state.device.type == "cuda" else 1):
+        _run_turn(state, batch)
+    _wait(state.device)
 
-    def run_turn(mark: Mark = no_mark) -> None:
-        for step in turn:
-            train_step(state, batch, step, num_hard, mark)
 
-    if device.type == "cuda":
-        batch = batch.pin_memory()
-        torch.cuda.reset_peak_memory_stats(device)
-    if warm_up:
-        for _ in range(3 if device.type == "cuda" else 1):
-            run_turn()
-        _wait(device)
-        return
+def _time_steps(state: State, measured: Measured, count: int) -> None:
+    """Whole steps, then one turn with a wait after each phase. The first turn is not timed: it
+    runs with the caches of the method before."""
+    device, turn = state.device, state.config.mine_every
+    batch = noise_batch(state)
+    _run_turn(state, batch)
+    _wait(device)
     for _ in range(count):
         start = time.perf_counter()
-        run_turn()
+        _run_turn(state, batch)
         _wait(device)
-        measured.steps.append((time.perf_counter() - start) / len(turn))
-    measured.memory_gb = memory_gb(device)
+        measured.steps.append((time.perf_counter() - start) / turn)
     clock = _Clock(device)
-    run_turn(clock.mark)
+    _run_turn(state, batch, clock.mark)
     for phase, seconds in clock.phases.items():
-        measured.phases[phase].append(seconds / len(turn))
+        measured.phases[phase].append(seconds / turn)
+
+
+def _run_turn(state: State, batch: Batch, mark: Mark = no_mark) -> None:
+    """As many steps as there are from one question to the teacher to the next."""
+    config = state.config
+    num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
+    for step in range(config.mine_every):
+        train_step(state, batch, step, num_hard, mark)
 
 
 def noise_batch(state: State) -> Batch:
@@ -144,7 +170,8 @@ def noise_batch(state: State) -> Batch:
     size = (config.global_batch_size, config.channels, *state.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
-    return Batch(images, torch.arange(len(images)), [], whole)
+    batch = Batch(images, torch.arange(len(images)), [], whole)
+    return batch.pin_memory() if state.device.type == "cuda" else batch
 
 
 class _Clock:
@@ -212,9 +239,9 @@ def forward_multiply_adds(
         )
     if predictor:
         total += (1 + patches) * decoder * width if width != decoder else 0
-        outputs = 1 if architecture["predictor_head"] == "scalar" else pixels
+        # The mean over the outputs of a head is one output.
         total += _decoder_multiply_adds(
-            patches, width, architecture["predictor_depth"], hidden, outputs
+            patches, width, architecture["predictor_depth"], hidden, outputs=1
         )
     return total
 

@@ -27,6 +27,7 @@ from hpm.errors import UserError, counted, one_line
 
 State = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+STALE = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 
 
 @dataclass
@@ -64,6 +65,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise disk_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(*folders: Path) -> None:
+    """Remove the temporary files that killed saves left in these folders: ours, and those that
+    safetensors makes beside them."""
+    for folder in folders:
+        for path in folder.glob(".*"):
+            if STALE.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: Exception) -> UserError:
@@ -125,7 +135,11 @@ def write_checkpoint(
     path: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
     meta: dict[str, Any], memory: nn.Module | None = None,
 ) -> None:  # fmt: skip
-    """Write everything that training goes on from."""
+    """Write everything that training goes on from.
+
+    That includes the state of the global random generator. It is the same however often the run was
+    interrupted: only the training itself may draw from that generator, loaders have their own.
+    """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if teacher is not None:
         tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}

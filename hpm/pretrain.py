@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from hpm.data.loader import Batch
 from hpm.mining.draw import Draw
 from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.mining.masking import HARD_SHARES, hard_share
-from hpm.mining.miner import Mined
+from hpm.mining.miner import Mark, Mined, no_mark
 from hpm.models.patches import gather_patches
 from hpm.random_state import random_state_kept
 from hpm.run import Run
@@ -35,12 +34,6 @@ from hpm.watch import (
     recorded,
     refresh_report,
 )
-
-Mark = Callable[[str], None]
-
-
-def no_mark(phase: str) -> None:
-    """Nobody measures."""
 
 
 def pretrain(
@@ -148,8 +141,7 @@ def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark 
         images = state.to_device(part.images)
         draw = Draw(config.seed, epoch, part.view_ids.to(state.device, non_blocking=True))
         with state.autocast():
-            mined = state.miner.mine(images, draw, num_hard, step, state.seen(part))
-        mark("mining")
+            mined = state.miner.mine(images, draw, num_hard, step, state.seen(part), mark)
         last = number == config.accumulate - 1
         with distributed.no_gradient_sync(state.parallel, last):
             learned = _learn(

@@ -20,6 +20,7 @@ from hpm.checkpoint import (
     load_checkpoint,
     load_exactly,
     read_tensors,
+    remove_stale,
     write_tensors,
     write_text,
 )
@@ -96,7 +97,8 @@ class Run:
         return _read_config(self.config_file).get("base_lr")
 
     def claim(self, config: PretrainConfig) -> None:
-        """Take the folder for this config. UserError where it holds anything else."""
+        """Take the folder for this config, and clear it of what killed saves left. UserError where
+        it holds anything else."""
         options = dataclasses.asdict(config)
         if self.config_file.exists() and self.latest_checkpoint() is not None:
             before = _read_config(self.config_file)
@@ -107,6 +109,7 @@ class Run:
                         f"here {value}; choose another --out (with --init {self.folder} to start "
                         "from its weights)"
                     )
+            self._remove_stale()
             return
         # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
         known = self.config_file.exists()
@@ -116,6 +119,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
+        self._remove_stale()
         header = (
             f"# hpm {__version__}, torch {torch.__version__}, python "
             f"{platform.python_version()}, {platform.platform()}\n"
@@ -123,6 +127,9 @@ class Run:
         )
         text = yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)
         write_text(self.config_file, header + text)
+
+    def _remove_stale(self) -> None:
+        remove_stale(self.folder, self.checkpoints, self.figures, self.moments)
 
 
 @dataclass

@@ -72,7 +72,9 @@ class State:
         height, width = self.architecture["image_size"]
         self.image_size = (height, width)
         self.probe = (
-            OngoingProbe(config.probe, config.seed, config.workers) if config.probe else None
+            OngoingProbe(config.probe, config.seed, config.workers, config.max_unreadable)
+            if config.probe
+            else None
         )
         self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
         self.probe_seconds = 0.0

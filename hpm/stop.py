@@ -34,6 +34,17 @@ def ignore_stop_signals(*_: object) -> None:
 
 
 @contextmanager
+def hold_stop_signals() -> Iterator[None]:
+    """Deliver stop signals after the block, and to processes that it starts only once they allow
+    them: loading workers could not ignore them any sooner."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def stop_signals() -> Iterator[Stop]:
     """SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C ask the loop to
     save and stop; a second Ctrl-C stops at once."""

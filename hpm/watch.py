@@ -140,7 +140,7 @@ def probe(state: State) -> None:
     assert state.probe is not None
     began = time.perf_counter()
     state.model.eval()
-    values = state.probe.measure(state.trained, state.device)
+    values = state.probe.measure(state.trained, state.device, state.say_once)
     state.model.train()
     seconds = time.perf_counter() - began
     state.probe_seconds += seconds

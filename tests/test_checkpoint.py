@@ -2,13 +2,16 @@ import copy
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers import TINY
 from safetensors.torch import load_file, save_file
 
+import hpm
 from hpm import checkpoint
 from hpm.errors import UserError
 from hpm.models.build import build_model
@@ -91,13 +94,41 @@ def test_a_disk_that_fills_up(tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "step_00000002.safetensors")],
-        capture_output=True, text=True,
+        capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )  # fmt: skip
     assert "refused:" in result.stdout and "no space left" in result.stdout, result
     assert checkpoint.list_checkpoints(tmp_path) == [first]
     assert checkpoint.load_checkpoint(first).meta["step"] == 1
     assert os.listdir(tmp_path) == [first.name]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+import hpm
+from hpm import checkpoint
+
+def save_file(tensors, path, header):
+    Path(path).write_bytes(b"half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_file = save_file
+checkpoint.write_tensors(Path(sys.argv[1]), {"x": torch.zeros(10)}, {})
+"""
+
+
+def test_what_killed_saves_left_is_removed_when_the_folder_is_claimed(image_folder, tmp_path):
+    run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
+    for folder in (run.folder, run.checkpoints):
+        path = folder / "step_00000009.safetensors"
+        result = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=60)
+        assert result.returncode == -signal.SIGKILL
+        assert len(list(folder.glob(".step*.tmp"))) == 1
+    (run.checkpoints / ".tmpaB3xYz").touch()  # where safetensors writes first
+    (run.folder / ".mine.tmp").touch()
+    hpm.pretrain(data=str(image_folder), out=str(run.folder), **TINY)
+    assert [path.name for path in run.folder.rglob(".*")] == [".mine.tmp"]
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])

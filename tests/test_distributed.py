@@ -1,24 +1,20 @@
 """Two processes at the same global batch are one process, but for rounding."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import tiny_arguments, write_images
+from jobs import torchrun
 
+from hpm import distributed
 from hpm.checkpoint import read_tensors
 from hpm.run import Run
 
 
-def torchrun(*arguments, processes=2):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), "-m", "hpm", *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def run_torchrun(*arguments, processes=2):
+    return torchrun("-m", "hpm", *arguments, processes=processes)
 
 
 def losses(out):
@@ -31,7 +27,7 @@ def runs(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     options = tiny_arguments(log_every=1, accumulate=2, base_lr=1e-3)
     for name, processes in (("one", 1), ("two", 2)):
-        result = torchrun(
+        result = run_torchrun(
             "pretrain", image_folder, "--out", folder / name, *options, processes=processes
         )
         assert result.returncode == 0, result.stderr
@@ -53,7 +49,7 @@ def test_two_processes_remember_what_one_does(image_folder, tmp_path):
     found = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        result = torchrun("pretrain", image_folder, "--out", out, *options, processes=processes)
+        result = run_torchrun("pretrain", image_folder, "--out", out, *options, processes=processes)
         assert result.returncode == 0, result.stderr
         tensors, _ = read_tensors(Run(out).latest_checkpoint())
         found.append((losses(out)[-1]["reconstruction_loss"], tensors["memory.found"]))
@@ -73,7 +69,7 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     """A finished run stays finished, whoever asks."""
     before = (runs / "one" / "backbone.safetensors").stat().st_mtime_ns
     options = tiny_arguments(log_every=1, accumulate=2, base_lr=1e-3)
-    result = torchrun("pretrain", image_folder, "--out", runs / "one", *options)
+    result = run_torchrun("pretrain", image_folder, "--out", runs / "one", *options)
     assert result.returncode == 0, result.stderr
     assert "is finished already" in result.stderr
     assert (runs / "one" / "backbone.safetensors").stat().st_mtime_ns == before
@@ -94,7 +90,7 @@ def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, o
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        result = torchrun(
+        result = run_torchrun(
             "eval",
             protocol,
             runs / "one",
@@ -131,8 +127,12 @@ from hpm import distributed
 from hpm.data.sources import open_source
 from hpm.evals.features import Reading, extract
 
-def refuse(*arguments, **options):
-    raise AssertionError("pickled")
+gather = dist.all_gather_object
+
+def refuse(values, value):
+    # Which images are unreadable is a few lines of text; rows are tensors.
+    assert isinstance(value, dict) and all(isinstance(text, str) for text in value.values()), value
+    gather(values, value)
 
 images = sys.argv[1]
 with distributed.process_group(torch.device("cpu")):
@@ -173,17 +173,12 @@ def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
         (images / "class_0" / f"{number:03d}.png").write_bytes(b"broken")
     program = tmp_path / "program.py"
     program.write_text(ROWS)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         program, images, str(5 - len(broken))],
-        capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    result = torchrun(program, images, 5 - len(broken), timeout=120)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_mistake_is_told_once(image_folder, tmp_path):
-    result = torchrun(
+    result = run_torchrun(
         "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments(batch_size=7)
     )
     assert result.returncode != 0
@@ -217,12 +212,68 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
     """Once, with its rank, and all processes end; nothing is said of the lost connection."""
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_FAILS.format(error=error))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         program, "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments()],
-        capture_output=True, text=True, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    options = tiny_arguments()
+    result = torchrun(
+        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
+    )
     assert result.returncode != 0
     assert result.stderr.count(line) == 1, result.stderr
     assert "Connection closed" not in result.stderr and "connection" not in result.stderr.lower()
+
+
+MAIN_ALONE = """
+import sys, time
+from datetime import timedelta
+from hpm import cli, distributed
+
+distributed.TIMEOUT = timedelta(seconds=20)
+
+def slow(*_):
+    if distributed.is_main():
+        {what}
+
+import hpm.pretrain
+module = sys.modules["hpm.pretrain"]
+module.{function} = slow
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["look", "evaluate", "refresh_report"])
+def test_the_others_wait_for_what_the_main_process_does_alone(function, image_folder, tmp_path):
+    """Longer than any exchange may take."""
+    program = tmp_path / "program.py"
+    program.write_text(MAIN_ALONE.format(function=function, what="time.sleep(30)"))
+    options = tiny_arguments(checkpoint_every="100%", log_every=1)
+    result = torchrun(program, "pretrain", image_folder, "--out", tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_main_process_that_dies_alone_ends_the_others(image_folder, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(MAIN_ALONE.format(function="evaluate", what="raise RuntimeError('a bug')"))
+    options = tiny_arguments()
+    result = torchrun(
+        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
+    )
+    assert result.returncode != 0 and result.stderr.count("RuntimeError: a bug") == 1
+
+
+def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
+    """NCCL guesses a device that is not given, and a lost process is not waited for for ever."""
+    joined, groups = {}, []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: joined.update(options))
+    monkeypatch.setattr(dist, "new_group", lambda **options: groups.append(options))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_store", None)
+    device = torch.device("cuda", 1)
+    with distributed.process_group(device):
+        pass
+    assert joined["device_id"] == device and joined["timeout"] == distributed.TIMEOUT
+    # What the main process does alone is waited for on the CPU, which has no watchdog.
+    assert groups == [{"backend": "gloo", "timeout": distributed.PATIENCE}]

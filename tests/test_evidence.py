@@ -19,7 +19,9 @@ def test_a_piece_of_the_experiment(shared_data, tmp_path):
         "--data", shared_data / "tin100", "--out", tmp_path / "runs", "--results", results,
     ]  # fmt: skip
     for _ in range(8):
-        piece = subprocess.run([*command, "--minutes", "1"], capture_output=True, text=True)
+        piece = subprocess.run(
+            [*command, "--minutes", "1"], capture_output=True, text=True, timeout=280
+        )
         assert piece.returncode == 0, piece.stderr
         known = json.loads(results.read_text())
         if "HPM / seed 0" in known:

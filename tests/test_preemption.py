@@ -1,66 +1,15 @@
 """Schedulers signal every process of a job: the run saves, and nothing is left behind."""
 
-import contextlib
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers import tiny_arguments
+from jobs import TORCHRUN, Job
 
 from hpm.checkpoint import list_checkpoints, load_checkpoint
 
-TORCHRUN = [
-    "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-    "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-]  # fmt: skip
-
-
-class Job:
-    """A command in a process group of its own, as a scheduler starts it."""
-
-    def __init__(self, *command):
-        self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)], stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-
-    def members(self) -> list[int]:
-        """Processes of the job that are alive, by the group that they share."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                pid = int(folder.name)
-                # The fields after the command's name in parentheses: state, parent, group.
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found.append(pid)
-        return found
-
-    def wait_until(self, condition):
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert self.process.poll() is None, self.process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def signal_all(self, number):
-        for pid in self.members():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def errors(self):
-        return self.process.communicate(timeout=120)[1]
-
-    def all_gone(self, seconds=20):
-        deadline = time.monotonic() + seconds
-        while self.members() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return not self.members()
+SIGNALS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
 
 
 @pytest.fixture
@@ -73,11 +22,38 @@ def job():
 
     yield start
     for each in started:
-        each.signal_all(signal.SIGKILL)
-        each.process.communicate()
+        each.end()
 
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+HUNG = """
+import signal, sys
+from hpm.data.loader import training_loader
+from hpm.data.sources import open_source
+
+def view(source, key):
+    if key[1] == 1:
+        print("hangs", flush=True)
+        signal.pause()
+    return decode(source, key)
+
+from hpm.data.loader import EvaluationViews
+decode = EvaluationViews((8, 8), 3)
+source = open_source(sys.argv[1]).train
+batches = iter(training_loader(source, view, [[(0, 0)], [(0, 1)]], 1, False))
+print(next(batches).images.shape, file=sys.stderr)
+"""
+
+
+def test_a_worker_that_hangs_does_not_outlive_its_parent(image_folder, tmp_path, job):
+    """Python waits at its end for the processes that it started: it must have killed them."""
+    program = tmp_path / "program.py"
+    program.write_text(HUNG)
+    run = job(program, image_folder)
+    assert "torch.Size([1, 3, 8, 8])" in run.errors(timeout=60)
+    assert run.process.returncode == 0 and run.all_gone()
+
+
 OPTIONS = {
     "steps": 2000, "checkpoint_every": "100%", "log_every": 1, "workers": 2, "holdout": 0,
 }  # fmt: skip
@@ -109,8 +85,10 @@ def test_a_signal_to_the_whole_group_saves(number, image_folder, tmp_path, job):
 def test_a_signal_to_all_of_torchrun_saves(number, image_folder, tmp_path, job):
     out = tmp_path / "run"
     options = tiny_arguments(**OPTIONS | {"workers": 1})
-    run = job(*TORCHRUN, "-m", "hpm", "pretrain", image_folder, "--out", out, *options)
+    hpm = ["-m", "hpm", "pretrain", image_folder, "--out", out, *options]
+    run = job(*TORCHRUN, 2, *SIGNALS, *hpm)
     run.wait_until(has_trained(out))
+    assert len(run.members()) == 5  # torchrun, two processes, a loading worker of each
     run.signal_all(number)
     errors = run.errors()
     (saved,) = list_checkpoints(out / "checkpoints")
@@ -146,5 +124,5 @@ def test_no_worker_survives_a_killed_run(image_folder, tmp_path, job):
     run = job("-m", "hpm", "pretrain", image_folder, "--out", out, *tiny_arguments(**OPTIONS))
     run.wait_until(has_trained(out))
     run.process.kill()
-    run.process.wait()
+    run.process.wait(timeout=60)
     assert run.all_gone()

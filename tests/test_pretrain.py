@@ -98,13 +98,17 @@ def test_loss_falls(image_folder, tmp_path):
 def test_resuming_is_bitwise_the_same(image_folder, tmp_path, monkeypatch, stopped_at):
     """An epoch has 5 steps: both stops are in the middle of one, the first not at a reading."""
     options = {"steps": 12, "accumulate": 2, "checkpoint_every": f"{stopped_at} steps"}
+    torch.manual_seed(1)
     whole = pretrain(image_folder, tmp_path / "whole", **options)
+    torch.manual_seed(1)
     with monkeypatch.context() as patch:
         stop_after(patch, stopped_at)
         with pytest.raises(KeyboardInterrupt):
             pretrain(image_folder, tmp_path / "stopped", **options)
+    torch.manual_seed(2)  # whatever the state of the new process is
     resumed = pretrain(image_folder, tmp_path / "stopped", **options)
     assert_same_weights(final(whole), final(resumed))
+    assert torch.equal(final(whole).rng["cpu"], final(resumed).rng["cpu"])
     steps = [m["step"] for m in resumed.metrics() if "reconstruction_loss" in m]
     assert steps == sorted(set(steps))
 
@@ -148,8 +152,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
     ]  # fmt: skip
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
     while not metrics.exists() or not metrics.read_text():
         assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
@@ -157,7 +163,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
     assert "stopped and saved; the same command goes on" in errors
     (stopped,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert 0 < load_checkpoint(stopped).meta["step"] < 60
-    again = subprocess.run(arguments, capture_output=True, text=True)
+    again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "going on from" in again.stderr
     whole = pretrain(image_folder, tmp_path / "whole", **options)
     assert_same_weights(final(whole), final(hpm.Run(tmp_path / "run")))
@@ -353,6 +359,21 @@ def test_a_probe_sees_no_image_that_an_evaluation_tests_on(image_folder):
     seen = OngoingProbe(str(image_folder), 0, 0).data
     paths = {s.path(i) for s in (seen.train, seen.test) for i in range(len(s))}
     assert not paths & {tested.path(i) for i in range(len(tested))}
+
+
+def test_what_a_probe_cannot_read_is_said_once_and_bounded(tmp_path):
+    images = write_images(tmp_path / "images", classes=2, per_class=40)
+    labelled = write_images(tmp_path / "labelled", classes=2, per_class=40)
+    broken = sorted(labelled.rglob("*.png"))[::20]
+    for path in broken:
+        path.write_bytes(b"broken")
+    options = {"probe": str(labelled), "probe_every": "4 steps"}
+    run = pretrain(images, tmp_path / "run", max_unreadable=0.5, **options)
+    log = (run.folder / "train.log").read_text()
+    seen = [path for path in broken if f"cannot read {path}" in log]
+    assert seen and log.count("cannot read") == len(seen)
+    with pytest.raises(UserError, match="images cannot be read, more than max_unreadable 0.01"):
+        pretrain(images, tmp_path / "strict", max_unreadable=0.01, **options)
 
 
 @pytest.mark.parametrize("mine_by", ["teacher", "memory"])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +19,11 @@ from hpm.data.cache import FORKS, Cache
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
-from hpm.errors import UserError, counted, one_line
+from hpm.data.workers import WorkerLoader
+from hpm.errors import UserError, one_line
 from hpm.stop import ignore_stop_signals
 
 MOST_WORKERS = 16  # by default; each holds a batch of views or more, and keeps a core busy
-SHARED = Path("/dev/shm")
-# What PyTorch says where the memory that loading processes share is full.
-OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -224,38 +219,26 @@ def training_loader(
     )  # fmt: skip
 
 
-class _Loader(DataLoader):
-    """Says in one line that the memory that its workers share is full."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except (RuntimeError, OSError) as error:
-            if not self.num_workers or not OUT_OF_SHARED.search(str(error)):
-                raise
-            size = f" ({shutil.disk_usage(SHARED).total / 1e6:.0f} MB)" if SHARED.exists() else ""
-            raise UserError(
-                f"{SHARED}{size} is too small for {counted(self.num_workers, 'loading worker')}: "
-                "pass fewer --workers (0 needs none of it), or enlarge it (in a container: "
-                "docker run --shm-size=8g)"
-            ) from None
-
-
 def _loader(
     views: Views, steps: Iterable[Sequence[Key]], workers: int, **options: Any
 ) -> DataLoader:
     """Workers are forks: they start at once, and share source and cache instead of copying them.
 
     No other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
-    held, and wait for ever (none of ours does).
+    held, and hang (none of ours does). A worker that gives no batch in the time that processes
+    wait for each other is an error.
     """
-    return _Loader(
+    return WorkerLoader(
         views,
         batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=_collate,
         num_workers=workers,
         worker_init_fn=ignore_stop_signals,
         multiprocessing_context="fork" if workers and FORKS else None,
+        timeout=distributed.TIMEOUT.total_seconds() if workers else 0,
+        # Its own: a loader would draw from the global one, whose state a checkpoint keeps, once
+        # for each time that a run starts.
+        generator=torch.Generator(),
         **options,
     )
 

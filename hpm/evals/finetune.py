@@ -21,6 +21,7 @@ from hpm import distributed
 from hpm.checkpoint import (
     list_checkpoints,
     load_checkpoint,
+    remove_stale,
     restore,
     save_checkpoint,
     write_tensors,
@@ -376,7 +377,11 @@ class _Finetuning:
         return Ranked(ranks[order], labels[everyones[order]])
 
     def _save(self) -> None:
-        meta = {"step": self.step, "identity": self._identity()}
+        meta = {
+            "step": self.step,
+            "identity": self._identity(),
+            "unreadable": self.unreadable.problems,
+        }
         distributed.main_first(
             lambda: save_checkpoint(
                 self.folder / "checkpoints", self.model, None, self.optimizer, meta, keep=1
@@ -385,7 +390,9 @@ class _Finetuning:
 
     def _resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = distributed.from_main(list_checkpoints(self.folder / "checkpoints"))
+        checkpoints = self.folder / "checkpoints"
+        distributed.main_first(lambda: remove_stale(self.folder, checkpoints))
+        found = distributed.from_main(list_checkpoints(checkpoints))
         if not found:
             return
         checkpoint = load_checkpoint(found[-1])
@@ -399,6 +406,8 @@ class _Finetuning:
             )
         restore(checkpoint, self.model, None, self.optimizer)
         self.step = checkpoint.meta["step"]
+        known = {int(index): text for index, text in checkpoint.meta.get("unreadable", {}).items()}
+        self.unreadable = UnreadableImages(self.data.train, self.config.max_unreadable, known)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a fine-tuning to go on."""

@@ -7,6 +7,8 @@ on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -34,9 +36,16 @@ LEARNING_RATES, EPOCHS, BATCH_SIZE = (0.01, 0.1, 1.0), 30, 1024
 
 
 class OngoingProbe:
-    """The labelled images of `--probe`, split once. Raises UserError where they do not do."""
+    """The labelled images of `--probe`, split once. Raises UserError where they do not do.
 
-    def __init__(self, data: str, seed: int, workers: int | None):
+    Args:
+        data: where they are.
+        seed: of the splits and of the linear probe.
+        workers: processes that load them; None for one per spare core.
+        max_unreadable: share of the images of each split that may be unreadable.
+    """
+
+    def __init__(self, data: str, seed: int, workers: int | None, max_unreadable: float = 1.0):
         splits = open_source(data)
         # Without a test split, `hpm eval` holds a fifth out: none of it may be seen here either.
         whole = splits.train if splits.test else labelled_splits(splits, EvalConfig.seed).train
@@ -48,15 +57,19 @@ class OngoingProbe:
             raise UserError(
                 f"probe: {whole.name} leaves {counted(count, 'image')} to learn from; it takes {K}"
             )
-        self.seed, self.reading = seed, Reading(128, workers, lambda line: None)
+        self.seed, self.workers, self.max_unreadable = seed, workers, max_unreadable
 
-    def measure(self, trained: Trained, device: torch.device) -> dict[str, float]:
-        """Top-1 in percent of `knn` and `linear` on the mean of the patches."""
+    def measure(
+        self, trained: Trained, device: torch.device, report: Callable[[str], None]
+    ) -> dict[str, float]:
+        """Top-1 in percent of `knn` and `linear` on the mean of the patches. UserError where too
+        many images are unreadable; each of them is reported."""
         data = self.data
+        reading = Reading(128, self.workers, report, max_unreadable=self.max_unreadable)
         backbone = trained.backbone().to(device).eval()
         subjects = [Subject(NAME, backbone, trained.architecture)]
         train, test = (
-            pooled_features(subjects, source, labels, self.reading, False)
+            pooled_features(subjects, source, labels, reading, False)
             for source, labels in ((data.train, data.train_labels), (data.test, data.test_labels))
         )
         return distributed.main_first(lambda: self._judged(train[POOLED], test[POOLED], device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,12 @@ from hpm.mining.teacher import (
 )
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
+
+Mark = Callable[[str], None]
+
+
+def no_mark(phase: str) -> None:
+    """Nothing is measured."""
 
 
 class Seen(NamedTuple):
@@ -85,11 +91,13 @@ class Miner:
         return self.small_teacher.model if self.small_teacher else self.teacher
 
     def mine(
-        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None
-    ) -> Mined:
+        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None,
+        mark: Mark = no_mark,
+    ) -> Mined:  # fmt: skip
         """Hide the `num_hard` hardest patches of normalised images, and others at random.
 
-        The teacher runs only where its result is used. `seen` is needed with a memory.
+        The teacher runs only where its result is used. `seen` is needed with a memory. `mark` is
+        called with "teacher" and "mining" as these phases end.
         """
         features = predicted = None
         mines = num_hard > 0
@@ -97,6 +105,7 @@ class Miner:
             features, predicted = self.signal(images, draw)
         if features is None and self.needs_features:
             features = self._features(images)
+        mark("teacher")
         signal = predicted
         if mines and signal is None and self.memory is not None:
             assert seen is not None, "a memory needs to know which images these are"
@@ -108,6 +117,7 @@ class Miner:
         if self.secondary_mask_ratio:
             num_patches = self.teacher.encoder.num_patches
             covered_ids = choose_covered(draw, visible_ids, self.secondary_mask_ratio, num_patches)
+        mark("mining")
         return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
 
     def hide(

@@ -61,21 +61,25 @@ def test_views_are_the_same_with_and_without(write, workers, channels, tmp_path)
 
 def test_an_image_is_decoded_once_for_all_processes_and_epochs(tmp_path, monkeypatch):
     source = open_source(write_each_kind(tmp_path / "data")).train
-    opened = multiprocessing.get_context("fork").Value("i", 0)
-    open_image = source.open
+    context = multiprocessing.get_context("fork")
+    decoded, lock = context.Array("i", len(source)), context.Lock()
+    decode = TrainingViews.decoded
 
-    def counted(index):
-        with opened.get_lock():
-            opened.value += 1
-        return open_image(index)
+    def counted(views, source, index):
+        with lock:
+            decoded[index] += 1
+        return decode(views, source, index)
 
-    monkeypatch.setattr(source, "open", counted)
-    monkeypatch.setattr(source, "is_deep", lambda: False)
+    monkeypatch.setattr(TrainingViews, "decoded", counted)
     cache = Cache(len(source), 10**7)
-    batches(source, cache, 2)  # three epochs, of two processes that may wait for each other
-    first = opened.value
+    batches(source, cache, 2)  # three epochs
+    first = list(decoded)
     batches(source, cache, 2)
-    assert len(source) <= first <= 2 * len(source) and opened.value == first
+    # A process decodes what the other one is decoding at that moment, but nothing twice.
+    assert set(first) <= {1, 2} and list(decoded) == first
+    alone = Cache(len(source), 10**7)
+    batches(source, alone, 1)
+    assert [count - before for count, before in zip(decoded, first)] == [1] * len(source)
 
 
 def test_what_does_not_fit_is_not_kept():

@@ -64,7 +64,8 @@ def test_the_same_in_another_process():
         "import hashlib; from hpm.data import demo; "
         "print(hashlib.sha256(demo.render(123, 'train').image.tobytes()).hexdigest())"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     here = hashlib.sha256(demo.render(123).image.tobytes()).hexdigest()
     assert there.decode().strip() == here
     assert np.array_equal(demo.render(123).image, demo.render(123).image)

@@ -109,9 +109,9 @@ def test_workers_start_beside_busy_threads(image_folder):
     """Forked while other threads compute and log: no lock that they hold is waited for."""
     source = open_source(str(image_folder)).train
     stop = threading.Event()
+    a = torch.randn(256, 256)  # here: a thread may not draw from the generator beside a fork
 
     def compute():
-        a = torch.randn(256, 256)
         while not stop.is_set():
             a @ a
             logging.getLogger("hpm").debug("busy")
