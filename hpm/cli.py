@@ -295,6 +295,7 @@ def _spell_out(
 ) -> list[str]:
     """Write each argument as `--name=value`: every option takes one value (true, for a flag)."""
     written, places, waiting = [], iter(positional), list(arguments)
+    config: list[str] = []
     repeated: dict[str, list[str]] = {}
     while waiting:
         argument = waiting.pop(0)
@@ -317,15 +318,17 @@ def _spell_out(
                 raise UserError(f"option '{argument}' needs a value")
             value = waiting.pop(0)
         if name == "config":
-            # A preset is a file inside of the package.
-            value = str(preset_path(value))
+            # First, wherever it stands, so that options come on top. A preset is a file inside of
+            # the package.
+            config.append(f"--config={preset_path(value)}")
+            continue
         if name in LISTED:
             value = f"[{value.strip('[]')}]"
         if name in REPEATED:
             repeated.setdefault(name, []).append(value)
         else:
             written.append(f"--{name}={value}")
-    return written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
+    return config + written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
 
 
 def _one_line(error: str, prog: str) -> str:
