@@ -35,7 +35,7 @@ from hpm.config import (
     lay_over,
     preset_path,
 )
-from hpm.errors import UserError, counted, nearest
+from hpm.errors import UserError, counted, nearest, why
 
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         _complain(_out_of_memory(error))
+        return 2
+    except PermissionError as error:
+        _complain(f"{error.filename}: {why(error)}" if error.filename else why(error))
         return 2
     except hpm.Interrupted as stopped:
         if distributed.is_main():
@@ -170,6 +173,8 @@ def _eval(arguments: list[str]) -> int:
         print_result(result, Console())
         if result.file:
             print(f"written to {result.file}")
+        if result.unwritable:
+            raise UserError(result.unwritable)
     return 0
 
 
@@ -328,7 +333,9 @@ def _spell_out(
             repeated.setdefault(name, []).append(value)
         else:
             written.append(f"--{name}={value}")
-    return config + written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
+    return (
+        config + written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
+    )
 
 
 def _one_line(error: str, prog: str) -> str:

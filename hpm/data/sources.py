@@ -17,7 +17,7 @@ from hpm.data import demo
 from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
 from hpm.data.notes import say_once
 from hpm.data.tables import ArrowSource, ParquetSource, natural
-from hpm.errors import UserError
+from hpm.errors import UserError, why
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
@@ -296,7 +296,11 @@ def _find_images(root: Path) -> tuple[list[str], Counter[str]]:
     followed, but no folder is entered twice."""
     found, seen = [], set()
     others: Counter[str] = Counter()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+
+    def pass_over(error: OSError) -> None:
+        say_once(f"{error.filename}: {why(error)}, passed over")
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=pass_over):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
