@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from hpm import lock
 from hpm.backbone import Backbone
 from hpm.checkpoint import (
     TORCH_SUFFIXES,
@@ -94,8 +95,12 @@ class Run:
             return None
         return _read_config(self.config_file).get("base_lr")
 
-    def claim(self, config: PretrainConfig) -> None:
-        """Take the folder for this config. UserError where it holds anything else."""
+    def claim(self, config: PretrainConfig) -> str | None:
+        """Take the folder for this config, and lock it (see `hpm.lock`). UserError where it holds
+        anything else, or another process trains into it. Returns a line for the log, if any."""
+        if not self.config_file.exists() and self.folder.exists() and not _is_empty(self.folder):
+            raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
+        note = lock.acquire(self.folder)
         options = dataclasses.asdict(config)
         if self.config_file.exists() and self.latest_checkpoint() is not None:
             before = _read_config(self.config_file)
@@ -106,15 +111,8 @@ class Run:
                         f"here {value}; choose another --out (with --init {self.folder} to start "
                         "from its weights)"
                     )
-            return
+            return note
         # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
-        known = self.config_file.exists()
-        if not known and self.folder.exists() and not _is_empty(self.folder):
-            raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
         header = (
             f"# hpm {__version__}, torch {torch.__version__}, python "
             f"{platform.python_version()}, {platform.platform()}\n"
@@ -122,6 +120,7 @@ class Run:
         )
         text = yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)
         write_text(self.config_file, header + text)
+        return note
 
 
 @dataclass
@@ -250,7 +249,7 @@ def _of_others(name: str, found: Imported) -> Trained:
 
 
 def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    return folder.is_dir() and all(path.name == lock.FILE for path in folder.iterdir())
 
 
 def _read_config(path: Path) -> dict[str, Any]:

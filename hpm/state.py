@@ -77,7 +77,7 @@ class State:
         self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
         self.probe_seconds = 0.0
         self.min_side = min(self.architecture["patch_size"])
-        distributed.main_first(lambda: self.run.claim(config))
+        lock_note = distributed.main_first(lambda: self.run.claim(config))
         latest = distributed.from_main(self.run.latest_checkpoint())
         checkpoint = load_checkpoint(latest) if latest else None
         if checkpoint:
@@ -93,7 +93,9 @@ class State:
 
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
-        messages = [self._initialise(Path(config.init))] if config.init and not latest else []
+        messages = [lock_note] if lock_note else []
+        if config.init and not latest:
+            messages.append(self._initialise(Path(config.init)))
         if config.pretrained and not latest:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)

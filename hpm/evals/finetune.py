@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm import distributed
+from hpm import distributed, lock
 from hpm.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -42,7 +42,7 @@ from hpm.errors import UserError, counted
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.extras import need
-from hpm.logs import RunLog
+from hpm.logs import RunLog, say
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.optim import layer_decay_groups, learning_rate
@@ -190,6 +190,7 @@ def finetune(
     try:
         return _Finetuning(config, subject, weights, data, folder).run(reading)
     finally:
+        lock.release(folder)
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
         torch.set_rng_state(generators[2])
@@ -243,12 +244,16 @@ class _Finetuning:
         self.fingerprint = _fingerprint(self.model)
         self._resume()
 
+    @property
+    def _file(self) -> Path:
+        """The trained classifier."""
+        return self.folder / "classifier.safetensors"
+
     def run(self, reading: Reading) -> Ranked:
         """All steps that are left, then the test."""
         if self.step < self.total:
             self._train()
-        file = self.folder / "classifier.safetensors"
-        if not distributed.from_main(file.exists()):
+        if not distributed.from_main(self._file.exists()):
             backbone = self.subject.backbone
             about = {
                 "kind": "hpm classifier",
@@ -259,7 +264,7 @@ class _Finetuning:
                 "std": backbone.std.tolist(),
             }
             state = self.model.state_dict()
-            distributed.main_first(lambda: write_tensors(file, state, about))
+            distributed.main_first(lambda: write_tensors(self._file, state, about))
         return self._test(reading)
 
     def _train(self) -> None:
@@ -384,7 +389,8 @@ class _Finetuning:
         )
 
     def _resume(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if note := distributed.main_first(self._claim):
+            say(note)
         found = distributed.from_main(list_checkpoints(self.folder / "checkpoints"))
         if not found:
             return
@@ -399,6 +405,10 @@ class _Finetuning:
             )
         restore(checkpoint, self.model, None, self.optimizer)
         self.step = checkpoint.meta["step"]
+
+    def _claim(self) -> str | None:
+        """Keep others from training here as well (see `hpm.lock`)."""
+        return None if self._file.exists() else lock.acquire(self.folder)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a fine-tuning to go on."""
