@@ -116,6 +116,18 @@ def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
         raise _unreadable(path, error) from None
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, without its tensors. Raises UserError."""
+    _check_access(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    _check_meta(path, meta)
+    return meta
+
+
 def save_checkpoint(
     folder: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
     meta: dict[str, Any], keep: int, memory: nn.Module | None = None,
@@ -155,8 +167,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint whole. Raises UserError where the file is not one, or is damaged."""
     tensors, meta = read_tensors(path)
-    if "step" not in meta:
-        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
+    _check_meta(path, meta)
     parts: dict[str, State] = {
         "model": {}, "teacher": {}, "optimizer": {}, "memory": {}, "rng": {},
     }  # fmt: skip
@@ -298,6 +309,11 @@ def _tensors(content: Any, path: Path) -> State:
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise _unreadable(path, ValueError(f"{name} is no plain tensor"))
     return state
+
+
+def _check_meta(path: Path, meta: dict[str, Any]) -> None:
+    if "step" not in meta:
+        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
 
 
 def _check_access(path: Path) -> None:

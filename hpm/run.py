@@ -20,17 +20,20 @@ from hpm.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_exactly,
+    read_meta,
     read_tensors,
     write_tensors,
     write_text,
 )
-from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config, pair
+from hpm.config import TIMM, PretrainConfig, make_config, pair
+from hpm.data.fingerprint import Fingerprint
 from hpm.errors import UserError
 from hpm.imports import Imported, import_model, import_timm
 from hpm.mining.miner import Miner, make_miner
 from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
+from hpm.resume import check_data, check_options
 from hpm.targets import Target, make_target
 from hpm.version import __version__
 
@@ -95,22 +98,20 @@ class Run:
             return None
         return _read_config(self.config_file).get("base_lr")
 
-    def claim(self, config: PretrainConfig) -> str | None:
-        """Take the folder for this config, and lock it (see `hpm.lock`). UserError where it holds
-        anything else, or another process trains into it. Returns a line for the log, if any."""
+    def claim(self, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+        """Take the folder for a resolved config and that many training images with this
+        fingerprint, and lock it (see `hpm.lock`).
+
+        Returns a line for the log, if any. UserError where the folder holds anything else, or
+        another process trains into it.
+        """
         if not self.config_file.exists() and self.folder.exists() and not _is_empty(self.folder):
             raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
         note = lock.acquire(self.folder)
-        options = dataclasses.asdict(config)
-        if self.config_file.exists() and self.latest_checkpoint() is not None:
-            before = _read_config(self.config_file)
-            for name, value in json.loads(json.dumps(options)).items():
-                if name not in FREE_OPTIONS and before.get(name, value) != value:
-                    raise UserError(
-                        f"{self.folder} holds another run: there {name} is {before[name]}, "
-                        f"here {value}; choose another --out (with --init {self.folder} to start "
-                        "from its weights)"
-                    )
+        latest = self.latest_checkpoint()
+        if self.config_file.exists() and latest is not None:
+            check_data(self.folder, read_meta(latest), config.data, count, found)
+            check_options(self.folder, _read_config(self.config_file), config, count)
             return note
         # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
         header = (
@@ -118,7 +119,8 @@ class Run:
             f"{platform.python_version()}, {platform.platform()}\n"
             f"# command: {' '.join(sys.argv)}\n"
         )
-        text = yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)
+        options = json.loads(json.dumps(dataclasses.asdict(config)))
+        text = yaml.safe_dump(options, sort_keys=False)
         write_text(self.config_file, header + text)
         return note
 
