@@ -7,6 +7,7 @@ A checkpoint is one safetensors file: the tensors under `model.`, `teacher.`, `o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hpm.errors import UserError, counted, one_line
+from hpm.errors import UserError, counted, one_line, why
 
 State = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -46,15 +47,20 @@ class Checkpoint:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary file, flush it to disk, then rename it to `path`.
 
-    A file of that name is thus always whole. Raises UserError where the disk is full, and leaves
+    A file of that name is thus always whole, and has the permissions of any new file (by the
+    umask). Raises UserError where the disk is full or the folder cannot be written to, and leaves
     nothing behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:  # safetensors makes files that only their owner reads
+            temporary.chmod(mode)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -64,7 +70,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_stale(*folders: Path) -> None:
@@ -84,7 +91,8 @@ def disk_error(path: Path, error: Exception) -> UserError:
             f"{path} could not be written: no space left; make room, then run the same command "
             "again: what is whole already is kept"
         )
-    return UserError(f"{path} could not be written: {error}")
+    reason = why(error) if isinstance(error, OSError) else one_line(error)
+    return UserError(f"{path} could not be written: {reason}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,6 +110,7 @@ def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
 
 def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
     """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
+    _check_access(path)
     try:
         if path.suffix in TORCH_SUFFIXES:
             states = read_torch_file(path)
@@ -111,12 +120,22 @@ def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise _unreadable(path, error) from None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, without its tensors. Raises UserError."""
+    _check_access(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    _check_meta(path, meta)
+    return meta
 
 
 def save_checkpoint(
@@ -162,8 +181,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint whole. Raises UserError where the file is not one, or is damaged."""
     tensors, meta = read_tensors(path)
-    if "step" not in meta:
-        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
+    _check_meta(path, meta)
     parts: dict[str, State] = {
         "model": {}, "teacher": {}, "optimizer": {}, "memory": {}, "rng": {},
     }  # fmt: skip
@@ -264,6 +282,7 @@ def compare(module: nn.Module, state: State) -> list[str]:
 def read_torch_file(path: Path) -> dict[str, State]:
     """Every state dict of a PyTorch file that holds no code: under its key, or under "" where it
     is the file itself. Raises UserError."""
+    _check_access(path)
     try:
         _refuse_packed(path)
         # Training scripts keep their arguments beside the weights, in this container.
@@ -312,6 +331,22 @@ def _tensors(content: Any, path: Path) -> State:
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise _unreadable(path, ValueError(f"{name} is no plain tensor"))
     return state
+
+
+def _check_meta(path: Path, meta: dict[str, Any]) -> None:
+    if "step" not in meta:
+        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
+
+
+def _check_access(path: Path) -> None:
+    """safetensors says of every file that cannot be opened that it is not there."""
+    try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {why(error)}") from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

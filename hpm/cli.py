@@ -35,7 +35,7 @@ from hpm.config import (
     lay_over,
     preset_path,
 )
-from hpm.errors import UserError, counted, nearest
+from hpm.errors import UserError, counted, nearest, why
 
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
@@ -96,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         _complain(_out_of_memory(error))
+        return 2
+    except PermissionError as error:
+        _complain(f"{error.filename}: {why(error)}" if error.filename else why(error))
         return 2
     except hpm.Interrupted as stopped:
         if distributed.is_main():
@@ -167,6 +170,8 @@ def _eval(arguments: list[str]) -> int:
         print_result(result, Console())
         if result.file:
             print(f"written to {result.file}")
+        if result.unwritable:
+            raise UserError(result.unwritable)
     return 0
 
 
@@ -308,6 +313,7 @@ def _spell_out(
 ) -> list[str]:
     """Write each argument as `--name=value`: every option takes one value (true, for a flag)."""
     written, places, waiting = [], iter(positional), list(arguments)
+    config: list[str] = []
     repeated: dict[str, list[str]] = {}
     while waiting:
         argument = waiting.pop(0)
@@ -330,8 +336,10 @@ def _spell_out(
                 raise UserError(f"option '{argument}' needs a value")
             value = waiting.pop(0)
         if name == "config":
-            # A preset is a file inside of the package.
-            value = str(preset_path(value))
+            # First, wherever it stands, so that options come on top. A preset is a file inside of
+            # the package.
+            config.append(f"--config={preset_path(value)}")
+            continue
         several = "tuple" in types.get(name, "") and name not in REPEATED
         if name in LISTED or (several and "," in value):
             value = f"[{value.strip('[]')}]"
@@ -339,7 +347,9 @@ def _spell_out(
             repeated.setdefault(name, []).append(value)
         else:
             written.append(f"--{name}={value}")
-    return written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
+    return (
+        config + written + [f"--{name}={json.dumps(values)}" for name, values in repeated.items()]
+    )
 
 
 def _one_line(error: str, prog: str) -> str:

@@ -18,6 +18,12 @@ def one_line(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def why(error: OSError) -> str:
+    """What the system says is wrong, without number and path: `permission denied`."""
+    text = error.strerror or one_line(error)
+    return text[:1].lower() + text[1:]
+
+
 def counted(count: int, singular: str, plural: str | None = None) -> str:
     """`1 image`, `2 images`; with a plural where it is not made by an s."""
     return f"{count} {singular if count == 1 else plural or singular + 's'}"

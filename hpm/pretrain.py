@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hpm import distributed
+from hpm import distributed, lock
 from hpm.checks import check_pretrain
 from hpm.config import PretrainConfig, lay_over, make_config, read_preset
 from hpm.data.loader import Batch
@@ -67,30 +67,38 @@ def run_pretraining(config: PretrainConfig) -> Run:
         random_state_kept(device),
         stop_signals() as stop,
     ):
-        state = State(config, device)
         try:
-            if state.step == state.schedule.total:
-                state.log.info(f"{config.out} is finished already: nothing is changed")
-            else:
-                with recorded(state):
-                    _train(state, stop)
-            if distributed.is_main():
-                state.save_backbone()
-            if state.best_probe:
-                best = state.best_probe
-                state.log.info(
-                    f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
-                    f"{best['step']} ({state.run.best_checkpoint}); probing took "
-                    f"{state.probe_seconds:.1f} s in all"
-                )
-            state.log.info(
-                f"done: {state.run.backbone}\n  import hpm\n"
-                f'  encoder = hpm.load_encoder("{config.out}")\n'
-                "  pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
-            )
+            state = State(config, device)
+            _run(state, stop)
         finally:
-            state.log.close()
+            lock.release(Path(config.out))
     return state.run
+
+
+def _run(state: State, stop: Stop) -> None:
+    """Train, and leave the folder of a finished run."""
+    try:
+        if state.step == state.schedule.total:
+            state.log.info(f"{state.config.out} is finished already: nothing is changed")
+        else:
+            with recorded(state):
+                _train(state, stop)
+        if distributed.is_main():
+            state.save_backbone()
+        if state.best_probe:
+            best = state.best_probe
+            state.log.info(
+                f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
+                f"{best['step']} ({state.run.best_checkpoint}); probing took "
+                f"{state.probe_seconds:.1f} s in all"
+            )
+        state.log.info(
+            f"done: {state.run.backbone}\n  import hpm\n"
+            f'  encoder = hpm.load_encoder("{state.config.out}")\n'
+            "  pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
+        )
+    finally:
+        state.log.close()
 
 
 def _train(state: State, stop: Stop) -> None:

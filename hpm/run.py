@@ -13,18 +13,21 @@ from typing import Any
 import torch
 import yaml
 
+from hpm import lock
 from hpm.backbone import Backbone
 from hpm.checkpoint import (
     TORCH_SUFFIXES,
     list_checkpoints,
     load_checkpoint,
     load_exactly,
+    read_meta,
     read_tensors,
     remove_stale,
     write_tensors,
     write_text,
 )
-from hpm.config import FREE_OPTIONS, TIMM, PretrainConfig, make_config, pair
+from hpm.config import TIMM, PretrainConfig, make_config, pair
+from hpm.data.fingerprint import Fingerprint
 from hpm.errors import UserError, one_line
 from hpm.imports import Imported, import_model, import_timm
 from hpm.mining.miner import Miner, make_miner
@@ -32,6 +35,7 @@ from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.random_state import random_state_kept
+from hpm.resume import check_data, check_options
 from hpm.targets import Target, make_target
 from hpm.version import __version__
 
@@ -96,40 +100,32 @@ class Run:
             return None
         return _read_config(self.config_file).get("base_lr")
 
-    def claim(self, config: PretrainConfig) -> None:
-        """Take the folder for this config, and clear it of what killed saves left. UserError where
-        it holds anything else."""
-        options = dataclasses.asdict(config)
-        if self.config_file.exists() and self.latest_checkpoint() is not None:
-            before = _read_config(self.config_file)
-            for name, value in json.loads(json.dumps(options)).items():
-                if name not in FREE_OPTIONS and before.get(name, value) != value:
-                    raise UserError(
-                        f"{self.folder} holds another run: there {name} is {before[name]}, "
-                        f"here {value}; choose another --out (with --init {self.folder} to start "
-                        "from its weights)"
-                    )
-            self._remove_stale()
-            return
-        # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
-        known = self.config_file.exists()
-        if not known and self.folder.exists() and not _is_empty(self.folder):
+    def claim(self, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+        """Take the folder for a resolved config and that many training images with this
+        fingerprint: lock it (see `hpm.lock`) and clear it of what killed saves left.
+
+        Returns a line for the log, if any. UserError where the folder holds anything else, or
+        another process trains into it.
+        """
+        if not self.config_file.exists() and self.folder.exists() and not _is_empty(self.folder):
             raise UserError(f"{self.folder} exists and is no run folder; choose another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be made: {error.strerror}") from None
-        self._remove_stale()
+        note = lock.acquire(self.folder)
+        remove_stale(self.folder, self.checkpoints, self.figures, self.moments)
+        latest = self.latest_checkpoint()
+        if self.config_file.exists() and latest is not None:
+            check_data(self.folder, read_meta(latest), config.data, count, found)
+            check_options(self.folder, _read_config(self.config_file), config, count)
+            return note
+        # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
         header = (
             f"# hpm {__version__}, torch {torch.__version__}, python "
             f"{platform.python_version()}, {platform.platform()}\n"
             f"# command: {' '.join(sys.argv)}\n"
         )
-        text = yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False)
+        options = json.loads(json.dumps(dataclasses.asdict(config)))
+        text = yaml.safe_dump(options, sort_keys=False)
         write_text(self.config_file, header + text)
-
-    def _remove_stale(self) -> None:
-        remove_stale(self.folder, self.checkpoints, self.figures, self.moments)
+        return note
 
 
 @dataclass
@@ -259,7 +255,7 @@ def _of_others(name: str, found: Imported) -> Trained:
 
 
 def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
+    return folder.is_dir() and all(path.name == lock.FILE for path in folder.iterdir())
 
 
 def _read_config(path: Path) -> dict[str, Any]:

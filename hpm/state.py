@@ -21,6 +21,7 @@ from hpm.checkpoint import (
 )
 from hpm.config import TIMM, PretrainConfig, resolve_model
 from hpm.data.cache import make_cache
+from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -79,7 +80,10 @@ class State:
         self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
         self.probe_seconds = 0.0
         self.min_side = min(self.architecture["patch_size"])
-        distributed.main_first(lambda: self.run.claim(config))
+        self.fingerprint = distributed.main_first(lambda: fingerprint(splits.train))
+        lock_note = distributed.main_first(
+            lambda: self.run.claim(config, len(self.source), self.fingerprint)
+        )
         latest = distributed.from_main(self.run.latest_checkpoint())
         checkpoint = load_checkpoint(latest) if latest else None
         if checkpoint:
@@ -95,7 +99,9 @@ class State:
 
         self.model = build_model(self.architecture, config.seed).to(device)
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
-        messages = [self._initialise(Path(config.init))] if config.init and not latest else []
+        messages = [lock_note] if lock_note else []
+        if config.init and not latest:
+            messages.append(self._initialise(Path(config.init)))
         if config.pretrained and not latest:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
@@ -215,6 +221,7 @@ class State:
             "mean": self.mean,
             "std": self.std,
             "num_images": len(self.source),
+            "fingerprint": self.fingerprint,
             "unreadable": self.unreadable.problems,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
@@ -256,11 +263,6 @@ class State:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         meta = checkpoint.meta
-        if meta["num_images"] != len(self.source):
-            raise UserError(
-                f"{self.config.data} has {counted(len(self.source), 'training image')}, but the "
-                f"run began with {meta['num_images']}: put the data back, or choose another --out"
-            )
         restore(checkpoint, self.model, self.teacher.model, self.optimizer, self.memory)
         self.step = meta["step"]
         known = {int(index): text for index, text in meta["unreadable"].items()}

@@ -1,8 +1,10 @@
 """Shapes are checked at run time in every test, and nothing takes more than its threads."""
 
+import contextlib
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -53,6 +55,31 @@ def finished_run(image_folder, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
+
+
+@pytest.fixture
+def another_user():
+    """A context in which this process is a user who owns nothing here, as root may do."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+
+    @contextlib.contextmanager
+    def become():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return become
+
+
+@pytest.fixture
+def open_folder():
+    """A folder like tmp_path, but one that every user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

@@ -141,6 +141,19 @@ def test_steps_or_epochs(tmp_path):
     assert length("--config", str(tmp_path / "old.yaml")) == 9
 
 
+@pytest.mark.parametrize("place", [0, 1, 3, 5])
+def test_a_config_never_overrides_what_is_typed(place, tmp_path):
+    """Wherever it stands: neither the data nor the folder of an old run."""
+    from hpm.cli import _parse
+
+    old = tmp_path / "config.yaml"
+    old.write_text("data: old\nout: runs/old\nseed: 3\nepochs: 7\nmask_ratio: 0.5\n")
+    words = ["new", "--out", "runs/new", "--seed", "4"]
+    config = _parse("pretrain", [*words[:place], "--config", str(old), *words[place:]])
+    assert (config.data, config.out, config.seed) == ("new", "runs/new", 4)
+    assert (config.epochs, config.mask_ratio) == (7, 0.5)
+
+
 def test_bad_data(empty, tmp_path, image_folder):
     refused(image_folder, tmp_path, "no images in this folder", data=empty)
     refused(image_folder, tmp_path, "no such folder or file", data=empty / "nowhere")

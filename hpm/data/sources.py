@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, overload, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -16,8 +16,9 @@ from PIL import Image
 from hpm.data import demo
 from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
 from hpm.data.notes import say_once
+from hpm.data.paths import Paths
 from hpm.data.tables import ArrowSource, ParquetSource, natural
-from hpm.errors import UserError, one_line
+from hpm.errors import UserError, one_line, why
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
@@ -87,36 +88,12 @@ def open_source(data: str) -> Splits:
     if path.suffix.lower() == ".parquet":
         return Splits(ParquetSource(str(path), [path]))
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return Splits(FileSource(str(path), [path]))
+        return Splits(FileSource(str(path), [path], root=path.parent))
     return Splits(_open_list(path))
 
 
-class Paths(Sequence[str]):
-    """Paths in two arrays. A loading process shares them with the others, where a list of texts
-    would be copied into each, bit by bit, as their reference counts are written."""
-
-    def __init__(self, paths: Iterable[Path | str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return Paths(self[i] for i in range(*index.indices(len(self))))
-        index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
-
-
 class FileSource:
-    """Image files."""
+    """Image files below `root`, which their names are relative to."""
 
     def __init__(
         self,
@@ -124,8 +101,10 @@ class FileSource:
         paths: Iterable[Path | str],
         labels: np.ndarray | None = None,
         classes: Sequence[str] = (),
+        root: Path | str = "",
     ):
         self.name = name
+        self.root = str(root)
         self.paths = Paths(paths)
         self.labels = labels
         self.classes = list(classes)
@@ -279,10 +258,10 @@ def _image_folder(root: Path) -> FileSource:
     tops = [f.split(os.sep)[0] if os.sep in f else None for f in files]
     classes = sorted({top for top in tops if top is not None})
     if None in tops or not classes:
-        return FileSource(str(root), paths)
+        return FileSource(str(root), paths, root=root)
     numbers = {c: i for i, c in enumerate(classes)}
     labels = np.array([numbers[top] for top in tops if top is not None])
-    return FileSource(str(root), paths, labels, classes)
+    return FileSource(str(root), paths, labels, classes, root)
 
 
 def _described(others: Counter[str]) -> str:
@@ -297,7 +276,11 @@ def _find_images(root: Path) -> tuple[list[str], Counter[str]]:
     followed, but no folder is entered twice."""
     found, seen = [], set()
     others: Counter[str] = Counter()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+
+    def pass_over(error: OSError) -> None:
+        say_once(f"{error.filename}: {why(error)}, passed over")
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=pass_over):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -336,12 +319,13 @@ def _open_list(path: Path) -> FileSource:
     if not paths:
         raise UserError(f"{path}: the list names no image")
     if all(n is None for n in names):
-        return FileSource(str(path), paths)
+        return FileSource(str(path), paths, root=path.parent)
     if None in names:
         raise UserError(f"{path}: some lines have a label and some have none")
     classes = sorted({n for n in names if n is not None}, key=natural)
     numbers = {c: i for i, c in enumerate(classes)}
-    return FileSource(str(path), paths, np.array([numbers[n] for n in names if n]), classes)
+    labels = np.array([numbers[n] for n in names if n])
+    return FileSource(str(path), paths, labels, classes, path.parent)
 
 
 def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:

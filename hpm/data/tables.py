@@ -20,6 +20,8 @@ from hpm.errors import UserError, one_line
 class TableSource:
     """The rows of Arrow chunks, which all loading processes share."""
 
+    files: list[Path]  # that hold them
+
     def __init__(self, name: str, where: str, images: Any, labels: Any, names: list[str]):
         """images, labels: columns of pyarrow (labels: None where there are none); names: those of
         the classes, where they are known; where: what a row is said to lie in."""
@@ -95,6 +97,7 @@ class ArrowSource(TableSource):
             files = [folder / entry["filename"] for entry in state["_data_files"]]
             if not files:
                 raise UserError(f"{folder}: holds no images")
+            self.files = files
             tables = []
             for file in files:
                 tables.append(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all())

@@ -11,7 +11,7 @@ from typing import Any
 from hpm import distributed
 from hpm.checks import check_eval
 from hpm.config import PROTOCOLS, EvalConfig, make_config, read_preset
-from hpm.errors import UserError, nearest
+from hpm.errors import UserError, nearest, why
 from hpm.evals.features import Reading
 from hpm.evals.files import COMPARED, result_file, training_folder
 from hpm.evals.metrics import accuracies, difference
@@ -41,14 +41,18 @@ def evaluate(
         config: name of a preset, or a YAML file, that the options are laid over.
         options: those of the protocol's class in `config.py`.
 
-    The result is also written as JSON into the run folder. Raises UserError on bad input.
+    The result is also written as JSON into the run folder; where that is not possible, `report` is
+    told, and the result says why. Raises UserError on bad input.
     """
     if protocol not in PROTOCOLS:
         known = ", ".join(PROTOCOLS)
         raise UserError(f"no evaluation '{protocol}'{nearest(protocol, PROTOCOLS)} ({known})")
     preset = read_preset(config) if config else {}
     given = preset | {"run": run, "data": data} | options
-    return run_evaluation(make_config(PROTOCOLS[protocol], given), report)
+    result = run_evaluation(make_config(PROTOCOLS[protocol], given), report)
+    if result.unwritable:
+        report(result.unwritable)
+    return result
 
 
 def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) -> Result:
@@ -76,8 +80,21 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
         }
         result = _result(protocol, about, outcome, config.seed)
         if folder:
-            distributed.main_first(lambda: result.save(result_file(config, protocol, folder)))
+            result.unwritable = distributed.main_first(
+                lambda: _save(result, config, protocol, folder)
+            )
     return result
+
+
+def _save(result: Result, config: EvalConfig, protocol: str, folder: Path) -> str | None:
+    """Write the numbers. Where that fails they are not lost: says why instead."""
+    try:
+        result.save(result_file(config, protocol, folder))
+    except UserError as error:
+        return f"{error}; --out names another folder"
+    except OSError as error:
+        return f"{folder}: {why(error)}; --out names another folder"
+    return None
 
 
 def _result(protocol: str, about: dict[str, Any], outcome: Outcome, seed: int) -> Result:

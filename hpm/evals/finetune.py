@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm import distributed
+from hpm import distributed, lock
 from hpm.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -43,7 +43,7 @@ from hpm.errors import UserError, counted
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.extras import need
-from hpm.logs import RunLog
+from hpm.logs import RunLog, say
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.optim import layer_decay_groups, learning_rate
@@ -191,6 +191,7 @@ def finetune(
     try:
         return _Finetuning(config, subject, weights, data, folder).run(reading)
     finally:
+        lock.release(folder)
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
         torch.set_rng_state(generators[2])
@@ -244,12 +245,16 @@ class _Finetuning:
         self.fingerprint = _fingerprint(self.model)
         self._resume()
 
+    @property
+    def _file(self) -> Path:
+        """The trained classifier."""
+        return self.folder / "classifier.safetensors"
+
     def run(self, reading: Reading) -> Ranked:
         """All steps that are left, then the test."""
         if self.step < self.total:
             self._train()
-        file = self.folder / "classifier.safetensors"
-        if not distributed.from_main(file.exists()):
+        if not distributed.from_main(self._file.exists()):
             backbone = self.subject.backbone
             about = {
                 "kind": "hpm classifier",
@@ -260,7 +265,7 @@ class _Finetuning:
                 "std": backbone.std.tolist(),
             }
             state = self.model.state_dict()
-            distributed.main_first(lambda: write_tensors(file, state, about))
+            distributed.main_first(lambda: write_tensors(self._file, state, about))
         return self._test(reading)
 
     def _train(self) -> None:
@@ -389,7 +394,8 @@ class _Finetuning:
         )
 
     def _resume(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if note := distributed.main_first(self._claim):
+            say(note)
         checkpoints = self.folder / "checkpoints"
         distributed.main_first(lambda: remove_stale(self.folder, checkpoints))
         found = distributed.from_main(list_checkpoints(checkpoints))
@@ -408,6 +414,10 @@ class _Finetuning:
         self.step = checkpoint.meta["step"]
         known = {int(index): text for index, text in checkpoint.meta.get("unreadable", {}).items()}
         self.unreadable = UnreadableImages(self.data.train, self.config.max_unreadable, known)
+
+    def _claim(self) -> str | None:
+        """Keep others from training here as well (see `hpm.lock`)."""
+        return None if self._file.exists() else lock.acquire(self.folder)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a fine-tuning to go on."""

@@ -26,6 +26,7 @@ class Result:
     measures of a classification are in percent (top1 with its 95 % bootstrap interval top1_low to
     top1_high, top5, mean_per_class). differences: the first run less the second, in points.
     chosen: the hyper-parameters that the held-out part chose. about: what was evaluated and how.
+    file: where all of this was written to; unwritable: why it could not be.
     """
 
     protocol: str
@@ -35,6 +36,7 @@ class Result:
     chosen: dict[str, Numbers] = field(default_factory=dict)
     hardness: Numbers = field(default_factory=dict)
     file: Path | None = None
+    unwritable: str | None = None
 
     def __str__(self) -> str:
         console = Console(width=100, no_color=True)

@@ -80,6 +80,19 @@ def test_transparency_that_is_left_out_is_said_once(mode, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["assocalpha", "unassalpha"])
+def test_a_band_of_a_tiff_that_is_left_out_is_said_once(kind, tmp_path, capsys):
+    tifffile = pytest.importorskip("tifffile")
+    for number in range(3):
+        bands = np.zeros((12, 12, 4), np.uint8)
+        tifffile.imwrite(tmp_path / f"{number}.tif", bands, photometric="rgb", extrasamples=[kind])
+    source = open_source(str(tmp_path)).train
+    for _ in range(2):
+        list(training_loader(source, EvaluationViews((8, 8), 3), [[(0, 0), (0, 1)]], 0, False))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "(a fourth band)" in said[0] and "--channels 4 keeps it" in said[0]
+
+
 def test_opaque_images_are_not_mentioned(image_folder, capsys):
     source = open_source(str(image_folder)).train
     list(training_loader(source, EvaluationViews((8, 8), 3), [[(0, 0)]], 0, False))

@@ -11,7 +11,8 @@ import pytest
 from helpers import write_images
 from PIL import Image
 
-from hpm.data.sources import Paths, Subset, hold_out, object_mask, open_source
+from hpm.data.paths import Paths
+from hpm.data.sources import Subset, hold_out, object_mask, open_source
 from hpm.errors import UserError
 
 

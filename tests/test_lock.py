@@ -1,0 +1,121 @@
+"""Two runs never write into one folder."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import TINY, assert_refused, run_here, tiny_arguments
+
+import hpm
+from hpm import lock
+
+# Holds the lock of a folder; its fork stands for a loading process that outlives it.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from hpm import lock
+
+lock.acquire(Path(sys.argv[1]))
+if os.fork() == 0:
+    time.sleep(100)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def hold():
+    started = []
+
+    def start(folder):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_free(folder):
+    with open(folder / lock.FILE, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(image_folder, tmp_path, hold):
+    out = tmp_path / "run"
+    first = hold(out)
+    command = ("pretrain", image_folder, "--out", out, *tiny_arguments())
+    refused = run_here(*command)
+    assert_refused(refused, f"{out} is in use by another run (process {first.pid} on")
+    assert [path.name for path in out.iterdir()] == [lock.FILE]
+    first.kill()
+    first.wait()
+    assert is_free(out)  # though its fork lives on
+    result = run_here(*command)
+    assert result.returncode == 0, result.stderr
+    assert is_free(out)
+
+
+def test_the_lock_is_held_while_training_and_no_longer(image_folder, tmp_path, monkeypatch):
+    out, seen = tmp_path / "run", []
+
+    def fail(*arguments):
+        seen.append(is_free(out))
+        raise hpm.UserError("something")
+
+    monkeypatch.setattr(sys.modules["hpm.pretrain"], "train_step", fail)
+    with pytest.raises(hpm.UserError, match="something"):
+        hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
+    assert seen == [False] and is_free(out)
+
+
+def test_a_folder_that_is_refused_is_left_as_it_was(image_folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(hpm.UserError, match="is no run folder"):
+        hpm.pretrain(data=str(image_folder), out=str(tmp_path), **TINY)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_file_system_without_locks_trains_all_the_same(image_folder, tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
+    log = (run.folder / "train.log").read_text()
+    assert run.backbone.exists() and log.count("has no locks (no locks available)") == 1
+
+
+def test_two_fine_tunings_in_one_folder(finished_run, image_folder, tmp_path, hold):
+    options = {"out": str(tmp_path), "epochs": 1, "batch_size": 12, "workers": 0}
+    given = ("finetune", str(finished_run.folder), str(image_folder))
+    (folder,) = _folders(tmp_path, given, options)
+    (folder / "classifier.safetensors").unlink()
+    first = hold(folder)
+    with pytest.raises(hpm.UserError, match=rf"in use by another run \(process {first.pid}"):
+        hpm.evaluate(*given, **options)
+    first.kill()
+    first.wait()
+    assert hpm.evaluate(*given, **options).values and is_free(folder)
+
+
+def _folders(out, given, options):
+    hpm.evaluate(*given, **options)
+    return [file.parent for file in out.rglob("classifier.safetensors")]
