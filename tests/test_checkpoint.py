@@ -128,7 +128,7 @@ def test_what_killed_saves_left_is_removed_when_the_folder_is_claimed(image_fold
     (run.checkpoints / ".tmpaB3xYz").touch()  # where safetensors writes first
     (run.folder / ".mine.tmp").touch()
     hpm.pretrain(data=str(image_folder), out=str(run.folder), **TINY)
-    assert [path.name for path in run.folder.rglob(".*")] == [".mine.tmp"]
+    assert [path.name for path in run.folder.rglob(".*")] == [".mine.tmp", ".lock"]
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
