@@ -21,15 +21,15 @@ from results import machine, table, write_section
 from step import SIZES, as_options
 from torch import Tensor
 
-from hpm.bench import HARD_SHARE, noise_batch, run_state
-from hpm.config import BenchConfig
-from hpm.distributed import pick_device
+from hpm.commands.bench_step import HARD_SHARE, noise_batch, run_state
+from hpm.commands.options import BenchConfig
+from hpm.core.distributed import pick_device
 from hpm.mining import miner
 from hpm.mining.draw import Draw
 from hpm.mining.masking import make_mask
 from hpm.models import linear
 from hpm.models.mim import Decoder
-from hpm.state import State
+from hpm.training.state import State
 
 # By its name: `hpm.pretrain` itself is the function.
 pretrain = importlib.import_module("hpm.pretrain")

@@ -398,7 +398,7 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
     from hpm.evals.hardness import loss_maps
     from hpm.mining.draw import Draw
     from hpm.models.patches import patchify
-    from hpm.run import load
+    from hpm.weights.resolve import load
 
     boxes = pq.read_table(data / "test.parquet", columns=["bbox"])["bbox"].to_pylist()
     source = open_source(str(data / "test.parquet")).train

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from results import machine, table, write_section
 
-from hpm.bench import HARD_SHARE, noise_batch, run_state, step_multiply_adds
-from hpm.config import BenchConfig
-from hpm.distributed import pick_device
-from hpm.logs import memory_gb
-from hpm.pretrain import train_step
+from hpm.commands.bench_step import HARD_SHARE, noise_batch, run_state, step_multiply_adds
+from hpm.commands.options import BenchConfig
+from hpm.core.distributed import pick_device
+from hpm.pretraining import train_step
+from hpm.training.log import memory_gb
 
 FOLDER = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()

@@ -15,7 +15,7 @@ import torch
 from results import machine, write_section
 from torch.nn import functional as F
 
-from hpm.config import LinearConfig
+from hpm.evals.options import LinearConfig
 from hpm.evals.probe import CHOOSING, LinearHeads, grid
 
 IMAGES, DIM, CLASSES, BATCH, STEPS, ROUNDS = 20_000, 96, 100, 1024, 40, 5

@@ -16,10 +16,10 @@ from results import machine, table, write_section
 from step import SIZES, as_options
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hpm.bench import PHASES, noise_batch, run_state
-from hpm.config import BenchConfig
-from hpm.distributed import pick_device
-from hpm.pretrain import train_step
+from hpm.commands.bench_step import PHASES, noise_batch, run_state
+from hpm.commands.options import BenchConfig
+from hpm.core.distributed import pick_device
+from hpm.pretraining import train_step
 
 FOLDER = Path(__file__).parent
 # The first whose words are part of the operator's name.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hpm
-from hpm.bench import HARD_SHARE
+from hpm.commands.bench_step import HARD_SHARE
 
 
 def main() -> None:

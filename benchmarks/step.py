@@ -13,7 +13,7 @@ from pathlib import Path
 from results import machine, write_section
 from rich.console import Console
 
-from hpm.bench import print_report
+from hpm.commands.bench_step import print_report
 
 SIZES = {
     "vit_tiny": ["--model", "vit_tiny", "--image-size", "64", "--patch-size", "8",

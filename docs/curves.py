@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hpm.run import Run
+from hpm.weights.run_folder import Run
 
 DOCS = Path(__file__).parent
 PANELS = {

@@ -7,13 +7,14 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hpm.core.config import HARD_SHARES, Mask
 from hpm.data.loader import normalize
 from hpm.data.sources import open_source
 from hpm.data.transforms import evaluation_view
 from hpm.mining.draw import Draw
-from hpm.mining.masking import HARD_SHARES, Mask, make_mask, num_hidden_patches, to_mask
+from hpm.mining.masking import make_mask, num_hidden_patches, to_mask
 from hpm.mining.teacher import attention, predicted_losses
-from hpm.run import load
+from hpm.weights.resolve import load
 
 DOCS = Path(__file__).parent
 IMAGE, RATIO = 7, 0.75

@@ -1,13 +1,48 @@
-"""hpm: self-supervised pre-training of vision backbones by Hard Patches Mining."""
+"""Self-supervised pre-training of Vision Transformers by Hard Patches Mining.
 
-from hpm.errors import UserError
-from hpm.evals import evaluate
-from hpm.export import export
-from hpm.pretrain import Interrupted, pretrain
-from hpm.run import Run, load_encoder
-from hpm.version import __version__
+run = hpm.pretrain("photos/", out="runs/first", model="vit_small", epochs=100)
+encoder = hpm.load_encoder("runs/first")
+result = hpm.evaluate("linear", "runs/first", "flowers/")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hpm.core.errors import UserError
+from hpm.core.signals import Interrupted
+from hpm.core.version import __version__
+
+if TYPE_CHECKING:
+    from hpm.commands.export import export
+    from hpm.evals import evaluate
+    from hpm.pretraining import pretrain
+    from hpm.weights.resolve import load_encoder
+    from hpm.weights.run_folder import Run
+
+# What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
+_LAZY = {
+    "Run": "hpm.weights.run_folder",
+    "evaluate": "hpm.evals",
+    "export": "hpm.commands.export",
+    "load_encoder": "hpm.weights.resolve",
+    "pretrain": "hpm.pretraining",
+}
 
 __all__ = [
     "Interrupted", "Run", "UserError", "__version__", "evaluate", "export", "load_encoder",
     "pretrain",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hpm' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

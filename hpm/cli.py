@@ -17,25 +17,21 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from rich.console import Console
 
 import hpm
-from hpm import distributed
-from hpm.config import (
-    PROTOCOLS,
+from hpm.commands.options import (
     AblateConfig,
     BenchConfig,
     BenchDataConfig,
     DemoConfig,
-    EvalConfig,
     ExportConfig,
     PrepareConfig,
-    PretrainConfig,
-    ReportConfig,
-    ShowConfig,
     TokenizeConfig,
-    ViewConfig,
-    lay_over,
-    preset_path,
 )
-from hpm.errors import UserError, counted, nearest, why
+from hpm.core import distributed
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError, counted, nearest, why
+from hpm.core.options import lay_over, preset_path
+from hpm.evals.options import PROTOCOLS, EvalConfig
+from hpm.show.options import ReportConfig, ShowConfig, ViewConfig
 
 VERBS: dict[str, tuple[Any, str]] = {
     "demo": (DemoConfig, "the whole tour on built-in images, on a CPU, in minutes"),
@@ -134,21 +130,21 @@ def _run(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    from hpm.tour import tour
+    from hpm.commands.demo import tour
 
     tour(_parse("demo", arguments))
     return 0
 
 
 def _pretrain(arguments: list[str]) -> int:
-    from hpm.pretrain import run_pretraining
+    from hpm.pretraining import run_pretraining
 
     run_pretraining(_parse("pretrain", arguments))
     return 0
 
 
 def _report(arguments: list[str]) -> int:
-    from hpm.pages.report import run_report
+    from hpm.show.report import run_report
 
     print(f"written to {run_report(_parse('report', arguments))}")
     return 0
@@ -176,8 +172,8 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _ablate(arguments: list[str]) -> int:
-    from hpm.ablate import ablate
-    from hpm.ablation.results import print_results
+    from hpm.commands.ablate import ablate
+    from hpm.commands.ablation_results import print_results
 
     results = ablate(_parse("ablate", arguments))
     if distributed.is_main():
@@ -187,7 +183,8 @@ def _ablate(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from hpm import bench, bench_data
+    from hpm.commands import bench_data
+    from hpm.commands import bench_step as bench
 
     kind, *rest = arguments or [""]
     if kind in ("-h", "--help"):
@@ -210,7 +207,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _tokenize(arguments: list[str]) -> int:
-    from hpm.tokens import tokenize
+    from hpm.commands.tokenize import tokenize
 
     path, distance = tokenize(_parse("tokenize", arguments))
     print(f"mean squared distance of a patch to its token: {distance:.4g}")
@@ -219,7 +216,7 @@ def _tokenize(arguments: list[str]) -> int:
 
 
 def _prepare(arguments: list[str]) -> int:
-    from hpm.prepare import prepare
+    from hpm.commands.prepare import prepare
 
     config = _parse("prepare", arguments)
     made = prepare(config)
@@ -235,21 +232,21 @@ def _prepare(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    from hpm.show import show
+    from hpm.show.command import show
 
     print(f"written to {show(_parse('show', arguments))}")
     return 0
 
 
 def _view(arguments: list[str]) -> int:
-    from hpm.pages.view import view
+    from hpm.show.view import view
 
     view(_parse("view", arguments))
     return 0
 
 
 def _export(arguments: list[str]) -> int:
-    from hpm.export import run_export
+    from hpm.commands.export import run_export
 
     run_export(_parse("export", arguments))
     return 0

@@ -88,7 +88,7 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 def stop_after(monkeypatch, steps):
     """Pull the plug when a checkpoint of that step has been written."""
-    from hpm.state import State
+    from hpm.training.state import State
 
     save = State.save
 

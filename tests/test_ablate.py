@@ -6,10 +6,12 @@ import pytest
 from helpers import TINY, assert_refused, run_here, run_hpm, tiny_arguments
 
 import hpm
-from hpm.ablate import ablate, losses_compare
-from hpm.ablation.plan import ARMS, combinations, make_plan, make_variants, read_arms
-from hpm.ablation.results import Results
-from hpm.config import AblateConfig, PretrainConfig, make_config
+from hpm.commands.ablate import ablate, losses_compare
+from hpm.commands.ablation_plan import ARMS, combinations, make_plan, make_variants, read_arms
+from hpm.commands.ablation_results import Results
+from hpm.commands.options import AblateConfig
+from hpm.core.config import PretrainConfig
+from hpm.core.options import make_config
 
 
 def config_of(image_folder, out, **options):

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 import hpm
-from hpm.backbone import Backbone
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD, evaluation_batches
 from hpm.data.sources import open_source
 from hpm.models.build import build_encoder
+from hpm.weights.backbone import Backbone
 
 SHAPE = {
     "image_size": (16, 16), "patch_size": (4, 4), "channels": 3, "embed_dim": 32, "depth": 1,

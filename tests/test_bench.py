@@ -13,8 +13,10 @@ from helpers import assert_refused, run_here, run_hpm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm import bench
-from hpm.config import BenchConfig, PretrainConfig, resolve_model
+from hpm.commands import bench_step as bench
+from hpm.commands.options import BenchConfig
+from hpm.core.config import PretrainConfig
+from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 
 ROOT = Path(__file__).parents[1]

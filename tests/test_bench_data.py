@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm.bench_data import _limit, bench_data
 from hpm.cli import main
-from hpm.config import BenchDataConfig
-from hpm.errors import UserError
+from hpm.commands.bench_data import _limit, bench_data
+from hpm.commands.options import BenchDataConfig
+from hpm.core.errors import UserError
 
 SMALL = ["--image-size", "16", "--images", "16", "--batch-size", "4", "--repeats", "2"]
 

@@ -12,11 +12,11 @@ from helpers import TINY
 from safetensors.torch import load_file, save_file
 
 import hpm
-from hpm import checkpoint
-from hpm.errors import UserError
+from hpm.core.errors import UserError
 from hpm.models.build import build_model
-from hpm.optim import adamw
-from hpm.run import load
+from hpm.training.optim import adamw
+from hpm.weights import checkpoint
+from hpm.weights.resolve import load
 
 SMALL = {
     "image_size": [8, 8], "patch_size": [4, 4], "channels": 3, "embed_dim": 16, "depth": 1,
@@ -87,8 +87,8 @@ def test_a_disk_that_fills_up(tmp_path):
     model, optimizer = trained()
     first = save(tmp_path, 1, model, optimizer)
     code = (
-        "import sys, torch; from pathlib import Path; from hpm.checkpoint import write_tensors\n"
-        "from hpm.errors import UserError\n"
+        "import sys, torch; from pathlib import Path; from hpm.weights.checkpoint import write_tensors\n"
+        "from hpm.core.errors import UserError\n"
         "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(10**6)}, {})\n"
         "except UserError as error: print('refused:', error)"
     )

@@ -256,7 +256,7 @@ def test_demo(tmp_path):
 
 
 def test_counts_have_their_number():
-    from hpm.errors import counted
+    from hpm.core.errors import counted
 
     assert counted(1, "image") == "1 image" and counted(0, "image") == "0 images"
     assert counted(1, "class", "classes") == "1 class"

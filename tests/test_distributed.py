@@ -8,9 +8,9 @@ import torch.distributed as dist
 from helpers import tiny_arguments, write_images
 from jobs import torchrun
 
-from hpm import distributed
-from hpm.checkpoint import read_tensors
-from hpm.run import Run
+from hpm.core import distributed
+from hpm.core.files import read_tensors
+from hpm.weights.run_folder import Run
 
 
 def run_torchrun(*arguments, processes=2):

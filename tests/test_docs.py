@@ -13,8 +13,11 @@ import yaml
 
 import hpm
 from hpm import cli
-from hpm.checks import check_eval, check_pretrain
-from hpm.config import FREE_OPTIONS, AblateConfig, EvalConfig, PretrainConfig, make_config
+from hpm.commands.options import AblateConfig
+from hpm.core.config import FREE_OPTIONS, PretrainConfig
+from hpm.core.options import make_config
+from hpm.evals.options import EvalConfig
+from hpm.training.checks import check_eval, check_pretrain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +85,7 @@ def check(config):
             config = dataclasses.replace(config, codebook=__file__)
         check_pretrain(config)
     if isinstance(config, AblateConfig):
-        from hpm.ablation.plan import make_plan
+        from hpm.commands.ablation_plan import make_plan
 
         make_plan(config)
 

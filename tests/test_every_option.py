@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import hpm
-from hpm.config import TargetName, TokenizeConfig
-from hpm.extras import need
+from hpm.commands.options import TokenizeConfig
+from hpm.commands.tokenize import tokenize
+from hpm.core.config import Mask, TargetName
+from hpm.core.extras import need
 from hpm.mining.draw import Draw
-from hpm.mining.masking import Mask, make_mask, num_hidden_patches
+from hpm.mining.masking import make_mask, num_hidden_patches
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
 from hpm.models.vit import VisionTransformer
-from hpm.tokens import tokenize
 
 SMALL = {
     "data": "demo", "model": "vit_nano", "image_size": 32, "patch_size": 8, "batch_size": 16,

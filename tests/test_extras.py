@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hpm
-from hpm.extras import _nms, need
+from hpm.core.extras import _nms, need
 
 
 def test_a_missing_library_is_one_line(monkeypatch):

@@ -6,15 +6,26 @@ import torch
 from helpers import TINY
 from PIL import Image
 
-from hpm.config import PretrainConfig, make_config, resolve_model
-from hpm.extras import need
-from hpm.figures import draw, head_pixels, picture, pixels, principal_colours, reconstruct, unable
+from hpm.core.config import PretrainConfig
+from hpm.core.extras import need
+from hpm.core.options import make_config
 from hpm.mining.draw import noise
 from hpm.mining.masking import hide_top
+from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
-from hpm.run import Trained, load
-from hpm.targets import PixelTarget, make_target
+from hpm.show.figures import (
+    draw,
+    head_pixels,
+    picture,
+    pixels,
+    principal_colours,
+    reconstruct,
+    unable,
+)
+from hpm.targets.make import make_target
+from hpm.targets.pixels import PixelTarget
+from hpm.weights.resolve import Trained, load
 
 IMAGES = torch.randint(
     0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)

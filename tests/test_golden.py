@@ -9,14 +9,14 @@ import torch
 from published import our_state
 from safetensors.torch import load_file
 
-from hpm import optim
 from hpm.mining import draw, losses, masking
 from hpm.mining.teacher import Teacher, predicted_losses
 from hpm.models.classifier import Classifier
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, sincos_positions
 from hpm.models.vit import VisionTransformer
-from hpm.targets import pixel_target
+from hpm.targets.pixels import pixel_target
+from hpm.training import optim
 
 FOLDER = Path(__file__).parents[1] / ".." / "shared" / "golden"
 FILES = sorted(FOLDER.glob("golden_*.json"))

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
 
 import hpm
-from hpm import imports
+from hpm.core.errors import UserError
+from hpm.core.extras import need
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
-from hpm.errors import UserError
-from hpm.extras import need
 from hpm.models.build import build_encoder, build_model
 from hpm.models.patches import patchify, resample_projection
-from hpm.names import recognise
-from hpm.run import load, save_backbone
+from hpm.weights import third_party as imports
+from hpm.weights.names import recognise
+from hpm.weights.resolve import load, save_backbone
 
 timm = need("timm", "timm", "the test")
 transformers = need("transformers", "hf", "the test")
@@ -173,7 +173,7 @@ def test_names_of_either_version_of_transformers():
         "vit.layers.0.mlp.fc1.bias": torch.zeros(16),
         "vit.layers.0.mlp.fc2.bias": torch.zeros(4),
     }
-    from hpm.names import to_ours
+    from hpm.weights.names import to_ours
 
     (a, _), (b, _) = to_ours("hf_vit", old), to_ours("hf_vit", new)
     assert a.keys() == b.keys()
@@ -460,7 +460,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
     assert "a published checkpoint of Hard Patches Mining" in said[0] and result.hardness
     shown = run_hpm("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
     assert shown.returncode == 0 and "normalised pixels (assumed)" in shown.stdout, shown.stderr
-    hpm.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
+    hpm.commands.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
     text = (tmp_path / "hf" / "README.md").read_text()
     assert (
         "Not trained by hpm: converted from hpm.pth, a published" in text
@@ -511,7 +511,9 @@ def timms_weights(monkeypatch):
     encoder = build_encoder(
         {"model": SMALL, "image_size": [160, 160], "patch_size": [16, 16], "channels": 3}, seed=7
     )
-    monkeypatch.setattr("hpm.imports.pretrained_weights", lambda wanted: encoder.state_dict())
+    monkeypatch.setattr(
+        "hpm.weights.third_party.pretrained_weights", lambda wanted: encoder.state_dict()
+    )
     return encoder.eval()
 
 
@@ -536,7 +538,7 @@ def test_timms_own_weights_wherever_a_run_is_named(
     name = "patch mean"
     assert both.values[f"compared, {name}"] == alone.values[f"trained, {name}"]
     both.file.unlink()
-    out = hpm.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
+    out = hpm.commands.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
     assert load_file(out).keys() == timms_weights.state_dict().keys()
     result = run_here("show", SMALL, data, "--out", tmp_path / "x.png", "--images", 2,
                       "--device", "cpu")  # fmt: skip
@@ -544,7 +546,7 @@ def test_timms_own_weights_wherever_a_run_is_named(
 
 
 def test_timms_own_weights_without_a_network(monkeypatch, tmp_path):
-    monkeypatch.setattr("hpm.hub._reachable", lambda address: False)
+    monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(hpm.UserError, match=f"{SMALL} is not on disk .* cannot be reached") as no:
         hpm.load_encoder(SMALL)
@@ -568,7 +570,9 @@ def test_timms_own_weights_without_a_network(monkeypatch, tmp_path):
 def test_images_are_normalised_as_timms_weights_want_it(
     image_folder, tmp_path, monkeypatch, options, expected
 ):
-    monkeypatch.setattr("hpm.state.pretrained_weights", lambda encoder: encoder.state_dict())
+    monkeypatch.setattr(
+        "hpm.training.state.pretrained_weights", lambda encoder: encoder.state_dict()
+    )
     sizes = {"image_size": 32, "patch_size": 16, "steps": 1, "model": SMALL}
     run = hpm.pretrain(
         data=str(image_folder), out=str(tmp_path / "run"), **(TINY | sizes | options)

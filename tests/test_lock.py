@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY, assert_refused, run_here, tiny_arguments
 
 import hpm
-from hpm import lock
+from hpm.core import lock
 
 # Holds the lock of a folder; its fork stands for a loading process that outlives it.
 HOLDER = """

@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from hpm import logs
-from hpm.logs import RunLog
+from hpm.training import log as logs
+from hpm.training.log import RunLog
 
 STATUS = "loss 0.4123  ranking 0.812  12345 images/s  data wait 12 %  123.4 GB"
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hpm
-from hpm.checkpoint import read_tensors
+from hpm.core.files import read_tensors
 from hpm.mining.memory import DOUBT, KEPT, HardnessMemory, overlaps
 
 WHOLE = [0.0, 1.0, 0.0, 1.0]
@@ -173,9 +173,10 @@ def test_the_memory_hides_where_losses_were_high(tmp_path):
         pixels[:16, :16] = rng.integers(0, 256, (16, 16, 3))
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
-    from hpm.config import PretrainConfig, make_config
-    from hpm.pretrain import train_step
-    from hpm.state import State
+    from hpm.core.config import PretrainConfig
+    from hpm.core.options import make_config
+    from hpm.pretraining import train_step
+    from hpm.training.state import State
 
     options = TINY | {"data": str(tmp_path / "images"), "out": str(tmp_path / "run")}
     options |= {"holdout": 0, "mine_by": "memory", "predictor_loss": "none", "target": "pixels"}
@@ -197,8 +198,9 @@ def test_the_memory_hides_where_losses_were_high(tmp_path):
 def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     from torch.nn import functional as F
 
-    from hpm.config import PretrainConfig, resolve_model
+    from hpm.core.config import PretrainConfig
     from hpm.mining.teacher import SmallTeacher, Teacher
+    from hpm.models.architecture import resolve_model
     from hpm.models.build import build_model
     from hpm.models.patches import interpolate_positions
 

@@ -8,9 +8,9 @@ import hpm
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import open_source
 from hpm.evals.hardness import loss_maps
-from hpm.figures import picture
 from hpm.mining.draw import Draw
-from hpm.run import load
+from hpm.show.figures import picture
+from hpm.weights.resolve import load
 
 WAYS = [{}, {"teacher_view": "masked"}, {"teacher_scale": 0.5}]
 

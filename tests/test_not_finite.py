@@ -8,10 +8,10 @@ from helpers import TINY
 from safetensors.torch import load_file
 
 import hpm
-from hpm.config import PretrainConfig
-from hpm.not_finite import advice, judge_checkpoints
-from hpm.sessions import read_sessions
-from hpm.state import State
+from hpm.core.config import PretrainConfig
+from hpm.training.not_finite import advice, judge_checkpoints
+from hpm.training.sessions import read_sessions
+from hpm.training.state import State
 
 
 def readings(*losses, every=10):

@@ -9,7 +9,7 @@ from helpers import assert_refused, run_here, tiny_arguments, write_images
 
 import hpm
 import hpm.data.sources
-from hpm.checkpoint import read_tensors, write_tensors, write_text
+from hpm.core.files import read_tensors, write_tensors, write_text
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_arguments
 from jobs import TORCHRUN, Job
 
-from hpm.checkpoint import list_checkpoints, load_checkpoint
+from hpm.weights.checkpoint import list_checkpoints, load_checkpoint
 
 SIGNALS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
 

@@ -10,15 +10,15 @@ from helpers import TINY, write_images
 from PIL import Image
 
 import hpm
-from hpm import prepare as preparing
 from hpm.cli import main
-from hpm.config import PrepareConfig
+from hpm.commands import prepare as preparing
+from hpm.commands.options import PrepareConfig
+from hpm.commands.prepare import prepare
+from hpm.core.errors import UserError
 from hpm.data import demo
 from hpm.data.arrays import ArrayImage
 from hpm.data.sources import DemoSource, open_source
 from hpm.data.transforms import decode
-from hpm.errors import UserError
-from hpm.prepare import prepare
 
 
 @pytest.fixture

@@ -14,15 +14,16 @@ from helpers import TINY, run_hpm, stop_after, tiny_arguments, write_images
 from safetensors.torch import load_file
 
 import hpm
-from hpm import stop
-from hpm.checkpoint import list_checkpoints, load_checkpoint, read_tensors
+from hpm.core import signals as stop
+from hpm.core.errors import UserError
+from hpm.core.files import read_tensors
 from hpm.data.sources import open_source
-from hpm.errors import UserError
 from hpm.evals.hardness import measure
 from hpm.mining import miner
 from hpm.mining.teacher import predicted_losses
-from hpm.run import load
-from hpm.schedule import default_base_lr
+from hpm.training.schedule import default_base_lr
+from hpm.weights.checkpoint import list_checkpoints, load_checkpoint
+from hpm.weights.resolve import load
 
 
 def pretrain(folder, out, **changes):
@@ -290,7 +291,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_training(image_folder, tmp_p
     def fail(*args):
         raise OSError("no")
 
-    monkeypatch.setattr("hpm.logs.open", fail, raising=False)
+    monkeypatch.setattr("hpm.training.log.open", fail, raising=False)
     run = pretrain(image_folder, tmp_path / "run")
     assert run.backbone.exists() and not (run.folder / "metrics.jsonl").exists()
 

@@ -11,8 +11,10 @@ import yaml
 from helpers import TINY
 
 import hpm
-from hpm.checkpoint import read_tensors
-from hpm.config import KnnConfig, PretrainConfig, make_config
+from hpm.core.config import PretrainConfig
+from hpm.core.files import read_tensors
+from hpm.core.options import make_config
+from hpm.evals.options import KnnConfig
 
 
 def test_pretrain_takes_the_data_first(image_folder, tmp_path):
@@ -43,7 +45,9 @@ def test_a_path_is_taken_wherever_a_name_is(finished_run, image_folder, tmp_path
         test=image_folder, **options,
     )  # fmt: skip
     assert result.file.parent == tmp_path / "evals" and result.about["temperature"] == 0.1
-    written = hpm.export(finished_run.folder, "safetensors", out=tmp_path / "a.safetensors")
+    written = hpm.commands.export(
+        finished_run.folder, "safetensors", out=tmp_path / "a.safetensors"
+    )
     hpm.load_encoder(written)
 
 
@@ -77,7 +81,7 @@ calls = {
     "going on": lambda: hpm.pretrain(data, out=out / "run", steps=6, **tiny),
     "knn": lambda: hpm.evaluate("knn", run, data, out=out, k=(1,), workers=0),
     "load_encoder": lambda: hpm.load_encoder(run, image_size=32),
-    "export": lambda: hpm.export(run, "safetensors", out / "a.safetensors"),
+    "export": lambda: hpm.commands.export(run, "safetensors", out / "a.safetensors"),
 }
 seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
 drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())
@@ -145,11 +149,11 @@ def test_errors_give_their_reasons(finished_run, tmp_path):
 
     with pytest.raises(hpm.UserError, match=r"names no splits \(.*delimiter"):
         _open_saved(tmp_path)
-    from hpm.hub import read_json
+    from hpm.core.hub import read_json
 
     with pytest.raises(hpm.UserError, match=r"is damaged \(.*delimiter"):
         read_json(tmp_path / "dataset_dict.json")
     with pytest.raises(hpm.UserError, match=r"cannot be read \(.*expected"):
-        from hpm.ablation.plan import _read_yaml
+        from hpm.commands.ablation_plan import _read_yaml
 
         _read_yaml("--vary", "[1, 2")

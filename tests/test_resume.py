@@ -7,10 +7,11 @@ import torch
 from helpers import TINY, stop_after, write_images
 
 import hpm
-from hpm.checkpoint import read_tensors, write_tensors
-from hpm.config import PretrainConfig, make_config
-from hpm.run import Run
-from hpm.state import State
+from hpm.core.config import PretrainConfig
+from hpm.core.files import read_tensors, write_tensors
+from hpm.core.options import make_config
+from hpm.training.state import State
+from hpm.weights.run_folder import Run
 
 OPTIONS = TINY | {"holdout": 0, "init": "first/backbone.safetensors"}
 

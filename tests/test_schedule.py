@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from hpm.config import FinetuneConfig, PretrainConfig, make_config, preset_path, read_preset
-from hpm.errors import UserError
-from hpm.optim import adamw, ema_decay, learning_rate
-from hpm.schedule import (
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError
+from hpm.core.options import make_config, preset_path, read_preset
+from hpm.evals.options import FinetuneConfig
+from hpm.training.optim import adamw, ema_decay, learning_rate
+from hpm.training.schedule import (
     PAPER_BASE_LR,
     default_base_lr,
     duration_steps,
@@ -56,8 +58,8 @@ def test_the_papers_constants():
 
 
 def test_every_preset_is_valid():
-    from hpm.checks import check_pretrain
-    from hpm.config import PRESETS
+    from hpm.core.options import PRESETS
+    from hpm.training.checks import check_pretrain
 
     presets = sorted(PRESETS.glob("*.yaml"))
     assert len(presets) >= 4

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from test_imports import SHAPE, published
 
 import hpm
-from hpm.config import ShowConfig
+from hpm.core.errors import UserError
 from hpm.data.sources import open_source
-from hpm.errors import UserError
 from hpm.models.build import build_model
-from hpm.show import show
+from hpm.show.command import show
+from hpm.show.options import ShowConfig
 
 
 def shown(run, data, out, **options):
@@ -51,7 +51,7 @@ def test_every_kind_of_file(finished_run, image_folder, tmp_path, capsys, kind):
         file, panels, expected = finished_run.backbone, 3, no_decoders
     elif kind == "export":
         file, panels, expected = tmp_path / "timm.safetensors", 3, no_decoders
-        hpm.export(finished_run.folder, to="safetensors", out=file)
+        hpm.commands.export(finished_run.folder, to="safetensors", out=file)
     else:
         model = build_model(SHAPE | {"with_predictor": kind == "hpm"}, 1)
         state = published(model)
@@ -127,7 +127,7 @@ def test_progress_is_shown_while_reading_and_computing(
         told.append((description, total))
         return steps
 
-    for module in ("hpm.show", "hpm.figures"):
+    for module in ("hpm.show.command", "hpm.show.command.figures"):
         monkeypatch.setattr(f"{module}.track", track)
     show(ShowConfig(str(finished_run.folder), str(image_folder), str(tmp_path / "a.html"),
                     images=40, num_masks=1, device="cpu"))  # fmt: skip

@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hpm
-from hpm.checks import check_pretrain
-from hpm.config import PretrainConfig
-from hpm.extras import need
-from hpm.frozen import of_hugging_face, of_timm
+from hpm.core.config import PretrainConfig
+from hpm.core.extras import need
 from hpm.mining.losses import squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, patchify
-from hpm.targets import HogTarget, PixelTarget, TeacherTarget, hog
+from hpm.targets.features import TeacherTarget
+from hpm.targets.frozen_model import of_hugging_face, of_timm
+from hpm.targets.hog import HogTarget, hog
+from hpm.targets.pixels import PixelTarget
+from hpm.training.checks import check_pretrain
 
 
 def images(batch=2, channels=3, size=(16, 16), seed=0):
@@ -160,7 +162,7 @@ def test_a_frozen_model_from_a_folder(tmp_path, image_folder):
 
 
 def test_a_frozen_model_that_is_nowhere(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr("hpm.hub._reachable", lambda address: False)
+    monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     for name in ("timm/vit_tiny_patch16_224", "hf/nobody/nothing"):
         with pytest.raises(hpm.UserError, match="is not on disk .it was looked for in .*hub.* and"):
             hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), target="frozen",

@@ -7,8 +7,8 @@ import pytest
 from helpers import TINY, stop_after
 
 import hpm
-from hpm.config import FREE_OPTIONS, PretrainConfig
-from hpm.logs import RunLog
+from hpm.core.config import FREE_OPTIONS, PretrainConfig
+from hpm.training.log import RunLog
 
 
 def pretrain(folder, out, **changes):

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import hpm
-from hpm.checkpoint import read_tensors, write_tensors
-from hpm.config import ShowConfig, ViewConfig
-from hpm.extras import need
-from hpm.frozen import load_frozen
-from hpm.pages import view
-from hpm.run import load
-from hpm.show import show
-from hpm.tokens import load_codebook
+from hpm.core.extras import need
+from hpm.core.files import read_tensors, write_tensors
+from hpm.show import view
+from hpm.show.command import show
+from hpm.show.options import ShowConfig, ViewConfig
+from hpm.targets.frozen_model import load_frozen
+from hpm.targets.tokens import load_codebook
+from hpm.weights.resolve import load
 
 NAMES = (
     ("timm/vit_tiny_patch16_224", "timm.create_model.'vit_tiny_patch16_224', pretrained=True"),
@@ -30,7 +30,7 @@ def no_network(monkeypatch, tmp_path):
     for name in ("create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, connect)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr("hpm.hub._reachable", connect)
+    monkeypatch.setattr("hpm.core.hub._reachable", connect)
     monkeypatch.setattr(torch.hub, "download_url_to_file", connect)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -73,7 +73,7 @@ def test_what_a_checkpoint_names_is_not_fetched(
     trained = view.open_trained(path, "cpu")
     viewer = view.Viewer(trained, *view._examples("demo", trained), 2)
     assert "not fetched" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
-    hpm.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
+    hpm.commands.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
 
 
 def test_weights_that_are_no_part_of_the_hub(monkeypatch, no_network):
@@ -122,7 +122,7 @@ def test_code_of_strangers_is_not_run(tmp_path, no_network, monkeypatch):
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *a: "y")
-    monkeypatch.setattr("hpm.hub._reachable", lambda address: False)
+    monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     with pytest.raises(hpm.UserError):
         load_frozen(str(folder))
     assert not (tmp_path / "ran").exists()

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
+from hpm.core.errors import UserError, counted, one_line
+from hpm.core.extras import need
 from hpm.data.jpeg import START, JpegImage
 from hpm.data.pillow import open_by_pillow
-from hpm.errors import UserError, counted, one_line
-from hpm.extras import need
 
 BICUBIC = Image.Resampling.BICUBIC
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")

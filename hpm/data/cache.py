@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from hpm import distributed
+from hpm.core import distributed
 from hpm.data.arrays import Pixels, UnreadableImage
 from hpm.data.sources import Source
 

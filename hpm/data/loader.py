@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from hpm import distributed
-from hpm.config import Flip
+from hpm.core import distributed
+from hpm.core.config import Flip
+from hpm.core.errors import UserError, one_line
+from hpm.core.signals import ignore_stop_signals
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth, loses_alpha
 from hpm.data.cache import FORKS, Cache
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.data.workers import WorkerLoader
-from hpm.errors import UserError, one_line
-from hpm.stop import ignore_stop_signals
 
 MOST_WORKERS = 16  # by default; each holds a batch of views or more, and keeps a core busy
 IMAGENET_MEAN = [0.485, 0.456, 0.406]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hpm import distributed
+from hpm.core import distributed
 
 _said: set[str] = set()
 

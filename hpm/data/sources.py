@@ -13,12 +13,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from hpm.core.errors import UserError, one_line, why
 from hpm.data import demo
 from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
 from hpm.data.tables import ArrowSource, ParquetSource, natural
-from hpm.errors import UserError, one_line, why
 
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",

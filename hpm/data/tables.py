@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from hpm.core.errors import UserError, one_line
 from hpm.data.arrays import Opened, any_deep, open_image
-from hpm.errors import UserError, one_line
 
 
 class TableSource:

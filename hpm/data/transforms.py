@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from hpm.config import Flip
+from hpm.core.config import Flip
 from hpm.data.arrays import (
     Box,
     Opened,

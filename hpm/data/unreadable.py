@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from hpm import distributed
+from hpm.core import distributed
+from hpm.core.errors import UserError
 from hpm.data.sources import Source
-from hpm.errors import UserError
 
 
 class UnreadableImages:

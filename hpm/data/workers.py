@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from hpm.errors import UserError, counted
-from hpm.stop import hold_stop_signals
+from hpm.core.errors import UserError, counted
+from hpm.core.signals import hold_stop_signals
 
 SHARED = Path("/dev/shm")
 # What PyTorch says where the memory that loading processes share is full.

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpm import distributed
-from hpm.checks import check_eval
-from hpm.config import PROTOCOLS, EvalConfig, make_config, read_preset
-from hpm.errors import UserError, nearest, why
+from hpm.core import distributed
+from hpm.core.errors import UserError, nearest, why
+from hpm.core.options import make_config, read_preset
+from hpm.core.random_state import random_state_kept
+from hpm.core.version import __version__
 from hpm.evals.features import Reading
 from hpm.evals.files import COMPARED, result_file, training_folder
 from hpm.evals.metrics import accuracies, difference
+from hpm.evals.options import PROTOCOLS, EvalConfig
 from hpm.evals.protocols import TRAINED, Outcome, Task, run_protocol
 from hpm.evals.result import Result, print_result
-from hpm.random_state import random_state_kept
-from hpm.version import __version__
+from hpm.training.checks import check_eval
 
 __all__ = ["PROTOCOLS", "Result", "evaluate", "print_result"]
 

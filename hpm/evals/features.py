@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpm import distributed
+from hpm.core import distributed
+from hpm.core.errors import UserError, counted
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
-from hpm.errors import UserError, counted
-from hpm.run import Backbone
+from hpm.weights.resolve import Backbone
 
 RAW_PIXELS = "raw pixels"
 Embed = Callable[[Tensor], dict[str, Tensor]]

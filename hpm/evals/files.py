@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpm.config import PROTOCOLS, EvalConfig
+from hpm.evals.options import PROTOCOLS, EvalConfig
 
 COMPARED = "compared"  # features of the run that --compare names
 # What is evaluated, which names and tables tell by themselves.

@@ -17,16 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm import distributed, lock
-from hpm.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    remove_stale,
-    restore,
-    save_checkpoint,
-    write_tensors,
-)
-from hpm.config import FinetuneConfig, pair
+from hpm.core import distributed, lock
+from hpm.core.config import pair
+from hpm.core.errors import UserError, counted
+from hpm.core.extras import need
+from hpm.core.files import remove_stale, write_tensors
+from hpm.core.progress import say
+from hpm.core.signals import Interrupted, stop_signals
 from hpm.data.loader import (
     Key,
     MakeView,
@@ -39,16 +36,15 @@ from hpm.data.loader import (
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
 from hpm.data.unreadable import UnreadableImages
-from hpm.errors import UserError, counted
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
-from hpm.extras import need
-from hpm.logs import RunLog, say
+from hpm.evals.options import FinetuneConfig
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
-from hpm.optim import layer_decay_groups, learning_rate
-from hpm.schedule import duration_steps, long_warmup
-from hpm.stop import Interrupted, stop_signals
+from hpm.training.log import RunLog
+from hpm.training.optim import layer_decay_groups, learning_rate
+from hpm.training.schedule import duration_steps, long_warmup
+from hpm.weights.checkpoint import list_checkpoints, load_checkpoint, restore, save_checkpoint
 
 LOG_EVERY = 10
 # How a fine-tuning is run, not what it learns: may differ when it goes on.
@@ -416,7 +412,7 @@ class _Finetuning:
         self.unreadable = UnreadableImages(self.data.train, self.config.max_unreadable, known)
 
     def _claim(self) -> str | None:
-        """Keep others from training here as well (see `hpm.lock`)."""
+        """Keep others from training here as well (see `hpm.core.lock`)."""
         return None if self._file.exists() else lock.acquire(self.folder)
 
     def _identity(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from hpm.mining.masking import hide_top, num_hidden_patches
 from hpm.mining.miner import Miner
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify
-from hpm.run import Trained
-from hpm.targets import Target
+from hpm.targets.base import Target
+from hpm.weights.resolve import Trained
 
 Map = Float[Tensor, "batch patches"]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from hpm import distributed
-from hpm.config import EvalConfig
+from hpm.core import distributed
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError, counted
 from hpm.data.sources import Source, Splits, Subset, open_source
-from hpm.errors import UserError, counted
 from hpm.evals.features import (
     Features,
     Reading,
@@ -26,8 +26,9 @@ from hpm.evals.features import (
 )
 from hpm.evals.knn import knn
 from hpm.evals.metrics import Ranked
+from hpm.evals.options import EvalConfig
 from hpm.evals.probe import Cached, LinearHeads, Recipe, grid, probe
-from hpm.run import Trained
+from hpm.weights.resolve import Trained
 
 MOST_IMAGES = 20_000
 NAME, POOLED = "trained", "trained, patch mean"
@@ -83,6 +84,13 @@ class OngoingProbe:
         recipe = Recipe(LinearHeads, settings, EPOCHS, BATCH_SIZE, self.seed, device)
         probed = probe(bank, bank, Cached({POOLED: test}), held, classes, recipe)[POOLED]
         return {"knn": _top1(nearest[f"k = {K}"]), "linear": _top1(probed.ranked)}
+
+
+def make_probe(config: PretrainConfig) -> OngoingProbe | None:
+    """The probe of a pre-training, None where none is asked for."""
+    if not config.probe:
+        return None
+    return OngoingProbe(config.probe, config.seed, config.workers, config.max_unreadable)
 
 
 def _some(source: Source, seed: int) -> Source:

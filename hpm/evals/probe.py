@@ -18,16 +18,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm import distributed
+from hpm.core import distributed
+from hpm.core.errors import UserError
+from hpm.core.progress import track
 from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
-from hpm.errors import UserError
 from hpm.evals.features import Embed, Features, check_finite, no_features
 from hpm.evals.metrics import Ranked, join, rank
-from hpm.logs import track
 from hpm.models.linear import linear
-from hpm.optim import learning_rate
+from hpm.training.optim import learning_rate
 
 SMALLEST_BATCH = 32
 CHOOSING, TESTED = 0, 1  # the two copies of every head

@@ -12,22 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpm import distributed
-from hpm.config import (
-    AttentiveConfig,
-    EvalConfig,
-    FinetuneConfig,
-    FrozenConfig,
-    HardnessConfig,
-    KnnConfig,
-    LabelledEvalConfig,
-    LinearConfig,
-    StatsConfig,
-)
+from hpm.core import distributed
+from hpm.core.errors import UserError, counted
 from hpm.data.loader import EvaluationViews, TrainingViews, num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.data.unreadable import UnreadableImages
-from hpm.errors import UserError, counted
 from hpm.evals.features import (
     RAW_PIXELS,
     Embed,
@@ -48,6 +37,17 @@ from hpm.evals.finetune import check_finetune, finetune
 from hpm.evals.hardness import measure
 from hpm.evals.knn import knn
 from hpm.evals.metrics import Ranked
+from hpm.evals.options import (
+    AttentiveConfig,
+    EvalConfig,
+    FinetuneConfig,
+    FrozenConfig,
+    HardnessConfig,
+    KnnConfig,
+    LabelledEvalConfig,
+    LinearConfig,
+    StatsConfig,
+)
 from hpm.evals.probe import (
     AttentiveHeads,
     Cached,
@@ -61,7 +61,7 @@ from hpm.evals.probe import (
 from hpm.evals.stats import stats
 from hpm.models.build import build_encoder
 from hpm.models.patches import patchify
-from hpm.run import Backbone, Trained, load
+from hpm.weights.resolve import Backbone, Trained, load
 
 TRAINED, RANDOM = "trained", "random weights"
 

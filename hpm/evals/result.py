@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hpm.checkpoint import write_text
-from hpm.errors import counted
+from hpm.core.errors import counted
+from hpm.core.files import write_text
 
 Numbers = dict[str, float]
 LABELLED = ("knn", "linear", "attentive", "finetune")

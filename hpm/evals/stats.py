@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from hpm import distributed
+from hpm.core import distributed
 from hpm.data.sources import Source
 from hpm.evals.features import (
     RAW_PIXELS,

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hpm.core.config import Mask, Schedule
 from hpm.mining.draw import SECONDARY, Draw, Priority
 from hpm.mining.strategies import STRATEGIES
-
-Mined = Literal["easy_to_hard", "hard_to_easy", "moderate", "hardest", "easiest", "attention"]
-Drawn = Literal[
-    "random", "block", "multi_block", "uniform", "red_noise", "green_noise", "blue_noise",
-    "purple_noise",
-]  # fmt: skip
-Mask = Literal[Mined, Drawn]
-
-# Share of the hidden patches that are mined (the others are drawn at random), at first and last.
-HARD_SHARES: dict[str, tuple[float, float]] = {
-    "easy_to_hard": (0.0, 0.5),
-    "hard_to_easy": (0.5, 0.0),
-    "moderate": (0.5, 0.5),
-    "hardest": (1.0, 1.0),
-    "easiest": (1.0, 1.0),
-    "attention": (1.0, 1.0),
-}
-assert set(HARD_SHARES) == set(get_args(Mined))
-
-Schedule = Literal["linear", "cosine", "constant"]
 
 
 def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hpm import distributed
+from hpm.core import distributed
 
 Crops = Float[Tensor, "batch 4"]  # see data.transforms.Crop
 

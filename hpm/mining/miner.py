@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.config import PretrainConfig, secondary_mask_ratio
-from hpm.errors import UserError
+from hpm.core.config import Mask, PretrainConfig, secondary_mask_ratio
+from hpm.core.errors import UserError
 from hpm.mining.draw import TEACHER_VIEW, TIES, Draw
-from hpm.mining.masking import Mask, choose_covered, make_mask, num_hidden_patches
+from hpm.mining.masking import choose_covered, make_mask, num_hidden_patches
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.teacher import (
     Images,

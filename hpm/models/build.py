@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpm.errors import UserError
+from hpm.core.errors import UserError
 from hpm.models.classifier import Classifier, Pool
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm.errors import UserError, nearest, one_line
-from hpm.extras import need
+from hpm.core.errors import UserError, nearest, one_line
+from hpm.core.extras import need
 from hpm.models.encoder import Encoder
 from hpm.models.patches import gather_patches, grid_size, patchify
 from hpm.models.vit import run_block

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hpm
-from hpm.config import ShowConfig
 from hpm.data.arrays import UnreadableImage, open_image
 from hpm.data.loader import (
     EvaluationViews,
@@ -28,8 +27,9 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import FileSource, Subset, open_source
 from hpm.data.transforms import decode, evaluation_view, training_view
-from hpm.run import load
-from hpm.show import show
+from hpm.show.command import show
+from hpm.show.options import ShowConfig
+from hpm.weights.resolve import load
 
 RNG = np.random.default_rng(0)
 WHOLE = EvaluationViews((20, 24), 7)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hpm.core.errors import UserError
 from hpm.data import loader
 from hpm.data.cache import FORKS
 from hpm.data.loader import (
@@ -19,7 +20,6 @@ from hpm.data.loader import (
     training_loader,
 )
 from hpm.data.sources import FileSource, open_source
-from hpm.errors import UserError
 
 VIEWS = TrainingViews((16, 16), 3, 0, (0.2, 1.0), True, 4)
 

@@ -12,8 +12,8 @@ import hpm
 from hpm.data.arrays import UnreadableImage, open_image
 from hpm.data.pillow import FORMATS
 from hpm.data.transforms import evaluation_view
-from hpm.pages import view
-from hpm.run import load
+from hpm.show import view
+from hpm.weights.resolve import load
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0

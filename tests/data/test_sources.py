@@ -11,9 +11,9 @@ import pytest
 from helpers import write_images
 from PIL import Image
 
+from hpm.core.errors import UserError
 from hpm.data.paths import Paths
 from hpm.data.sources import Subset, hold_out, object_mask, open_source
-from hpm.errors import UserError
 
 
 def test_class_folders(image_folder):

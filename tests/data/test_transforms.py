@@ -246,7 +246,7 @@ def test_a_training_view_says_where_in_its_image_it_lies(flip):
 @pytest.mark.parametrize(("size", "share"), [((224, 224), 0.875), ((96, 96), 0.9), ((48, 96), 0.5)])
 def test_a_part_of_the_centre_is_what_torchvision_cuts_out(shape, size, share):
     """Resize(size / 0.875), CenterCrop(size), as in the published recipes."""
-    from hpm.extras import need
+    from hpm.core.extras import need
 
     v2 = need("torchvision.transforms.v2", "timm", "the test")
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from helpers import run_hpm, write_images
 from safetensors.torch import load_file
 
 import hpm
-from hpm.checkpoint import read_tensors, write_tensors
+from hpm.core.files import read_tensors, write_tensors
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.patches import interpolate_positions
 
@@ -208,7 +208,8 @@ def test_grey_images(tmp_path):
 
 
 def test_presets_have_the_papers_settings():
-    from hpm.config import FinetuneConfig, make_config, read_preset
+    from hpm.core.options import make_config, read_preset
+    from hpm.evals.options import FinetuneConfig
 
     base, large = (
         make_config(FinetuneConfig, {"run": "r", "data": "d"} | read_preset(f"finetune_vit_{size}"))

@@ -10,7 +10,7 @@ import hpm
 from hpm.data.sources import open_source
 from hpm.evals.hardness import LossMaps, hardness, loss_maps, object_views, spearman
 from hpm.mining.draw import Draw
-from hpm.run import load
+from hpm.weights.resolve import load
 
 
 def naive_spearman(x, y):

@@ -6,11 +6,11 @@ import torch
 from helpers import write_images
 
 import hpm
-from hpm.checkpoint import read_tensors, write_tensors
+from hpm.core.files import read_tensors, write_tensors
 from hpm.data.sources import Splits, open_source
 from hpm.evals.features import Features, Reading, Subject, extract, labelled_splits, raw_pixels
 from hpm.evals.knn import knn
-from hpm.run import load
+from hpm.weights.resolve import load
 
 
 def naive_knn(train, test, num_classes, k, temperature):

@@ -3,11 +3,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hpm.config import SIZES, PretrainConfig, resolve_model
+from hpm.core.config import PretrainConfig
 from hpm.mining.draw import noise
 from hpm.mining.losses import relative_loss, squared_error
 from hpm.mining.masking import hide_top
 from hpm.mining.teacher import Teacher, predicted_losses
+from hpm.models.architecture import SIZES, resolve_model
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.models.vit import Block, VisionTransformer

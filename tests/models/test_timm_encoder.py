@@ -9,13 +9,14 @@ from helpers import TINY, stop_after, write_images
 from torch.nn import functional as F
 
 import hpm
-from hpm.checkpoint import load_checkpoint
-from hpm.config import FinetuneConfig, PretrainConfig, nearest_size, resolve_model
-from hpm.errors import UserError
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError
+from hpm.core.extras import need
 from hpm.evals.finetune import check_finetune
-from hpm.extras import need
+from hpm.evals.options import FinetuneConfig
 from hpm.mining.draw import noise
 from hpm.mining.masking import hide_top
+from hpm.models.architecture import nearest_size, resolve_model
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
@@ -26,8 +27,9 @@ from hpm.models.timm_encoder import (
     timm_encoder,
     timm_shape,
 )
-from hpm.optim import layer_decay_groups, parameter_groups
-from hpm.state import State
+from hpm.training.optim import layer_decay_groups, parameter_groups
+from hpm.training.state import State
+from hpm.weights.checkpoint import load_checkpoint
 
 timm = need("timm", "timm", "these tests")
 
@@ -301,7 +303,7 @@ def test_pretrained_weights_are_fitted(name, tmp_path):
 
 def test_a_run_begins_with_pretrained_weights(monkeypatch, tmp_path, image_folder):
     marked = build_encoder(architecture("vit_tiny_patch16_224"), 5).state_dict()
-    monkeypatch.setattr("hpm.state.pretrained_weights", lambda encoder: marked)
+    monkeypatch.setattr("hpm.training.state.pretrained_weights", lambda encoder: marked)
     config = PretrainConfig(
         str(image_folder), str(tmp_path / "run"),
         **TINY | {"model": "timm/vit_tiny_patch16_224", "image_size": 32, "patch_size": None,

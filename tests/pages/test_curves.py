@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from hpm.pages.curves import Curve, draw_chart, make_curve
+from hpm.show.curves import Curve, draw_chart, make_curve
 
 
 def test_thinning_keeps_the_ends_and_every_spike():

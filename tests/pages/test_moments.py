@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from hpm.figures import picture
-from hpm.pages.moments import keep_moment, read_moments
-from hpm.run import load
+from hpm.show.figures import picture
+from hpm.show.moments import keep_moment, read_moments
+from hpm.weights.resolve import load
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from hpm.pages.page import colours, data_block, image_uri, page
+from hpm.show.page import colours, data_block, image_uri, page
 
 
 def test_a_page_escapes_its_title_and_forbids_the_network():

@@ -11,12 +11,12 @@ from helpers import TINY, stop_after
 from safetensors.torch import save_file
 
 import hpm
-from hpm import watch
 from hpm.cli import main
-from hpm.config import ReportConfig
-from hpm.pages import report
-from hpm.pages.report import run_report, write_report
-from hpm.sessions import read_sessions
+from hpm.show import monitor as watch
+from hpm.show import report
+from hpm.show.options import ReportConfig
+from hpm.show.report import run_report, write_report
+from hpm.training.sessions import read_sessions
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_by_finger(browser, finished_run):
 
 
 def test_every_view_is_a_part_of_a_moment():
-    from hpm.pages.moments import Moment
+    from hpm.show.moments import Moment
 
     assert set(report.VIEWS) <= set(Moment.__dataclass_fields__)
 

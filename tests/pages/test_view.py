@@ -17,11 +17,11 @@ from helpers import TINY, assert_refused, run_hpm
 from PIL import Image
 
 import hpm
-from hpm.config import ViewConfig
-from hpm.errors import UserError
-from hpm.pages import view
-from hpm.pages.view import LIMIT, Viewer, make_server
-from hpm.run import load
+from hpm.core.errors import UserError
+from hpm.show import view
+from hpm.show.options import ViewConfig
+from hpm.show.view import LIMIT, Viewer, make_server
+from hpm.weights.resolve import load
 
 
 def png(seed=0, size=(30, 20)):

@@ -1,1 +1,0 @@
-"""What `hpm ablate` compares (plan), and how the numbers are shown (results)."""

@@ -1,0 +1,139 @@
+"""`hpm ablate`: the same training with some options changed, over seeds, as tables and a figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpm.commands.ablation_plan import PlannedRun, make_plan
+from hpm.commands.ablation_results import Results
+from hpm.commands.options import AblateConfig
+from hpm.core import distributed
+from hpm.core.config import PretrainConfig
+from hpm.core.progress import say
+from hpm.data.sources import open_source
+from hpm.evals import evaluate
+from hpm.evals.features import labelled_splits
+from hpm.models.architecture import resolve_model
+from hpm.pretraining import run_pretraining
+from hpm.weights.run_folder import Run
+
+K = 20
+FEATURES = "trained, patch mean"
+# Losses of runs that differ in one of these say nothing about which run is better.
+LOSS_DEPENDS_ON = (
+    "target",
+    "target_model",
+    "codebook",
+    "ranking_signal",
+    "mask_ratio",
+    "image_size",
+    "channels",
+    "normalize",
+    "pretrained",
+)
+
+
+def ablate(config: AblateConfig) -> Results:
+    """See `_ablate`; all runs in one group of processes."""
+    with distributed.process_group(distributed.pick_device(config.device)):
+        return _ablate(config)
+
+
+def _ablate(config: AblateConfig) -> Results:
+    """Run every arm with every combination and every seed, and write `ablation.md`, `.csv`, `.png`.
+
+    What is done already is not done again. Raises UserError before anything runs where a
+    combination cannot work.
+    """
+    variants, runs = make_plan(config)
+    labels, k = _labels(config)
+    with_loss = losses_compare([run.config for run in runs])
+    results = Results(Path(config.out), variants)
+    for number, run in enumerate(runs, 1):
+        say(f"run {number} of {len(runs)}: {run.variant}, seed {run.config.seed}")
+        run_pretraining(run.config)  # a finished one is left as it is, one of other options refused
+        values = measure(run, labels, k)
+        if not with_loss:
+            values.pop("held_out_loss", None)
+        results.add(run.variant, run.config.seed, values)
+        if distributed.is_main():
+            results.write()
+    return results
+
+
+def losses_compare(runs: list[PretrainConfig]) -> bool:
+    """Whether the held-out losses, which are of random masks for all, are losses of one thing."""
+    kinds = {
+        str([resolve_model(run)["patch_size"], *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
+        for run in runs
+    }
+    # Every run with target teacher has a target of its own.
+    return len(kinds) == 1 and runs[0].target != "teacher"
+
+
+def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
+    """The numbers of a finished run; the evaluations are done where they are not yet.
+
+    Without labels: how many dimensions the features use, and how alike an image's patches are.
+    """
+    folder, values = Path(run.config.out), {}
+    if labels is None:
+        found = _evaluation(run, "stats", run.config.data, {})[FEATURES]["stats"]
+        values = {name: found[name] for name in ("rank", "patch_similarity")}
+    else:
+        found = _evaluation(run, "knn", labels, {"k": (k,)})[FEATURES]
+        values["knn"] = found[f"k = {k}"]["top1"]
+        values["linear"] = _evaluation(run, "linear", labels, {})[FEATURES]["linear"]["top1"]
+    lines = Run(folder).metrics()
+    last = {name: value for line in lines for name, value in line.items()}
+    for name, measured in (
+        ("ranking_accuracy", "held_out/ranking_accuracy"),
+        ("mining_accuracy", "held_out/mining_accuracy"),
+        ("held_out_loss", "held_out/reconstruction_loss"),
+    ):
+        if measured in last:
+            values[name] = last[measured]
+    batch_size = yaml.safe_load(Run(folder).config_file.read_text())["batch_size"]
+    values["minutes"] = _minutes(lines, batch_size)
+    return values
+
+
+def _evaluation(run: PlannedRun, protocol: str, data: str, options: dict[str, Any]) -> Any:
+    """The values of an evaluation of the run, done now or earlier."""
+    folder = Path(run.config.out)
+    how: dict[str, Any] = {"baselines": False, "out": str(folder / "ablation")} | options
+    asked = json.loads(json.dumps(how)) | {"data": data}
+    for file in (folder / "ablation").glob(f"{protocol}_*.json"):
+        before = json.loads(file.read_text())
+        if all(before["about"].get(name) == value for name, value in asked.items()):
+            return before["values"]
+    how |= {"workers": run.config.workers, "device": run.config.device}
+    return evaluate(protocol, str(folder), data, report=say, **how).values
+
+
+def _labels(config: AblateConfig) -> tuple[str | None, int]:
+    """(labelled images to measure on, number of neighbours), checked before anything runs."""
+    data = config.labels or config.data
+    splits = open_source(data)
+    if splits.train.labels is None and config.labels is None:
+        say(
+            f"{data} has no labels: the features are compared by what needs none, not by accuracy; "
+            "--labels names labelled images"
+        )
+        return None, 0
+    labelled = labelled_splits(splits, config.seed)
+    return data, min(K, len(labelled.train))
+
+
+def _minutes(lines: list[dict[str, Any]], batch_size: int) -> float:
+    """Of training alone, from the speeds that were read."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        if "images_per_second" in line:
+            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+    return seconds / 60

@@ -1,0 +1,264 @@
+"""`hpm bench data`: how fast images are loaded, and what limits it.
+
+The loader against the bare libraries in one process (decode, crop and resize of files that are in
+memory already), in turns, for 1, 2, ... workers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hpm.commands.options import BenchDataConfig
+from hpm.core.config import pair
+from hpm.core.errors import UserError, counted
+from hpm.core.progress import track
+from hpm.data.arrays import UnreadableImage, open_image, resize
+from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
+from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
+from hpm.data.sources import Source, open_source
+from hpm.data.transforms import decode, least_size, random_crop
+
+GOAL = 0.9  # of the bare libraries' speed, per worker: what a loader should reach
+BARE_IMAGES = 100  # that the bare libraries are timed on
+
+
+def bench_data(config: BenchDataConfig) -> dict[str, Any]:
+    """Images per second of the bare libraries and of 1, 2, ... workers. UserError on bad input."""
+    for name in ("images", "batch_size", "repeats", "channels"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1")
+    most = usable_cores() if config.workers is None else config.workers
+    if most < 1 or (config.images_per_second is not None and config.images_per_second <= 0):
+        raise UserError("workers must be at least 1, and images_per_second above 0")
+    source = open_source(config.data).train
+    views = TrainingViews(pair(config.image_size), config.channels, 0, config.crop_scale, True, 1)
+    bare = _Bare(source, views)
+    rates: dict[int, list[float]] = {workers: [] for workers in range(1, most + 1)}
+    memory: dict[int, float | None] = {}
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in track(range(config.repeats), "rounds"):
+            bare.run()
+            for workers, found in rates.items():
+                rate, memory[workers] = _loader_rate(source, views, config, workers)
+                found.append(rate)
+    finally:
+        torch.set_num_threads(torch_threads)
+    return _report(config, source, bare, rates, memory)
+
+
+class _Bare:
+    """The libraries alone, and how long each part takes, in seconds per image, by round."""
+
+    def __init__(self, source: Source, views: TrainingViews):
+        self.source, self.views = source, views
+        self.phases: dict[str, list[float]] = {"read": [], "decode": [], "resize": []}
+        drawn = np.random.default_rng(0).permutation(len(source))[:BARE_IMAGES]
+        self.indices = [int(index) for index in drawn if self._readable(int(index))]
+        if not self.indices:
+            raise UserError(f"{source.name}: no image of {len(drawn)} can be read")
+
+    def run(self) -> None:
+        rng, least = np.random.default_rng(1), least_size(self.views.size, self.views.crop_scale[0])
+        seconds = dict.fromkeys(self.phases, 0.0)
+        for index in self.indices:
+            start = time.perf_counter()
+            data = self.source.read(index)
+            read = time.perf_counter()
+            pixels = self._decode(index, data, least)
+            decoded = time.perf_counter()
+            left, top, right, bottom = random_crop(
+                rng, pixels.shape[2], pixels.shape[1], self.views.crop_scale
+            )
+            part = pixels[:, top:bottom, left:right]
+            resize(part if part.dtype == np.uint8 else part.astype(np.float32), self.views.size)
+            seconds["read"] += read - start
+            seconds["decode"] += decoded - read
+            seconds["resize"] += time.perf_counter() - decoded
+        for phase, total in seconds.items():
+            self.phases[phase].append(total / len(self.indices))
+
+    def _decode(self, index: int, data: bytes | None, least: tuple[int, int]) -> np.ndarray:
+        """[C H W]. JPEG by the decoder's own function, all else as the loader does it."""
+        channels = self.views.channels
+        if simplejpeg and data and data.startswith(START) and channels in COLOURS:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            if colours not in ("CMYK", "YCCK"):
+                scale = reduction((width, height), least)
+                pixels: np.ndarray = simplejpeg.decode_jpeg(
+                    data, COLOURS[channels], min_width=-(-width // scale),
+                    min_height=-(-height // scale), min_factor=scale,
+                )  # fmt: skip
+                return pixels.transpose(2, 0, 1)
+        image = self.source.open(index) if data is None else open_image(io.BytesIO(data))
+        return decode(image, channels, least).array
+
+    def _readable(self, index: int) -> bool:
+        try:
+            self.views(self.source, (0, index))
+        except (UnreadableImage, OSError):
+            return False
+        return True
+
+
+def _loader_rate(
+    source: Source, views: TrainingViews, config: BenchDataConfig, workers: int
+) -> tuple[float, float | None]:
+    """Images per second once all workers deliver; megabytes of memory of a worker's own."""
+    warm_up = 2 * workers
+    batches = max(4 * workers, math.ceil(config.images / config.batch_size))
+    loader = training_loader(
+        source, views, _steps(len(source), config.batch_size, warm_up + batches), workers, False
+    )
+    iterator, start, memory = iter(loader), 0.0, None
+    for number in range(warm_up + batches):
+        batch = next(iterator)
+        if len(batch.images) < config.batch_size:
+            raise UserError(f"{source.name}: no readable image ({batch.unreadable[0][1]})")
+        if number + 1 == warm_up:
+            start = time.perf_counter()
+        if number + 1 == warm_up + batches // 2:
+            memory = _memory([worker.pid for worker in getattr(iterator, "_workers", [])])
+    return batches * config.batch_size / (time.perf_counter() - start), memory
+
+
+def _steps(count: int, batch_size: int, steps: int) -> Iterator[list[Key]]:
+    """Random images, as many as asked, each as often as the others."""
+    order: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += np.random.default_rng(epoch).permutation(count).tolist()
+            epoch += 1
+        yield [(epoch, index) for index in order[:batch_size]]
+        order = order[batch_size:]
+
+
+def _memory(pids: list[int]) -> float | None:
+    """Mean proportional set size, MB: what is shared counts in parts. None where unknown."""
+    sizes = []
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            return None
+        sizes += [int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")]
+    return statistics.mean(sizes) if sizes else None
+
+
+def _report(
+    config: BenchDataConfig, source: Source, bare: _Bare, rates: dict[int, list[float]],
+    memory: dict[int, float | None],
+) -> dict[str, Any]:  # fmt: skip
+    """All numbers, by name."""
+    phases = {name: statistics.median(seconds) for name, seconds in bare.phases.items()}
+    rounds = list(zip(bare.phases["decode"], bare.phases["resize"], strict=True))
+    bare_rates = [1 / (decoding + resizing) for decoding, resizing in rounds]
+    rate = statistics.median(bare_rates)
+    workers = {
+        number: {
+            "images_per_second": statistics.median(found),
+            "best": max(found),
+            # Of the same round, so that what else the machine does hits both.
+            "share_of_bare": statistics.median(
+                r / (b * number) for r, b in zip(found, bare_rates, strict=True)
+            ),
+            "memory_mb": memory[number],
+        }
+        for number, found in rates.items()
+    }
+    report: dict[str, Any] = {
+        "data": source.name,
+        "images": len(source),
+        "image_size": list(pair(config.image_size)),
+        "batch_size": config.batch_size,
+        "cores": usable_cores(),
+        "decoder": "simplejpeg" if simplejpeg else "Pillow",
+        "bare": {
+            "images_per_second": rate,
+            "best": max(bare_rates),
+            "ms": {name: 1e3 * seconds for name, seconds in phases.items()},
+        },
+        "workers": workers,
+        "limit": _limit(phases, workers, usable_cores()),
+    }
+    if config.images_per_second is not None:
+        report["wanted"] = config.images_per_second
+        each = workers[1]["images_per_second"] or 0.0
+        report["workers_needed"] = math.ceil(config.images_per_second / each)
+    return report
+
+
+def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int) -> str:
+    """One line: what more speed would need."""
+    work = phases["decode"] + phases["resize"]
+    if phases["read"] > work:
+        return "reading: files come slower than they are decoded (a faster disk, or hpm prepare)"
+    one = workers[1]["share_of_bare"]
+    if one < 0.8 * GOAL:
+        return (
+            f"copying: a worker reaches {100 * one:.0f} % of the bare libraries (smaller batches, "
+            "or a machine less busy)"
+        )
+    most = max(workers)
+    if most >= cores or workers[most]["share_of_bare"] < 0.8 * one:
+        return (
+            f"the number of cores ({cores}): all of them decode (hpm prepare makes images smaller, "
+            "--repeat-augment decodes them once for several views, --cache not again)"
+        )
+    part = "decoding" if phases["decode"] > phases["resize"] else "resizing"
+    return f"{part}: more workers load more ({cores} cores are there)"
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The numbers as a table."""
+    bare: dict[str, Any] = report["bare"]
+    height, width = report["image_size"]
+    console.print(
+        f"{counted(report['images'], 'image')} of {report['data']}, "
+        f"views of {height} x {width}, batches of {report['batch_size']}, "
+        f"{counted(report['cores'], 'core')}, JPEG by {report['decoder']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title in ("", "images/s", "best", "of bare, %", "MB per worker"):
+        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
+    table.add_row(
+        "bare libraries, one process", f"{bare['images_per_second']:.0f}", f"{bare['best']:.0f}",
+        "100", "",
+    )  # fmt: skip
+    for number, found in report["workers"].items():
+        memory = found["memory_mb"]
+        table.add_row(
+            counted(number, "worker"), f"{found['images_per_second']:.0f}",
+            f"{found['best']:.0f}", f"{100 * found['share_of_bare']:.0f}",
+            "" if memory is None else f"{memory:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    parts = ", ".join(f"{name} {ms:.2f}" for name, ms in bare["ms"].items())
+    console.print(f"ms per image: {parts}", highlight=False)
+    if "wanted" in report:
+        needed, cores = report["workers_needed"], report["cores"]
+        spare = (
+            ""
+            if needed < cores
+            else f" (more than {counted(cores, 'core')} leave room for beside training)"
+        )
+        console.print(
+            f"{report['wanted']:g} images/s need {counted(needed, 'worker')}{spare}",
+            highlight=False,
+        )
+    console.print(f"limited by {report['limit']}", highlight=False, soft_wrap=True)

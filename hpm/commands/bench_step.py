@@ -1,0 +1,346 @@
+"""`hpm bench step`: what a training step costs, phase by phase, and how near the hardware it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hpm.commands.options import BenchConfig
+from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.distributed import pick_device
+from hpm.core.errors import UserError
+from hpm.core.progress import track
+from hpm.data.loader import Batch
+from hpm.mining.miner import Mark, no_mark
+from hpm.mining.teacher import small_image_size
+from hpm.models.patches import grid_size
+from hpm.pretraining import train_step
+from hpm.training.checks import check_pretrain
+from hpm.training.log import memory_gb
+from hpm.training.state import State
+
+PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
+METHODS: dict[str, dict[str, Any]] = {
+    "MAE": {"mask": "random", "predictor_loss": "none", "teacher_scale": 1.0},
+    "HPM": {},
+}
+# What a step is measured without: nothing is loaded, evaluated, or kept.
+STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
+HARD_SHARE = 0.25  # as half-way through a training: the teacher runs
+# Dense bfloat16 products, TFLOP/s, as their makers state them.
+PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
+FULL_SIZE, CPU_SIZE = 8192, 2048  # of the square product that everything is compared with
+
+
+@dataclass
+class Measured:
+    """One method: seconds of each whole step; seconds of its phases, from steps apart."""
+
+    name: str
+    multiply_adds: float  # per image and step
+    batch_size: int
+    steps: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
+    memory_gb: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / statistics.median(self.steps)
+
+    def flops(self) -> float:
+        """Floating-point operations per second: two for each multiply-add."""
+        return 2 * self.multiply_adds * self.images_per_second
+
+
+def bench_step(config: BenchConfig) -> dict[str, Any]:
+    """Time the training step of MAE and HPM in turns. Raises UserError on bad input."""
+    if config.repeats < 1 or config.steps_each < 1:
+        raise UserError("repeats and steps_each must be at least 1")
+    for options in METHODS.values():
+        check_pretrain(_run_config(config, options, Path("unused")))
+    device = pick_device(config.device)
+    memory = _peak_memory(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        states = {
+            name: run_state(config, options, Path(folder) / name, device)
+            for name, options in METHODS.items()
+        }
+        measured = {
+            name: Measured(
+                name,
+                step_multiply_adds(state.architecture, state.config),
+                state.config.global_batch_size,
+                memory_gb=memory[name],
+            )
+            for name, state in states.items()
+        }
+        products = []
+        for state in states.values():
+            _warm_up(state)
+        for _ in track(range(config.repeats), "rounds"):
+            for name, state in states.items():
+                _time_steps(state, measured[name], config.steps_each)
+            products.append(matrix_product_flops(device))
+        for state in states.values():
+            state.log.close()
+    return _report(config, measured, statistics.median(products), device, states["HPM"])
+
+
+def run_state(
+    config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device
+) -> State:
+    """A run whose images are never loaded."""
+    return State(_run_config(config, options, out), device)
+
+
+def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> PretrainConfig:
+    names = [field.name for field in dataclasses.fields(PretrainConfig)]
+    given = {name: getattr(config, name) for name in names}
+    normalize = "imagenet" if config.channels == 3 else "measured"  # the one costs no images
+    return PretrainConfig(**given | STILL | {"normalize": normalize, "out": str(out)} | options)
+
+
+def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """GB that each method takes, in a process of its own, where nothing else is counted."""
+    start_method = multiprocessing.get_context("spawn")
+    found = {}
+    for name, options in METHODS.items():
+        with ProcessPoolExecutor(1, start_method) as process:
+            found[name] = process.submit(_memory_of, config, options, device).result()
+    return found
+
+
+def _memory_of(config: BenchConfig, options: dict[str, Any], device: torch.device) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        state = run_state(config, options, Path(folder) / "run", device)
+        _warm_up(state)
+        state.log.close()
+    return memory_gb(device)
+
+
+def _warm_up(state: State) -> None:
+    """Compile, fill caches, and take memory from the system."""
+    batch = noise_batch(state)
+    for _ in range(3 if state.device.type == "cuda" else 1):
+        _run_turn(state, batch)
+    _wait(state.device)
+
+
+def _time_steps(state: State, measured: Measured, count: int) -> None:
+    """Whole steps, then one turn with a wait after each phase. The first turn is not timed: it
+    runs with the caches of the method before."""
+    device, turn = state.device, state.config.mine_every
+    batch = noise_batch(state)
+    _run_turn(state, batch)
+    _wait(device)
+    for _ in range(count):
+        start = time.perf_counter()
+        _run_turn(state, batch)
+        _wait(device)
+        measured.steps.append((time.perf_counter() - start) / turn)
+    clock = _Clock(device)
+    _run_turn(state, batch, clock.mark)
+    for phase, seconds in clock.phases.items():
+        measured.phases[phase].append(seconds / turn)
+
+
+def _run_turn(state: State, batch: Batch, mark: Mark = no_mark) -> None:
+    """As many steps as there are from one question to the teacher to the next."""
+    config = state.config
+    num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
+    for step in range(config.mine_every):
+        train_step(state, batch, step, num_hard, mark)
+
+
+def noise_batch(state: State) -> Batch:
+    """A batch of uncropped noise."""
+    config = state.config
+    size = (config.global_batch_size, config.channels, *state.image_size)
+    images = torch.randint(0, 256, size, dtype=torch.uint8)
+    whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
+    batch = Batch(images, torch.arange(len(images)), [], whole)
+    return batch.pin_memory() if state.device.type == "cuda" else batch
+
+
+class _Clock:
+    """Seconds between the ends of phases."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        _wait(device)
+        self.before = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        _wait(self.device)
+        now = time.perf_counter()
+        self.phases[phase] += now - self.before
+        self.before = now
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_product_flops(device: torch.device) -> float:
+    """What a square matrix product reaches: float32 on a CPU, bfloat16 on a GPU."""
+    on_gpu = device.type == "cuda"
+    size, kind = (FULL_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    a @ b
+    _wait(device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def block_multiply_adds(tokens: int, dim: int, outputs: int | None = None) -> int:
+    """Of a Transformer block: keys and values of all tokens; queries, attention, projection and
+    MLP of the outputs alone."""
+    outputs = tokens if outputs is None else outputs
+    return 2 * tokens * dim**2 + 2 * outputs * tokens * dim + 10 * outputs * dim**2
+
+
+def forward_multiply_adds(
+    architecture: dict[str, Any], mask_ratio: float, predictor: bool, whole: bool = False
+) -> float:
+    """Per image: encoder and decoders as the student runs them, or (`whole`) as the teacher does,
+    which sees all patches and runs no reconstructor. Of our own encoders."""
+    patch_size = tuple(architecture["patch_size"])
+    patches = math.prod(grid_size(tuple(architecture["image_size"]), patch_size))
+    pixels = math.prod(patch_size) * architecture["channels"]
+    dim, depth = architecture["embed_dim"], architecture["depth"]
+    decoder, width = architecture["decoder_dim"], architecture["predictor_dim"]
+    visible = patches if whole else int(patches * (1 - mask_ratio))
+    hidden = patches if whole else patches - visible
+    total = visible * pixels * dim + depth * block_multiply_adds(1 + visible, dim)
+    total += (1 + visible) * dim * decoder
+    if not whole:
+        outputs = architecture.get("target_dim") or pixels
+        total += _decoder_multiply_adds(
+            patches, decoder, architecture["decoder_depth"], hidden, outputs
+        )
+    if predictor:
+        total += (1 + patches) * decoder * width if width != decoder else 0
+        # The mean over the outputs of a head is one output.
+        total += _decoder_multiply_adds(
+            patches, width, architecture["predictor_depth"], hidden, outputs=1
+        )
+    return total
+
+
+def _decoder_multiply_adds(patches: int, dim: int, depth: int, hidden: int, outputs: int) -> int:
+    before = (depth - 1) * block_multiply_adds(1 + patches, dim)
+    return before + block_multiply_adds(1 + patches, dim, hidden) + hidden * dim * outputs
+
+
+def step_multiply_adds(architecture: dict[str, Any], config: PretrainConfig) -> float:
+    """Of a training step per image: the student three times (backward is twice forward), and the
+    teacher once where it is asked."""
+    predictor = config.predictor_loss != "none"
+    total = 3 * forward_multiply_adds(architecture, config.mask_ratio, predictor)
+    if config.mask in HARD_SHARES and config.mine_by == "teacher":
+        height, width = architecture["image_size"]
+        rows, columns = architecture["patch_size"]
+        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
+        seen = architecture | {"image_size": size}
+        teacher = forward_multiply_adds(seen, config.mask_ratio, True, whole=True)
+        total += teacher / config.mine_every
+    return total
+
+
+def _report(
+    config: BenchConfig, measured: dict[str, Measured], product: float, device: torch.device,
+    state: State,
+) -> dict[str, Any]:  # fmt: skip
+    """All numbers, by name."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = next((value for name, value in PEAKS.items() if name in chip), None)
+    methods = {}
+    for name, found in measured.items():
+        steps = found.steps
+        methods[name] = {
+            "images_per_second": found.images_per_second,
+            "step_ms": 1e3 * statistics.median(steps),
+            "step_ms_spread": 1e3 * (statistics.stdev(steps) if len(steps) > 1 else 0.0),
+            "phases_ms": {p: 1e3 * statistics.median(s) for p, s in found.phases.items()},
+            "memory_gb": found.memory_gb,
+            "multiply_adds_per_image": found.multiply_adds,
+            "tflops": found.flops() / 1e12,
+            "share_of_matrix_product": found.flops() / product,
+            "share_of_peak": found.flops() / (peak * 1e12) if peak else None,
+        }
+    ratios = [h / m for h, m in zip(measured["HPM"].steps, measured["MAE"].steps, strict=True)]
+    return {
+        "device": chip,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": state.config.precision,
+        "model": config.model,
+        "architecture": state.architecture,
+        "batch_size": state.config.batch_size,
+        "compiled": state.compiled,
+        "matrix_product_tflops": product / 1e12,
+        "peak_tflops": peak,
+        "methods": methods,
+        "hpm_to_mae": {
+            "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+            "operations": measured["HPM"].multiply_adds / measured["MAE"].multiply_adds,
+        },
+    }  # fmt: skip
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The numbers as a table."""
+    size = report["architecture"]["image_size"]
+    console.print(
+        f"{report['model']}, {size[0]} x {size[1]} px, batch {report['batch_size']}, "
+        f"{report['precision']}, {'compiled' if report['compiled'] else 'eager'}, on "
+        f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
+        f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in report["methods"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    found = list(report["methods"].values())
+    rows: list[tuple[str, list[str]]] = [
+        ("images per second", [f"{m['images_per_second']:.1f}" for m in found]),
+        ("step, ms", [f"{m['step_ms']:.1f} ± {m['step_ms_spread']:.1f}" for m in found]),
+        *[(f"  {p}, ms", [f"{m['phases_ms'][p]:.2f}" for m in found]) for p in PHASES],
+        ("peak memory, GB", [f"{m['memory_gb']:.2f}" for m in found]),
+        ("multiply-adds per image, G",
+         [f"{m['multiply_adds_per_image'] / 1e9:.3g}" for m in found]),
+        ("of the matrix product, %", [f"{100 * m['share_of_matrix_product']:.0f}" for m in found]),
+    ]  # fmt: skip
+    if report["peak_tflops"]:
+        peak = f"of {report['peak_tflops']:.0f} TFLOP/s, %"
+        rows.append((peak, [f"{100 * m['share_of_peak']:.1f}" for m in found]))
+    for title, cells in rows:
+        table.add_row(title, *cells)
+    console.print(table)
+    ratio = report["hpm_to_mae"]
+    console.print(
+        f"HPM takes {ratio['median']:.2f} times as long as MAE ({ratio['low']:.2f} to "
+        f"{ratio['high']:.2f}); by operation count {ratio['operations']:.2f}",
+        highlight=False,
+    )

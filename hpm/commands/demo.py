@@ -1,0 +1,34 @@
+"""`hpm demo`: pre-train on the built-in images, measure, draw, and say where to look."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from hpm.commands.options import DemoConfig
+from hpm.core.config import PretrainConfig
+from hpm.core.options import make_config, read_preset
+from hpm.evals import evaluate, print_result
+from hpm.pretraining import run_pretraining
+from hpm.show.command import show
+from hpm.show.options import ShowConfig
+from hpm.weights.run_folder import Run
+
+
+def tour(config: DemoConfig) -> Run:
+    """The whole tour; the same command again goes on, or only measures and draws."""
+    options = read_preset("demo") | {"out": config.out}
+    if config.steps is not None:
+        options["steps"] = config.steps
+    run = run_pretraining(make_config(PretrainConfig, options))
+    result = evaluate("knn", str(run.folder), "demo")
+    figure = show(ShowConfig(str(run.folder), "demo", str(run.folder / "demo.png"), images=6))
+    console = Console()
+    print_result(result, console)
+    console.print(
+        f"\nlook at   {run.report}\n"
+        f"and at    {figure}, {run.figures}/ (the same while it trained)\n"
+        f"curves    tensorboard --logdir {run.folder}\n"
+        f"now yours hpm pretrain FOLDER_OF_IMAGES --out runs/first",
+        highlight=False,
+    )
+    return run

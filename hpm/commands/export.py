@@ -1,0 +1,177 @@
+"""`hpm export`: the backbone for other software, checked there before anything is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpm.commands.model_card import add_card, latest_figure
+from hpm.commands.options import ExportConfig
+from hpm.core import hub
+from hpm.core.errors import UserError
+from hpm.core.files import disk_error
+from hpm.core.options import make_config
+from hpm.core.random_state import random_state_kept
+from hpm.weights.formats import FORMATS, WITH_DECODER, Format, Subject
+from hpm.weights.resolve import load
+
+# Largest difference of an output, in float32; relative where outputs are larger than 1.
+TOLERANCE = 1e-5
+BATCHES = (2, 1)
+
+Report = Callable[[str], None]
+
+
+def export(
+    run: str | Path, to: str, out: str | Path, report: Report = print, **options: Any
+) -> Path:
+    """Write a backbone for timm, hf, torchvision, onnx or safetensors, and check it there.
+
+    Args:
+        run: run folder, checkpoint, backbone file, or another library's weights (see
+            `hpm.weights.third_party`).
+        to: the format.
+        out: file to write (of hf a folder), which must not be there yet.
+        report: is called with the largest difference and with the lines that load it.
+        options: those of `ExportConfig` in `config.py`.
+
+    Returns what was written. Raises UserError where it cannot be expressed, or where the other
+    library does not give the same outputs; nothing is then left behind.
+    """
+    given = {"run": run, "to": to, "out": out} | options
+    return run_export(make_config(ExportConfig, given), report)
+
+
+def run_export(config: ExportConfig, report: Report = print) -> Path:
+    """Export as configured."""
+    with random_state_kept():
+        return _export(config, report)
+
+
+def _export(config: ExportConfig, report: Report) -> Path:
+    out = Path(config.out).expanduser()
+    written = WITH_DECODER if config.with_decoder else FORMATS[config.to]
+    _check(config, out, written)
+    subject = _subject(config, report)
+    reason = written.unable(subject)
+    if reason:
+        raise UserError(f"export to {config.to}: {reason}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            staged = Path(folder) / out.name
+            written.write(subject, staged)
+            difference = check(written, subject, staged)
+            if config.to == "hf":
+                left_out = add_card(staged, subject, config, written.lines(subject, out))
+                _say_left_out(left_out, config, report)
+            _publish(Path(folder), out)
+    except OSError as error:
+        raise disk_error(out, error) from None
+    report(f"the same outputs as ours, to {difference:.1e} (largest difference, random images)")
+    report(f"written to {out}; to load it:\n\n{written.lines(subject, out)}\n")
+    if config.push:
+        report(f"uploaded to {_push(config, subject, out, written, report)}")
+    return out
+
+
+@torch.no_grad()
+def check(written: Format, subject: Subject, path: Path) -> float:
+    """The largest difference between our outputs and those of the file. UserError if too large."""
+    largest = 0.0
+    for batch in BATCHES:
+        generator = torch.Generator().manual_seed(batch)
+        height, width = subject.encoder.image_size
+        images = torch.randn(batch, subject.encoder.channels, height, width, generator=generator)
+        ours = written.ours(subject, images)
+        for name, theirs in written.outputs(subject, path, images).items():
+            if theirs.shape != ours[name].shape:
+                raise UserError(f"the exported {name} differ in shape: nothing was written")
+            difference = (theirs - ours[name]).abs().max().item()
+            # Written so that NaN is refused.
+            if not difference <= TOLERANCE * max(1.0, ours[name].abs().max().item()):
+                raise UserError(
+                    f"the exported model gives other {name} than ours, by {difference:.1e} "
+                    f"({TOLERANCE:g} is allowed): nothing was written"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _check(config: ExportConfig, out: Path, written: Format) -> None:
+    if config.with_decoder and config.to != "hf":
+        raise UserError(f"with_decoder is of --to hf alone, but to is {config.to}")
+    if config.push and not config.licence:
+        raise UserError("push needs the licence of the weights: pass --licence (apache-2.0, ...)")
+    if config.public and not config.push:
+        raise UserError("public is of --push alone: leave it out, or pass --push USER/NAME")
+    if config.with_figure and config.to != "hf" and not config.push:
+        raise UserError("with_figure needs a model card beside it: pass --to hf, or --push")
+    if not 0 < config.crop_share <= 1:
+        raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
+    if config.crop_share != 1 and config.to != "hf":
+        raise UserError("crop_share is of the preprocessing, which --to hf alone has: leave it out")
+    if config.push and config.push.count("/") != 1:
+        raise UserError(f"push is '{config.push}': name it USER/NAME")
+    if written.suffixes and out.suffix not in written.suffixes:
+        raise UserError(f"out is '{config.out}': name a {' or '.join(written.suffixes)} file")
+    taken = [out, out.with_suffix(".json")] if config.to == "safetensors" else [out]
+    for path in taken:
+        if path.exists():
+            raise UserError(f"{path} exists: choose another --out")
+
+
+def _subject(config: ExportConfig, report: Report) -> Subject:
+    trained = load(config.run)
+    for note in trained.notes:
+        report(note)
+    backbone = trained.backbone(config.pool, config.teacher).eval()
+    model = (trained.teacher if config.teacher else trained.model) if config.with_decoder else None
+    if model is not None:
+        model.eval()
+    if config.with_figure and not latest_figure(trained.folder):
+        raise UserError(f"with_figure: {config.run} has no figures: leave it out")
+    return Subject(trained, backbone, model, config.crop_share)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give everything in the folder its place, what was asked for last."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):
+            os.replace(path, out.parent / path.name)
+            moved.append(out.parent / path.name)
+    except OSError:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _push(
+    config: ExportConfig, subject: Subject, out: Path, written: Format, report: Report
+) -> str:
+    assert config.push is not None
+    if out.is_dir():
+        return hub.push(out, config.push, config.public)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (out, out.with_suffix(".json")):
+            if path.exists():
+                shutil.copy(path, folder)
+        lines = written.lines(subject, Path(out.name))
+        _say_left_out(add_card(Path(folder), subject, config, lines), config, report)
+        return hub.push(Path(folder), config.push, config.public)
+
+
+def _say_left_out(count: int, config: ExportConfig, report: Report) -> None:
+    if count:
+        whose = "teacher" if config.teacher else "student"
+        report(
+            f"evaluations that the model card leaves out, as they are not of the {whose}'s weights "
+            f"at this step: {count}"
+        )

@@ -1,0 +1,156 @@
+"""The model card of an exported backbone: README.md as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpm.commands.options import ExportConfig
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import counted
+from hpm.core.files import write_text
+from hpm.core.version import __version__
+from hpm.evals.saved import saved_evaluations
+from hpm.training.checks import MINED_BY_LOSS
+from hpm.weights.formats import Subject
+from hpm.weights.resolve import Trained
+
+FIGURE = "figure.png"
+LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
+
+
+def add_card(folder: Path, subject: Subject, config: ExportConfig, lines: str) -> int:
+    """Write README.md, and copy the run's latest figure where that is asked for. Returns how many
+    of the run's evaluations are of other weights, and left out."""
+    figure = latest_figure(subject.trained.folder) if config.with_figure else None
+    if figure:
+        shutil.copy(figure, folder / FIGURE)
+    found = Results.of(subject.trained, "teacher" if config.teacher else "student")
+    write_text(folder / "README.md", card(subject, config, lines, bool(figure), found))
+    return found.left_out
+
+
+@dataclass
+class Results:
+    """Rows of the table of results, and how many evaluations are of other weights."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    left_out: int = 0
+
+    @staticmethod
+    def of(trained: Trained, weights: str) -> Results:
+        """Every number of the run's evaluations that was measured on these weights at this step."""
+        found = Results()
+        for saved in saved_evaluations(trained.folder):
+            if saved.rows is None:
+                found.rows.append([saved.file.name, "", "", "unreadable"])
+            elif (saved.weights, saved.step) == (weights, trained.step):
+                found.rows += saved.rows
+            else:
+                found.left_out += 1
+        return found
+
+
+def card(
+    subject: Subject, config: ExportConfig, lines: str, with_figure: bool, found: Results
+) -> str:
+    """The text of the card. `lines` load the model; those of a folder that is pushed name it."""
+    if config.push and config.to == "hf":
+        lines = lines.replace(config.out, config.push)
+    parts = [
+        _front_matter(subject, config),
+        f"# {(config.push or Path(config.out).name).rpartition('/')[2]}",
+        _method(subject, config),
+        f"![image, losses, mask, reconstruction]({FIGURE})" if with_figure else "",
+        f"## Use\n\n```python\n{lines}\n```\n\n{_input(subject)}",
+        f"## Training\n\n{_training(subject.trained.config)}",
+        f"## Results\n\n{_results(found)}",
+        f"## Licence\n\n{config.licence or 'Not stated: the one who exports gives --licence.'}",
+        f"Made by hpm {__version__}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def latest_figure(run: Path | None) -> Path | None:
+    """The last figure that a run drew."""
+    found = sorted((run / "figures").glob("*.png")) if run else []
+    return found[-1] if found else None
+
+
+def _front_matter(subject: Subject, config: ExportConfig) -> str:
+    library = LIBRARIES.get(config.to)
+    tags = ["self-supervised", "masked-image-modelling"]
+    tags += ["hard-patches-mining"] if _is_hpm(subject.trained.config) else []
+    lines = [
+        f"license: {config.licence or 'unknown'}",
+        *([f"library_name: {library}"] if library else []),
+        "pipeline_tag: image-feature-extraction",
+        f"tags: [{', '.join(tags)}]",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _method(subject: Subject, config: ExportConfig) -> str:
+    """What it is, and no more of how it came to be than the run tells."""
+    shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
+    name = shape.get("model", "Vision Transformer")
+    text = (
+        f"{name}, width {shape['embed_dim']}, {counted(shape['depth'], 'block')}, for images of "
+        f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
+        f"{counted(encoder.channels, 'channel')}. "
+    )
+    if trained.notes:
+        # The name alone: where it lay is nobody's business.
+        found = trained.notes[0].removeprefix(f"{trained.name}: ")
+        return f"{text}Not trained by hpm: converted from {Path(trained.name).name}, {found}."
+    text += "Pre-trained without labels by masked image modelling"
+    if _is_hpm(trained.config):
+        text += (
+            " with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): a teacher "
+            "predicts how badly each patch will be reconstructed, and masks follow from that"
+        )
+    whose = "teacher's (moving average)" if config.teacher else "student's"
+    return f"{text}. These are the {whose} weights."
+
+
+def _is_hpm(config: PretrainConfig | None) -> bool:
+    """Whether a run is known to have mined by predicted losses."""
+    return bool(config and config.data and config.mask in MINED_BY_LOSS)
+
+
+def _input(subject: Subject) -> str:
+    mean, std = ([round(v, 5) for v in m] for m in (subject.trained.mean, subject.trained.std))
+    return f"Normalisation, of pixels whose full scale is 1: mean {mean}, deviation {std}."
+
+
+def _training(config: PretrainConfig | None) -> str:
+    if config is None or not config.data:
+        return "Unknown: the file does not tell."
+    length = counted(config.steps, "step") if config.steps else counted(config.epochs, "epoch")
+    rows = {
+        "data": Path(config.data).name,
+        "length": f"{length} of batches of {config.batch_size}",
+        "mask": f"{config.mask}, {config.mask_ratio:g} of the patches hidden",
+        "target": config.target,
+        "predictor's loss": config.predictor_loss,
+        "learning rate": f"{config.base_lr:g} per 256 images",
+        "seed": str(config.seed),
+    }
+    return _table(["", ""], [[name, value] for name, value in rows.items()])
+
+
+def _results(found: Results) -> str:
+    if not found.rows:
+        return "Not measured."
+    header = ["evaluation", "data", "features", "numbers"]
+    return _table(header, found.rows) + "\n\nTop-1 in %, with its 95 % bootstrap interval."
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))

@@ -1,0 +1,160 @@
+"""Options of the other verbs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hpm.core.config import PretrainConfig
+
+
+@dataclass
+class ExportConfig:
+    """Hand the backbone over to other software, checked to give the same outputs there."""
+
+    run: str
+    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME."""
+    to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
+    """Library or format; hf is transformers of Hugging Face, safetensors our own backbone file."""
+    out: str
+    """File to write (of hf a folder); nothing is overwritten."""
+    teacher: bool = False
+    """The teacher's weights (run or checkpoint only)."""
+    pool: Literal["mean", "cls"] = "mean"
+    """Of timm and onnx, what they pool: the mean of the patches, or the class token."""
+    with_decoder: bool = False
+    """Of hf: a ViTMAEForPreTraining, with the reconstructor (run or checkpoint only)."""
+    push: str | None = None
+    """USER/NAME on the Hugging Face hub to upload to, with a model card (private if new)."""
+    public: bool = False
+    """With push: make a new repository public."""
+    with_figure: bool = False
+    """Put the run's latest figure, which shows some of its images, beside the model card."""
+    crop_share: float = 1.0
+    """Of hf, for its preprocessing: as in the evaluations."""
+    licence: str | None = None
+    """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
+
+
+@dataclass
+class AblateConfig(PretrainConfig):
+    """Pre-train with some options changed, over seeds, and compare (all options of pretrain)."""
+
+    arm: tuple[str, ...] = ()
+    """A set of options to compare: mae, predictor, hpm, hpm_memory, or your own, `NAME: mask=random
+    predictor_loss=none`; may be given several times. The others are compared with the first."""
+    vary: tuple[str, ...] = ()
+    """An option and its values, `mask=random,easy_to_hard`; may be given several times: every
+    combination is run, with every arm."""
+    seeds: int = 3
+    """How many seeds, from --seed on."""
+    labels: str | None = None
+    """Labelled images for kNN and linear probe (default: the data, where it has labels)."""
+
+
+@dataclass
+class BenchConfig(PretrainConfig):
+    """What a training step costs: MAE and HPM in turns, on noise, phase by phase (all options of
+    pretrain; those that say how patches are mined and losses predicted are HPM's alone)."""
+
+    data: str = "demo"
+    """Not looked at."""
+    out: str = ""
+    """Not written to."""
+    batch_size: int | None = 64
+    """Images per optimiser step."""
+    repeats: int = 5
+    """Rounds, each of MAE, HPM and a matrix product."""
+    steps_each: int = 3
+    """Steps of each method in a round."""
+    json: str | None = None
+    """File for the numbers."""
+
+
+@dataclass
+class BenchDataConfig:
+    """How fast images are loaded, for 1, 2, ... workers, against the bare libraries; what limits
+    it."""
+
+    data: str
+    """Images (see pretrain); of the training split."""
+    image_size: int | tuple[int, int] = 224
+    """As in pretrain."""
+    channels: int = 3
+    """As in pretrain."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """As in pretrain."""
+    batch_size: int = 64
+    """Images that a worker hands over at a time."""
+    workers: int | None = None
+    """Most workers to try (default: as many as cores)."""
+    images_per_second: float | None = None
+    """Speed of a training: how many workers does it need?"""
+    images: int = 1024
+    """Images in each reading."""
+    repeats: int = 3
+    """Rounds, each of the bare libraries and of every number of workers."""
+    json: str | None = None
+    """File for the numbers."""
+
+
+@dataclass
+class TokenizeConfig:
+    """Learn a codebook of discrete tokens for `--target tokens`."""
+
+    data: str
+    """Images (see pretrain); the training split alone is used."""
+    out: str = "codebook.safetensors"
+    """File to write."""
+    of: str = "pixels"
+    """What is tokenised: pixels of patches, or the features of a frozen model (timm/NAME, hf/NAME
+    or a folder)."""
+    codes: int = 512
+    """Number of tokens."""
+    image_size: int | tuple[int, int] = 224
+    """Pixels, as in pre-training."""
+    patch_size: int | tuple[int, int] = 16
+    """Pixels, as in pre-training."""
+    channels: int = 3
+    """As in pre-training."""
+    images: int = 10_000
+    """Images to learn from, drawn at random; all if there are fewer."""
+    patches: int = 200_000
+    """Patches to learn from, drawn at random."""
+    rounds: int = 100
+    """Most rounds of k-means."""
+    workers: int = 0
+    """Processes that load images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Of what is drawn, and of the first codes."""
+
+
+@dataclass
+class PrepareConfig:
+    """Shrink images once into large files that are fast to read, for pretrain and eval."""
+
+    data: str
+    """Images (see pretrain), with their splits and labels."""
+    out: str
+    """Folder to write, to be named as --data; the same command again goes on where it stopped."""
+    size: int = 512
+    """Pixels of the shorter side that larger images are reduced to. 512 leaves even a crop of a
+    fifth of the area 224 pixels; 256 is smaller and faster."""
+    quality: int = 90
+    """Of the JPEG that reduced images are written as; others are kept as they are."""
+    channels: int = 3
+    """Of .npy and TIFF, as in pretrain."""
+    workers: int | None = None
+    """Processes (default: one per spare core, at most 16)."""
+
+
+@dataclass
+class DemoConfig:
+    """The whole tour on built-in images: pre-train, measure, draw. Minutes on a CPU."""
+
+    out: str = "runs/demo"
+    """Run folder."""
+    steps: int | None = None
+    """Optimiser steps, instead of the preset's."""

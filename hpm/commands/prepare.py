@@ -1,0 +1,313 @@
+"""`hpm prepare`: images shrunk once into a few large files that are fast to read.
+
+The form is that of Hugging Face's `datasets.save_to_disk`, which opens it too. A shard is written
+by one process and appears whole or not at all: what is there when it stops need not be done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from hpm.commands.options import PrepareConfig
+from hpm.core.errors import UserError, one_line
+from hpm.core.extras import need
+from hpm.core.files import write_atomically, write_text
+from hpm.core.progress import track
+from hpm.data.arrays import (
+    ArrayImage,
+    Opened,
+    Pixels,
+    UnreadableImage,
+    from_pillow,
+    is_deep,
+    open_image,
+    reading,
+)
+from hpm.data.cache import FORKS
+from hpm.data.jpeg import JpegImage
+from hpm.data.loader import num_workers
+from hpm.data.sources import PREPARING, Source, Splits, open_source
+from hpm.data.transforms import decode
+
+SHARD_IMAGES = 500
+BATCH_BYTES = 2**25  # of a record batch: its offsets are 32 bits
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images `start` to `stop` of a split."""
+
+    split: str
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def unreadable(self) -> Path:
+        """Which of them are missing, and why."""
+        return self.file.with_name(f".{self.file.stem}.unreadable.json")
+
+
+@dataclass
+class Prepared:
+    """What was made: images written, bytes of all files, and (path, problem) of what was not."""
+
+    images: int
+    bytes: int
+    unreadable: list[tuple[str, str]]
+
+
+def prepare(config: PrepareConfig) -> Prepared:
+    """Shrink the images of a source into a folder. The same call goes on where it was stopped.
+
+    Raises UserError on bad input, where nothing can be read, and where the disk is full.
+    """
+    need("pyarrow", "parquet", "hpm prepare")
+    if config.size < 1 or not 1 <= config.quality <= 100 or (config.workers or 0) < 0:
+        raise UserError("size must be at least 1, quality 1 to 100, and workers not negative")
+    out = Path(config.out).expanduser()
+    _check_folder(out, config)
+    splits = _named(open_source(config.data))
+    settings = _settings(config) | {"images": {name: len(s) for name, s in splits.items()}}
+    _claim(out, settings)
+    shards = {name: _shards(out, name, len(source)) for name, source in splits.items()}
+    waiting = [s for of_split in shards.values() for s in of_split if not s.file.exists()]
+    for _ in track(_written(waiting, splits, config), "images", len(waiting)):
+        pass
+    return _finish(out, splits, shards, settings)
+
+
+def _named(splits: Splits) -> dict[str, Source]:
+    return {"train": splits.train} | ({"test": splits.test} if splits.test else {})
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What the outcome depends on."""
+    options = dataclasses.asdict(config)
+    del options["out"], options["workers"]
+    if config.data != "demo":
+        options["data"] = str(Path(config.data).expanduser().resolve())
+    return options
+
+
+def _check_folder(out: Path, config: PrepareConfig) -> None:
+    """UserError for one that is not ours to write into."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        begun = json.loads((out / PREPARING).read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{out} exists and was not made by hpm prepare: name another --out"
+        ) from None
+    for name, value in _settings(config).items():
+        if begun.get(name) != value:
+            raise UserError(
+                f"{out} was begun with {name} {begun.get(name)}, not {value}: name another --out, "
+                "or give the same options"
+            )
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    file = out / PREPARING
+    if file.exists():
+        before = json.loads(file.read_text())["images"]
+        if before != settings["images"]:
+            raise UserError(
+                f"{settings['data']} has {settings['images']} images, but {out} was begun with "
+                f"{before}: name another --out"
+            )
+        return
+    write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _shards(out: Path, split: str, count: int) -> list[Shard]:
+    number = -(-count // SHARD_IMAGES)
+    return [
+        Shard(
+            split,
+            out / split / f"data-{i:05d}-of-{number:05d}.arrow",
+            i * SHARD_IMAGES,
+            min((i + 1) * SHARD_IMAGES, count),
+        )
+        for i in range(number)
+    ]
+
+
+def _written(
+    shards: list[Shard], splits: dict[str, Source], config: PrepareConfig
+) -> Iterator[Shard]:
+    """The shards, each when it is written."""
+    workers = min(num_workers(config.workers), len(shards))
+    work = partial(_write_shard, splits=splits, config=config)
+    if workers <= 1 or not FORKS:
+        for shard in shards:
+            yield work(shard)
+        return
+    # Forks share the sources: `work` reaches them unpickled.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
+    )
+    try:
+        for done in as_completed([pool.submit(_work, shard) for shard in shards]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_given: Callable[[Shard], Shard]  # of a forked process: what to do with a shard
+
+
+def _begin(work: Callable[[Shard], Shard]) -> None:
+    global _given
+    _given = work
+    torch.set_num_threads(1)
+
+
+def _work(shard: Shard) -> Shard:
+    return _given(shard)
+
+
+def _write_shard(shard: Shard, splits: dict[str, Source], config: PrepareConfig) -> Shard:
+    source = splits[shard.split]
+    write_atomically(shard.file, lambda file: _write_rows(file, shard, source, config))
+    return shard
+
+
+def _write_rows(file: Path, shard: Shard, source: Source, config: PrepareConfig) -> None:
+    import pyarrow
+
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    fields = [("image", image)] + ([] if source.labels is None else [("label", pyarrow.int64())])
+    schema = pyarrow.schema(fields)
+    rows: list[dict[str, Any]] = []
+    unreadable, held = [], 0
+    with (
+        pyarrow.OSFile(str(file), "wb") as sink,
+        pyarrow.ipc.new_stream(sink, schema) as writer,
+    ):
+        for index in range(shard.start, shard.stop):
+            try:
+                data = shrunk(source, index, config.size, config.quality, config.channels)
+            except (UnreadableImage, OSError) as error:
+                unreadable.append((source.path(index), one_line(error)))
+                continue
+            row: dict[str, Any] = {"image": {"bytes": data, "path": source.path(index)}}
+            if source.labels is not None:
+                row["label"] = int(source.labels[index])
+            rows.append(row)
+            held += len(data)
+            if held > BATCH_BYTES:
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+                rows, held = [], 0
+        writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+    write_text(shard.unreadable, json.dumps(unreadable))  # before the shard itself appears
+
+
+def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -> bytes:
+    """The file of an image whose shorter side is `size` or less.
+
+    Its own where it is no larger; else JPEG, PNG where parts are transparent, and `.npy` of the
+    same kind of numbers for deep images and such of more channels. Raises UnreadableImage, OSError.
+    """
+    data = source.read(index)
+    image = source.open(index) if data is None else open_image(io.BytesIO(data))
+    if isinstance(image, ArrayImage) or is_deep(image):
+        return _shrunk_array(image, data, size, channels)
+    with reading():
+        found = _channels(image.opened() if isinstance(image, JpegImage) else image)
+    # Also where the file stays: it is read whole, so that a broken one is found now.
+    pixels = decode(image, found, (size, size))
+    short = min(pixels.width, pixels.height)
+    if data is not None and min(image.size) <= size:
+        return data
+    factor = min(1.0, size / short)
+    shape = max(1, round(pixels.height * factor)), max(1, round(pixels.width * factor))
+    view = pixels.resized(shape, (0, 0, pixels.width, pixels.height)) if factor < 1 else None
+    array = pixels.array if view is None else view
+    colours = array[0] if found == 1 else array.transpose(1, 2, 0)
+    file = io.BytesIO()
+    lossless = found == 4 or (data is None and factor == 1)
+    Image.fromarray(np.ascontiguousarray(colours)).save(
+        file, "png" if lossless else "jpeg", quality=quality
+    )
+    return file.getvalue()
+
+
+def _channels(image: Image.Image) -> int:
+    if image.mode in ("1", "L"):
+        return 1
+    return 4 if image.has_transparency_data else 3
+
+
+def _shrunk_array(image: Opened, data: bytes | None, size: int, channels: int) -> bytes:
+    assert not isinstance(image, JpegImage)
+    if isinstance(image, Image.Image):
+        with reading():
+            ImageOps.exif_transpose(image, in_place=True)
+            image, channels = from_pillow(image), 1
+    pixels = image.pixels(channels)
+    short = min(pixels.width, pixels.height)
+    if short <= size and data is not None:
+        return data
+    array, kind = pixels.array, pixels.array.dtype
+    factor = min(1.0, size / short)
+    shape = max(1, round(pixels.height * factor)), max(1, round(pixels.width * factor))
+    whole = Pixels(array, len(array))  # as many channels as there are
+    view = whole.resized(shape, (0, 0, pixels.width, pixels.height))
+    if kind.str[1:] == "u2":
+        view = (view * 257).round().astype(np.uint16)
+    elif view.dtype != np.uint8:
+        view = view / np.float32(255)  # in the file's own unit, which 255 stood for
+    file = io.BytesIO()
+    np.save(file, view[0] if len(view) == 1 else np.ascontiguousarray(view.transpose(1, 2, 0)))
+    return file.getvalue()
+
+
+def _finish(
+    out: Path, splits: dict[str, Source], shards: dict[str, list[Shard]], settings: dict[str, Any]
+) -> Prepared:
+    """What makes the shards one data set; and the list of what could not be read."""
+    made = Prepared(0, 0, [])
+    for shard in [shard for of_split in shards.values() for shard in of_split]:
+        failed = json.loads(shard.unreadable.read_text())
+        made.unreadable += [(path, problem) for path, problem in failed]
+        made.images += shard.stop - shard.start - len(failed)
+        made.bytes += shard.file.stat().st_size
+    if made.images == 0:
+        path, problem = made.unreadable[0]
+        raise UserError(f"{settings['data']}: no readable image (the first, {path}: {problem})")
+    for name, source in splits.items():
+        _describe(out / name, source, [shard.file.name for shard in shards[name]])
+    lines = [f"{path} ({problem})\n" for path, problem in made.unreadable]
+    write_text(out / "unreadable.txt", "".join(lines))
+    # Last: with it the folder is finished.
+    write_text(out / "dataset_dict.json", json.dumps({"splits": list(splits)}) + "\n")
+    return made
+
+
+def _describe(folder: Path, source: Source, files: list[str]) -> None:
+    """The two files that `datasets` reads a split by."""
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    if source.labels is not None:
+        features["label"] = {"names": source.classes, "_type": "ClassLabel"}
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file} for file in files], "_fingerprint": "hpm-prepare",
+        "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
+        "_output_all_columns": False, "_split": folder.name,
+    }  # fmt: skip
+    write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=2) + "\n")
+    write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What everything rests on: options, errors, files, processes."""

@@ -1,0 +1,202 @@
+"""Files: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpm.core.errors import UserError, one_line, why
+
+State = dict[str, Tensor]
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+STALE = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file, flush it to disk, then rename it to `path`.
+
+    A file of that name is thus always whole, and has the permissions of any new file (by the
+    umask). Raises UserError where the disk is full or the folder cannot be written to, and leaves
+    nothing behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if temporary.stat().st_mode != mode:  # safetensors makes files that only their owner reads
+            temporary.chmod(mode)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_stale(*folders: Path) -> None:
+    """Remove the temporary files that killed saves left in these folders: ours, and those that
+    safetensors makes beside them."""
+    for folder in folders:
+        for path in folder.glob(".*"):
+            if STALE.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, error: Exception) -> UserError:
+    """One clear line for a file that could not be written."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or re.search(r"os error (28|122|27)\b|No space|File too large", str(error)):
+        return UserError(
+            f"{path} could not be written: no space left; make room, then run the same command "
+            "again: what is whole already is kept"
+        )
+    reason = why(error) if isinstance(error, OSError) else one_line(error)
+    return UserError(f"{path} could not be written: {reason}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
+    """Write tensors and JSON into one safetensors file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Older versions of transformers refuse a file that does not name its framework.
+    header = {"hpm": json.dumps(meta), "format": "pt"}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+    """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
+    _check_access(path)
+    try:
+        if path.suffix in TORCH_SUFFIXES:
+            states = read_torch_file(path)
+            return next(
+                states[key] for key in ("state_dict", "model", *states) if key in states
+            ), {}
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint, without its tensors. Raises UserError."""
+    _check_access(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    check_meta(path, meta)
+    return meta
+
+
+def read_torch_file(path: Path) -> dict[str, State]:
+    """Every state dict of a PyTorch file that holds no code: under its key, or under "" where it
+    is the file itself. Raises UserError."""
+    _check_access(path)
+    try:
+        _refuse_packed(path)
+        # Training scripts keep their arguments beside the weights, in this container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds pickled code (or is damaged), which is never run{_which_code(error)}; "
+            "convert it to safetensors where you trust it"
+        ) from error
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # a damaged file can fail anywhere in PyTorch's reader
+        raise _unreadable(path, error) from None
+    nested = {"": content} | content if isinstance(content, dict) else {}
+    states = {str(key): _tensors(value, path) for key, value in nested.items()}
+    states = {key: state for key, state in states.items() if state}
+    if not states:
+        raise _unreadable(path, ValueError("no tensors in it"))
+    return states
+
+
+def _refuse_packed(path: Path) -> None:
+    """PyTorch stores its archives unpacked: one that is not may grow to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(item.file_size for item in archive.infolist())
+    if declared > path.stat().st_size:
+        raise ValueError(f"it would unpack to {declared / 1e9:.3g} GB")
+
+
+def _tensors(content: Any, path: Path) -> State:
+    """The tensors of a dictionary, each of them whole: none claims more than its file holds."""
+    if not isinstance(content, dict):
+        return {}
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, tensor in state.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise _unreadable(path, ValueError(f"{name} is no plain tensor"))
+    return state
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: truncated or not a weights file ({one_line(error, 160)}); use another checkpoint"
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _which_code(error: pickle.UnpicklingError) -> str:
+    """What PyTorch refused to run, where it says so."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found[1]})" if found else ""
+
+
+def check_meta(path: Path, meta: dict[str, Any]) -> None:
+    if "step" not in meta:
+        raise UserError(f"{path}: not a checkpoint of hpm pretrain")
+
+
+def _check_access(path: Path) -> None:
+    """safetensors says of every file that cannot be opened that it is not there."""
+    try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {why(error)}") from None

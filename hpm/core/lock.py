@@ -1,0 +1,72 @@
+"""Only one process trains into a folder: a lock that ends with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+from pathlib import Path
+
+from hpm.core.errors import UserError, why
+
+FILE = ".lock"
+# What file systems say that have no such locks.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
+
+_held: dict[Path, int] = {}  # folder -> open file
+
+
+def acquire(folder: Path) -> str | None:
+    """Make a folder and lock it for this process: until `release`, or until the process ends,
+    however it ends.
+
+    Returns a line for the log where its file system has no locks. Raises UserError where another
+    process holds the lock.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {why(error)}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+        os.close(file)
+        if error.errno in NO_LOCKS:
+            return (
+                f"warning: the file system of {folder} has no locks ({why(error)}): nothing keeps "
+                "a second run out of this folder"
+            )
+        raise UserError(
+            f"{folder} is in use by another run{f' ({holder})' if holder else ''}: wait for it, "
+            "stop it, or choose another --out"
+        ) from None
+    _held[folder] = file
+    with contextlib.suppress(OSError):  # the disk is full
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+    return None
+
+
+def release(folder: Path) -> None:
+    """Let others have the folder, if this process holds its lock. The file stays: another process
+    may have opened it already."""
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        os.close(file)
+
+
+def _forget() -> None:
+    """A fork shares the lock with its parent, which a loading process must not outlive it with."""
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,167 @@
+"""`hpm show`: what a model makes of some images, as a figure or as a page to browse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpm.core.config import PretrainConfig
+from hpm.core.distributed import pick_device
+from hpm.core.errors import UserError
+from hpm.core.progress import track
+from hpm.data.loader import Batch, evaluation_batches
+from hpm.data.sources import Source, Subset, open_source
+from hpm.mining.masking import num_hidden_patches
+from hpm.show.figures import TITLES, draw, picture, unable
+from hpm.show.gallery import write_gallery
+from hpm.show.options import PANELS, Panel, ShowConfig
+from hpm.weights.resolve import Trained, load
+
+FIGURES = (".png", ".pdf", ".svg", ".jpg")
+PAGES = (".html", ".htm")
+MOST = {FIGURES: 100, PAGES: 2000}  # images: figures are drawn in memory, pages are one file
+AT_A_TIME = 64
+NAMED = 3  # unreadable images that are named
+
+
+def show(config: ShowConfig) -> Path:
+    """Draw some images of the data. Returns the file's path; UserError on bad input."""
+    path = Path(config.out)
+    _check(config, path)
+    trained = open_trained(config.run, config.device)
+    check_shares(trained, config.hard_share, config.mask_ratio)
+    reasons = unable(trained)
+    panels = _choose(config, reasons)
+    share = hard_share(config.hard_share, trained)
+    batch, names = _read(config, trained)
+    shown = picture(
+        trained, batch.images, batch.indices, share, config.num_masks, config.seed,
+        config.mask_ratio, panels, progress=True,
+    )  # fmt: skip
+    title = f"{config.run} on {config.data}"
+    if path.suffix.lower() in PAGES:
+        about = [describe_mask(trained.config, config, share)] if trained.config else []
+        if config.panels is None and reasons:
+            about.append(cannot(reasons))
+        write_gallery(shown, path, title, names, about)
+    else:
+        draw(shown, path, title)
+    return path
+
+
+def open_trained(run: str, device: str) -> Trained:
+    """Load what is to be shown, ready to run, and say what was assumed of it."""
+    trained = load(run)
+    for note in trained.notes:
+        print(note)
+    for module in (trained.encoder, trained.model, trained.teacher):
+        if module is not None:
+            module.to(pick_device(device)).eval()
+    return trained
+
+
+def cannot(reasons: dict[Panel, str]) -> str:
+    """In one line, what cannot be shown and why."""
+    by_reason: dict[str, list[str]] = {}
+    for panel in PANELS:
+        if panel in reasons:
+            by_reason.setdefault(reasons[panel], []).append(TITLES[panel])
+    return "not shown: " + "; ".join(
+        f"{', '.join(panels)} ({reason})" for reason, panels in by_reason.items()
+    )
+
+
+def mines(trained: Trained) -> bool:
+    """Whether there is anything that says which patches are hard."""
+    config, teacher = trained.config, trained.teacher
+    if config is None or teacher is None:
+        return False
+    return config.mask == "attention" or teacher.predictor is not None or config.mine_by == "memory"
+
+
+def hard_share(asked: float | None, trained: Trained) -> float:
+    """The share asked for, or that at the end of the training; 0 where nothing is mined."""
+    if asked is not None and not mines(trained):
+        raise UserError(f"hard_share: {trained.name} has no loss predictor: leave it out")
+    if asked is not None:
+        return asked
+    return trained.config.hard_shares[1] if trained.config and mines(trained) else 0.0
+
+
+def check_shares(trained: Trained, share: float | None, mask_ratio: float | None) -> None:
+    """Raises UserError where they make no mask."""
+    if share is not None and not 0 <= share <= 1:
+        raise UserError(f"hard_share is {share:g}; it must lie between 0 and 1")
+    if mask_ratio is None:
+        return
+    if trained.model is None:
+        raise UserError(f"mask_ratio: {trained.name} holds a backbone only: leave it out")
+    if not 0 < mask_ratio < 1:
+        raise UserError(f"mask_ratio is {mask_ratio:g}; it must lie between 0 and 1")
+    patches = trained.encoder.num_patches
+    if num_hidden_patches(patches, mask_ratio) == patches:
+        raise UserError(f"mask_ratio {mask_ratio:g} leaves no visible patch of {patches}: lower it")
+
+
+def describe_mask(trained_with: PretrainConfig, config: ShowConfig, share: float) -> str:
+    ratio = trained_with.mask_ratio if config.mask_ratio is None else config.mask_ratio
+    mined = f", {100 * share:g} % of these the hardest" if share else ""
+    return (
+        f"mask {trained_with.mask}: {100 * ratio:g} % of the patches hidden{mined}; actual loss: "
+        f"the mean over {config.num_masks} random masks; seed {config.seed}"
+    )
+
+
+def _check(config: ShowConfig, path: Path) -> None:
+    if config.images < 1 or config.num_masks < 1:
+        raise UserError("images and num_masks must be at least 1")
+    if path.suffix.lower() not in FIGURES + PAGES:
+        raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg, .jpg or .html file")
+    (most,) = (number for kinds, number in MOST.items() if path.suffix.lower() in kinds)
+    if config.images > most:
+        page = "a page (--out show.html) holds more" if most < MOST[PAGES] else "show fewer"
+        raise UserError(
+            f"images is {config.images}, but a {path.suffix} file holds at most {most}: {page}"
+        )
+    if config.panels is not None and not config.panels:
+        raise UserError(f"panels is empty: name some of {', '.join(PANELS)}")
+
+
+def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
+    """The panels asked for, or all that the file can show; UserError where it cannot."""
+    able = tuple(panel for panel in PANELS if panel not in reasons)
+    if config.panels is None:
+        if reasons:
+            print(cannot(reasons))
+        return able
+    for panel in config.panels:
+        if panel in reasons:
+            raise UserError(
+                f"panels: {config.run} cannot show {panel}: {reasons[panel]}; it can show "
+                f"{', '.join(able)}"
+            )
+    return config.panels
+
+
+def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
+    """Some images of the data, and where they lie; those that cannot be read are named."""
+    splits = open_source(config.data)
+    source: Source = splits.test or splits.train
+    rng = np.random.default_rng([config.seed, len(source)])
+    some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
+    height, width = trained.encoder.image_size
+    reading = evaluation_batches(some, (height, width), trained.encoder.channels, AT_A_TIME)
+    batches = list(track(reading, "reading", -(-len(some) // AT_A_TIME)))
+    problems = [f"{some.path(i)}: {what}" for b in batches for i, what in b.unreadable]
+    batches = [batch for batch in batches if len(batch.images)]
+    if not batches:
+        raise UserError(f"{source.name}: no image of {len(some)} can be read ({problems[0]})")
+    for problem in problems[:NAMED]:
+        print(f"passed over: {problem}")
+    if len(problems) > NAMED:
+        print(f"passed over: {len(problems) - NAMED} more")
+    indices = torch.cat([batch.indices for batch in batches])
+    images = torch.cat([batch.images for batch in batches])
+    return Batch(images, indices, []), [some.path(int(index)) for index in indices]

@@ -1,0 +1,303 @@
+"""What a trained file shows of images: panels, computed and drawn.
+
+image, actual loss, predicted loss, mask, reconstruction, principal components of the features, and
+the attention of the class token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from hpm.core.errors import UserError
+from hpm.core.files import write_atomically
+from hpm.core.progress import track
+from hpm.data.loader import normalize
+from hpm.evals.hardness import loss_maps
+from hpm.mining.draw import Draw
+from hpm.mining.masking import num_hidden_patches, to_mask
+from hpm.models.encoder import Encoder
+from hpm.models.mim import MaskedImageModel
+from hpm.models.patches import gather_patches, patchify, unpatchify
+from hpm.show.options import PANELS, Panel
+from hpm.show.page import colours
+from hpm.targets.pixels import PixelTarget, patch_statistics
+from hpm.weights.resolve import Trained
+
+TITLES: dict[Panel, str] = {
+    "image": "image",
+    "actual": "actual loss",
+    "predicted": "predicted loss",
+    "mask": "mask",
+    "reconstruction": "reconstruction",
+    "pca": "features (PCA)",
+    "attention": "attention",
+}
+MASKED: tuple[Panel, ...] = ("actual", "predicted", "mask", "reconstruction")  # need the decoders
+TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # what a run draws meanwhile
+AT_A_TIME = 16  # images in memory
+GREY = 128
+
+Map = Float[Tensor, "batch patches"]
+Pixels = UInt8[np.ndarray, "height width 3"]
+
+
+@dataclass
+class Picture:
+    """What is shown of a batch of images; None is what was not asked for, or cannot be shown."""
+
+    images: Tensor  # [B C H W], as in a batch
+    grid: tuple[int, ...]
+    actual: Map | None = None  # NaN where no mask hid the patch
+    predicted: Map | None = None
+    mask: Bool[Tensor, "batch patches"] | None = None  # True where hidden
+    reconstruction: Tensor | None = None  # as the images; hidden patches are predicted ones
+    pca: Float[Tensor, "batch patches 3"] | None = None  # 0 to 1
+    attention: Float[Tensor, "batch heads patches"] | None = None
+
+    @property
+    def panels(self) -> list[Panel]:
+        """What it holds, in the order of PANELS."""
+        return [name for name in PANELS if name == "image" or getattr(self, name) is not None]
+
+
+def unable(trained: Trained) -> dict[Panel, str]:
+    """The panels that a file cannot show, and why."""
+    reasons: dict[Panel, str] = {}
+    if trained.model is None or trained.teacher is None or trained.config is None:
+        reasons |= dict.fromkeys(MASKED, "it holds a backbone only, no decoders")
+    else:
+        if trained.teacher.predictor is None:
+            reasons["predicted"] = "it has no loss predictor"
+        try:
+            target = trained.find_target(_device(trained.encoder))
+            if not isinstance(target, PixelTarget):
+                reasons["reconstruction"] = f"its target is {trained.config.target}, not pixels"
+        except UserError as error:  # the frozen model or the codebook that it learned from
+            reasons["actual"] = reasons["reconstruction"] = str(error)
+    if not trained.encoder.has_class_token:
+        reasons["attention"] = "its encoder has no class token"
+    elif type(trained.encoder).with_attention is Encoder.with_attention:
+        reasons["attention"] = "encoders of timm do not tell their attention"
+    return reasons
+
+
+def picture(
+    trained: Trained, images: Tensor, sample_ids: Int[Tensor, " batch"], hard_share: float,
+    num_masks: int = 10, seed: int = 0, mask_ratio: float | None = None,
+    panels: Collection[Panel] = TRAINING, progress: bool = False,
+) -> Picture:  # fmt: skip
+    """What a file shows of a batch's images [B C H W]: of the panels those that it can.
+
+    The mask is one that training would draw at this hard share; the actual loss is the mean over
+    `num_masks` random masks; mask_ratio is that of the training unless given.
+    """
+    wanted = set(panels) - set(unable(trained))
+    split = zip(images.split(AT_A_TIME), sample_ids.split(AT_A_TIME), strict=True)
+    steps = track(split, "computing", -(-len(images) // AT_A_TIME)) if progress else split
+    parts = [
+        _show(trained, part, ids, wanted, hard_share, num_masks, seed, mask_ratio)
+        for part, ids in steps
+    ]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    features = found.pop("features", None)
+    pca = None if features is None else principal_colours(features)
+    return Picture(images, trained.encoder.grid, pca=pca, **found)
+
+
+@torch.no_grad()
+def _show(
+    trained: Trained, images: Tensor, sample_ids: Tensor, wanted: set[Panel], hard_share: float,
+    num_masks: int, seed: int, mask_ratio: float | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Each panel of some images under its name, on the CPU; of the PCA the features."""
+    device = _device(trained.encoder)
+    normalized = normalize(images, torch.tensor(trained.mean), torch.tensor(trained.std))
+    normalized, sample_ids = normalized.to(device), sample_ids.to(device)
+    found: dict[str, Tensor] = {}
+    if wanted & set(MASKED):
+        found |= _masked(
+            trained, normalized, sample_ids, wanted, hard_share, num_masks, seed, mask_ratio
+        )
+    if "reconstruction" in found:
+        found["reconstruction"] = _as_loaded(found["reconstruction"].cpu(), trained, images)
+    if "attention" in wanted:
+        features, found["attention"] = trained.encoder.with_attention(normalized)
+    elif "pca" in wanted:
+        features = trained.encoder(normalized)
+    if "pca" in wanted:
+        found["features"] = features[:, trained.encoder.num_prefix_tokens :].float()
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def _masked(
+    trained: Trained, images: Tensor, sample_ids: Tensor, wanted: set[Panel], hard_share: float,
+    num_masks: int, seed: int, mask_ratio: float | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The panels that hide patches, or ask how well hidden ones are predicted."""
+    model, teacher, config = trained.model, trained.teacher, trained.config
+    assert model is not None and teacher is not None and config is not None
+    ratio = config.mask_ratio if mask_ratio is None else mask_ratio
+    found: dict[str, Tensor] = {}
+    predicted = None
+    miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
+    # A memory of losses knows training images alone: here, losses take its place.
+    by_losses = config.mine_by == "memory" and bool(wanted & {"mask", "reconstruction"})
+    if "actual" in wanted or by_losses:
+        target = trained.find_target(images.device)
+        maps = loss_maps(model, miner, images, draw, target, ratio, num_masks)
+        found["actual"], predicted = maps.actual, maps.predicted
+    elif teacher.predictor is not None:
+        predicted = miner.predicted_loss(images, draw)[1]
+    if predicted is not None and "predicted" in wanted:
+        found["predicted"] = predicted
+    if wanted & {"mask", "reconstruction"}:
+        signal = found["actual"].nan_to_num(nan=-torch.inf) if by_losses else predicted
+        if config.mask == "attention":
+            signal = miner.signal(images, draw)[1]
+        num_patches = model.encoder.num_patches
+        num_hidden = num_hidden_patches(num_patches, ratio)
+        visible_ids, hidden_ids = miner.hide(draw, signal, int(num_hidden * hard_share), num_hidden)
+        found["mask"] = to_mask(hidden_ids, num_patches)
+        if "reconstruction" in wanted:
+            target = trained.find_target(images.device)
+            assert isinstance(target, PixelTarget)
+            found["reconstruction"] = reconstruct(model, images, visible_ids, hidden_ids, target)
+    return {name: values for name, values in found.items() if name in wanted}
+
+
+def reconstruct(
+    model: MaskedImageModel,
+    images: Float[Tensor, "batch channels height width"],
+    visible_ids: Int[Tensor, "batch visible"],
+    hidden_ids: Int[Tensor, "batch hidden"],
+    target: PixelTarget,
+) -> Float[Tensor, "batch channels height width"]:
+    """The images with their hidden patches predicted.
+
+    A normalised patch does not tell its own mean and deviation, so those of the true patch are
+    put back: the picture then shows the structure that was predicted, not its brightness.
+    """
+    prediction = model(images, visible_ids, hidden_ids)[0].float()
+    patches = patchify(images, model.encoder.patch_size)
+    if target.normalized:
+        mean, std = patch_statistics(gather_patches(patches, hidden_ids))
+        prediction = prediction * std + mean
+    index = hidden_ids[..., None].expand_as(prediction)
+    patches = patches.scatter(1, index, prediction)
+    return unpatchify(patches, model.encoder.grid, model.encoder.patch_size)
+
+
+def _as_loaded(normalized: Tensor, trained: Trained, like: Tensor) -> Tensor:
+    """Back to the units of a batch of images."""
+    mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
+    pixels = (normalized * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255
+    if like.dtype == torch.uint8:
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    return pixels
+
+
+def principal_colours(
+    features: Float[Tensor, "batch patches dim"],
+) -> Float[Tensor, "batch patches 3"]:
+    """The three principal components of all these patches together as red, green and blue, 0 to 1.
+
+    Each is stretched to its range, less the extreme hundredths. A component has no sign of its own:
+    its largest loading is made positive, so that the same features always give the same colours.
+    A component that does not vary is 0.5.
+    """
+    rows = features.flatten(0, 1).double()
+    rows = rows - rows.mean(0)
+    variances, vectors = torch.linalg.eigh(rows.T @ rows)
+    directions = vectors[:, -3:].flip(1)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    values = rows @ (directions * largest.sign())
+    low, high = torch.from_numpy(np.quantile(values.numpy(), (0.01, 0.99), axis=0))
+    varies = variances[-3:].flip(0) > 1e-10 * variances[-1].clamp(min=1e-30)
+    stretched = (values - low) / (high - low).clamp(min=1e-30)
+    components = torch.where(varies, stretched.clamp(0, 1), 0.5)
+    return components.view(*features.shape[:2], 3).float()
+
+
+def pixels(shown: Picture, row: int) -> dict[Panel, Pixels]:
+    """The panels of one image as RGB; images in their own size, maps a pixel a patch."""
+    image = as_rgb(shown.images[row], shown.images[row])
+    found: dict[Panel, Pixels] = {"image": image}
+    for name in ("actual", "predicted"):
+        values = getattr(shown, name)
+        if values is not None:
+            found[name] = colours(values[row].view(shown.grid).numpy())
+    if shown.mask is not None:
+        found["mask"] = _grey_out(image, shown.mask[row].view(shown.grid).numpy())
+    if shown.reconstruction is not None:
+        found["reconstruction"] = as_rgb(shown.reconstruction[row], shown.images[row])
+    if shown.pca is not None:
+        components = shown.pca[row].view(*shown.grid, 3)
+        found["pca"] = (components * 255).round().to(torch.uint8).numpy()
+    if shown.attention is not None:
+        found["attention"] = colours(shown.attention[row].mean(0).view(shown.grid).numpy())
+    return found
+
+
+def head_pixels(shown: Picture, row: int) -> list[Pixels]:
+    """The attention of each head, a pixel a patch; none where there is no attention."""
+    if shown.attention is None:
+        return []
+    return [colours(head.view(shown.grid).numpy()) for head in shown.attention[row]]
+
+
+def draw(shown: Picture, path: Path, title: str) -> None:
+    """Write the figure, a row per image, as PNG (or what the suffix says)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = len(shown.images), len(shown.panels)
+    height, width = shown.images.shape[-2:]
+    row_height = 1.7 * min(height / width, 3)
+    size = (max(1.7 * columns, 4), row_height * rows + 0.7)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for axis, (name, panel) in zip(axes[row], pixels(shown, row).items(), strict=True):
+            axis.imshow(panel, extent=(0, width, height, 0), interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(TITLES[name], fontsize=10)
+    kind = path.suffix.lstrip(".") or "png"
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))
+
+
+def as_rgb(image: Tensor, like: Tensor) -> Pixels:
+    """[C H W] -> uint8 [H W 3]: grey is repeated, alpha left out; of many channels the first three
+    are shown, of two their mean.
+
+    But for pictures in 8 bits each channel is stretched to what `like` has of it, less the extreme
+    hundredths: other values have no brightness of their own.
+    """
+    if image.dtype != torch.uint8 or len(image) not in (1, 3, 4):
+        values, like = image[:3].float(), like[:3].float()
+        low, high = np.quantile(like.flatten(1).numpy(), (0.01, 0.99), axis=1)
+        low, high = (torch.from_numpy(side).float().view(-1, 1, 1) for side in (low, high))
+        image = ((values - low) / (high - low).clamp(min=1e-30) * 255).round().clamp(0, 255)
+        image = (image.mean(0, keepdim=True) if len(image) == 2 else image).to(torch.uint8)
+    rgb = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+    return np.ascontiguousarray(rgb.permute(1, 2, 0).numpy())
+
+
+def _grey_out(image: Pixels, hidden: Bool[np.ndarray, "rows columns"]) -> Pixels:
+    """The image with hidden patches in grey."""
+    patch = np.ones((image.shape[0] // hidden.shape[0], image.shape[1] // hidden.shape[1]))
+    covered = np.kron(hidden, patch)[..., None].astype(bool)
+    return np.where(covered, np.uint8(GREY), image)
+
+
+def _device(encoder: Encoder) -> torch.device:
+    return next(encoder.parameters()).device

@@ -1,0 +1,80 @@
+"""The held-out images at some moments of the training, kept small for the report."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hpm.core.errors import UserError
+from hpm.core.files import read_tensors, write_tensors
+from hpm.show.figures import Picture, as_rgb
+
+SIDE = 128  # pixels of the longer side at most
+MOST = 10  # moments that are shown
+
+
+@dataclass
+class Moment:
+    """What the figure of one step shows; None where the model has no such thing."""
+
+    step: int
+    images: np.ndarray  # uint8 [B H W 3]
+    mask: np.ndarray  # bool [B rows columns], True where hidden
+    actual: np.ndarray  # float32 [B rows columns], NaN where unknown
+    predicted: np.ndarray | None
+    reconstruction: np.ndarray | None  # as the images
+
+
+def keep_moment(shown: Picture, folder: Path, step: int) -> None:
+    """Write what a picture shows into `folder`, images reduced to at most 128 pixels a side."""
+    assert shown.mask is not None and shown.actual is not None
+    grid = (len(shown.images), *shown.grid)
+    tensors = {
+        "images": _small(shown.images, shown.images),
+        "mask": shown.mask.view(grid),
+        "actual": shown.actual.float().reshape(grid),
+    }
+    if shown.predicted is not None:
+        tensors["predicted"] = shown.predicted.float().reshape(grid)
+    if shown.reconstruction is not None:
+        tensors["reconstruction"] = _small(shown.reconstruction, shown.images)
+    write_tensors(folder / f"step_{step:08d}.safetensors", tensors, {"step": step})
+
+
+def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
+    """At most ten moments at these steps, the first and the last among them.
+
+    Others are of a training that was taken up again from before them.
+    """
+    names = {step: folder / f"step_{step:08d}.safetensors" for step in steps}
+    files = {step: path for step, path in names.items() if path.exists()}
+    found = sorted(files)
+    if len(found) > MOST:
+        found = [found[place] for place in np.linspace(0, len(found) - 1, MOST).round().astype(int)]
+    moments = []
+    for step in found:
+        with contextlib.suppress(UserError, KeyError):  # a damaged one is left out
+            parts = {name: part.numpy() for name, part in read_tensors(files[step])[0].items()}
+            moments.append(
+                Moment(
+                    step, parts["images"], parts["mask"], parts["actual"], parts.get("predicted"),
+                    parts.get("reconstruction"),
+                )
+            )  # fmt: skip
+    return moments
+
+
+def _small(images: Tensor, like: Tensor) -> Tensor:
+    """[B C H W] -> uint8 [B H W 3]."""
+    small = []
+    for image, original in zip(images, like, strict=True):
+        picture = Image.fromarray(as_rgb(image, original))
+        picture.thumbnail((SIDE, SIDE))
+        small.append(torch.from_numpy(np.array(picture)))
+    return torch.stack(small)

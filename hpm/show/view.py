@@ -1,0 +1,286 @@
+"""`hpm view`: a page on this machine to try a model on images; a small server behind it.
+
+The page sends an image (or the number of an example) with its settings and gets pictures back. The
+server keeps nothing between two requests and writes nothing to disk. It listens to this machine
+alone, and answers only what was addressed to it by that name: a page from elsewhere could otherwise
+reach it through a name of its own that leads here (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+import threading
+import webbrowser
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpm.core.errors import UserError, one_line
+from hpm.data.arrays import UnreadableImage, at_depth, is_deep, open_image
+from hpm.data.loader import evaluation_batches
+from hpm.data.sources import Subset, open_source
+from hpm.data.transforms import evaluation_view
+from hpm.show.command import cannot, check_shares, hard_share, mines, open_trained
+from hpm.show.figures import MASKED, TITLES, as_rgb, head_pixels, picture, pixels, unable
+from hpm.show.gallery import SHARP, value_range
+from hpm.show.options import PANELS, ViewConfig
+from hpm.show.page import image_uri
+from hpm.show.view_page import view_page
+from hpm.weights.resolve import Trained
+
+ADDRESS = "127.0.0.1"
+PORT, PORTS_TRIED = 7860, 40
+LIMIT = 32 * 2**20  # bytes of an image
+EXAMPLES = 6
+PATIENCE = 60  # seconds without a byte after which a request is given up
+
+
+@dataclass
+class Viewer:
+    """A model that is ready to run, and some examples for it; one request after another."""
+
+    trained: Trained
+    examples: Tensor  # [examples C H W], as in a batch
+    example_names: list[str]
+    num_masks: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def page(self) -> str:
+        reasons, config = unable(self.trained), self.trained.config
+        height, width = self.trained.encoder.image_size
+        channels = self.trained.encoder.channels
+        about = {
+            "title": self.trained.name,
+            "input": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
+            "not_shown": cannot(reasons) if reasons else "",
+            "panels": [panel for panel in PANELS if panel not in reasons],
+            "features_only": all(panel in reasons for panel in MASKED),
+            "mines": mines(self.trained),
+            "mask_ratio": config.mask_ratio if config else 0.75,
+            # As many as leave one patch visible.
+            "most_hidden": math.floor(100 * (1 - 1 / self.trained.encoder.num_patches)) / 100,
+            "hard_share": hard_share(None, self.trained),
+            "num_masks": self.num_masks,
+            "limit": LIMIT,
+            "examples": [
+                {"name": name, "src": image_uri(as_rgb(image, image))}
+                for name, image in zip(self.example_names, self.examples, strict=True)
+            ],
+        }
+        return view_page(about)
+
+    def answer(self, settings: dict[str, str], body: bytes) -> dict[str, Any]:
+        """The panels of an image at these settings, or what is wrong under "error"."""
+        try:
+            with self.lock:
+                return self._show(settings, body)
+        except (UserError, UnreadableImage, OSError) as error:
+            return {"error": one_line(error)}
+
+    def _show(self, settings: dict[str, str], body: bytes) -> dict[str, Any]:
+        ratio = share = None
+        if self.trained.config is not None:
+            ratio = _number(settings, "mask_ratio", self.trained.config.mask_ratio)
+            share = _number(settings, "hard_share", 0.0) if mines(self.trained) else None
+        seed = _number(settings, "seed", 0)
+        check_shares(self.trained, share, ratio)
+        if not 0 <= seed < 2**31:
+            raise UserError(f"seed is {seed:g}; it must lie between 0 and {2**31 - 1}")
+        image = self._image(settings, body)
+        shown = picture(
+            self.trained, image, torch.zeros(1, dtype=torch.int64), share or 0.0, self.num_masks,
+            int(seed), ratio, PANELS,
+        )  # fmt: skip
+        found = pixels(shown, 0)
+        return {
+            "panels": [
+                {
+                    "name": name,
+                    "title": TITLES[name],
+                    "values": value_range(shown, 0, name),
+                    "src": image_uri(panel),
+                    "sharp": panel.shape[1] < SHARP,
+                }
+                for name, panel in found.items()
+            ],
+            "heads": [image_uri(head) for head in head_pixels(shown, 0)],
+        }
+
+    def _image(self, settings: dict[str, str], body: bytes) -> Tensor:
+        """[1 C H W]: the example, or what was uploaded."""
+        if "example" in settings:
+            number = _number(settings, "example", 0)
+            if number not in range(len(self.examples)):
+                raise UserError(f"there is no example {number:g}")
+            return self.examples[int(number)][None]
+        height, width = self.trained.encoder.image_size
+        try:
+            image = open_image(io.BytesIO(body))
+            deep = is_deep(image)
+            view = evaluation_view(image, (height, width), self.trained.encoder.channels)
+        except (UnreadableImage, OSError, MemoryError) as error:
+            # Pillow names the buffer that it was given, which says nothing to the user.
+            text = one_line(error)
+            reason = "" if "BytesIO" in text else f" ({text})"
+            raise UserError(f"this file cannot be read as an image{reason}") from None
+        return torch.from_numpy(at_depth(view, deep).copy())[None]
+
+
+def view(config: ViewConfig) -> None:
+    """Serve the page until Ctrl-C. UserError on bad input."""
+    if config.num_masks < 1:
+        raise UserError(f"num_masks is {config.num_masks}; it must be at least 1")
+    trained = open_trained(config.run, config.device)
+    viewer = Viewer(trained, *_examples(config.data, trained), config.num_masks)
+    reasons = unable(trained)
+    if reasons:
+        print(cannot(reasons))
+    server = make_server(viewer, config.port)
+    address = f"http://{ADDRESS}:{server.server_port}/"
+    print(f"{config.run} can be tried at {address} (Ctrl-C stops it)", flush=True)
+    if config.open:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nstopped")
+    finally:
+        server.server_close()
+        viewer.lock.acquire()  # what is being computed is not torn apart
+
+
+def make_server(viewer: Viewer, port: int | None) -> ThreadingHTTPServer:
+    """A server on this port, or on the first free one from 7860 on. UserError where it is taken."""
+    ports = range(PORT, PORT + PORTS_TRIED) if port is None else [port]
+    for candidate in ports:
+        if not 0 <= candidate < 2**16:
+            raise UserError(f"port is {candidate}; it must lie between 0 (any free one) and 65535")
+        try:
+            return Server((ADDRESS, candidate), viewer)
+        except OSError as error:
+            problem = error.strerror
+    taken = f"{port} is" if port is not None else f"{ports[0]} to {ports[-1]} are"
+    raise UserError(f"port {taken} not free ({problem}): choose another --port")
+
+
+class Server(ThreadingHTTPServer):
+    """Knows the viewer, its page, and by which names it may be addressed."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], viewer: Viewer):
+        super().__init__(address, Handler)
+        self.viewer = viewer
+        self.page = viewer.page().encode()
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A reader who goes away is no error.
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / is the page; POST /show?mask_ratio=...&hard_share=...&seed=... with an image as body
+    (or with example=N and no body) gives its panels as JSON."""
+
+    server: Server
+    timeout = PATIENCE
+
+    def do_GET(self) -> None:
+        if not self._is_ours():
+            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to this machine alone")
+        elif urlsplit(self.path).path != "/":
+            self._refuse(HTTPStatus.NOT_FOUND, "there is only the page /")
+        else:
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
+
+    def do_POST(self) -> None:
+        url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
+        known = length.isascii() and length.isdigit()
+        # Read before any answer: who is still sending may never see one.
+        body = self.rfile.read(int(length)) if known and int(length) <= LIMIT else b""
+        if not self._is_ours():
+            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own page alone")
+        elif url.path != "/show":
+            self._refuse(HTTPStatus.NOT_FOUND, "post images to /show")
+        elif not known:
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed")
+        elif int(length) > LIMIT:
+            message = f"this image has more than {LIMIT // 2**20} MB"
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        else:
+            settings = {name: values[-1] for name, values in parse_qs(url.query).items()}
+            self._send_json(HTTPStatus.OK, self.server.viewer.answer(settings, body))
+
+    def _is_ours(self) -> bool:
+        origin = self.headers.get("Origin")
+        return self.headers.get("Host") in self.server.hosts and (
+            origin is None or origin.removeprefix("http://") in self.server.hosts
+        )
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._send_json(status, {"error": message})
+
+    def _send_json(self, status: HTTPStatus, values: dict[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(values).encode())
+
+    def _send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("X-Frame-Options", "DENY")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal is for the address."""
+
+
+def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
+    """Some images of the data asked for; else of the run's, or of the built-in ones.
+
+    A checkpoint alone may come from anyone, and its config name any folder: only that of a run
+    folder is opened unasked.
+    """
+    height, width = trained.encoder.image_size
+    of_run = trained.config.data if trained.config and trained.folder else ""
+    for candidate in [data] if data is not None else [of_run, "demo"]:
+        try:
+            splits = open_source(candidate) if candidate else None
+        except UserError:
+            if data is not None:
+                raise
+            continue
+        if splits is None:
+            continue
+        source = splits.test or splits.train
+        some = Subset(source, np.unique(np.linspace(0, len(source) - 1, EXAMPLES).astype(int)))
+        size, channels = (height, width), trained.encoder.channels
+        (batch,) = evaluation_batches(some, size, channels, EXAMPLES)
+        if len(batch.images):
+            return batch.images, [some.path(int(index)) for index in batch.indices]
+        if data is not None:
+            raise UserError(
+                f"data: no image of {source.name} can be read: {batch.unreadable[0][1]}"
+            )
+    return torch.empty(0, trained.encoder.channels, height, width, dtype=torch.uint8), []
+
+
+def _number(settings: dict[str, str], name: str, default: float) -> float:
+    text = settings.get(name, "")
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise UserError(f"{name} is '{text}', which is no number") from None

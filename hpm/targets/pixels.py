@@ -1,0 +1,67 @@
+"""Pixels, raw or normalised per patch."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from hpm.core.config import RankingSignal
+from hpm.mining.losses import squared_error
+from hpm.models.patches import gather_patches, patchify
+from hpm.targets.base import EPS, Ids, Images, Patches, PatchLoss, _RankedByLoss
+
+
+class PixelTarget(_RankedByLoss):
+    """Pixels of the patch, raw or standardised within it (MAE); HPM's targets.
+
+    Whichever is reconstructed, the predictor may rank by the loss in the other: they differ by the
+    variance of the patch.
+    """
+
+    def __init__(
+        self,
+        patch_size: tuple[int, ...],
+        channels: int,
+        normalized: bool,
+        ranking_signal: RankingSignal = "target",
+    ):
+        self.patch_size, self.normalized = patch_size, normalized
+        self.dim = math.prod(patch_size) * channels
+        by_normalized = {"target": normalized, "pixels": False, "normalized_pixels": True}
+        self.by_normalized = by_normalized[ranking_signal]
+
+    def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
+        name: Literal["normalized_pixels", "pixels"] = (
+            "normalized_pixels" if self.normalized else "pixels"
+        )
+        return pixel_target(images, self.patch_size, name)
+
+    def patch_loss(self, prediction: Patches, target: Patches) -> PatchLoss:
+        return squared_error(prediction, target)
+
+    def ranked_by(self, patch_loss: PatchLoss, images: Images, hidden_ids: Ids) -> PatchLoss:
+        if self.by_normalized == self.normalized:
+            return patch_loss
+        patches = gather_patches(patchify(images, self.patch_size), hidden_ids)
+        variance = patch_statistics(patches)[1].square().squeeze(-1)
+        return patch_loss / variance if self.by_normalized else patch_loss * variance
+
+
+def pixel_target(
+    images: Images, patch_size: tuple[int, ...], target: Literal["pixels", "normalized_pixels"]
+) -> Patches:
+    """Pixels of every patch, or pixels standardised within their patch (unbiased variance)."""
+    patches = patchify(images, patch_size)
+    if target == "pixels":
+        return patches
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def patch_statistics(patches: Patches) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B N 1] of each patch, by which normalised pixels are undone."""
+    mean = patches.mean(-1, keepdim=True)
+    variance = patches.var(-1, keepdim=True)
+    return mean, (variance + EPS).sqrt()

@@ -1,0 +1,1 @@
+"""How a training goes on: its state, schedule, optimiser, log."""

@@ -1,0 +1,279 @@
+"""Refuse what cannot work before anything is loaded: one clear line each."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.errors import UserError, counted, nearest
+from hpm.evals.options import (
+    AttentiveConfig,
+    EvalConfig,
+    KnnConfig,
+    LabelledEvalConfig,
+    LinearConfig,
+)
+from hpm.mining.teacher import small_image_size
+from hpm.models.architecture import SIZES, resolve_model
+from hpm.training.schedule import duration_steps
+from hpm.training.trackers import check_tracker
+
+COUNTS = (
+    "epochs", "steps", "batch_size", "accumulate", "repeat_augment", "log_every",
+    "keep_checkpoints", "decoder_dim", "decoder_depth", "decoder_heads", "predictor_dim",
+    "predictor_depth", "predictor_heads", "mine_every",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
+)  # fmt: skip
+SHARES = ("hard_share_start", "hard_share_end", "max_unreadable")
+MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
+DURATIONS = (
+    "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
+    "probe_every",
+)  # fmt: skip
+MOST_CHANNELS = 32
+
+
+def check_pretrain(config: PretrainConfig) -> None:
+    """Raises UserError for the first option that cannot work, alone or with another."""
+    _check_model(config)
+    if not 1 <= config.channels <= MOST_CHANNELS:
+        raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
+    architecture = resolve_model(config)
+    _check_sizes(architecture)
+    _check_mask(config, architecture)
+    _check_target(config)
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    for name in SHARES:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}; it must lie between 0 and 1")
+    for name in DURATIONS:
+        try:
+            duration_steps(getattr(config, name), 100, 10)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    if config.batch_size and config.batch_size % config.accumulate:
+        raise UserError(
+            f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
+        )
+    if config.batch_size and config.batch_size % config.repeat_augment:
+        raise UserError(
+            f"repeat_augment {config.repeat_augment} does not divide batch_size "
+            f"{config.batch_size}: pass a multiple of it as --batch-size"
+        )
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"crop_scale is [{low}, {high}]; it must rise between 0 and 1")
+    if config.normalize == "imagenet" and config.channels != 3:
+        raise UserError(
+            f"normalize imagenet has 3 channels, but channels is {config.channels}: "
+            "pass --normalize measured"
+        )
+    if config.normalize == "timm":
+        _check_timm_input(config)
+    check_tracker(config.tracker)
+
+
+def _check_model(config: PretrainConfig) -> None:
+    """What timm has is checked where it is asked for its shape, by `resolve_model`."""
+    ours = not config.model.startswith(TIMM)
+    if ours and config.model not in SIZES:
+        raise UserError(
+            f"model is '{config.model}'{nearest(config.model, SIZES)} "
+            f"(one of {', '.join(SIZES)}, or {TIMM}NAME)"
+        )
+    if not config.pretrained:
+        return
+    if ours:
+        raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
+    if config.init:
+        raise UserError("pretrained and init are two different starts: pass one of them")
+    from hpm.models.timm_encoder import check_weights
+
+    check_weights(config.model.removeprefix(TIMM))
+
+
+def _check_timm_input(config: PretrainConfig) -> None:
+    if not config.model.startswith(TIMM):
+        raise UserError(
+            f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
+            f"imagenet or measured, or --model {TIMM}NAME"
+        )
+    from hpm.models.timm_encoder import timm_input
+
+    channels = timm_input(config.model.removeprefix(TIMM)).channels
+    if config.channels != channels:
+        raise UserError(
+            f"normalize timm has {counted(channels, 'channel')}, but channels is "
+            f"{config.channels}: pass --normalize measured"
+        )
+
+
+def _check_sizes(architecture: dict[str, Any]) -> None:
+    for image, patch in sizes_of(architecture):
+        if patch < 1 or image < 1:
+            raise UserError("image_size and patch_size must be at least 1 pixel")
+        if patch > image:
+            raise UserError(
+                f"image_size {image} is smaller than patch_size {patch}: pass smaller patches"
+            )
+        if image % patch:
+            fitting = max(1, round(image / patch)) * patch
+            raise UserError(
+                f"patch_size {patch} does not divide image_size {image}: "
+                f"the nearest that fits is --image-size {fitting}"
+            )
+    widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
+    if "model" not in architecture:  # timm's own fit
+        widths.insert(0, ("embed_dim", "num_heads"))
+    for dim, heads in widths:
+        width, number = architecture[dim], architecture[heads]
+        if number < 1 or width % max(number, 1) or width % 4:
+            raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
+
+
+def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
+    """(pixels of the image, pixels of a patch) along each axis."""
+    return list(zip(architecture["image_size"], architecture["patch_size"], strict=True))
+
+
+def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+    if not 0 < config.mask_ratio < 1:
+        raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
+    patches = math.prod(image // patch for image, patch in sizes_of(architecture))
+    visible = int(patches * (1 - config.mask_ratio))
+    if visible in (0, patches):
+        lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
+        raise UserError(
+            f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
+            f"pass a {mend} --mask-ratio, or smaller patches"
+        )
+    by_teacher = config.mine_by == "teacher"
+    if config.mask in MINED_BY_LOSS and config.predictor_loss == "none" and by_teacher:
+        raise UserError(
+            f"mask {config.mask} needs a loss predictor, but predictor_loss is none: "
+            "pass --mask random for plain MAE, or --mine-by memory"
+        )
+    if config.mask == "attention" and not by_teacher:
+        raise UserError(
+            "mask attention mines by the teacher's attention, but mine_by is memory: leave it out"
+        )
+    _check_small_teacher(config, architecture)
+    if config.mask == "attention" and config.model.startswith(TIMM):
+        raise UserError(
+            f"mask attention needs the attention of one of our own encoders, but model is "
+            f"{config.model}: pass another --mask, or --model vit_small"
+        )
+    if config.mask == "uniform":
+        grid = [image // patch for image, patch in sizes_of(architecture)]
+        if any(size % 2 for size in grid):
+            raise UserError(
+                f"mask uniform needs an even grid, but image_size and patch_size make "
+                f"{grid[0]} x {grid[1]} patches: pass another --image-size"
+            )
+        if config.mask_ratio != 0.75:
+            raise UserError(
+                f"mask uniform leaves one patch of four, but mask_ratio is {config.mask_ratio}: "
+                "pass --mask-ratio 0.75, or another --mask"
+            )
+    covered = secondary_mask_ratio(config)
+    if not 0 <= covered < 1:
+        raise UserError(f"secondary_mask_ratio is {covered}; it must be at least 0 and below 1")
+
+
+def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+    scale = config.teacher_scale
+    if not 0 < scale <= 1:
+        raise UserError(f"teacher_scale is {scale}; it must be above 0 and at most 1")
+    if scale == 1:
+        return
+    reasons = {
+        "mine_by is memory": config.mine_by == "memory",
+        "mask is attention": config.mask == "attention",
+        "teacher_view is masked": config.teacher_view == "masked",
+        "target is teacher, which takes its features of the whole image":
+            config.target == "teacher",
+        f"model is {config.model}": "hiera" in config.model,
+    }  # fmt: skip
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")
+    height, width = architecture["image_size"]
+    rows, columns = architecture["patch_size"]
+    if small_image_size((height, width), (rows, columns), scale) == (height, width):
+        raise UserError(
+            f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "
+            "they are: pass a smaller one"
+        )
+
+
+def _check_target(config: PretrainConfig) -> None:
+    for option, target in (("target_model", "frozen"), ("codebook", "tokens")):
+        value = getattr(config, option)
+        if config.target == target and value is None:
+            mend = "hpm tokenize makes one" if option == "codebook" else "such as timm/NAME"
+            raise UserError(f"target {target} needs --{option.replace('_', '-')}: {mend}")
+        if config.target != target and value is not None:
+            raise UserError(
+                f"{option} is {value}, but target is {config.target}: pass --target {target}"
+            )
+    if config.codebook is not None and not Path(config.codebook).expanduser().is_file():
+        raise UserError(f"codebook {config.codebook}: no such file; hpm tokenize makes one")
+    if config.target == "frozen" and config.channels not in (1, 3):
+        raise UserError(
+            f"target frozen takes grey or RGB images, but channels is {config.channels}: "
+            "pass another --target"
+        )
+    if config.target == "teacher" and config.ema_horizon_end.strip() in ("1 step", "1 steps"):
+        raise UserError(
+            "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it the "
+            "student: pass a longer one"
+        )
+    if config.ranking_signal != "target" and "pixels" not in config.target:
+        raise UserError(
+            f"ranking_signal {config.ranking_signal} is a loss in pixels, but target is "
+            f"{config.target}: leave it out, or pass --target pixels"
+        )
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Raises UserError for the first option of an evaluation that cannot work.
+
+    Fine-tuning has more, which need the backbone: see `evals/finetune.py`.
+    """
+    for name in ("batch_size", "images", "epochs", "cache_gb"):
+        if getattr(config, name, 1) <= 0:
+            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("workers", "seed"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(f"{name} is {value}; it must not be negative")
+    if not 0 < config.crop_share <= 1:
+        raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
+    if isinstance(config, LabelledEvalConfig) and not 0 < config.train_share <= 1:
+        raise UserError(f"train_share is {config.train_share}; it must be above 0 and at most 1")
+    if isinstance(config, LabelledEvalConfig) and not 0 <= config.max_unreadable <= 1:
+        raise UserError(f"max_unreadable is {config.max_unreadable}; it must lie between 0 and 1")
+    if isinstance(config, KnnConfig) and (config.temperature <= 0 or min(config.k, default=0) < 1):
+        raise UserError("temperature and every k must be positive")
+    if isinstance(config, (LinearConfig, AttentiveConfig)):
+        if not config.lr or min(config.lr) <= 0:
+            raise UserError("lr needs one number or more, all of them positive")
+        if not config.weight_decay or min(config.weight_decay) < 0:
+            raise UserError("weight_decay needs one number or more, none of them negative")
+        if config.probe_batch_size < 2:
+            raise UserError(f"probe_batch_size is {config.probe_batch_size}; it must be at least 2")
+    crop_scale = getattr(config, "crop_scale", (1.0, 1.0))
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise UserError(f"crop_scale is {list(crop_scale)}; it must rise between 0 and 1")

@@ -1,0 +1,180 @@
+"""What a run tells while it trains: progress bar, train.log, metrics.jsonl, TensorBoard, and a
+tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import one_line
+from hpm.core.files import write_text
+from hpm.training.trackers import Tracker, start_tracker
+
+# A plain line is printed this many times where there is no terminal for a bar.
+PLAIN_LINES = 50
+
+
+class TrainingProgress(Progress):
+    """The bar with step and time, and below it the latest numbers: 80 columns hold one of them."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
+
+
+class RunLog:
+    """Writes to the run folder and to the screen; the processes other than the main stay silent.
+
+    A log that cannot be written is said once and never stops training. With a config, the tracker
+    that it names is told as well.
+    """
+
+    def __init__(
+        self, folder: Path, start_step: int, total_steps: int, active: bool,
+        config: PretrainConfig | None = None,
+    ):  # fmt: skip
+        self.folder = folder
+        self.active = active
+        self.total_steps = total_steps
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._last_line = -1
+        self._last_step = start_step
+        self._failed: set[str] = set()
+        self._tracker: Tracker | None = None
+        self._tensorboard: Any = None
+        self._progress: Progress | None = None
+        if not active:
+            return
+        with self.never_fail("logging"):
+            _forget_after(folder / "metrics.jsonl", start_step)
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder), purge_step=start_step or None)
+        self._tracking = f"tracking by {config.tracker}" if config else ""
+        if config and start_step < total_steps:
+            options = json.loads(json.dumps(dataclasses.asdict(config)))
+            with self.never_fail(self._tracking):
+                self._tracker = start_tracker(config.tracker, folder, options, start_step > 0)
+        if self.console.is_terminal:
+            self._progress = TrainingProgress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=20),
+                MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), console=self.console, transient=True,
+            )  # fmt: skip
+            self._task = self._progress.add_task(
+                "training", total=total_steps, completed=start_step, status=""
+            )
+            self._progress.start()
+
+    def close(self) -> None:
+        """Leave the screen and the files in order."""
+        if self._progress:
+            self._progress.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._track(lambda tracker: tracker.close(self._last_step >= self.total_steps))
+
+    def info(self, text: str) -> None:
+        """A line for the screen and for train.log."""
+        if not self.active:
+            return
+        self.console.print(text, markup=False)
+        with (
+            self.never_fail("logging"),
+            open(self.folder / "train.log", "a", encoding="utf-8") as file,
+        ):
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Named numbers of a step, for metrics.jsonl, TensorBoard and the tracker."""
+        if not self.active:
+            return
+        self._last_step = step
+        with self.never_fail("logging"):
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+            for name, value in values.items():
+                if self._tensorboard:
+                    self._tensorboard.add_scalar(name, value, step)
+        self._track(lambda tracker: tracker.metrics(step, values))
+
+    def figure(self, step: int, path: Path) -> None:
+        """The latest figure, for the tracker."""
+        self._track(lambda tracker: tracker.figure(step, path))
+
+    def progress(self, step: int, status: str) -> None:
+        """Move the bar, or now and then print a line where there is none."""
+        if self._progress:
+            self._progress.update(self._task, completed=step, status=status)
+        elif self.active:
+            line = step * PLAIN_LINES // self.total_steps
+            if line != self._last_line:
+                self._last_line = line
+                self.info(f"step {step}/{self.total_steps}  {status}")
+
+    @contextlib.contextmanager
+    def never_fail(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong in here is said, once of each such thing, and training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                text = one_line(error)
+                with contextlib.suppress(OSError):
+                    self.info(f"warning: {what} failed ({text})")
+
+    def _track(self, tell: Callable[[Tracker], None]) -> None:
+        """Tell the tracker. One that fails is left alone: it has tried again itself, and every
+        further failure would hold training up as long."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            with self.never_fail(self._tracking):
+                tell(tracker)
+                self._tracker = tracker
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: the GPU's, or this process's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts what the process that started this one held in ru_maxrss
+        (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
+        return int(peak) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged beyond the checkpoint that it goes on from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))

@@ -1,0 +1,135 @@
+"""Whether a run may go on: with the options and the data that it began with, however and wherever
+they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from hpm.core import lock
+from hpm.core.config import FREE_OPTIONS, TIMM, PretrainConfig, pair
+from hpm.core.errors import UserError, counted
+from hpm.core.files import read_meta, remove_stale, write_text
+from hpm.core.version import __version__
+from hpm.data.fingerprint import Fingerprint, differing
+from hpm.training.schedule import duration_steps, num_steps
+from hpm.weights.run_folder import Run, read_config
+
+SIZES = ("image_size", "patch_size")
+PATHS = ("data", "init", "codebook", "target_model")
+NAMES = (TIMM, "hf/")  # of models, that are no paths
+DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
+
+
+def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+    """Take a run folder for a resolved config and that many training images with this fingerprint:
+    lock it (see `hpm.core.lock`) and clear it of what killed saves left.
+
+    Returns a line for the log, if any. UserError where the folder holds anything else, or another
+    process trains into it.
+    """
+    if not run.config_file.exists() and run.folder.exists() and not _is_empty(run.folder):
+        raise UserError(f"{run.folder} exists and is no run folder; choose another --out")
+    note = lock.acquire(run.folder)
+    remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
+    latest = run.latest_checkpoint()
+    if run.config_file.exists() and latest is not None:
+        check_data(run.folder, read_meta(latest), config.data, count, found)
+        check_options(run.folder, read_config(run.config_file), config, count)
+        return note
+    # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
+    header = (
+        f"# hpm {__version__}, torch {torch.__version__}, python "
+        f"{platform.python_version()}, {platform.platform()}\n"
+        f"# command: {' '.join(sys.argv)}\n"
+    )
+    options = json.loads(json.dumps(dataclasses.asdict(config)))
+    text = yaml.safe_dump(options, sort_keys=False)
+    write_text(run.config_file, header + text)
+    return note
+
+
+def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, count: int) -> None:
+    """UserError for the first option that means something else than it did.
+
+    before: the options of config.yaml; one that it lacks is of a later version, and not compared.
+    count: training images. Where the data lie is no matter here: see `check_data`.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    batch_size = config.global_batch_size
+    total = num_steps(config, batch_size, count)
+
+    def steps(duration: str) -> float:
+        return duration_steps(duration, total, count // batch_size)
+
+    free = FREE_OPTIONS | {"data"}
+    length = (before.get("steps") or before.get("epochs", 0) * (count // batch_size)) or total
+    if length == total:  # whether it was given in epochs or in steps
+        free |= {"steps", "epochs"}
+    for name, value in now.items():
+        if name in free or name not in before:
+            continue
+        if meaning(name, before[name], steps) != meaning(name, value, steps):
+            raise UserError(
+                f"{folder} holds another run: there {name} is {before[name]}, here {value}; "
+                f"choose another --out (with --init {folder} to start from its weights)"
+            )
+
+
+def check_data(
+    folder: Path, meta: dict[str, Any], data: str, count: int, found: Fingerprint
+) -> None:
+    """UserError where the training images are not those of a checkpoint's meta data. A run of
+    before fingerprints were kept is told by the path of its data and by their number."""
+    began = meta["num_images"]
+    if count != began:
+        raise UserError(
+            f"{data} has {counted(count, 'training image')}, but the run began with {began}: put "
+            "the data back, or choose another --out"
+        )
+    if (known := meta.get("fingerprint")) and found:
+        if changed := differing(known, found):
+            raise UserError(
+                f"{data} holds other images than the run in {folder} began with: their "
+                f"{' and '.join(changed)} differ; put the data back, or choose another --out "
+                f"(with --init {folder} to start from its weights)"
+            )
+        return
+    before = meta["config"]["data"]
+    if _resolved(before) != _resolved(data):
+        raise UserError(
+            f"{folder} holds another run: there data is {before}, here {data}; choose another "
+            f"--out (with --init {folder} to start from its weights)"
+        )
+
+
+def meaning(name: str, value: Any, steps: Callable[[str], float]) -> Any:
+    """An option's value, the same for all ways to write it. steps: of a duration."""
+    if value is None:
+        return None
+    if name in SIZES:
+        return pair(value)
+    if name in PATHS:
+        return value if value.startswith(NAMES) else _resolved(value)
+    if name in DURATIONS:
+        return steps(value)
+    if name == "flip":
+        return {True: "horizontal", False: "none"}.get(value, value)
+    return value
+
+
+def _resolved(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and all(path.name == lock.FILE for path in folder.iterdir())

@@ -1,0 +1,201 @@
+"""Durations: converted to steps once, when the data and the number of processes are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hpm.core.config import TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.errors import UserError, counted
+from hpm.models.architecture import resolve_model
+from hpm.training.optim import ema_decay, learning_rate
+
+PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
+HIGHEST_PEAK_LR = 2e-3
+FEW_STEPS = 2000
+FEW_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All durations, in steps; what follows from them is a pure function of the step."""
+
+    total: int
+    steps_per_epoch: int
+    warmup: float
+    peak_lr: float
+    ema_horizon_start: float
+    ema_horizon_end: float
+    ema_ramp: float
+    evaluate_every: int
+    probe_every: int
+    checkpoint_every: int
+    hard_share_by: Literal["step", "epoch"]
+
+    @property
+    def epochs(self) -> float:
+        return self.total / self.steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """0-based epoch that a 0-based step belongs to."""
+        return step // self.steps_per_epoch
+
+    def hard_share_progress(self, step: int) -> float:
+        """Share of training, in (0, 1], that the hard share of a 0-based step stands for: by steps,
+        or by whole epochs as in the paper."""
+        if self.hard_share_by == "epoch":
+            return min(1.0, (self.epoch(step) + 1) / self.epochs)
+        return (step + 1) / self.total
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.total, self.warmup, self.peak_lr)
+
+    def ema_decay(self, step: int) -> float:
+        return ema_decay(step, self.ema_horizon_start, self.ema_horizon_end, self.ema_ramp)
+
+    def evaluates(self, steps_done: int) -> bool:
+        return steps_done % self.evaluate_every == 0 or steps_done == self.total
+
+    def probes(self, steps_done: int) -> bool:
+        return steps_done % self.probe_every == 0 or steps_done == self.total
+
+    def saves(self, steps_done: int) -> bool:
+        return steps_done % self.checkpoint_every == 0 or steps_done == self.total
+
+
+def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
+    """The schedule of a resolved config for that many training images."""
+    batch_size = config.global_batch_size
+    steps_per_epoch = num_images // batch_size
+    total = num_steps(config, batch_size, num_images)
+
+    def steps(text: str) -> float:
+        return duration_steps(text, total, steps_per_epoch)
+
+    return Schedule(
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        warmup=steps(config.warmup),
+        peak_lr=config.peak_lr,
+        ema_horizon_start=steps(config.ema_horizon_start),
+        ema_horizon_end=steps(config.ema_horizon_end),
+        ema_ramp=steps(config.ema_ramp),
+        evaluate_every=max(1, round(steps(config.eval_every))),
+        probe_every=max(1, round(steps(config.probe_every))),
+        checkpoint_every=max(1, round(steps(config.checkpoint_every))),
+        hard_share_by=config.hard_share_by,
+    )
+
+
+def num_steps(config: PretrainConfig, batch_size: int, num_images: int) -> int:
+    """Length of the training."""
+    return config.steps or config.epochs * (num_images // batch_size)
+
+
+def default_base_lr(steps: int, batch_size: int) -> float:
+    """Base learning rate where none is given: larger for shorter trainings.
+
+    The paper's 1.5e-4 x (100,000 / steps)^0.75, where the peak, base x batch / 256, is kept at or
+    below the highest that was measured (docs/recipes.md), and the base never below the paper's.
+    """
+    by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
+    base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
+    return float(f"{base_lr:.2g}")
+
+
+def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
+    """A line for the log where the training is short: what to change."""
+    if total >= FEW_STEPS or config.data == "demo":  # the demo is made to be short
+        return []
+    per_epoch = num_images // config.global_batch_size
+    more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
+    return [
+        f"warning: a training of {counted(total, 'step')} is short: features learn little in fewer "
+        f"than some {FEW_STEPS:,}; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
+    ]
+
+
+def few_images(num_images: int) -> list[str]:
+    """A line for the log where there is next to nothing to train on."""
+    if num_images >= FEW_IMAGES:
+        return []
+    are = "is" if num_images == 1 else "are"
+    return [
+        f"warning: there {are} {counted(num_images, 'image')} to train on: a backbone needs "
+        "hundreds at least"
+    ]
+
+
+def long_warmup(text: str, warmup: float, total: int) -> list[str]:
+    """A line for the log where a warm-up ends after the training does."""
+    if warmup <= total:
+        return []
+    return [
+        f"warning: the warm-up of {text} takes {warmup:.0f} steps, but the training has {total}: "
+        "the learning rate never reaches its peak; pass a shorter --warmup"
+    ]
+
+
+def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
+    """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
+    if match is None:
+        raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
+    value, unit = float(match[1]), match[2].rstrip("s")
+    return value * {"epoch": steps_per_epoch, "step": 1, "%": total_steps / 100}[unit]
+
+
+def resolve(
+    config: PretrainConfig, num_images: int, device: torch.device, world_size: int
+) -> PretrainConfig:
+    """Replace what was left open by what it means for this data, model and machine."""
+    architecture = resolve_model(config)
+    share = config.accumulate * world_size * config.repeat_augment
+    batch_size = config.batch_size or min(256, num_images) // share * share
+    if not 0 < batch_size <= num_images:
+        raise UserError(
+            f"a batch of {batch_size or share} needs more than {counted(num_images, 'image')} to "
+            "train on: pass a smaller --batch-size"
+        )
+    if batch_size % share:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by "
+            f"{counted(world_size, 'process', 'processes')}, "
+            f"accumulate {config.accumulate} and repeat_augment {config.repeat_augment}: pass a "
+            f"multiple of {share}"
+        )
+    base_lr = config.base_lr
+    if base_lr is None:
+        base_lr = default_base_lr(num_steps(config, batch_size, num_images), batch_size)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    normalize = config.normalize
+    if normalize == "auto":
+        normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"
+    height, width = architecture["patch_size"]
+    return dataclasses.replace(
+        config,
+        patch_size=(height, width),
+        hard_share_start=config.hard_shares[0],
+        hard_share_end=config.hard_shares[1],
+        secondary_mask_ratio=secondary_mask_ratio(config),
+        decoder_dim=architecture["decoder_dim"],
+        decoder_depth=architecture["decoder_depth"],
+        decoder_heads=architecture["decoder_heads"],
+        batch_size=batch_size,
+        base_lr=base_lr,
+        precision=precision,
+        normalize=normalize,
+    )
+
+
+def _has_timm_channels(config: PretrainConfig) -> bool:
+    from hpm.models.timm_encoder import timm_input
+
+    return timm_input(config.model.removeprefix(TIMM)).channels == config.channels

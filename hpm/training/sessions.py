@@ -1,0 +1,116 @@
+"""When a run began and ended, on what machine, and why: sessions.jsonl in the run folder.
+
+A run that is stopped and goes on has several sessions; one that was killed has no end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpm.core import distributed
+from hpm.core.version import __version__
+
+FILE = "sessions.jsonl"
+FINISHED = "finished"
+
+
+@dataclass
+class Session:
+    """One stretch of training."""
+
+    began: str
+    first_step: int
+    total_steps: int
+    environment: dict[str, Any] = field(default_factory=dict)
+    ended: str | None = None  # None: it is going on, or was killed
+    last_step: int | None = None
+    reason: str | None = None
+    failed: bool = False  # by an error, not by being told to stop
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run may depend on, in words."""
+    on_gpu = device.type == "cuda"
+    return {
+        "hpm": __version__,
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda if on_gpu else None,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def begin(folder: Path, step: int, total_steps: int, device: torch.device) -> None:
+    """Record that training begins, or goes on, at this step."""
+    _append(folder, {
+        "event": "begin", "time": _now(), "step": step, "total_steps": total_steps,
+        "environment": environment(device),
+    })  # fmt: skip
+
+
+def end(folder: Path, step: int, reason: str, failed: bool = False) -> None:
+    """Record that it ended there, why, and whether by an error."""
+    _append(folder, {
+        "event": "end", "time": _now(), "step": step, "reason": reason, "failed": failed,
+    })  # fmt: skip
+
+
+def read_sessions(folder: Path) -> list[Session]:
+    """All sessions, oldest first; none of a run of before they were recorded."""
+    sessions: list[Session] = []
+    for line in read_lines(folder / FILE):
+        with contextlib.suppress(KeyError):  # of another version
+            if line["event"] == "begin":
+                sessions.append(
+                    Session(line["time"], line["step"], line["total_steps"], line["environment"])
+                )
+            elif sessions:
+                last = sessions[-1]
+                last.ended, last.last_step, last.reason = line["time"], line["step"], line["reason"]
+                last.failed = line.get("failed", False)
+    return sessions
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, less those that a killed process left half written."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _append(folder: Path, event: dict[str, Any]) -> None:
+    with open(folder / FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _processor() -> str:
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"

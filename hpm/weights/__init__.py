@@ -1,0 +1,1 @@
+"""Files of weights: run folders, checkpoints, backbones, and other libraries' formats."""

@@ -1,0 +1,185 @@
+"""A trained encoder with its own normalisation: images in, features out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from PIL import Image
+from torch import Tensor, nn
+
+from hpm.core.errors import UserError, one_line
+from hpm.data.arrays import ArrayImage, Opened, UnreadableImage, open_image
+from hpm.data.loader import normalize
+from hpm.data.transforms import evaluation_view
+from hpm.models.encoder import Encoder
+
+PIXELS = (torch.uint8, torch.uint16)
+Normalized = Float[Tensor, "batch channels height width"]
+
+
+class Backbone(nn.Module):
+    """A trained encoder with its own normalisation.
+
+    forward: images [B C H W] -> pooled [B D], the mean of the patches (or the class token with
+    pool="cls"), and patches [B N D], both after the final norm. The type of the images says what
+    they are:
+
+    - uint8, uint16: pixels, normalised here;
+    - floating point: normalised already, by `preprocess` (of pictures), by `normalize` (of pixels)
+      or by hand with `mean` and `std`, whose full scale is 1.
+
+    UserError where images do not fit the encoder, and where floating-point images are plainly
+    pixels that were not normalised.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder, mean: list[float], std: list[float], pool: str = "mean"):
+        super().__init__()
+        if pool == "cls" and not encoder.has_class_token:
+            raise UserError("this encoder has no class token: take pool='mean'")
+        self.encoder = encoder
+        self.pool = pool
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        # What the brightest pixel is normalised to; unknown of data in units of its own.
+        in_units = all(0 <= m <= 1 for m in mean)
+        self._brightest = max((1 - m) / s for m, s in zip(mean, std, strict=True)) * in_units
+
+    def forward(
+        self, images: Any
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch patches dim"]]:
+        cls_token, patches = self.tokens(self._normalized(images))
+        if self.pool == "mean" or cls_token is None:
+            return patches.mean(1), patches
+        return cls_token, patches
+
+    def tokens(
+        self, images: Normalized
+    ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
+        """Class token (None where the encoder has none) and patches of normalised images."""
+        tokens = self.encoder(images)
+        cls_token = tokens[:, 0] if self.encoder.has_class_token else None
+        return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
+
+    def normalize(
+        self, pixels: Shaped[Tensor, "batch channels height width"], full_scale: float | None = None
+    ) -> Normalized:
+        """Pixels -> normalised float32, on the encoder's device.
+
+        full_scale: of the pixels; by default that of their type for uint8 and uint16, and 255 for
+        floating point, as batches of deep images are loaded.
+        """
+        return normalize(pixels.to(self.mean.device), self.mean, self.std, full_scale)
+
+    def preprocess(self, pictures: Any, crop_share: float = 1.0) -> Normalized:
+        """One or several pictures -> normalised images, as an evaluation sees them.
+
+        Each is cut to the largest centred box of the encoder's shape and resized (bicubic,
+        antialiased); crop_share as in `hpm eval`.
+
+        Args:
+            pictures: Pillow images, paths of image files, or arrays uint8 or uint16 [H W C] or
+                [H W]; one, or a list of them.
+
+        Raises:
+            UserError: naming what cannot be read, or has other channels than the encoder.
+        """
+        several = isinstance(pictures, (list, tuple))
+        views = []
+        for number, picture in enumerate(pictures if several else [pictures]):
+            name = str(picture) if isinstance(picture, (str, Path)) else f"picture {number}"
+            try:
+                opened = _opened(picture)
+                view = evaluation_view(
+                    opened, self._size, self.encoder.channels, crop_share=crop_share
+                )
+            except (UnreadableImage, OSError) as error:
+                hint = "; arrays are [H W C]" if isinstance(picture, np.ndarray) else ""
+                raise UserError(f"{name} cannot be used: {one_line(error)}{hint}") from None
+            views.append(self.normalize(torch.from_numpy(view)[None]))
+        if not views:
+            raise UserError("preprocess: there are no pictures in the list")
+        return torch.cat(views)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        height, width = self.encoder.image_size
+        return height, width
+
+    def _normalized(self, images: Any) -> Normalized:
+        """Images that fit the encoder, in its weights' type. UserError for all others."""
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"images are of type {_kind(images)}, not a tensor [B C H W]: pass "
+                "encoder.preprocess(images) of pictures, paths or arrays"
+            )
+        expected, found = (self.encoder.channels, *self._size), tuple(images.shape)
+        if len(found) != 4 or found[1] != expected[0]:
+            wanted = f"[B {expected[0]} {expected[1]} {expected[2]}]"
+            batch = ", one image as images[None]" if found == expected else ""
+            raise UserError(f"images are {list(found)}, but this encoder takes {wanted}{batch}")
+        if found[2:] != expected[1:]:
+            raise UserError(
+                f"images are of {found[2]} x {found[3]} pixels, but this encoder is of "
+                f"{expected[1]} x {expected[2]}: resize them (encoder.preprocess does), or load it "
+                f"with load_encoder(..., image_size=({found[2]}, {found[3]}))"
+            )
+        if images.dtype in PIXELS:
+            images = self.normalize(images)
+        elif images.is_floating_point():
+            full_scale = self._full_scale(images)
+            if full_scale:
+                raise UserError(
+                    f"images are floating point from 0 to {full_scale}, but such images have to be "
+                    f"normalised: pass encoder.normalize(images, full_scale={full_scale}), or "
+                    "uint8 pixels as they are"
+                )
+        else:
+            kind = str(images.dtype).removeprefix("torch.")
+            raise UserError(
+                f"images are {kind}: pass uint8 or uint16 pixels, or normalised floating point"
+            )
+        weight = next(self.encoder.parameters())
+        return images.to(weight.device, weight.dtype)
+
+    def _full_scale(self, images: Tensor) -> int | None:
+        """1 or 255 where floating-point images are plainly pixels of that scale.
+
+        Normalised images have values below 0, unless every pixel is brighter than the mean. Of
+        those that have none, the ones that end where pixels do, or far beyond the brightest
+        normalised pixel, are taken for pixels.
+        """
+        if torch.compiler.is_compiling() or not images.numel():
+            return None
+        low, high = (float(side) for side in images.detach().aminmax())
+        if 0 <= low <= 0.1 and 0.75 <= high <= 1:
+            return 1
+        return 255 if low >= 0 and 2 * self._brightest < high <= 255 and self._brightest else None
+
+
+def _opened(picture: Any) -> Opened:
+    if isinstance(picture, (str, Path)):
+        return open_image(picture)
+    if isinstance(picture, Image.Image):
+        return picture.copy()  # what reads it may turn or shrink it in place
+    if not isinstance(picture, np.ndarray):
+        raise UserError(
+            f"preprocess takes paths, Pillow images and arrays, but got {_kind(picture)}; "
+            "encoder.normalize is for tensors of pixels"
+        )
+    if picture.dtype not in (np.uint8, np.uint16):
+        raise UnreadableImage(f"it is {picture.dtype}, not uint8 or uint16")
+    axes = {2: "YX", 3: "YXC"}.get(picture.ndim, "?")
+    colours = axes == "YX" or picture.shape[-1] in (1, 3, 4)
+    return ArrayImage(lambda: picture, picture.shape, picture.dtype, axes, colours)
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -1,0 +1,82 @@
+"""The folder of a pre-training run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpm.core.errors import UserError, one_line
+from hpm.weights.backbone import Backbone
+from hpm.weights.checkpoint import list_checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a pre-training run."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    @property
+    def moments(self) -> Path:
+        """The held-out images at each evaluation, for the report."""
+        return self.folder / "moments"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def backbone(self) -> Path:
+        return self.folder / "backbone.safetensors"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """What the probe while training found best."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    def latest_checkpoint(self) -> Path | None:
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def load_encoder(self) -> Backbone:
+        from hpm.weights.resolve import load_encoder
+
+        return load_encoder(self.folder)
+
+    def base_lr(self) -> float | None:
+        """That of an interrupted or finished run, which its continuation keeps; None without."""
+        if not self.config_file.exists() or self.latest_checkpoint() is None:
+            return None
+        return read_config(self.config_file).get("base_lr")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    mend = "mend it, or choose another --out"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): {mend}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no options): {mend}")
+    return content
