@@ -24,6 +24,7 @@ test-slow: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check hpm tests benchmarks docs
+	$(BIN)/lint-imports
 
 types: $(VENV)/installed
 	$(BIN)/mypy

@@ -87,7 +87,8 @@ def test_a_disk_that_fills_up(tmp_path):
     model, optimizer = trained()
     first = save(tmp_path, 1, model, optimizer)
     code = (
-        "import sys, torch; from pathlib import Path; from hpm.weights.checkpoint import write_tensors\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from hpm.core.files import write_tensors\n"
         "from hpm.core.errors import UserError\n"
         "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(10**6)}, {})\n"
         "except UserError as error: print('refused:', error)"

@@ -59,13 +59,12 @@ def test_no_line_of_the_help_breaks_off():
     ],
 )
 def test_a_list_needs_no_brackets(words, option, value):
-    from hpm.cli import _parse
+    from hpm.cli import understand
 
-    assert getattr(_parse("pretrain", ["photos", "--out", "run", *words]), option) == value
+    assert getattr(understand(["pretrain", "photos", "--out", "run", *words]), option) == value
 
 
 def test_what_bench_data_reads_is_named_as_elsewhere():
-    from hpm.cli import _parse
 
     assert _parse("bench", ["photos"], "data").data == "photos"
     assert _parse("bench", ["--data", "photos"], "data").data == "photos"
@@ -114,14 +113,14 @@ def test_unknown_option_verb_and_preset(image_folder, tmp_path):
             extra=["--config", "vit_base_in1"])  # fmt: skip
     (tmp_path / "mine.yaml").write_text("mask_rato: 0.5\n")
     refused(image_folder, tmp_path, "mask_rato", extra=["--config", tmp_path / "mine.yaml"])
-    assert_refused(run_here("pretrain", image_folder), "out missing")
+    assert_refused(run_here("pretrain", image_folder), "--out must be given")
     assert_refused(run_here("eval", "kn", "run", "data"), "no evaluation 'kn'", "knn")
 
 
 def test_steps_or_epochs(tmp_path):
     """Either gives the length: of two that are typed none is preferred; one that is typed replaces
     whatever a preset has."""
-    from hpm.cli import _parse
+    from hpm.cli import understand
 
     both = run_here("pretrain", "photos", "--out", tmp_path / "run", "--steps=5", "--epochs=2")
     assert_refused(both, "steps is 5 and epochs is 2: pass only one of them")
@@ -129,7 +128,7 @@ def test_steps_or_epochs(tmp_path):
         hpm.pretrain(data="photos", out=str(tmp_path / "run"), steps=5, epochs=2)
 
     def length(*words):
-        config = _parse("pretrain", ["photos", "--out", "run", *words])
+        config = understand(["pretrain", "photos", "--out", "run", *words])[1]
         return config.steps or f"{config.epochs} epochs"
 
     assert length("--config", "demo") == 1000
@@ -144,12 +143,12 @@ def test_steps_or_epochs(tmp_path):
 @pytest.mark.parametrize("place", [0, 1, 3, 5])
 def test_a_config_never_overrides_what_is_typed(place, tmp_path):
     """Wherever it stands: neither the data nor the folder of an old run."""
-    from hpm.cli import _parse
+    from hpm.cli import understand
 
     old = tmp_path / "config.yaml"
     old.write_text("data: old\nout: runs/old\nseed: 3\nepochs: 7\nmask_ratio: 0.5\n")
     words = ["new", "--out", "runs/new", "--seed", "4"]
-    config = _parse("pretrain", [*words[:place], "--config", str(old), *words[place:]])
+    config = understand(["pretrain", "photos", "--out", "run", *words])[1]
     assert (config.data, config.out, config.seed) == ("new", "runs/new", 4)
     assert (config.epochs, config.mask_ratio) == (7, 0.5)
 
@@ -215,8 +214,8 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     def too_much(arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 
-    monkeypatch.setattr(cli, "_pretrain", too_much)
-    assert cli.main(["pretrain", "photos"]) == 2
+    monkeypatch.setattr("hpm.pretraining.run_pretraining", too_much)
+    assert cli.main(["pretrain", "photos", "--out", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("hpm: error: the GPU's memory is full (2.50 GiB more")
     assert "--accumulate 2" in line

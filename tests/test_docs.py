@@ -14,10 +14,10 @@ import yaml
 import hpm
 from hpm import cli
 from hpm.commands.options import AblateConfig
-from hpm.core.config import FREE_OPTIONS, PretrainConfig
-from hpm.core.options import make_config
+from hpm.core.config import PretrainConfig, may_change
+from hpm.core.options import check_rules, describe, make_config
 from hpm.evals.options import EvalConfig
-from hpm.training.checks import check_eval, check_pretrain
+from hpm.training.checks import check_pretrain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,30 +56,14 @@ ALL_COMMANDS = [
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-class Parsed(Exception):
-    """The command line was understood, and nothing is run."""
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """Arguments -> the config that `hpm` makes of them."""
-    understand = cli._parse
-
-    def stop(*arguments):
-        raise Parsed(understand(*arguments))
-
-    def parsed(words):
-        with pytest.raises(Parsed) as found:
-            cli._run(words)
-        return found.value.args[0]
-
-    monkeypatch.setattr(cli, "_parse", stop)
-    return parsed
+def parse(words):
+    """Arguments -> the options that `hpm` makes of them; nothing is run."""
+    return cli.understand(words)[1]
 
 
 def check(config):
     if isinstance(config, EvalConfig):
-        check_eval(config)
+        check_rules(config)
     elif isinstance(config, PretrainConfig):
         if config.codebook:  # a file that only its reader has
             config = dataclasses.replace(config, codebook=__file__)
@@ -95,13 +79,13 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("words", ALL_COMMANDS)
-def test_commands_are_understood(words, parse):
+def test_commands_are_understood(words):
     if words[-1] in ("--help", "--version"):
         return
     check(parse(words))
 
 
-def test_a_mistaken_command_is_found(parse):
+def test_a_mistaken_command_is_found():
     with pytest.raises(hpm.UserError, match="unknown option '--mask-rato'"):
         parse(["pretrain", "photos/", "--out", "runs/first", "--mask-rato", "0.5"])
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'"):
@@ -122,7 +106,11 @@ def test_options_exist(page):
         for code in re.findall(r"`([^`]+)`", spoken(page))
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
     }
-    known = {f"--{name.replace('_', '-')}" for name in cli._all_options() | {"config", "help"}}
+    verbs = [*cli.VERBS.values(), *(v for _, find in cli.GROUPS.values() for v in find().values())]
+    known = {"--config", "--help"}
+    for verb in verbs:
+        options = describe(verb.command("hpm").options)
+        known |= {f"--{name.replace('_', '-')}" for name in options}
     assert named - known - FOREIGN == set()
 
 
@@ -135,14 +123,14 @@ def test_values_of_options_fit(page):
         stands_in = re.search(r"[A-Z|]|\.\.\.", code)  # for what the reader has
         if names <= own and not stands_in:
             words = ["photos/", "--out", "runs/first", *shlex.split(code)]
-            assert isinstance(cli._parse("pretrain", words), PretrainConfig)
+            assert isinstance(parse(["pretrain", *words]), PretrainConfig)
 
 
 def test_what_may_differ_when_a_run_goes_on():
     (told,) = re.findall(r"^What may differ:(.*?)\n\n", text_of(ROOT / "docs/troubleshooting.md"),
                          re.MULTILINE | re.DOTALL)  # fmt: skip
     assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", told)} == (
-        FREE_OPTIONS - {"out"}
+        {name for name in describe(PretrainConfig) if may_change(name)} - {"out"}
     )
 
 

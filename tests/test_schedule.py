@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hpm.core.config import PretrainConfig
+from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.core.options import make_config, preset_path, read_preset
 from hpm.evals.options import FinetuneConfig
@@ -11,7 +12,6 @@ from hpm.training.optim import adamw, ema_decay, learning_rate
 from hpm.training.schedule import (
     PAPER_BASE_LR,
     default_base_lr,
-    duration_steps,
     few_images,
     few_steps,
     long_warmup,

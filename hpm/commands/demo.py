@@ -14,7 +14,7 @@ from hpm.show.options import ShowConfig
 from hpm.weights.run_folder import Run
 
 
-def tour(config: DemoConfig) -> Run:
+def demo(config: DemoConfig) -> Run:
     """The whole tour; the same command again goes on, or only measures and draws."""
     options = read_preset("demo") | {"out": config.out}
     if config.steps is not None:

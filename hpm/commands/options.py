@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpm.core.config import PretrainConfig
+from hpm.core.options import option
 
 
 @dataclass
@@ -30,7 +31,7 @@ class ExportConfig:
     """With push: make a new repository public."""
     with_figure: bool = False
     """Put the run's latest figure, which shows some of its images, beside the model card."""
-    crop_share: float = 1.0
+    crop_share: float = option(1.0, above=0, at_most=1)
     """Of hf, for its preprocessing: as in the evaluations."""
     licence: str | None = None
     """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
@@ -40,15 +41,15 @@ class ExportConfig:
 class AblateConfig(PretrainConfig):
     """Pre-train with some options changed, over seeds, and compare (all options of pretrain)."""
 
-    arm: tuple[str, ...] = ()
+    arm: tuple[str, ...] = option((), main=True)
     """A set of options to compare: mae, predictor, hpm, hpm_memory, or your own, `NAME: mask=random
     predictor_loss=none`; may be given several times. The others are compared with the first."""
-    vary: tuple[str, ...] = ()
+    vary: tuple[str, ...] = option((), main=True)
     """An option and its values, `mask=random,easy_to_hard`; may be given several times: every
     combination is run, with every arm."""
-    seeds: int = 3
+    seeds: int = option(3, at_least=1, main=True)
     """How many seeds, from --seed on."""
-    labels: str | None = None
+    labels: str | None = option(None, main=True)
     """Labelled images for kNN and linear probe (default: the data, where it has labels)."""
 
 
@@ -61,13 +62,13 @@ class BenchConfig(PretrainConfig):
     """Not looked at."""
     out: str = ""
     """Not written to."""
-    batch_size: int | None = 64
+    batch_size: int | None = option(64, at_least=1, main=True)
     """Images per optimiser step."""
-    repeats: int = 5
+    repeats: int = option(5, at_least=1, main=True)
     """Rounds, each of MAE, HPM and a matrix product."""
-    steps_each: int = 3
+    steps_each: int = option(3, at_least=1, main=True)
     """Steps of each method in a round."""
-    json: str | None = None
+    json: str | None = option(None, main=True)
     """File for the numbers."""
 
 
@@ -80,19 +81,19 @@ class BenchDataConfig:
     """Images (see pretrain); of the training split."""
     image_size: int | tuple[int, int] = 224
     """As in pretrain."""
-    channels: int = 3
+    channels: int = option(3, at_least=1, at_most=32)
     """As in pretrain."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
     """As in pretrain."""
-    batch_size: int = 64
+    batch_size: int = option(64, at_least=1)
     """Images that a worker hands over at a time."""
-    workers: int | None = None
+    workers: int | None = option(None, at_least=1)
     """Most workers to try (default: as many as cores)."""
     images_per_second: float | None = None
     """Speed of a training: how many workers does it need?"""
-    images: int = 1024
+    images: int = option(1024, at_least=1)
     """Images in each reading."""
-    repeats: int = 3
+    repeats: int = option(3, at_least=1)
     """Rounds, each of the bare libraries and of every number of workers."""
     json: str | None = None
     """File for the numbers."""
@@ -109,25 +110,25 @@ class TokenizeConfig:
     of: str = "pixels"
     """What is tokenised: pixels of patches, or the features of a frozen model (timm/NAME, hf/NAME
     or a folder)."""
-    codes: int = 512
+    codes: int = option(512, at_least=2)
     """Number of tokens."""
     image_size: int | tuple[int, int] = 224
     """Pixels, as in pre-training."""
     patch_size: int | tuple[int, int] = 16
     """Pixels, as in pre-training."""
-    channels: int = 3
+    channels: int = option(3, at_least=1, at_most=32)
     """As in pre-training."""
-    images: int = 10_000
+    images: int = option(10_000, at_least=1)
     """Images to learn from, drawn at random; all if there are fewer."""
-    patches: int = 200_000
+    patches: int = option(200_000, at_least=1)
     """Patches to learn from, drawn at random."""
-    rounds: int = 100
+    rounds: int = option(100, at_least=1)
     """Most rounds of k-means."""
-    workers: int = 0
+    workers: int = option(0, at_least=0)
     """Processes that load images."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    seed: int = 0
+    seed: int = option(0, at_least=0)
     """Of what is drawn, and of the first codes."""
 
 
@@ -139,14 +140,14 @@ class PrepareConfig:
     """Images (see pretrain), with their splits and labels."""
     out: str
     """Folder to write, to be named as --data; the same command again goes on where it stopped."""
-    size: int = 512
+    size: int = option(512, at_least=1, main=True)
     """Pixels of the shorter side that larger images are reduced to. 512 leaves even a crop of a
     fifth of the area 224 pixels; 256 is smaller and faster."""
-    quality: int = 90
+    quality: int = option(90, at_least=1, at_most=100, main=True)
     """Of the JPEG that reduced images are written as; others are kept as they are."""
-    channels: int = 3
+    channels: int = option(3, at_least=1, at_most=32)
     """Of .npy and TIFF, as in pretrain."""
-    workers: int | None = None
+    workers: int | None = option(None, at_least=0)
     """Processes (default: one per spare core, at most 16)."""
 
 
@@ -156,5 +157,5 @@ class DemoConfig:
 
     out: str = "runs/demo"
     """Run folder."""
-    steps: int | None = None
+    steps: int | None = option(None, at_least=1)
     """Optimiser steps, instead of the preset's."""

@@ -14,12 +14,12 @@ from hpm.core import distributed
 from hpm.core.config import pair
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError
+from hpm.core.options import check_rules
 from hpm.core.progress import track
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
 from hpm.targets.frozen_model import load_frozen
 from hpm.targets.tokens import Codebook, kmeans
-from hpm.training.checks import MOST_CHANNELS
 
 
 def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
@@ -36,8 +36,7 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
         raise UserError(f"out is '{out}': name a .safetensors file")
     if out.exists():
         raise UserError(f"{out} exists: choose another --out")
-    if not 1 <= config.channels <= MOST_CHANNELS:
-        raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
+    check_rules(config)
     if config.of != "pixels" and config.channels not in (1, 3):
         raise UserError(
             f"of {config.of} takes grey or RGB images, but channels is {config.channels}: pass "

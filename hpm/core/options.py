@@ -1,33 +1,265 @@
-"""From names and values to a dataclass of options, checked."""
+"""Options: dataclass fields that know their bounds, and dataclasses made from names and values.
+
+A dataclass of options is read by the command line, by Python and from YAML alike. What a field
+cannot say by its type it says by `option(...)`: bounds, whether it is a duration, whether an
+interrupted run may go on with another value. The string below a field is its help. Groups of
+options are base classes, whose docstring is the group's title.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import dataclasses
+import functools
+import inspect
+import os
+import textwrap
+import types
 import typing
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from hpm.core.config import _expected
+from hpm.core.durations import check_duration
 from hpm.core.errors import UserError, nearest
 
 PRESETS = Path(__file__).parent / "presets"
-
 Config = TypeVar("Config")
 
 
-def make_config(cls: type[Config], options: dict[str, Any]) -> Config:
-    """A config from keyword arguments, their names and types checked. Raises UserError."""
+@dataclass(frozen=True)
+class Rules:
+    """What holds for the values of an option, beyond their type."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    rising: bool = False
+    duration: bool = False
+    main: bool = False  # shown first in the help
+    may_change: bool = False  # between an interrupted run and its continuation
+
+
+def option(default: Any = MISSING, **rules: Any) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: its default; without one the option is required.
+        at_least, above, at_most, below: bounds of its value, or of each value of a list.
+        rising: of a pair, the second value is not below the first.
+        duration: its text is `40 epochs`, `500 steps` or `5%`.
+        main: it is among the few that the help shows first.
+        may_change: an interrupted run may go on with another value.
+    """
+    return dataclasses.field(default=default, metadata={"rules": Rules(**rules)})
+
+
+@dataclass(frozen=True)
+class Described:
+    """An option as the help and the parser need it."""
+
+    name: str
+    hint: Any
+    default: Any
+    rules: Rules
+    help: str
+    group: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def is_flag(self) -> bool:
+        return self.hint is bool
+
+
+def describe(cls: Any) -> dict[str, Described]:
+    """The options of a dataclass by name, in the order of its fields."""
+    return _describe(cls)
+
+
+@functools.cache
+def _describe(cls: Any) -> dict[str, Described]:
     hints = typing.get_type_hints(cls)
-    for name in options:
-        if name not in hints:
-            raise UserError(f"unknown option '{name}'{nearest(name, hints)}")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name not in options and field.default is dataclasses.MISSING:
-            raise UserError(f"{field.name} is missing")
-    return cls(**{name: _typed(name, value, hints[name]) for name, value in options.items()})
+    texts: dict[str, tuple[str, str]] = {}
+    for base in reversed(cls.__mro__):
+        if isinstance(base, type) and dataclasses.is_dataclass(base):
+            title = inspect.cleandoc(base.__doc__ or "").splitlines()[0].rstrip(".")
+            texts |= {name: (text, title) for name, text in _attribute_texts(base).items()}
+    described = {}
+    for field in dataclasses.fields(cls):
+        text, group = texts.get(field.name, ("", ""))
+        rules = field.metadata.get("rules", Rules())
+        described[field.name] = Described(
+            field.name, hints[field.name], field.default, rules, text, group
+        )
+    return described
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """The string below each field of a class, by the field's name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, below in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            text = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                text = " ".join(str(below.value.value).split())
+            texts[field.target.id] = text
+    return texts
+
+
+def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A dataclass of options from names and values, all of them checked.
+
+    A value may be text as it is typed, a value from YAML, or one of Python's own. Raises UserError.
+    """
+    described = describe(cls)
+    for name in values:
+        if name not in described:
+            raise UserError(f"unknown option '{name}'{nearest(name, described)}")
+    missing = [name for name, each in described.items() if each.required and name not in values]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given")
+    options = cls(**{n: convert(n, value, described[n].hint) for n, value in values.items()})
+    check_rules(options)
+    return options
+
+
+def check_rules(options: Any) -> None:
+    """Raises UserError for the first option whose value breaks its own rules."""
+    for name, each in describe(type(options)).items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if each.rules.duration:
+            check_duration(name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check_bounds(name, number, each.rules)
+        if each.rules.rising and list(value) != sorted(value):
+            raise UserError(
+                f"{name} is {value[0]},{value[1]}; the second must not be below the first"
+            )
+
+
+def _check_bounds(name: str, value: float, rules: Rules) -> None:
+    lowest = rules.at_least if rules.above is None else rules.above
+    highest = rules.at_most if rules.below is None else rules.below
+    fits = (
+        (rules.at_least is None or value >= rules.at_least)
+        and (rules.above is None or value > rules.above)
+        and (rules.at_most is None or value <= rules.at_most)
+        and (rules.below is None or value < rules.below)
+        and abs(value) != float("inf")
+        and value == value
+    )
+    if fits:
+        return
+    if lowest is not None and highest is not None:
+        wanted = f"lie between {lowest:g} and {highest:g}"
+    elif rules.at_least == 0:
+        wanted = "not be negative"
+    elif rules.above is not None:
+        wanted = f"be above {rules.above:g}"
+    elif lowest is not None:
+        wanted = f"be at least {lowest:g}"
+    elif highest is not None:
+        wanted = f"be {'below' if rules.at_most is None else 'at most'} {highest:g}"
+    else:
+        wanted = "be a finite number"
+    raise UserError(f"{name} is {value}; it must {wanted}")
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """The value as its type wants it. Raises UserError with what would fit."""
+    for kind in _alternatives(hint):
+        try:
+            return _convert_to(value, kind)
+        except (TypeError, ValueError):
+            continue
+    choices = [str(c) for kind in _alternatives(hint) for c in _choices(kind)]
+    if choices:
+        hint_at_one = nearest(str(value), choices)
+        raise UserError(f"{name} is '{value}'{hint_at_one} (one of {', '.join(choices)})")
+    raise UserError(f"{name} cannot be '{value}': it must be {describe_type(hint)}")
+
+
+def describe_type(hint: Any) -> str:
+    """What fits a type, in words: `a number`, `a whole number or a list such as [1, 2]`."""
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    kinds = [kind for kind in _alternatives(hint) if kind is not types.NoneType]
+    return " or ".join(
+        dict.fromkeys(
+            "a list such as [1, 2]"
+            if typing.get_origin(kind) is tuple
+            else words.get(kind, str(kind))
+            for kind in kinds
+        )
+    )
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The members of a union; literals before text, since text fits whatever else."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = list(typing.get_args(hint)) if union else [hint]
+    return sorted(kinds, key=lambda kind: (kind is types.NoneType, kind is str))
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    if typing.get_origin(kind) is tuple:
+        return _choices(typing.get_args(kind)[0])
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def _convert_to(value: Any, kind: Any) -> Any:
+    """The value as one type. ValueError or TypeError where it does not fit."""
+    is_text = isinstance(value, str)
+    if kind is types.NoneType:
+        if value is None or (is_text and value.lower() in ("null", "none")):
+            return None
+    elif typing.get_origin(kind) is Literal:
+        value = str(value).lower() if isinstance(value, bool) else value  # YAML's true
+        if value in typing.get_args(kind):
+            return value
+    elif typing.get_origin(kind) is tuple:
+        return _convert_to_tuple(value, typing.get_args(kind))
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+        if is_text and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif kind is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    elif kind is int and (is_text or (isinstance(value, int) and not isinstance(value, bool))):
+        return int(value)
+    elif kind is float and not isinstance(value, bool) and isinstance(value, (str, int, float)):
+        return float(value) if is_text else value
+    raise ValueError(value)
+
+
+def _convert_to_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(value)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    return tuple(_convert_to_any(part, kind) for part, kind in zip(value, kinds, strict=True))
+
+
+def _convert_to_any(value: Any, hint: Any) -> Any:
+    for kind in _alternatives(hint):
+        try:
+            return _convert_to(value, kind)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError(value)
 
 
 def lay_over(preset: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -38,51 +270,8 @@ def lay_over(preset: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
             f"steps is {options['steps']} and epochs is {options['epochs']}: pass only one of them"
         )
     if options.get("epochs") is not None:
-        options = {"steps": None} | options
+        preset = {name: value for name, value in preset.items() if name != "steps"}
     return preset | options
-
-
-def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as its type wants it: YAML has no tuples and takes 1e-3 for text."""
-    if typing.get_origin(hint) is Literal:
-        known = typing.get_args(hint)
-        if value not in known:
-            words = [str(k) for k in known]
-            raise UserError(
-                f"{name} is '{value}'{nearest(str(value), words)} (one of {', '.join(words)})"
-            )
-        return value
-    if isinstance(value, list):
-        value = tuple(value)
-    if float in (hint, *typing.get_args(hint)) and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, Path) and str in (hint, *typing.get_args(hint)):
-        value = str(value)
-    if not _fits(value, hint):
-        raise UserError(f"{name} cannot be {value!r}: it must be {_expected(hint)}")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return isinstance(value, tuple) and all(_fits(v, arguments[0]) for v in value)
-    if origin is tuple:
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(arguments)
-            and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
-        )
-    if arguments:
-        return any(_fits(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
 
 
 def preset_path(name: str | Path) -> Path:
@@ -100,6 +289,9 @@ def preset_path(name: str | Path) -> Path:
 def read_preset(name: str | Path) -> dict[str, Any]:
     """The options of a preset or YAML file."""
     try:
-        return yaml.safe_load(preset_path(name).read_text()) or {}
+        values = yaml.safe_load(preset_path(name).read_text()) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name} holds no options: write one `name: value` per line")
+    return values

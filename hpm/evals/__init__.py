@@ -10,7 +10,7 @@ from typing import Any
 
 from hpm.core import distributed
 from hpm.core.errors import UserError, nearest, why
-from hpm.core.options import make_config, read_preset
+from hpm.core.options import check_rules, make_config, read_preset
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
 from hpm.evals.features import Reading
@@ -19,7 +19,6 @@ from hpm.evals.metrics import accuracies, difference
 from hpm.evals.options import PROTOCOLS, EvalConfig
 from hpm.evals.protocols import TRAINED, Outcome, Task, run_protocol
 from hpm.evals.result import Result, print_result
-from hpm.training.checks import check_eval
 
 __all__ = ["PROTOCOLS", "Result", "evaluate", "print_result"]
 
@@ -58,7 +57,7 @@ def evaluate(
 
 def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) -> Result:
     """Evaluate as configured; the class of the config says by which protocol."""
-    check_eval(config)
+    check_rules(config)
     protocol = next(name for name, cls in PROTOCOLS.items() if type(config) is cls)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device), random_state_kept(device):

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from hpm.core import distributed, lock
 from hpm.core.config import pair
+from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.extras import need
 from hpm.core.files import remove_stale, write_tensors
@@ -43,7 +44,7 @@ from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.training.log import RunLog
 from hpm.training.optim import layer_decay_groups, learning_rate
-from hpm.training.schedule import duration_steps, long_warmup
+from hpm.training.schedule import long_warmup
 from hpm.weights.checkpoint import list_checkpoints, load_checkpoint, restore, save_checkpoint
 
 LOG_EVERY = 10

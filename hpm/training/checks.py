@@ -6,63 +6,24 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
 from hpm.core.errors import UserError, counted, nearest
-from hpm.evals.options import (
-    AttentiveConfig,
-    EvalConfig,
-    KnnConfig,
-    LabelledEvalConfig,
-    LinearConfig,
-)
+from hpm.core.options import check_rules
 from hpm.mining.teacher import small_image_size
 from hpm.models.architecture import SIZES, resolve_model
-from hpm.training.schedule import duration_steps
 from hpm.training.trackers import check_tracker
 
-COUNTS = (
-    "epochs", "steps", "batch_size", "accumulate", "repeat_augment", "log_every",
-    "keep_checkpoints", "decoder_dim", "decoder_depth", "decoder_heads", "predictor_dim",
-    "predictor_depth", "predictor_heads", "mine_every",
-)  # fmt: skip
-NOT_NEGATIVE = (
-    "holdout", "workers", "seed", "base_lr", "weight_decay", "predictor_weight", "clip_grad",
-)  # fmt: skip
-SHARES = ("hard_share_start", "hard_share_end", "max_unreadable")
 MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
-DURATIONS = (
-    "warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp", "eval_every", "checkpoint_every",
-    "probe_every",
-)  # fmt: skip
-MOST_CHANNELS = 32
 
 
 def check_pretrain(config: PretrainConfig) -> None:
     """Raises UserError for the first option that cannot work, alone or with another."""
+    check_rules(config)
     _check_model(config)
-    if not 1 <= config.channels <= MOST_CHANNELS:
-        raise UserError(f"channels is {config.channels}; it must lie between 1 and {MOST_CHANNELS}")
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
     _check_target(config)
-    for name in COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
-    for name in NOT_NEGATIVE:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise UserError(f"{name} is {value}; it must not be negative")
-    for name in SHARES:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}; it must lie between 0 and 1")
-    for name in DURATIONS:
-        try:
-            duration_steps(getattr(config, name), 100, 10)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
     if config.batch_size and config.batch_size % config.accumulate:
         raise UserError(
             f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
@@ -72,9 +33,6 @@ def check_pretrain(config: PretrainConfig) -> None:
             f"repeat_augment {config.repeat_augment} does not divide batch_size "
             f"{config.batch_size}: pass a multiple of it as --batch-size"
         )
-    low, high = config.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UserError(f"crop_scale is [{low}, {high}]; it must rise between 0 and 1")
     if config.normalize == "imagenet" and config.channels != 3:
         raise UserError(
             f"normalize imagenet has 3 channels, but channels is {config.channels}: "
@@ -149,8 +107,6 @@ def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
-    if not 0 < config.mask_ratio < 1:
-        raise UserError(f"mask_ratio is {config.mask_ratio}; it must lie between 0 and 1")
     patches = math.prod(image // patch for image, patch in sizes_of(architecture))
     visible = int(patches * (1 - config.mask_ratio))
     if visible in (0, patches):
@@ -187,15 +143,10 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
                 f"mask uniform leaves one patch of four, but mask_ratio is {config.mask_ratio}: "
                 "pass --mask-ratio 0.75, or another --mask"
             )
-    covered = secondary_mask_ratio(config)
-    if not 0 <= covered < 1:
-        raise UserError(f"secondary_mask_ratio is {covered}; it must be at least 0 and below 1")
 
 
 def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -> None:
     scale = config.teacher_scale
-    if not 0 < scale <= 1:
-        raise UserError(f"teacher_scale is {scale}; it must be above 0 and at most 1")
     if scale == 1:
         return
     reasons = {
@@ -245,35 +196,3 @@ def _check_target(config: PretrainConfig) -> None:
             f"ranking_signal {config.ranking_signal} is a loss in pixels, but target is "
             f"{config.target}: leave it out, or pass --target pixels"
         )
-
-
-def check_eval(config: EvalConfig) -> None:
-    """Raises UserError for the first option of an evaluation that cannot work.
-
-    Fine-tuning has more, which need the backbone: see `evals/finetune.py`.
-    """
-    for name in ("batch_size", "images", "epochs", "cache_gb"):
-        if getattr(config, name, 1) <= 0:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("workers", "seed"):
-        value = getattr(config, name)
-        if value is not None and value < 0:
-            raise UserError(f"{name} is {value}; it must not be negative")
-    if not 0 < config.crop_share <= 1:
-        raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
-    if isinstance(config, LabelledEvalConfig) and not 0 < config.train_share <= 1:
-        raise UserError(f"train_share is {config.train_share}; it must be above 0 and at most 1")
-    if isinstance(config, LabelledEvalConfig) and not 0 <= config.max_unreadable <= 1:
-        raise UserError(f"max_unreadable is {config.max_unreadable}; it must lie between 0 and 1")
-    if isinstance(config, KnnConfig) and (config.temperature <= 0 or min(config.k, default=0) < 1):
-        raise UserError("temperature and every k must be positive")
-    if isinstance(config, (LinearConfig, AttentiveConfig)):
-        if not config.lr or min(config.lr) <= 0:
-            raise UserError("lr needs one number or more, all of them positive")
-        if not config.weight_decay or min(config.weight_decay) < 0:
-            raise UserError("weight_decay needs one number or more, none of them negative")
-        if config.probe_batch_size < 2:
-            raise UserError(f"probe_batch_size is {config.probe_batch_size}; it must be at least 2")
-    crop_scale = getattr(config, "crop_scale", (1.0, 1.0))
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise UserError(f"crop_scale is {list(crop_scale)}; it must rise between 0 and 1")

@@ -16,12 +16,13 @@ import torch
 import yaml
 
 from hpm.core import lock
-from hpm.core.config import FREE_OPTIONS, TIMM, PretrainConfig, pair
+from hpm.core.config import TIMM, PretrainConfig, may_change, pair
+from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_meta, remove_stale, write_text
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
-from hpm.training.schedule import duration_steps, num_steps
+from hpm.training.schedule import num_steps
 from hpm.weights.run_folder import Run, read_config
 
 SIZES = ("image_size", "patch_size")
@@ -71,7 +72,7 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
     def steps(duration: str) -> float:
         return duration_steps(duration, total, count // batch_size)
 
-    free = FREE_OPTIONS | {"data"}
+    free = {name for name in now if may_change(name)} | {"data"}
     length = (before.get("steps") or before.get("epochs", 0) * (count // batch_size)) or total
     if length == total:  # whether it was given in epochs or in steps
         free |= {"steps", "epochs"}

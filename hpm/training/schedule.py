@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from hpm.core.config import TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.models.architecture import resolve_model
 from hpm.training.optim import ema_decay, learning_rate
@@ -139,15 +139,6 @@ def long_warmup(text: str, warmup: float, total: int) -> list[str]:
         f"warning: the warm-up of {text} takes {warmup:.0f} steps, but the training has {total}: "
         "the learning rate never reaches its peak; pass a shorter --warmup"
     ]
-
-
-def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
-    """Convert `40 epochs`, `500 steps` or `5%` to steps; UserError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*", str(text))
-    if match is None:
-        raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
-    value, unit = float(match[1]), match[2].rstrip("s")
-    return value * {"epoch": steps_per_epoch, "step": 1, "%": total_steps / 100}[unit]
 
 
 def resolve(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hpm.core.errors import UserError, counted
-from hpm.core.files import check_meta, State, read_tensors, write_tensors
+from hpm.core.files import State, check_meta, read_tensors, write_tensors
 
 
 @dataclass
