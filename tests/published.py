@@ -29,3 +29,21 @@ def our_state(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, tensor in weights.items()
         if name.startswith(prefix)
     }
+
+
+SHAPE = {
+    "image_size": [16, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 64, "depth": 2,
+    "num_heads": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 1,
+    "with_predictor": True,
+}  # fmt: skip
+
+
+def published(model):
+    """A model's weights under the names of the published implementation."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in PREFIXES.items():
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+        state[name.removeprefix("encoder.")] = tensor
+    return state

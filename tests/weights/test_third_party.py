@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, assert_refused, run_here, run_hpm
-from published import PREFIXES
+from published import SHAPE, published
 from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
 
@@ -27,24 +27,8 @@ timm = need("timm", "timm", "the test")
 transformers = need("transformers", "hf", "the test")
 
 # One head of 64 in the encoder, one of 32 in the decoders: what is assumed of bare files.
-SHAPE = {
-    "image_size": [16, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 64, "depth": 2,
-    "num_heads": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 1,
-    "with_predictor": True,
-}  # fmt: skip
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 IDS = torch.arange(4).expand(2, -1), torch.arange(4, 16).expand(2, -1)
-
-
-def published(model):
-    """A model's weights under the names of the published implementation."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        for theirs, ours in PREFIXES.items():
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-        state[name.removeprefix("encoder.")] = tensor
-    return state
 
 
 def close(a, b):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import assert_refused, run_hpm
 from PIL import Image
+from published import SHAPE, published
 from safetensors.torch import save_file
-from test_imports import SHAPE, published
 
 import hpm
 from hpm.core.errors import UserError

@@ -19,7 +19,7 @@ from hpm.core.config import PretrainConfig
 from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ["--model=vit_nano", "--image-size=32", "--patch-size=8", "--batch-size=4",
          "--repeats=1", "--steps-each=1", "--device=cpu"]  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "evidence.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence.py"
 
 
 @pytest.mark.slow
