@@ -85,8 +85,9 @@ class DetectorBackbone(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> OrderedDict[str, Float[Tensor, "batch dim _ _"]]:
+        """Maps of strides 4 to 64, in float32 also under autocast: anchors take their precision."""
         (last,) = self.encoder.feature_maps(images, [len(self.encoder.blocks) - 1])
-        return self.pyramid(last)
+        return OrderedDict((name, x.float()) for name, x in self.pyramid(last).items())
 
 
 class PadImages(nn.Module):
@@ -185,7 +186,7 @@ def build_detector(
     anchors = rpn.AnchorGenerator(
         tuple((size,) for size in anchor_sizes), (ASPECT_RATIOS,) * len(anchor_sizes)
     )
-    parts = {
+    parts: dict[str, Any] = {
         "rpn_anchor_generator": anchors,
         "rpn_head": rpn.RPNHead(channels, len(ASPECT_RATIOS), conv_depth=2),
         "box_head": faster_rcnn.FastRCNNConvFCHead(
@@ -204,4 +205,20 @@ def build_detector(
     model.transform = PadImages(
         max(STRIDES[-1], encoder.patch_size[0]), encoder.image_size if fixed_size else (1, 1)
     )
+    # In bfloat16 the borders of boxes would be whole pixels apart.
+    heads = model.roi_heads
+    for part in (model.rpn.head, heads.box_predictor, *([heads.mask_predictor] if masks else [])):
+        part.register_forward_hook(_give_float32)
     return model
+
+
+def _give_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A forward hook."""
+    return _to_float32(output)
+
+
+def _to_float32(output: Any) -> Any:
+    """A tensor, or lists and tuples of tensors, in float32."""
+    if isinstance(output, Tensor):
+        return output.float()
+    return type(output)(_to_float32(part) for part in output)

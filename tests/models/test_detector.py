@@ -116,6 +116,34 @@ def test_a_step_of_training_and_predictions(masks):
     assert sum(len(found["boxes"]) for found in predictions) > 0
 
 
+def test_boxes_are_float32_under_autocast():
+    model = tiny_detector()
+    images = [torch.randn(3, 64, 64), torch.randn(3, 64, 48)]
+    boxes = []
+    model.rpn.register_forward_hook(lambda module, inputs, output: boxes.extend(output[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(images, targets())
+        predictions = model.eval()(images)
+    assert {x.dtype for x in [*boxes, *losses.values()]} == {torch.float32}
+    assert {x.dtype for found in predictions for x in found.values()} == {
+        torch.float32,
+        torch.int64,
+    }
+
+
+def test_images_without_objects():
+    model = tiny_detector()
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 64, 64, dtype=torch.uint8),
+    }
+    losses = model([torch.randn(3, 64, 64)] * 2, [targets()[0], nothing])
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    losses = model([torch.randn(3, 64, 64)], [nothing])
+    assert losses["loss_box_reg"] == losses["loss_mask"] == 0
+
+
 @pytest.mark.slow
 def test_two_images_are_learned_by_heart():
     model = tiny_detector(nano(patch_size=8))
