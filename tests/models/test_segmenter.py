@@ -333,3 +333,9 @@ def test_layer_decay_of_a_segmenter():
         assert group[parameter]["weight_decay"] == (0 if plain else 0.05), name
     with pytest.raises(ValueError, match="one encoder"):
         layer_decay_groups(nn.Linear(2, 2), 1e-3, 0.5, 0.05)
+
+
+def test_the_linear_head_takes_any_encoder():
+    for name in ("vit_small_patch16_dinov3", "hiera_tiny_224"):
+        model = LinearSegmenter(timm_encoder(name, image_size=(64, 96)), 4)
+        assert model(torch.randn(2, 3, 64, 96)).shape == (2, 4, 64, 96), name
