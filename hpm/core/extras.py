@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hpm.core.errors import UserError
 
@@ -34,11 +33,13 @@ def _mend_torchvision() -> None:
     """Make torchvision import where its compiled operators do not fit the PyTorch beside it.
 
     A torchvision built for CUDA refuses to import beside a CPU build of PyTorch, because it wants
-    to describe operators that were never declared. We need its transforms alone, which are pure
-    Python, so the operators are declared. Only after the plain import has failed: where it works,
+    to describe operators that were never declared. So they are declared, and those that detection
+    needs are replaced by plain PyTorch. Only after the plain import has failed: where it works,
     declaring them a second time aborts the process.
     """
     global _library
+    from hpm.models import boxes
+
     try:
         import torchvision
     except RuntimeError as error:
@@ -49,20 +50,9 @@ def _mend_torchvision() -> None:
         _library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _library.impl("nms", _nms, "CPU")
-        import torchvision  # noqa: F401
+        import torchvision
 
-
-def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes [N 4] (x0 y0 x1 y1) that no better one overlaps, best first."""
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    waiting, kept = scores.argsort(descending=True, stable=True), []
-    while len(waiting):
-        best, waiting = waiting[0], waiting[1:]
-        kept.append(best)
-        low = torch.maximum(boxes[best, :2], boxes[waiting, :2])
-        high = torch.minimum(boxes[best, 2:], boxes[waiting, 2:])
-        overlap = (high - low).clamp(min=0).prod(1)
-        iou = overlap / (areas[best] + areas[waiting] - overlap)
-        waiting = waiting[iou <= iou_threshold]
-    return torch.stack(kept) if kept else scores.new_empty(0, dtype=torch.int64)
+        # Its own roi_align in Python is compiled on the first call, which takes a minute.
+        operators: Any = sys.modules["torchvision.ops.roi_align"]
+        operators._roi_align = boxes.roi_align
+        torchvision.ops.nms = torchvision.ops.boxes.nms = boxes.nms

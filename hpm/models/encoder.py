@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from hpm.core.errors import UserError
+from hpm.models.patches import grid_size
 
 
 class Encoder(nn.Module):
@@ -33,6 +38,22 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Normalised images -> prefix tokens, then visible patches (default: all), normed."""
         raise NotImplementedError
+
+    def feature_maps(
+        self, images: Float[Tensor, "batch channels *size"], blocks: Sequence[int]
+    ) -> list[Float[Tensor, "batch dim *grid"]]:
+        """Patch tokens after each of these blocks (numbered from 0), not normed, as maps.
+
+        The prefix tokens are left out. Raises UserError where the encoder is no plain ViT.
+        """
+        raise UserError(f"a {type(self).__name__} has no maps of single blocks: take a plain ViT")
+
+    def patch_map(
+        self, tokens: Float[Tensor, "batch tokens dim"], image_size: Sequence[int]
+    ) -> Float[Tensor, "batch dim *grid"]:
+        """The patch tokens of images of this size, as a map."""
+        patches = tokens[:, self.num_prefix_tokens :].transpose(1, 2)
+        return patches.unflatten(2, grid_size(image_size, self.patch_size))
 
     def with_attention(
         self, images: Float[Tensor, "batch channels *size"]

@@ -103,16 +103,45 @@ class TimmEncoder(Encoder):
         visible_ids: Int[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         """Normalised images -> prefix tokens, then visible patches (default: all), normed."""
+        x, options = self._start(images, visible_ids)
+        for block, block_options in zip(self.blocks, options, strict=True):
+            x = run_block(block, x, self.checkpoint_activations, **block_options)
+        return self.norm(x)
+
+    def feature_maps(
+        self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int]
+    ) -> list[Float[Tensor, "batch dim rows columns"]]:
+        """Patch tokens after each of these blocks (numbered from 0), not normed, as maps.
+
+        Raises UserError for images of another size than the encoder's.
+        """
+        size = tuple(images.shape[2:])
+        if size != self.image_size:
+            raise UserError(
+                f"images of {size} pixels, but {PREFIX}{self.name} was built for "
+                f"{self.image_size}: build it for the size of the images"
+            )
+        x, options = self._start(images, None)
+        maps = {}
+        for number, block_options in enumerate(options):
+            x = run_block(self.blocks[number], x, self.checkpoint_activations, **block_options)
+            if number in blocks:
+                maps[number] = self.patch_map(x, size)
+        return [maps[number] for number in blocks]
+
+    def _start(
+        self, images: Tensor, visible_ids: Tensor | None
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Tokens as the first block takes them, and the other arguments of each block."""
         patches = patchify(images, self.patch_size)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
         x = self._add_positions(self._prefix(images.shape[0]), self._embed(patches), visible_ids)
-        x = self.norm_pre(x)
         rotations = self._rotations(visible_ids)
-        for number, block in enumerate(self.blocks):
-            options = {} if rotations is None else {"rope": rotations[number]}
-            x = run_block(block, x, self.checkpoint_activations, **options)
-        return self.norm(x)
+        options: list[dict[str, Any]] = [{}] * len(self.blocks)
+        if rotations is not None:
+            options = [{"rope": rotation} for rotation in rotations]
+        return self.norm_pre(x), options
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Weights of the same encoder on another grid, added positions resampled (as by timm)."""

@@ -21,6 +21,7 @@ from hpm.models.patches import (
     patchify,
     sincos_positions,
 )
+from hpm.models.windows import Windows, window_attention
 
 LAYER_NORM_EPS = 1e-6
 
@@ -37,14 +38,21 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], num_outputs: int | None = None
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        num_outputs: int | None = None,
+        windows: Windows | None = None,
     ) -> Float[Tensor, "batch outputs dim"]:
-        """Of all tokens, or of the last `num_outputs` alone, which attend to all."""
+        """Of all tokens, or of the last `num_outputs` alone, which attend to all; or of all
+        patches, each within its window."""
         if num_outputs is None:
             q, k, v = self._heads(x)
         else:
             q, k, v = self._last_heads(x, num_outputs)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if windows is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = window_attention(q, k, v, windows)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _last_heads(self, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,11 +122,14 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, x: Float[Tensor, "batch tokens dim"], num_outputs: int | None = None
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        num_outputs: int | None = None,
+        windows: Windows | None = None,
     ) -> Float[Tensor, "batch outputs dim"]:
         """All tokens, or the last `num_outputs` alone: nothing is computed for the others that
-        those do not need."""
-        attended = self.drop_path(self.attn(self.norm1(x), num_outputs))
+        those do not need. With windows, patches attend within theirs."""
+        attended = self.drop_path(self.attn(self.norm1(x), num_outputs, windows))
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -160,6 +171,9 @@ class VisionTransformer(Encoder):
         num_heads: attention heads of a block.
         mlp_ratio: hidden width of a block's MLP, relative to `embed_dim`.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
+        window_size: side, in patches, of the windows in which all blocks attend but the last of
+            every quarter, which attend globally (ViTDet). Default: all attend globally. No weight
+            depends on it, so it may be changed at any time.
 
     Raises:
         ValueError: where sizes do not fit each other.
@@ -175,8 +189,10 @@ class VisionTransformer(Encoder):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        window_size: int | None = None,
     ):
         super().__init__()
+        self.window_size = window_size
         self.image_size = tuple(image_size)
         self.patch_size = tuple(patch_size)
         self.grid = grid_size(self.image_size, self.patch_size)
@@ -205,9 +221,34 @@ class VisionTransformer(Encoder):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Normalised images -> class token, then one token per visible patch (default: all)."""
         x = self._embed(images, visible_ids)
-        for block in self.blocks:
-            x = run_block(block, x, self.checkpoint_activations)
+        options = self._block_options(images, visible_ids)
+        for block, block_options in zip(self.blocks, options, strict=True):
+            x = run_block(block, x, self.checkpoint_activations, **block_options)
         return self.norm(x)
+
+    def feature_maps(
+        self, images: Float[Tensor, "batch channels *size"], blocks: Sequence[int]
+    ) -> list[Float[Tensor, "batch dim *grid"]]:
+        """Patch tokens after each of these blocks (numbered from 0), not normed, as maps.
+
+        The images may have another size than the encoder's: positions are interpolated.
+        """
+        x, maps = self._embed(images, None), {}
+        for number, options in enumerate(self._block_options(images, None)):
+            x = run_block(self.blocks[number], x, self.checkpoint_activations, **options)
+            if number in blocks:
+                maps[number] = self.patch_map(x, images.shape[2:])
+        return [maps[number] for number in blocks]
+
+    def _block_options(self, images: Tensor, visible_ids: Tensor | None) -> list[dict[str, Any]]:
+        """What each block is told about its windows."""
+        if self.window_size is None:
+            return [{}] * len(self.blocks)
+        if visible_ids is not None:
+            raise ValueError("window attention needs all patches of an image")
+        windows = Windows(grid_size(images.shape[2:], self.patch_size), self.window_size)
+        everywhere = quarter_ends(len(self.blocks))
+        return [{} if n in everywhere else {"windows": windows} for n in range(len(self.blocks))]
 
     def with_attention(
         self, images: Float[Tensor, "batch channels *size"]
@@ -216,8 +257,9 @@ class VisionTransformer(Encoder):
         block."""
         x = self._embed(images, None)
         *before, final = self.blocks
-        for block in before:
-            x = block(x)
+        options = self._block_options(images, None)
+        for block, block_options in zip(before, options, strict=False):
+            x = block(x, **block_options)
         last: Any = final
         attention = last.attn.of_first_token(last.norm1(x))[..., 1:]
         return self.norm(last(x)), attention
@@ -227,7 +269,9 @@ class VisionTransformer(Encoder):
         batch = images.shape[0]  # which len(images) would fix in an exported graph
         patches = patchify(images, self.patch_size)
         assert self.pos_embed is not None
-        positions = self.pos_embed[:, 1:].expand(batch, -1, -1)
+        grid = grid_size(images.shape[2:], self.patch_size)
+        pos_embed = interpolate_positions(self.pos_embed, self.grid, grid)
+        positions = pos_embed[:, 1:].expand(batch, -1, -1)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
             positions = gather_patches(positions, visible_ids)
@@ -239,6 +283,11 @@ class VisionTransformer(Encoder):
         """Weights of the same encoder on another grid, positions resampled to this one's."""
         positions = interpolate_positions(weights["pos_embed"], grid, self.grid)
         return weights | {"pos_embed": positions}
+
+
+def quarter_ends(depth: int) -> list[int]:
+    """Numbers of the last blocks of the four quarters of an encoder, counted from 0."""
+    return [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
 
 
 def init_weights(module: nn.Module) -> None:

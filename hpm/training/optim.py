@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from hpm.models.classifier import Classifier
+from hpm.models.encoder import Encoder
 
 # Names of encoders' parameters, ours and timm's.
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "rope")
@@ -35,26 +35,33 @@ def adamw(
 
 
 def layer_decay_groups(
-    model: Classifier, lr: float, layer_decay: float, weight_decay: float
+    model: nn.Module, lr: float, layer_decay: float, weight_decay: float
 ) -> list[dict]:
     """Parameter groups whose learning rates fall by `layer_decay` from each layer to the one below.
 
-    The head and the norm in front of it are at `lr`; the last block one factor below, and so on;
-    tokens, positions and patch projection are the lowest layer (BEiT; MAE, appendix A.1). No weight
-    decay on 1-D parameters, on prefix tokens and on positions. Each group has its `lr_scale`.
+    All that is not of the model's encoder (heads, pyramids) and the encoder's norm are at `lr`; the
+    last block one factor below, and so on; tokens, positions and patch projection are the lowest
+    layer (BEiT; MAE, appendix A.1; ViTDet). No weight decay on 1-D parameters, on prefix tokens and
+    on positions. Each group has its `lr_scale`. Raises ValueError where there is no encoder.
     """
-    top = len(model.encoder.blocks) + 1
+    encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, Encoder)]
+    if len(encoders) != 1:
+        raise ValueError(f"layer decay needs a model with one encoder, not {len(encoders)}")
+    [(prefix, encoder)] = encoders
+    inside = f"{prefix}." if prefix else ""
+    top = len(encoder.blocks) + 1
     groups: dict[tuple[int, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        name = name.removeprefix("encoder.")
-        layer = top
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif name.startswith((*TOKENS, "patch_embed", "norm_pre")):
-            layer = 0
-        decays = parameter.ndim > 1 and not name.startswith(TOKENS)
+        layer, decays = top, parameter.ndim > 1
+        if name.startswith(inside):
+            name = name.removeprefix(inside)
+            if name.startswith("blocks."):
+                layer = int(name.split(".")[1]) + 1
+            elif name.startswith((*TOKENS, "patch_embed", "norm_pre")):
+                layer = 0
+            decays = decays and not name.startswith(TOKENS)
         scale, decay = layer_decay ** (top - layer), weight_decay if decays else 0.0
         group = groups.setdefault(
             (layer, decay),

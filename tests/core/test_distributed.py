@@ -123,7 +123,7 @@ ROWS = """
 import sys
 import torch
 import torch.distributed as dist
-from hpm import distributed
+from hpm.core import distributed
 from hpm.data.sources import open_source
 from hpm.evals.features import Reading, extract
 
@@ -189,7 +189,7 @@ def test_a_mistake_is_told_once(image_folder, tmp_path):
 ONE_RANK_FAILS = """
 import sys
 from hpm import cli, distributed, pretrain
-from hpm.errors import UserError
+from hpm.core.errors import UserError
 
 def fail(state, *_):
     if distributed.rank() == 1 and state.step == 0:

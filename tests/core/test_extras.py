@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hpm
-from hpm.core.extras import _nms, need
+from hpm.core.extras import need
 
 
 def test_a_missing_library_is_one_line(monkeypatch):
@@ -19,10 +19,3 @@ def test_torchvision_imports_beside_any_build():
         [[2, 1, 0]]
     ]
     assert need("timm", "finetune", "x") is need("timm", "finetune", "y")
-
-
-def test_non_maximum_suppression():
-    boxes = torch.tensor([[0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30.0]])
-    assert _nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist() == [1, 2]
-    assert _nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.95).tolist() == [1, 0, 2]
-    assert _nms(boxes[:0], torch.empty(0), 0.5).tolist() == []

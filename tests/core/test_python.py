@@ -64,7 +64,7 @@ tiny = dict(model="vit_nano", image_size=16, patch_size=4, batch_size=8, decoder
 
 def interrupted():
     import os, signal
-    from hpm.state import State
+    from hpm.training.state import State
     save = State.save
     def save_and_stop(state):
         save(state)

@@ -14,9 +14,9 @@ from helpers import run_hpm, tiny_arguments
 STEPS = """
 import json, sys, torch
 from hpm.bench import noise_batch
-from hpm.config import PretrainConfig
+from hpm.core.config import PretrainConfig
 from hpm.pretrain import train_step
-from hpm.state import State
+from hpm.training.state import State
 
 out, device, compiled, way = sys.argv[1:]
 config = PretrainConfig(
@@ -94,7 +94,7 @@ import json, sys, tempfile, torch
 from pathlib import Path
 import hpm
 from hpm import bench
-from hpm.config import BenchConfig
+from hpm.commands.options import BenchConfig
 
 graphs, compile_with = [], torch.compile
 
