@@ -1,0 +1,99 @@
+"""Masks of objects as COCO writes them: polygons and run-length codes, compressed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from hpm.errors import UserError, one_line
+from hpm.extras import need
+
+JOB = "masks of objects (COCO)"
+
+
+def encode_masks(masks: Bool[np.ndarray, "objects height width"]) -> list[dict[str, Any]]:
+    """Compressed run-length codes, ready for JSON: {"size": [height, width], "counts": text}."""
+    if not len(masks):
+        return []
+    columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
+    return [
+        {"size": list(code["size"]), "counts": _text(code["counts"])}
+        for code in _library().encode(columns)
+    ]
+
+
+def decode_masks(
+    segmentations: Sequence[Any], height: int, width: int
+) -> Bool[np.ndarray, "objects height width"]:
+    """The masks of one image's objects. Raises UserError naming what is wrong with one."""
+    if not segmentations:
+        return np.zeros((0, height, width), bool)
+    codes = [to_rle(segmentation, height, width) for segmentation in segmentations]
+    try:
+        return _library().decode(codes).transpose(2, 0, 1).astype(bool)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"a run-length code is broken ({one_line(error)})") from None
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """The compressed run-length code of a COCO segmentation, which may be polygons
+    ([[x0, y0, x1, y1, ...], ...]) or a code with its counts as a list or as text.
+
+    Raises UserError where it is none of these, or of another size.
+    """
+    if isinstance(segmentation, dict):
+        return _code(segmentation, height, width)
+    if not _are_polygons(segmentation):
+        raise UserError(
+            "a segmentation is neither a run-length code nor polygons of three points or more"
+        )
+    library = _library()
+    return library.merge(library.frPyObjects(segmentation, height, width))
+
+
+def _code(code: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    size, counts = code.get("size"), code.get("counts")
+    if size != [height, width]:
+        raise UserError(
+            f"a run-length code is of size {size}, its image of [{height}, {width}] (height, width)"
+        )
+    if isinstance(counts, str):
+        return _checked({"size": size, "counts": counts})
+    counts = counts if isinstance(counts, list) else []
+    if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != height * width:
+        raise UserError(f"the counts of a run-length code do not add up to {height * width} pixels")
+    return _library().frPyObjects(code, height, width)
+
+
+def _checked(code: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _library().area(code)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"a run-length code is broken ({one_line(error)})") from None
+    return code
+
+
+def _are_polygons(segmentation: Any) -> bool:
+    return (
+        isinstance(segmentation, list)
+        and len(segmentation) > 0
+        and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in polygon)
+            for polygon in segmentation
+        )
+    )
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def _library() -> ModuleType:
+    return need("faster_coco_eval.core.mask", "dense", JOB)
