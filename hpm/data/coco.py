@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpm.data.notes import say_once
-from hpm.data.rle import to_rle
+from hpm.data.rle import check_segmentation
 from hpm.errors import UserError, counted
 
 BEYOND = 2  # pixels that a box may reach out of its image, as rounding does
@@ -154,7 +154,7 @@ def _object(
     segmentation = annotation.get("segmentation") or []
     if segmentation:
         try:
-            to_rle(segmentation, height, width)
+            check_segmentation(segmentation, height, width)
         except UserError as error:
             raise UserError(f"{what}: {error}") from None
     x, y, w, h = annotation["bbox"]

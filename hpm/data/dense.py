@@ -55,6 +55,8 @@ class DenseBatch:
         ]
 
     def pin_memory(self) -> DenseBatch:
+        images: Any
+        targets: Any
         images, targets = (
             x.pin_memory() if isinstance(x, Tensor) else [one.pin_memory() for one in x]
             for x in (self.images, self.targets)
@@ -99,7 +101,8 @@ class DenseLoader(_Loader):
     """Raises UserError where annotations are wrong."""
 
     def __iter__(self) -> Iterator[DenseBatch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        batches: Iterator[Any] = super().__iter__()
+        for batch in batches:
             if batch.mistake:
                 raise UserError(batch.mistake)
             yield batch
@@ -149,10 +152,11 @@ def _stacked(samples: list[DenseSample]) -> DenseBatch:
     if not len(batch):
         return batch
     # default_collate stacks in memory that a worker shares with the process that trains.
+    images: Any = batch.images
     targets: Any = batch.targets
     if isinstance(targets[0], Tensor):
         targets = default_collate(targets)
-    return replace(batch, images=default_collate(batch.images), targets=targets)
+    return replace(batch, images=default_collate(images), targets=targets)
 
 
 def _listed(samples: list[DenseSample]) -> DenseBatch:

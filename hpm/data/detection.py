@@ -17,7 +17,7 @@ from torch import Tensor
 from hpm.data import demo
 from hpm.data.coco import CocoFile, read_coco
 from hpm.data.notes import say_once
-from hpm.data.rle import decode_masks, encode_masks
+from hpm.data.rle import decode_masks, encode_masks, mask_library
 from hpm.data.sources import DemoSource, FileSource, Paths, Source, Splits, Subset
 from hpm.data.splits import is_split, pick_splits
 from hpm.errors import UserError, counted
@@ -212,6 +212,8 @@ def open_detection(data: str) -> Splits:
     if any(content.classes != classes for _, content in parts):
         raise UserError(f"{parts[1][0].file}: its categories are not those of {parts[0][0].file}")
     has_masks = _all_have_masks(root, [content for _, content in parts])
+    if has_masks:
+        mask_library()  # now rather than in a loading process, where it is missing
     return Splits(*(CocoImages(part.name, part.folder, c, has_masks) for part, c in parts))
 
 

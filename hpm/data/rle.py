@@ -22,7 +22,7 @@ def encode_masks(masks: Bool[np.ndarray, "objects height width"]) -> list[dict[s
     columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
     return [
         {"size": list(code["size"]), "counts": _text(code["counts"])}
-        for code in _library().encode(columns)
+        for code in mask_library().encode(columns)
     ]
 
 
@@ -34,7 +34,7 @@ def decode_masks(
         return np.zeros((0, height, width), bool)
     codes = [to_rle(segmentation, height, width) for segmentation in segmentations]
     try:
-        return _library().decode(codes).transpose(2, 0, 1).astype(bool)
+        return mask_library().decode(codes).transpose(2, 0, 1).astype(bool)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"a run-length code is broken ({one_line(error)})") from None
 
@@ -45,36 +45,39 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
     Raises UserError where it is none of these, or of another size.
     """
+    check_segmentation(segmentation, height, width)
+    library = mask_library()
     if isinstance(segmentation, dict):
-        return _code(segmentation, height, width)
-    if not _are_polygons(segmentation):
-        raise UserError(
-            "a segmentation is neither a run-length code nor polygons of three points or more"
-        )
-    library = _library()
+        packed = isinstance(segmentation["counts"], str)
+        return segmentation if packed else library.frPyObjects(segmentation, height, width)
     return library.merge(library.frPyObjects(segmentation, height, width))
 
 
-def _code(code: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def check_segmentation(segmentation: Any, height: int, width: int) -> None:
+    """UserError where it is neither polygons nor a run-length code, or is of another size."""
+    if isinstance(segmentation, dict):
+        _check_code(segmentation, height, width)
+    elif not _are_polygons(segmentation):
+        raise UserError(
+            "a segmentation is neither a run-length code nor polygons of three points or more"
+        )
+
+
+def _check_code(code: dict[str, Any], height: int, width: int) -> None:
     size, counts = code.get("size"), code.get("counts")
     if size != [height, width]:
         raise UserError(
             f"a run-length code is of size {size}, its image of [{height}, {width}] (height, width)"
         )
     if isinstance(counts, str):
-        return _checked({"size": size, "counts": counts})
+        try:
+            mask_library().decode({"size": size, "counts": counts})
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"a run-length code is broken ({one_line(error)})") from None
+        return
     counts = counts if isinstance(counts, list) else []
     if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != height * width:
         raise UserError(f"the counts of a run-length code do not add up to {height * width} pixels")
-    return _library().frPyObjects(code, height, width)
-
-
-def _checked(code: dict[str, Any]) -> dict[str, Any]:
-    try:
-        _library().area(code)
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"a run-length code is broken ({one_line(error)})") from None
-    return code
 
 
 def _are_polygons(segmentation: Any) -> bool:
@@ -95,5 +98,6 @@ def _text(counts: bytes | str) -> str:
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
-def _library() -> ModuleType:
+def mask_library() -> ModuleType:
+    """faster-coco-eval's functions of masks. Raises UserError where it is not installed."""
     return need("faster_coco_eval.core.mask", "dense", JOB)
