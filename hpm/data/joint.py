@@ -120,7 +120,7 @@ class SegmentationTraining(_Views):
 
     @cached_property
     def _crop(self) -> Any:
-        return _random_crop(self.size, _fill(self.fill, self.channels, self.deep))
+        return _random_crop(self.size, _fill(self.fill, self.channels, self.deep), IGNORED)
 
     @cached_property
     def _flip(self) -> Any:
@@ -145,7 +145,7 @@ class SegmentationTesting(_Views):
 
     size: int | None = 512
 
-    def __call__(self, source: Source, key: Key) -> tuple[Image, UInt8[Tensor, "height width"]]:
+    def __call__(self, source: Source, key: Key) -> tuple[Image, UInt8[Tensor, "rows columns"]]:
         image = self.image(source, key[1])
         labels = self.labels(source, key[1], image)
         return _resized(image, self.size, None), labels
@@ -194,7 +194,7 @@ class DetectionTraining(_Views):
         return v2.Compose(
             [
                 v2.ScaleJitter((self.size, self.size), self.scale),
-                _random_crop((self.size, self.size), _fill(self.fill, self.channels, self.deep)),
+                _random_crop((self.size, self.size), _fill(self.fill, self.channels, self.deep), 0),
                 v2.RandomHorizontalFlip(0.5 if self.flip else 0),
                 v2.ClampBoundingBoxes(),
             ]
@@ -241,7 +241,9 @@ def _left(changed: dict[str, Any]) -> Objects:
     return Objects(boxes.float(), classes, masks, torch.zeros(len(classes), dtype=torch.bool))
 
 
-def _resized(image: Image, size: int | None, longest: int | None) -> Image:
+def _resized(
+    image: Image, size: int | None, longest: int | None
+) -> Shaped[Tensor, "channels new_height new_width"]:
     if size is None:
         return image
     if longest is not None and size >= longest:
@@ -263,9 +265,10 @@ def _fill(fill: Sequence[float], channels: int, deep: bool) -> list[float]:
     return given if deep else [round(value) for value in given]
 
 
-def _random_crop(size: tuple[int, int], fill: list[float]) -> Any:
+def _random_crop(size: tuple[int, int], fill: list[float], outside: int) -> Any:
+    """A crop whose missing pixels are `fill`, and `outside` in masks."""
     tv = need("torchvision.tv_tensors", "dense", JOB)
-    fills = {tv.Image: fill, tv.Mask: IGNORED, "others": 0}
+    fills = {tv.Image: fill, tv.Mask: outside, "others": 0}
     return _v2().RandomCrop(size, pad_if_needed=True, fill=fills)
 
 
