@@ -217,7 +217,7 @@ def _open_folder(path: Path) -> Splits:
             ParquetSource(f"{path} (test)", test) if test else None,
         )
     path = images_of(path)
-    inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    inside = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
     if any((path / "annotations").glob("*.json")):  # as COCO is distributed: train2017, val2017
         inside = {name.rstrip("0123456789"): p for name, p in inside.items()}
         inside.pop("annotations")
