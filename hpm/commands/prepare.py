@@ -36,11 +36,11 @@ from hpm.data.arrays import (
     open_image,
     reading,
 )
-from hpm.data.cache import FORKS
 from hpm.data.jpeg import JpegImage
 from hpm.data.loader import num_workers
 from hpm.data.sources import PREPARING, Source, Splits, open_source
 from hpm.data.transforms import decode
+from hpm.data.workers import FORKS
 
 SHARD_IMAGES = 500
 BATCH_BYTES = 2**25  # of a record batch: its offsets are 32 bits

@@ -38,7 +38,7 @@ def _mend_torchvision() -> None:
     declaring them a second time aborts the process.
     """
     global _library
-    from hpm.models import boxes
+    from hpm.core import boxes
 
     try:
         import torchvision

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import multiprocessing
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,8 +14,8 @@ import numpy as np
 from hpm.core import distributed
 from hpm.data.arrays import Pixels, UnreadableImage
 from hpm.data.sources import Source
+from hpm.data.workers import FORKS
 
-FORKS = sys.platform == "linux"  # loading processes are copies of this one, and share its mappings
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
 LOOKED_AT = 32  # images that tell how large those of a source are
 ENTRY = np.dtype(

@@ -23,13 +23,18 @@ Field = np.ndarray  # float32 [H W]
 
 @dataclass(frozen=True)
 class DemoImage:
-    """image: uint8 [H W 3]; label: number of the class; mask: bool [H W], True on an object;
-    boxes: int [objects 4], x0 y0 x1 y1 in pixels, the ends exclusive."""
+    """image: uint8 [H W 3]; label: number of the class; boxes: int [objects 4], x0 y0 x1 y1 in
+    pixels, the ends exclusive; masks: bool [objects H W], True on the object."""
 
     image: np.ndarray
     label: int
-    mask: np.ndarray
     boxes: np.ndarray
+    masks: np.ndarray
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [H W], True on any object."""
+        return np.logical_or.reduce(self.masks)
 
 
 def render(index: int, split: str = "train", size: int = 64) -> DemoImage:
@@ -45,16 +50,17 @@ def render(index: int, split: str = "train", size: int = 64) -> DemoImage:
     label = index % len(CLASSES)
     hue = rng.random()
     image = _background(rng, size, hue)
-    mask = np.zeros((size, size), bool)
-    boxes = []
+    masks, boxes = [], []
     for center, radius in _places(rng, label):
         rows, columns, cover, colour = _object(rng, label, center, radius, size, hue)
         image[rows, columns] = image[rows, columns] * (1 - cover[..., None]) + colour
         inside = cover >= 0.5
-        mask[rows, columns] |= inside
+        mask = np.zeros((size, size), bool)
+        mask[rows, columns] = inside
+        masks.append(mask)
         boxes.append(_box(inside, rows.start, columns.start))
     pixels = (image.clip(0, 1) * 255).round().astype(np.uint8)
-    return DemoImage(pixels, label, mask, np.array(boxes))
+    return DemoImage(pixels, label, np.array(boxes), np.stack(masks))
 
 
 def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:

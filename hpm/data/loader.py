@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from hpm.core import distributed
 from hpm.core.config import Flip
 from hpm.core.errors import UserError, one_line
-from hpm.core.signals import ignore_stop_signals
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth, loses_alpha
-from hpm.data.cache import FORKS, Cache
+from hpm.data.cache import Cache
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
-from hpm.data.workers import WorkerLoader
+from hpm.data.workers import batch_loader
 
 MOST_WORKERS = 16  # by default; each holds a batch of views or more, and keeps a core busy
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -213,34 +211,10 @@ def training_loader(
     pin_memory: bool, stand_in: bool = True,
 ) -> DataLoader:  # fmt: skip
     """One batch of views per list of keys; see Views for images that cannot be read."""
-    return _loader(
-        Views(source, make_view, stand_in), steps, workers, pin_memory=pin_memory,
+    return batch_loader(
+        Views(source, make_view, stand_in), steps, _collate, workers, pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )  # fmt: skip
-
-
-def _loader(
-    views: Views, steps: Iterable[Sequence[Key]], workers: int, **options: Any
-) -> DataLoader:
-    """Workers are forks: they start at once, and share source and cache instead of copying them.
-
-    No other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
-    held, and hang (none of ours does). A worker that gives no batch in the time that processes
-    wait for each other is an error.
-    """
-    return WorkerLoader(
-        views,
-        batch_sampler=steps,  # type: ignore[arg-type]
-        collate_fn=_collate,
-        num_workers=workers,
-        worker_init_fn=ignore_stop_signals,
-        multiprocessing_context="fork" if workers and FORKS else None,
-        timeout=distributed.TIMEOUT.total_seconds() if workers else 0,
-        # Its own: a loader would draw from the global one, whose state a checkpoint keeps, once
-        # for each time that a run starts.
-        generator=torch.Generator(),
-        **options,
-    )
 
 
 def evaluation_batches(
@@ -252,7 +226,7 @@ def evaluation_batches(
     views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
-    yield from _loader(views, steps, workers)
+    yield from batch_loader(views, steps, _collate, workers)
 
 
 def _collate(samples: list[Sample]) -> Batch:

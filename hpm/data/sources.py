@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +12,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from hpm.core.errors import UserError, one_line, why
+from hpm.core.errors import UserError, one_line
 from hpm.data import demo
-from hpm.data.arrays import JPEG_SUFFIXES, Opened, any_deep, open_image
+from hpm.data.arrays import Opened, any_deep, open_image
+from hpm.data.folders import IMAGE_SUFFIXES, described, find_images, images_of
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
 from hpm.data.tables import ArrowSource, ParquetSource, natural
 
-IMAGE_SUFFIXES = (
-    *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
-)  # fmt: skip
-# Known, but not read: what they are, by suffix.
-OTHER_KINDS = {
-    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
-    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"), "raw"),
-    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "videos"),
-}
-HINTS = {
-    "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.heic)",
-    "raw": "convert raw photographs to JPEG or TIFF",
-    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg)",
-}
 PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
@@ -209,7 +195,11 @@ def _open_folder(path: Path) -> Splits:
             ParquetSource(f"{path} (train)", train),
             ParquetSource(f"{path} (test)", test) if test else None,
         )
-    inside = {p.name.lower(): p for p in path.iterdir() if p.is_dir()}
+    path = images_of(path)
+    inside = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
+    if any((path / "annotations").glob("*.json")):  # as COCO is distributed: train2017, val2017
+        inside = {name.rstrip("0123456789"): p for name, p in inside.items()}
+        inside.pop("annotations")
     train_folder = next((inside[n] for n in TRAIN_NAMES if n in inside), None)
     test_folder = next((inside[n] for n in TEST_NAMES if n in inside), None)
     # A folder `train` among others that are no splits may well be a class (of vehicles, say).
@@ -247,13 +237,14 @@ def _first_test_split(files: list[Path]) -> list[Path]:
 
 def _image_folder(root: Path) -> FileSource:
     """All images below `root`; labelled by first-level folder if every image lies in one."""
-    files, others = _find_images(root)
+    root = images_of(root)
+    files, others = find_images(root)
     if not files:
         looked_for = f" (looked for {' '.join(IMAGE_SUFFIXES)})"
-        passed_over = f", but {_described(others)}" if others else looked_for
+        passed_over = f", but {described(others)}" if others else looked_for
         raise UserError(f"{root}: no images in this folder or below it{passed_over}")
     if others:
-        say_once(f"{root}: passed over: {_described(others)}")
+        say_once(f"{root}: passed over: {described(others)}")
     paths = [os.path.join(root, f) for f in files]
     tops = [f.split(os.sep)[0] if os.sep in f else None for f in files]
     classes = sorted({top for top in tops if top is not None})
@@ -262,39 +253,6 @@ def _image_folder(root: Path) -> FileSource:
     numbers = {c: i for i, c in enumerate(classes)}
     labels = np.array([numbers[top] for top in tops if top is not None])
     return FileSource(str(root), paths, labels, classes, root)
-
-
-def _described(others: Counter[str]) -> str:
-    """`12 .heic, 3 .mp4: ` and how to turn them into images."""
-    hints = dict.fromkeys(HINTS[OTHER_KINDS[suffix]] for suffix in sorted(others))
-    counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
-    return f"{counts}: {'; '.join(hints)}"
-
-
-def _find_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Relative paths, sorted, and how many files of other kinds there are, by suffix; links are
-    followed, but no folder is entered twice."""
-    found, seen = [], set()
-    others: Counter[str] = Counter()
-
-    def pass_over(error: OSError) -> None:
-        say_once(f"{error.filename}: {why(error)}, passed over")
-
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=pass_over):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-        for file in files:
-            if file.startswith("."):
-                continue
-            if file.lower().endswith(IMAGE_SUFFIXES):
-                found.append(os.path.relpath(os.path.join(folder, file), root))
-            elif (suffix := os.path.splitext(file)[1].lower()) in OTHER_KINDS:
-                others[suffix] += 1
-    return sorted(found), others
 
 
 def _open_list(path: Path) -> FileSource:

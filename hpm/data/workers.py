@@ -6,16 +6,20 @@ import atexit
 import multiprocessing
 import re
 import shutil
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
+from hpm.core import distributed
 from hpm.core.errors import UserError, counted
-from hpm.core.signals import hold_stop_signals
+from hpm.core.signals import hold_stop_signals, ignore_stop_signals
 
+FORKS = sys.platform == "linux"  # workers are copies of this process, and share its mappings
 SHARED = Path("/dev/shm")
 # What PyTorch says where the memory that loading processes share is full.
 OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
@@ -51,3 +55,29 @@ class WorkerLoader(DataLoader):
                 "pass fewer --workers (0 needs none of it), or enlarge it (in a container: "
                 "docker run --shm-size=8g)"
             ) from None
+
+
+def batch_loader(
+    samples: Dataset, steps: Iterable[Sequence[Any]], collate: Callable[[list[Any]], Any],
+    workers: int = 0, **options: Any,
+) -> WorkerLoader:  # fmt: skip
+    """One collated batch per list of keys of `samples`.
+
+    Workers are forks: they start at once, and share source and cache instead of copying them. No
+    other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
+    held, and hang (none of ours does). A worker that gives no batch in the time that processes
+    wait for each other is an error.
+    """
+    return WorkerLoader(
+        samples,
+        batch_sampler=steps,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
+        multiprocessing_context="fork" if workers and FORKS else None,
+        timeout=distributed.TIMEOUT.total_seconds() if workers else 0,
+        # Its own: a loader would draw from the global one, whose state a checkpoint keeps, once
+        # for each time that a run starts.
+        generator=torch.Generator(),
+        **options,
+    )

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm.core import boxes as our_boxes
+from hpm.core.boxes import nms, roi_align
 from hpm.core.extras import need
-from hpm.models import boxes as our_boxes
-from hpm.models.boxes import nms, roi_align
 
 
 def naive_iou(a, b):

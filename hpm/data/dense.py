@@ -1,0 +1,157 @@
+"""Batches of images with their annotations. What a sample looks like depends on (seed, epoch,
+sample index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from hpm.core.errors import UserError, one_line
+from hpm.data.arrays import UnreadableImage
+from hpm.data.detection import Objects
+from hpm.data.loader import Key
+from hpm.data.sources import Source
+from hpm.data.workers import batch_loader
+
+# (source, (epoch, index)) -> image [C H W], and labels [H W] or objects; see hpm.data.joint.
+MakeSample = Callable[[Source, Key], tuple[Tensor, Any]]
+
+
+@dataclass
+class DenseBatch:
+    """images: [B C H W], or a list of [C H W] where they may differ in size; uint8, or float32 of
+    deep images, 255 being full scale. targets: of segmentation, labels uint8 [B H W] or a list of
+    [H W]; of detection, a list of Objects. indices: int64 [B], which samples they are. unreadable:
+    (index, what is wrong) of each sample that another one had to stand in for, or that is
+    missing."""
+
+    images: Tensor | list[Tensor]
+    targets: Tensor | list[Tensor] | list[Objects]
+    indices: Tensor
+    unreadable: list[tuple[int, str]]
+    mistake: str | None = None  # in the annotations; the loader raises it
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def parts(self, count: int) -> list[DenseBatch]:
+        """Equal parts, in order; what was unreadable goes with the first."""
+        size = -(-len(self) // count)
+        starts = range(0, len(self), size)
+        return [
+            DenseBatch(
+                self.images[start : start + size],
+                self.targets[start : start + size],
+                self.indices[start : start + size],
+                [] if start else self.unreadable,
+            )
+            for start in starts
+        ]
+
+    def pin_memory(self) -> DenseBatch:
+        images: Any
+        targets: Any
+        images, targets = (
+            x.pin_memory() if isinstance(x, Tensor) else [one.pin_memory() for one in x]
+            for x in (self.images, self.targets)
+        )
+        return replace(self, images=images, targets=targets)
+
+
+@dataclass(frozen=True)
+class DenseSample:
+    """An image and its annotations, or None where there are none, and what went wrong."""
+
+    pair: tuple[Tensor, Any] | None
+    index: int
+    unreadable: list[tuple[int, str]]
+    mistake: str | None = None
+
+
+class DenseSamples(Dataset):
+    """Samples by (epoch, index). An unreadable image is passed over: with `stand_in` the next one
+    takes its place, so that batches keep their size; without, there is no sample."""
+
+    def __init__(self, source: Source, make_sample: MakeSample, stand_in: bool):
+        self.source, self.make_sample, self.stand_in = source, make_sample, stand_in
+
+    def __getitem__(self, key: Key) -> DenseSample:
+        epoch, index = key
+        unreadable: list[tuple[int, str]] = []
+        for offset in range(len(self.source) if self.stand_in else 1):
+            candidate = (index + offset) % len(self.source)
+            try:
+                pair = self.make_sample(self.source, (epoch, candidate))
+                return DenseSample(pair, candidate, unreadable)
+            except (UnreadableImage, OSError) as error:
+                unreadable.append((candidate, one_line(error)))
+            except UserError as error:
+                # A loading process would wrap it into a traceback; it is raised in the main one.
+                return DenseSample(None, candidate, unreadable, str(error))
+        return DenseSample(None, index, unreadable)
+
+
+def dense_loader(
+    source: Source,
+    make_sample: MakeSample,
+    steps: Iterable[Sequence[Key]],
+    workers: int = 0,
+    pin_memory: bool = False,
+    stand_in: bool = True,
+    stack: bool = True,
+) -> Iterator[DenseBatch]:
+    """A DenseBatch per list of keys, as `StepSampler` gives them. Raises UserError where
+    annotations are wrong.
+
+    stack: images are of one size, and so become one tensor; labels likewise.
+    """
+    batches = batch_loader(
+        DenseSamples(source, make_sample, stand_in), steps, _stacked if stack else _listed, workers,
+        pin_memory=pin_memory, prefetch_factor=2 if workers else None,
+    )  # fmt: skip
+    for batch in batches:
+        if batch.mistake:
+            raise UserError(batch.mistake)
+        yield batch
+
+
+def dense_batches(
+    source: Source,
+    make_sample: MakeSample,
+    batch_size: int = 1,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[DenseBatch]:
+    """All readable images of one process's share once, in order; images and targets in lists."""
+    mine = range(rank, len(source), world_size)
+    steps = [[(0, i) for i in mine[s : s + batch_size]] for s in range(0, len(mine), batch_size)]
+    yield from dense_loader(source, make_sample, steps, workers, stand_in=False, stack=False)
+
+
+def _stacked(samples: list[DenseSample]) -> DenseBatch:
+    batch = _listed(samples)
+    if not len(batch):
+        return batch
+    # default_collate stacks in memory that a worker shares with the process that trains.
+    images: Any = batch.images
+    targets: Any = batch.targets
+    if isinstance(targets[0], Tensor):
+        targets = default_collate(targets)
+    return replace(batch, images=default_collate(images), targets=targets)
+
+
+def _listed(samples: list[DenseSample]) -> DenseBatch:
+    pairs = [s.pair for s in samples if s.pair is not None]
+    return DenseBatch(
+        [image for image, _ in pairs],
+        [target for _, target in pairs],
+        torch.tensor([s.index for s in samples if s.pair is not None], dtype=torch.int64),
+        [problem for s in samples for problem in s.unreadable],
+        next((s.mistake for s in samples if s.mistake), None),
+    )

@@ -1,0 +1,103 @@
+"""Masks of objects as COCO writes them: polygons and run-length codes, compressed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from hpm.core.errors import UserError, one_line
+from hpm.core.extras import need
+
+JOB = "masks of objects (COCO)"
+
+
+def encode_masks(masks: Bool[np.ndarray, "objects height width"]) -> list[dict[str, Any]]:
+    """Compressed run-length codes, ready for JSON: {"size": [height, width], "counts": text}."""
+    if not len(masks):
+        return []
+    columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
+    return [
+        {"size": list(code["size"]), "counts": _text(code["counts"])}
+        for code in mask_library().encode(columns)
+    ]
+
+
+def decode_masks(
+    segmentations: Sequence[Any], height: int, width: int
+) -> Bool[np.ndarray, "objects height width"]:
+    """The masks of one image's objects. Raises UserError naming what is wrong with one."""
+    if not segmentations:
+        return np.zeros((0, height, width), bool)
+    codes = [to_rle(segmentation, height, width) for segmentation in segmentations]
+    try:
+        return mask_library().decode(codes).transpose(2, 0, 1).astype(bool)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"a run-length code is broken ({one_line(error)})") from None
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """The compressed run-length code of a COCO segmentation, which may be polygons
+    ([[x0, y0, x1, y1, ...], ...]) or a code with its counts as a list or as text.
+
+    Raises UserError where it is none of these, or of another size.
+    """
+    check_segmentation(segmentation, height, width)
+    library = mask_library()
+    if isinstance(segmentation, dict):
+        packed = isinstance(segmentation["counts"], str)
+        return segmentation if packed else library.frPyObjects(segmentation, height, width)
+    return library.merge(library.frPyObjects(segmentation, height, width))
+
+
+def check_segmentation(segmentation: Any, height: int, width: int) -> None:
+    """UserError where it is neither polygons nor a run-length code, or is of another size."""
+    if isinstance(segmentation, dict):
+        _check_code(segmentation, height, width)
+    elif not _are_polygons(segmentation):
+        raise UserError(
+            "a segmentation is neither a run-length code nor polygons of three points or more"
+        )
+
+
+def _check_code(code: dict[str, Any], height: int, width: int) -> None:
+    size, counts = code.get("size"), code.get("counts")
+    if size != [height, width]:
+        raise UserError(
+            f"a run-length code is of size {size}, its image of [{height}, {width}] (height, width)"
+        )
+    if isinstance(counts, str):
+        try:
+            mask_library().decode({"size": size, "counts": counts})
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"a run-length code is broken ({one_line(error)})") from None
+        return
+    counts = counts if isinstance(counts, list) else []
+    if not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != height * width:
+        raise UserError(f"the counts of a run-length code do not add up to {height * width} pixels")
+
+
+def _are_polygons(segmentation: Any) -> bool:
+    return (
+        isinstance(segmentation, list)
+        and len(segmentation) > 0
+        and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in polygon)
+            for polygon in segmentation
+        )
+    )
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def mask_library() -> ModuleType:
+    """faster-coco-eval's functions of masks. Raises UserError where it is not installed."""
+    return need("faster_coco_eval.core.mask", "dense", JOB)

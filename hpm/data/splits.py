@@ -1,0 +1,56 @@
+"""Which parts of an annotated folder to train and to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from hpm.core.errors import UserError
+from hpm.data.sources import TEST_NAMES, TRAIN_NAMES
+
+Part = TypeVar("Part")
+
+
+def pick_splits(
+    annotated: Mapping[str, Part], bare: Iterable[str], root: Path, lacking: str
+) -> tuple[Part, Part | None]:
+    """The splits to train and to test on, by their names (`train`, `val2017`, ...); validation
+    before test, as the latter often comes without annotations.
+
+    Args:
+        annotated: what each split holds.
+        bare: names of splits that have images but no annotations.
+        root: the folder, as named to the user.
+        lacking: what a bare split lacks, as named to the user.
+
+    Raises UserError where there is no split to train on, or where the only ones to test on are
+    bare.
+    """
+    train, test = _first(annotated, TRAIN_NAMES), _test(annotated)
+    bare = list(bare)
+    if train is None:
+        if (name := _first(bare, TRAIN_NAMES)) is not None:
+            raise UserError(f"{root}: the split {name} has images but no {lacking}")
+        raise UserError(f"{root}: no split to train on among {', '.join(sorted(annotated))}")
+    if test is None and (name := _test(bare)) is not None:
+        raise UserError(
+            f"{root}: the split {name} has images but no {lacking}: add them, or remove its images"
+        )
+    return annotated[train], None if test is None else annotated[test]
+
+
+def is_split(name: str) -> bool:
+    return _first([name], (*TRAIN_NAMES, *TEST_NAMES)) is not None
+
+
+def _test(names: Iterable[str]) -> str | None:
+    names = list(names)
+    found = (_first(names, (wanted,)) for wanted in TEST_NAMES)
+    return next((name for name in found if name is not None), None)
+
+
+def _first(names: Iterable[str], beginnings: tuple[str, ...]) -> str | None:
+    """The shortest that begins so: `train` rather than `trainval`."""
+    found = [name for name in names if name.lower().startswith(beginnings)]
+    return min(found, key=lambda name: (len(name), name), default=None)
