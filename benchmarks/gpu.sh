@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What waits for a GPU, each in one call of at most 9 minutes:
-#   OUT=results bash benchmarks/gpu.sh           # the training step: the numbers to reach
+#   OUT=results bash benchmarks/gpu.sh           # the tests that need a GPU, the training step
 #   OUT=results bash benchmarks/gpu.sh mining    # cheaper mining, beside MAE
 #   OUT=results bash benchmarks/gpu.sh growth    # growth and a profile, with their pictures
 # The first runs the tests that need a GPU, then times the step of ViT-B/16 and ViT-L/16 at 224 px,

@@ -71,7 +71,7 @@ def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[An
     """The same for a verb of several kinds: `hpm eval knn`, `hpm bench step`."""
     noun, find = GROUPS[group]
     kinds = find()
-    known = ", ".join(kinds)
+    known = f"hpm {group} {'|'.join(kinds)}"
     if not arguments:
         raise UserError(f"name {noun}: {known} (hpm {group} --help)")
     name, *rest = arguments

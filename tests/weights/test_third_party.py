@@ -444,7 +444,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
     assert "a published checkpoint of Hard Patches Mining" in said[0] and result.hardness
     shown = run_hpm("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
     assert shown.returncode == 0 and "normalised pixels (assumed)" in shown.stdout, shown.stderr
-    hpm.commands.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
+    hpm.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
     text = (tmp_path / "hf" / "README.md").read_text()
     assert (
         "Not trained by hpm: converted from hpm.pth, a published" in text
@@ -522,7 +522,7 @@ def test_timms_own_weights_wherever_a_run_is_named(
     name = "patch mean"
     assert both.values[f"compared, {name}"] == alone.values[f"trained, {name}"]
     both.file.unlink()
-    out = hpm.commands.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
+    out = hpm.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
     assert load_file(out).keys() == timms_weights.state_dict().keys()
     result = run_here("show", SMALL, data, "--out", tmp_path / "x.png", "--images", 2,
                       "--device", "cpu")  # fmt: skip
