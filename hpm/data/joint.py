@@ -244,13 +244,17 @@ def _left(changed: dict[str, Any]) -> Objects:
 def _resized(
     image: Image, size: int | None, longest: int | None
 ) -> Shaped[Tensor, "channels new_height new_width"]:
+    """An image with its shorter side resized to `size` (None: as it is), unless the longer one
+    would become more than `longest`."""
     if size is None:
         return image
+    resize = _v2().functional.resize
     if longest is not None and size >= longest:
-        # torchvision wants the longest side to be more than the shorter: it alone counts then.
-        side = min(size, round(longest * min(image.shape[1:]) / max(image.shape[1:])))
-        return _v2().functional.resize(image, [max(1, side)])
-    return _v2().functional.resize(image, [size], max_size=longest)
+        # The longer side alone counts. It must come out exact, or it would not fit where the
+        # caller puts it; torchvision would round the shorter side first.
+        scale = longest / max(image.shape[1:])
+        return resize(image, [max(1, round(side * scale)) for side in image.shape[1:]])
+    return resize(image, [size], max_size=longest)
 
 
 def _whole(pixels: Pixels, deep: bool) -> np.ndarray:

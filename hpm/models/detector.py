@@ -95,8 +95,11 @@ class PadImages(nn.Module):
 
     Images are padded with zeros, below and to the right, to one size: that of the largest, or at
     least `minimum`, rounded up to a multiple of `multiple` pixels. Predicted masks are pasted into
-    images of their original size.
+    images of their original size, unless `paste_masks` is False: then they stay as they are
+    predicted, [N 1 28 28] within their boxes.
     """
+
+    paste_masks = True
 
     def __init__(self, multiple: int, minimum: Sequence[int] = (1, 1)):
         super().__init__()
@@ -129,7 +132,7 @@ class PadImages(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Masks [N 1 28 28] of the boxes -> masks [N 1 H W] of the images."""
         roi_heads = need("torchvision.models.detection.roi_heads", "finetune", "detection")
-        if self.training:
+        if self.training or not self.paste_masks:
             return result
         for found, size in zip(result, original_image_sizes, strict=True):
             if "masks" in found:
