@@ -1,5 +1,4 @@
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from hpm.mining import masking
 from hpm.mining.draw import Draw, noise
+from hpm.mining.strategies import BUILT_IN
 
 
 def naive_hidden(noise, predicted_loss, num_hidden, num_hard):
@@ -91,7 +91,7 @@ def test_noise_is_uniform_and_a_pure_function_of_its_keys():
         assert abs(correlation) < 5 / first.numel() ** 0.5
 
 
-ALL_MASKS = get_args(masking.Mask)
+ALL_MASKS = BUILT_IN
 
 
 @given(

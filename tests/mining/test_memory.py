@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import hpm
 from hpm.core.files import read_tensors
-from hpm.mining.memory import DOUBT, KEPT, HardnessMemory, overlaps
+from hpm.mining.memory import DECAY, PRIOR_WEIGHT, HardnessMemory, overlaps
 
 WHOLE = [0.0, 1.0, 0.0, 1.0]
 edge_pairs = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda e: abs(e[0] - e[1]) > 0.05)
@@ -33,7 +33,7 @@ def test_overlaps(edges, count):
 def naive_write(found, crop, ids, hardness, grid):
     """One image, cell by cell."""
     rows, columns = grid
-    total, weight = KEPT * found[0], KEPT * found[1]
+    total, weight = DECAY * found[0], DECAY * found[1]
     for patch, value in zip(ids, hardness):
         i, j = divmod(int(patch), columns)
         for y in range(rows):
@@ -58,7 +58,7 @@ def naive_read(found, crop, grid):
                     total += share * found[0, y, x]
                     weight += share * found[1, y, x]
                     area += share
-            values[i, j] = total / area / (weight / area + DOUBT)
+            values[i, j] = total / area / (weight / area + PRIOR_WEIGHT)
     return values.ravel()
 
 
@@ -99,7 +99,7 @@ def test_what_was_found_in_a_view_is_read_in_it(seed, crop):
     memory.write(torch.arange(2), crops, torch.arange(16).expand(2, -1), hardness)
     found = memory.read(torch.arange(2), crops)
     standardised = (hardness - hardness.mean()) / hardness.std(correction=0)
-    torch.testing.assert_close(found, standardised / (1 + DOUBT), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(found, standardised / (1 + PRIOR_WEIGHT), atol=5e-3, rtol=5e-3)
     views = torch.tensor([[top, bottom, left, right]] * 2)
     seen = memory.read(torch.arange(2), views).view(2, 4, 4)
     mirrored = memory.read(torch.arange(2), views[:, [0, 1, 3, 2]]).view(2, 4, 4)
