@@ -13,6 +13,8 @@ from hpm.mining.draw import GUMBEL, SECONDARY, WITHIN_UNITS, Draw, Priority
 from hpm.mining.strategies import find_mask, random
 from hpm.mining.units import mean_of_units, unit_by_unit, unit_grid
 
+FIRST = 1e30  # a priority above all others
+
 
 def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
     """M = N - int(N (1 - mask_ratio)), as masked autoencoders count."""
@@ -56,8 +58,8 @@ def make_mask(
             lowest); the others are drawn at random.
         temperature: 0 mines the top of the list; above, see `perturb`.
         unit: mine and hide units of so many patches along each axis. The share of mined units is
-            that of mined patches; if M is not a multiple of a unit's size, a random part of the
-            last unit is hidden.
+            that of mined patches. If M is not a multiple of a unit's size, a random part of one
+            unit is hidden: of one drawn at random, or of the least hard if all are mined.
     """
     units = unit_grid(grid, unit)
     num_units = math.ceil(num_hidden / unit ** len(grid))  # of which the last perhaps in part
@@ -96,11 +98,12 @@ def perturb(signal: Priority, draw: Draw, temperature: float) -> Priority:
 
 
 def hardest_first(priority: Priority, predicted_loss: Priority, num_hard: int) -> Priority:
-    """Put the `num_hard` patches of highest predicted loss before all others."""
+    """Put the `num_hard` patches of highest predicted loss before all others, hardest first."""
     if num_hard == 0:
         return priority
     hardest = predicted_loss.topk(num_hard, dim=1).indices
-    return priority.scatter(1, hardest, torch.inf)
+    highest = FIRST * torch.arange(num_hard, 0, -1, device=priority.device)
+    return priority.scatter(1, hardest, highest.to(priority.dtype).expand_as(hardest))
 
 
 def hide_top(

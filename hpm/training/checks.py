@@ -9,7 +9,7 @@ from typing import Any
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
 from hpm.core.errors import UserError, counted, nearest
 from hpm.core.options import check_rules
-from hpm.mining.strategies import BUILT_IN, check_strategy
+from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
 from hpm.mining.units import unit_grid
 from hpm.models.architecture import SIZES, resolve_model
@@ -111,6 +111,8 @@ def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
 def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
     grid = tuple(image // patch for image, patch in sizes_of(architecture))
     patches = math.prod(grid)
+    if config.mask not in BUILT_IN:
+        find_mask(config.mask)
     visible = int(patches * (1 - config.mask_ratio))
     if visible in (0, patches):
         lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
