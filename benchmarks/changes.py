@@ -72,7 +72,7 @@ def loop_of_adamw(state: State) -> Iterator[None]:
 
 
 def image_by_image(
-    mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, num_hard: int
+    mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, *rest: Any
 ) -> Any:
     """Masks in a loop over the images, as the published code makes them."""
     masks = [
@@ -82,7 +82,7 @@ def image_by_image(
             grid,
             num_hidden,
             None if signal is None else signal[i : i + 1],
-            num_hard,
+            *rest,
         )
         for i in range(len(draw.sample_ids))
     ]

@@ -209,7 +209,7 @@ def _learn(
     predictor_loss = torch.zeros_like(reconstruction_loss)
     accuracy = torch.full_like(reconstruction_loss, math.nan)
     patch_loss = patch_loss.detach()
-    if predicted_loss is not None or config.mine_by == "memory":
+    if predicted_loss is not None or config.mines_by_memory:
         patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
     if predicted_loss is not None:
         if config.predictor_loss == "relative":

@@ -34,9 +34,11 @@ from hpm.training.state import State
 
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
 METHODS: dict[str, dict[str, Any]] = {
-    "MAE": {"mask": "random", "predictor_loss": "none", "teacher_scale": 1.0},
+    "MAE": {
+        "mask": "random", "predictor_loss": "none", "teacher_scale": 1.0, "mining_temperature": 0.0,
+    },
     "HPM": {},
-}
+}  # fmt: skip
 # What a step is measured without: nothing is loaded, evaluated, or kept.
 STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
 HARD_SHARE = 0.25  # as half-way through a training: the teacher runs

@@ -236,7 +236,8 @@ class State:
         config = self.config
         if config.mask not in HARD_SHARES or (config.mine_by, config.mine_every) == ("teacher", 1):
             return None
-        return HardnessMemory(len(self.source), self.model.encoder.grid, self.device)
+        progress = config.mine_by == "progress"
+        return HardnessMemory(len(self.source), self.model.encoder.grid, self.device, progress)
 
     def _initialise(self, path: Path) -> str:
         """Weights of an earlier run, checkpoint or backbone file, or of others."""
@@ -285,7 +286,7 @@ class State:
         if held_out < self.config.holdout:
             fewer = f" (fewer than the {self.config.holdout} of --holdout: "
             fewer += "the split has no more)" if self.has_split else "at most a tenth of them)"
-        memory = self.memory.found.nbytes / 1e6 if self.memory else 0
+        memory = self.memory.nbytes / 1e6 if self.memory else 0
         return (
             f"{self.config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
             f"{counted(len(self.source), 'image')} of {self.source.name}, {held_out} held out"

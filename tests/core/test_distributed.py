@@ -44,15 +44,17 @@ def test_two_processes_give_the_losses_of_one(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_remember_what_one_does(image_folder, tmp_path):
-    options = tiny_arguments(log_every=1, accumulate=2, mine_by="memory", steps=12)
+@pytest.mark.parametrize("mine_by", ["memory", "progress"])
+def test_two_processes_remember_what_one_does(mine_by, image_folder, tmp_path):
+    options = tiny_arguments(log_every=1, accumulate=2, mine_by=mine_by, steps=12)
     found = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         result = run_torchrun("pretrain", image_folder, "--out", out, *options, processes=processes)
         assert result.returncode == 0, result.stderr
         tensors, _ = read_tensors(Run(out).latest_checkpoint())
-        found.append((losses(out)[-1]["reconstruction_loss"], tensors["memory.found"]))
+        memory = torch.cat([t for name, t in tensors.items() if name.startswith("memory.")])
+        found.append((losses(out)[-1]["reconstruction_loss"], memory))
     (one, memory), (two, same_memory) = found
     assert two == pytest.approx(one, rel=1e-3)
     torch.testing.assert_close(same_memory, memory, atol=5e-3, rtol=5e-3)
