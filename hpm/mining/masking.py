@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hpm.core.config import Mask, Schedule
+from hpm.core.config import HardShareSchedule, Mask
 from hpm.mining.draw import SECONDARY, Draw, Priority
 from hpm.mining.strategies import STRATEGIES
 
@@ -19,7 +19,7 @@ def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def hard_share(
-    progress: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
+    progress: float, start: float = 0.0, end: float = 0.5, schedule: HardShareSchedule = "linear"
 ) -> float:
     """alpha: the share of the hidden patches that are mined, after a share `progress` of training.
 
