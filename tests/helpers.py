@@ -88,13 +88,13 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 def stop_after(monkeypatch, steps):
     """Pull the plug when a checkpoint of that step has been written."""
-    from hpm.training.state import State
+    from hpm.training.run import PretrainingRun
 
-    save = State.save
+    save = PretrainingRun.save
 
-    def save_and_stop(state):
-        save(state)
-        if state.step == steps:
+    def save_and_stop(run):
+        save(run)
+        if run.step == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(State, "save", save_and_stop)
+    monkeypatch.setattr(PretrainingRun, "save", save_and_stop)

@@ -22,7 +22,7 @@ HARD_SHARES: dict[str, tuple[float, float]] = {
     "attention": (1.0, 1.0),
 }
 
-Schedule = Literal["linear", "cosine", "constant"]
+HardShareSchedule = Literal["linear", "cosine", "constant"]
 
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 
@@ -95,7 +95,7 @@ class MaskOptions:
     0 for easy_to_hard)."""
     hard_share_end: float | None = option(None, at_least=0, at_most=1)
     """The same when training ends (alpha_T; default: by mask, 0.5 for easy_to_hard)."""
-    hard_share_schedule: Schedule = "linear"
+    hard_share_schedule: HardShareSchedule = "linear"
     """How the share goes from the one to the other; constant: as at the end, throughout."""
     hard_share_by: Literal["step", "epoch"] = "step"
     """When the share changes: at every step, or once an epoch (the paper)."""

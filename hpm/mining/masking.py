@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hpm.core.config import HARD_SHARES, Schedule
+from hpm.core.config import HARD_SHARES, HardShareSchedule
 from hpm.mining.draw import GUMBEL, SECONDARY, WITHIN_UNITS, Draw, Priority
 from hpm.mining.strategies import find_mask, random
 from hpm.mining.units import mean_of_units, unit_by_unit, unit_grid
@@ -22,7 +22,7 @@ def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def hard_share(
-    progress: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
+    progress: float, start: float = 0.0, end: float = 0.5, schedule: HardShareSchedule = "linear"
 ) -> float:
     """alpha: the share of the hidden patches that are mined, after a share `progress` of training.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.errors import UserError
+from hpm.core.phases import phase
 from hpm.mining.draw import TEACHER_VIEW, TIES, WITHIN_UNITS, Draw
 from hpm.mining.masking import choose_covered, make_mask, num_hidden_patches
 from hpm.mining.memory import HardnessMemory
@@ -29,12 +30,6 @@ from hpm.mining.teacher import (
 from hpm.mining.units import unit_by_unit, unit_grid
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
-
-Mark = Callable[[str], None]
-
-
-def no_mark(phase: str) -> None:
-    """Nothing is measured."""
 
 
 class Seen(NamedTuple):
@@ -98,40 +93,34 @@ class Miner:
         return self.small_teacher.model if self.small_teacher else self.teacher
 
     def mine(
-        self,
-        images: Images,
-        draw: Draw,
-        num_hard: int,
-        step: int = 0,
-        seen: Seen | None = None,
-        mark: Mark = no_mark,
+        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None
     ) -> Mined:
         """Hide the `num_hard` hardest patches of normalised images, and others at random.
 
-        The teacher runs only where its result is used. `seen` is needed with a memory. `mark` is
-        called with "teacher" and "mining" as these phases end.
+        The teacher runs only where its result is used. `seen` is needed with a memory.
         """
         features = predicted = None
         mines = num_hard > 0
-        if mines and self.mine_by == "teacher" and step % self.mine_every == 0:
-            features, predicted = self.signal(images, draw)
-        if features is None and self.needs_features:
-            features = self._features(images)
-        mark("teacher")
-        signal = predicted
-        if mines and signal is None and self.memory is not None:
-            assert seen is not None, "a memory needs to know which images these are"
-            signal = self.memory.read(*seen)
-            # Nothing is known of some places: they are equal, and chosen among at random. Progress
-            # is in units of the loss, which may be small.
-            scale = 1e-6 if self.mine_by == "progress" else 1e-3
-            signal = signal + scale * draw.noise(signal.shape[1], TIES)
-        visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
-        covered_ids = None
-        if self.secondary_mask_ratio:
-            num_patches = self.teacher.encoder.num_patches
-            covered_ids = choose_covered(draw, visible_ids, self.secondary_mask_ratio, num_patches)
-        mark("mining")
+        with phase("teacher"):
+            if mines and self.mine_by == "teacher" and step % self.mine_every == 0:
+                features, predicted = self.signal(images, draw)
+            if features is None and self.needs_features:
+                features = self._features(images)
+        with phase("mining"):
+            signal = predicted
+            if mines and signal is None and self.memory is not None:
+                assert seen is not None, "a memory needs to know which images these are"
+                signal = self.memory.read(*seen)
+                # Nothing is known of some places: they are equal, and chosen among at random.
+                # Progress is in units of the loss, which may be small.
+                scale = 1e-6 if self.mine_by == "progress" else 1e-3
+                signal = signal + scale * draw.noise(signal.shape[1], TIES)
+            visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
+            covered_ids = None
+            if self.secondary_mask_ratio:
+                num_patches = self.teacher.encoder.num_patches
+                ratio = self.secondary_mask_ratio
+                covered_ids = choose_covered(draw, visible_ids, ratio, num_patches)
         return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
 
     def hide(

@@ -190,15 +190,15 @@ def test_a_mistake_is_told_once(image_folder, tmp_path):
 
 ONE_RANK_FAILS = """
 import sys
-from hpm import cli, distributed, pretrain
+from hpm import cli, pretraining as module
+from hpm.core import distributed
 from hpm.core.errors import UserError
 
-def fail(state, *_):
-    if distributed.rank() == 1 and state.step == 0:
+def fail(run, *_):
+    if distributed.rank() == 1 and run.step == 0:
         raise {error}
-    return step(state, *_)
+    return step(run, *_)
 
-module = sys.modules["hpm.pretrain"]
 step = module.train_step
 module.train_step = fail
 sys.exit(cli.main())
@@ -226,7 +226,8 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
 MAIN_ALONE = """
 import sys, time
 from datetime import timedelta
-from hpm import cli, distributed
+from hpm import cli, pretraining as module
+from hpm.core import distributed
 
 distributed.TIMEOUT = timedelta(seconds=20)
 
@@ -234,15 +235,13 @@ def slow(*_):
     if distributed.is_main():
         {what}
 
-import hpm.pretrain
-module = sys.modules["hpm.pretrain"]
 module.{function} = slow
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["look", "evaluate", "refresh_report"])
+@pytest.mark.parametrize("function", ["picture_held_out", "evaluate", "refresh_report"])
 def test_the_others_wait_for_what_the_main_process_does_alone(function, image_folder, tmp_path):
     """Longer than any exchange may take."""
     program = tmp_path / "program.py"

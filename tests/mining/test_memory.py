@@ -178,19 +178,19 @@ def test_the_memory_hides_where_losses_were_high(tmp_path):
     from hpm.core.config import PretrainConfig
     from hpm.core.options import make_config
     from hpm.pretraining import train_step
-    from hpm.training.state import State
+    from hpm.training.build import build_run
 
     options = TINY | {"data": str(tmp_path / "images"), "out": str(tmp_path / "run")}
     options |= {"holdout": 0, "mine_by": "memory", "predictor_loss": "none", "target": "pixels"}
     options |= {"mask_ratio": 0.5, "steps": 24, "flip": "both", "batch_size": 16}
-    state = State(make_config(PretrainConfig, options), torch.device("cpu"))
+    state = build_run(make_config(PretrainConfig, options), torch.device("cpu"))
     noisy_hidden, noisy = 0, 0
     for step, batch in enumerate(state.batches()):
         done = train_step(state, batch, step, num_hard=0 if step < 16 else 4)
         if step >= 16:
             patches = batch.images.unfold(2, 4, 4).unfold(3, 4, 4).float()
             is_noisy = patches.std((1, 4, 5)).flatten(1) > 20
-            chosen = torch.zeros_like(is_noisy).scatter_(1, done.hidden_ids, True)
+            chosen = torch.zeros_like(is_noisy).scatter_(1, done.tensors["hidden_ids"], True)
             noisy_hidden += int((is_noisy & chosen).sum())
             noisy += int(is_noisy.sum())
     state.log.close()

@@ -27,8 +27,8 @@ from hpm.models.timm_encoder import (
     timm_encoder,
     timm_shape,
 )
+from hpm.training.build import build_run
 from hpm.training.optim import layer_decay_groups, parameter_groups
-from hpm.training.state import State
 from hpm.weights.checkpoint import load_checkpoint
 
 timm = need("timm", "timm", "these tests")
@@ -303,13 +303,13 @@ def test_pretrained_weights_are_fitted(name, tmp_path):
 
 def test_a_run_begins_with_pretrained_weights(monkeypatch, tmp_path, image_folder):
     marked = build_encoder(architecture("vit_tiny_patch16_224"), 5).state_dict()
-    monkeypatch.setattr("hpm.training.state.pretrained_weights", lambda encoder: marked)
+    monkeypatch.setattr("hpm.training.build.pretrained_weights", lambda encoder: marked)
     config = PretrainConfig(
         str(image_folder), str(tmp_path / "run"),
         **TINY | {"model": "timm/vit_tiny_patch16_224", "image_size": 32, "patch_size": None,
                   "pretrained": True},
     )  # fmt: skip
-    state = State(config, torch.device("cpu"))
+    state = build_run(config, torch.device("cpu"))
     state.log.close()
     for name, tensor in state.model.encoder.state_dict().items():
         assert torch.equal(tensor, marked[name])
@@ -430,7 +430,7 @@ def test_from_end_to_end(name, tmp_path, monkeypatch):
     # Another run begins with all of its weights, or with those of the backbone.
     init, partial = (run.folder, False) if has_class_token else (run.backbone, True)
     given = options | {"init": str(init), "init_partial": partial}
-    state = State(PretrainConfig(data, str(tmp_path / "from"), **given), torch.device("cpu"))
+    state = build_run(PretrainConfig(data, str(tmp_path / "from"), **given), torch.device("cpu"))
     state.log.close()
     for key, tensor in state.model.encoder.state_dict().items():
         assert torch.equal(tensor, first.model[f"encoder.{key}"])

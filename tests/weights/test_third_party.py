@@ -555,7 +555,7 @@ def test_images_are_normalised_as_timms_weights_want_it(
     image_folder, tmp_path, monkeypatch, options, expected
 ):
     monkeypatch.setattr(
-        "hpm.training.state.pretrained_weights", lambda encoder: encoder.state_dict()
+        "hpm.training.build.pretrained_weights", lambda encoder: encoder.state_dict()
     )
     sizes = {"image_size": 32, "patch_size": 16, "steps": 1, "model": SMALL}
     run = hpm.pretrain(
