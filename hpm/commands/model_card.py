@@ -94,9 +94,9 @@ def _front_matter(subject: Subject, config: ExportConfig) -> str:
 def _method(subject: Subject, config: ExportConfig) -> str:
     """What it is, and no more of how it came to be than the run tells."""
     shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
-    name = shape.get("model", "Vision Transformer")
+    name = shape.model or "Vision Transformer"
     text = (
-        f"{name}, width {shape['embed_dim']}, {counted(shape['depth'], 'block')}, for images of "
+        f"{name}, width {shape.embed_dim}, {counted(shape.depth, 'block')}, for images of "
         f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
         f"{counted(encoder.channels, 'channel')}. "
     )

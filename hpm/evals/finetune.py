@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from hpm.data.unreadable import UnreadableImages
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.evals.options import FinetuneConfig
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.training.log import RunLog
@@ -87,7 +88,7 @@ class Augmentation:
         data = need("timm.data", "finetune", "fine-tuning")
         erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
         self.config, self.num_classes = config, num_classes
-        self.channels = subject.architecture["channels"]
+        self.channels = subject.architecture.channels
         self.views: MakeView
         if config.rand_augment == "none":
             self.views = TrainingViews(
@@ -147,17 +148,17 @@ class Augmentation:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None:
+def check_finetune(config: FinetuneConfig, architecture: Architecture) -> None:
     """Raises UserError for the first option that cannot work."""
-    size = pair(config.image_size) if config.image_size else tuple(architecture["image_size"])
-    check_image_size(size, architecture["patch_size"])
-    if config.rand_augment != "none" and architecture["channels"] not in (1, 3):
+    size = pair(config.image_size) if config.image_size else architecture.image_size
+    check_image_size(size, architecture.patch_size)
+    if config.rand_augment != "none" and architecture.channels not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "
-            f"{counted(architecture['channels'], 'channel')}: pass --rand-augment none"
+            f"{counted(architecture.channels, 'channel')}: pass --rand-augment none"
         )
-    if config.pool == "cls" and not architecture.get("class_token", True):
-        raise UserError(f"pool cls: {architecture['model']} has no class token, pass --pool mean")
+    if config.pool == "cls" and not architecture.class_token:
+        raise UserError(f"pool cls: {architecture.model} has no class token, pass --pool mean")
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
@@ -202,7 +203,7 @@ class _Finetuning:
         data: Labelled, folder: Path,
     ):  # fmt: skip
         architecture, num_classes = subject.architecture, len(data.classes)
-        height, width = pair(config.image_size or tuple(architecture["image_size"]))
+        height, width = pair(config.image_size or architecture.image_size)
         self.config, self.subject, self.data, self.folder = config, subject, data, folder
         self.size = (height, width)
         if config.rand_augment != "none" and data.train.is_deep():
@@ -255,7 +256,7 @@ class _Finetuning:
             backbone = self.subject.backbone
             about = {
                 "kind": "hpm classifier",
-                "architecture": self.subject.architecture | {"image_size": list(self.size)},
+                "architecture": replace(self.subject.architecture, image_size=self.size).to_json(),
                 "pool": self.config.pool,
                 "classes": self.data.classes,
                 "mean": backbone.mean.tolist(),
@@ -365,7 +366,7 @@ class _Finetuning:
         mean, std = self.subject.backbone.mean, self.subject.backbone.std
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
         ids, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-        channels = self.subject.architecture["channels"]
+        channels = self.subject.architecture.channels
         for batch in reading.batches(self.data.test, self.size, channels):
             with self._autocast():
                 logits = self.model(normalize(batch.images.to(self.device), mean, std))

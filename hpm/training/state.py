@@ -72,11 +72,11 @@ class State:
         self.config = config = resolve(config, len(self.source), device, distributed.world_size())
         self.schedule = make_schedule(config, len(self.source))
         self.architecture = resolve_model(config)
-        height, width = self.architecture["image_size"]
+        height, width = self.architecture.image_size
         self.image_size = (height, width)
         self.best_probe: dict[str, float] = {}  # step and top-1 of the best so far
         self.probe_seconds = 0.0
-        self.min_side = min(self.architecture["patch_size"])
+        self.min_side = min(self.architecture.patch_size)
         self.fingerprint = distributed.main_first(lambda: fingerprint(splits.train))
         lock_note = distributed.main_first(
             lambda: claim(self.run, config, len(self.source), self.fingerprint)
@@ -89,7 +89,7 @@ class State:
             self.mean, self.std = self._statistics()
         self.normalization = torch.tensor([self.mean, self.std], device=device)
         self.target = make_target(config, self.architecture, self.mean, self.std, device)
-        self.architecture["target_dim"] = self.target.dim
+        self.architecture = self.architecture.with_target_dim(self.target.dim)
         self.step = 0
         self.unreadable = UnreadableImages(self.source, config.max_unreadable)
         self._said: set[str] = set()
@@ -214,7 +214,7 @@ class State:
         return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "architecture": self.architecture,
+            "architecture": self.architecture.to_json(),
             "mean": self.mean,
             "std": self.std,
             "num_images": len(self.source),

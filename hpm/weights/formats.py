@@ -23,6 +23,7 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.core.files import write_tensors, write_text
 from hpm.mining.masking import num_hidden_patches
+from hpm.models.architecture import Architecture
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import PREFIX, HieraEncoder, TimmEncoder
 from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
@@ -49,7 +50,7 @@ class Subject:
         return self.backbone.encoder
 
     @property
-    def architecture(self) -> dict[str, Any]:
+    def architecture(self) -> Architecture:
         return self.trained.architecture
 
     @property
@@ -128,7 +129,7 @@ class Timm(Format):
         if isinstance(encoder, TimmEncoder):
             return encoder.name, options
         sizes = ("embed_dim", "depth", "num_heads")
-        options |= {name: subject.architecture[name] for name in sizes}
+        options |= {name: getattr(subject.architecture, name) for name in sizes}
         return "vit_base_patch16_224", options
 
     def lines(self, subject: Subject, path: Path) -> str:
@@ -172,10 +173,10 @@ class HuggingFace(Format):
         return {
             "architectures": ["ViTModel"],
             "model_type": "vit",
-            "hidden_size": shape["embed_dim"],
-            "num_hidden_layers": shape["depth"],
-            "num_attention_heads": shape["num_heads"],
-            "intermediate_size": 4 * shape["embed_dim"],
+            "hidden_size": shape.embed_dim,
+            "num_hidden_layers": shape.depth,
+            "num_attention_heads": shape.num_heads,
+            "intermediate_size": 4 * shape.embed_dim,
             "image_size": _number(subject.encoder.image_size),
             "patch_size": _number(subject.encoder.patch_size),
             "num_channels": subject.encoder.channels,
@@ -228,15 +229,15 @@ class HuggingFaceMae(HuggingFace):
         write_tensors(path / "model.safetensors", to_hugging_face(state), {})
 
     def config(self, subject: Subject) -> dict[str, Any]:
-        shape, config = subject.architecture, subject.trained.config
+        decoders, config = subject.architecture.need_decoders(), subject.trained.config
         assert config is not None
         return super().config(subject) | {
             "architectures": ["ViTMAEForPreTraining"],
             "model_type": "vit_mae",
-            "decoder_hidden_size": shape["decoder_dim"],
-            "decoder_num_hidden_layers": shape["decoder_depth"],
-            "decoder_num_attention_heads": shape["decoder_heads"],
-            "decoder_intermediate_size": 4 * shape["decoder_dim"],
+            "decoder_hidden_size": decoders.decoder_dim,
+            "decoder_num_hidden_layers": decoders.decoder_depth,
+            "decoder_num_attention_heads": decoders.decoder_heads,
+            "decoder_intermediate_size": 4 * decoders.decoder_dim,
             "mask_ratio": config.mask_ratio,
             "norm_pix_loss": config.target == "normalized_pixels",
         }
@@ -306,10 +307,10 @@ class Torchvision(Format):
         return {
             "image_size": subject.encoder.image_size[0],
             "patch_size": subject.encoder.patch_size[0],
-            "num_layers": shape["depth"],
-            "num_heads": shape["num_heads"],
-            "hidden_dim": shape["embed_dim"],
-            "mlp_dim": 4 * shape["embed_dim"],
+            "num_layers": shape.depth,
+            "num_heads": shape.num_heads,
+            "hidden_dim": shape.embed_dim,
+            "mlp_dim": 4 * shape.embed_dim,
         }
 
     def outputs(self, subject: Subject, path: Path, images: Tensor) -> Outputs:

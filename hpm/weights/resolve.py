@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
 from hpm.mining.miner import Miner, make_miner
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -31,12 +31,6 @@ from hpm.weights.checkpoint import load_checkpoint, load_exactly
 from hpm.weights.run_folder import Run
 from hpm.weights.third_party import Imported, import_model, import_timm
 
-# What describes an encoder; the first and last only of timm's.
-ENCODER_KEYS = (
-    "model", "image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads",
-    "class_token",
-)  # fmt: skip
-
 
 @dataclass
 class Trained:
@@ -44,7 +38,7 @@ class Trained:
     not in a backbone file), the whole model and its teacher."""
 
     name: str
-    architecture: dict[str, Any]
+    architecture: Architecture
     mean: list[float]
     std: list[float]
     encoder: Encoder
@@ -92,13 +86,13 @@ class Trained:
 
 
 def save_backbone(
-    path: Path, encoder: Encoder, architecture: dict[str, Any], mean: list[float],
+    path: Path, encoder: Encoder, architecture: Architecture, mean: list[float],
     std: list[float],
 ) -> None:  # fmt: skip
     """Write `backbone.safetensors` (timm's names) and the JSON that describes it."""
-    about = {name: architecture[name] for name in ENCODER_KEYS if name in architecture}
+    about = architecture.encoder().to_json()
     about |= {"mean": mean, "std": std, "kind": "hpm encoder", "hpm": __version__}
-    if "model" not in architecture:
+    if architecture.model is None:
         about |= {"layer_norm_eps": 1e-6}
     write_tensors(path, encoder.state_dict(), about)
     write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
@@ -139,15 +133,16 @@ def load(path: str | Path) -> Trained:
         return _of_others(str(path), import_model(path))
     tensors, meta = read_tensors(path)
     if meta.get("kind") == "hpm encoder":
-        encoder = build_encoder(meta)
+        architecture = Architecture.from_json(meta, path)
+        encoder = build_encoder(architecture)
         load_exactly(encoder, tensors, path)
-        return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
+        return Trained(str(path), architecture, meta["mean"], meta["std"], encoder)
     if "step" not in meta:
         return _of_others(str(path), import_model(path))
     checkpoint = load_checkpoint(path)
     if "architecture" not in checkpoint.meta:
         raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
-    meta, architecture = checkpoint.meta, checkpoint.meta["architecture"]
+    meta, architecture = checkpoint.meta, Architecture.from_json(meta["architecture"], path)
     model, teacher = build_model(architecture), build_model(architecture)
     load_exactly(model, checkpoint.model, path)
     load_exactly(teacher, checkpoint.teacher, path)

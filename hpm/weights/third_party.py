@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hpm.core.config import PretrainConfig
+from hpm.core.config import PretrainConfig, pair
 from hpm.core.errors import UserError, counted
 from hpm.core.files import TORCH_SUFFIXES, State, read_tensors, read_torch_file
 from hpm.core.hub import fetched, read_json
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
-from hpm.models.architecture import SIZES
+from hpm.models.architecture import SIZES, Architecture
 from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -71,7 +71,7 @@ class Weights:
 class Imported:
     """Models built from a file; no model and teacher where it is a backbone alone."""
 
-    architecture: dict[str, Any]
+    architecture: Architecture
     mean: list[float]
     std: list[float]
     encoder: Encoder
@@ -85,7 +85,7 @@ def import_model(path: Path) -> Imported:
     """Build what a file of others (or a folder of Hugging Face's) holds. Raises UserError."""
     weights = read_weights(path)
     architecture = derive_architecture(weights)
-    mean, std = _normalisation(weights, architecture["channels"])
+    mean, std = _normalisation(weights, architecture.channels)
     target = _target(weights, architecture)
     if target is None:
         state = _of_encoder(weights.student)
@@ -110,9 +110,9 @@ def import_timm(name: str) -> Imported:
     shape = {key: value for key, value in timm_shape(model).items() if key != "fixed"}
     check_weights(model)
     wanted = timm_input(model)
-    architecture = {"model": name} | shape
-    architecture |= {"image_size": list(wanted.image_size), "channels": wanted.channels}
-    architecture["patch_size"] = list(shape["patch_size"])
+    architecture = Architecture(
+        model=name, image_size=wanted.image_size, channels=wanted.channels, **shape
+    )
     encoder: Any = build_encoder(architecture, seed=0)
     encoder.load_state_dict(fetched(name, "timm", lambda: pretrained_weights(encoder)))
     note = (
@@ -151,7 +151,7 @@ def read_weights(path: Path) -> Weights:
     return _understand(path, _read_states(path))
 
 
-def derive_architecture(weights: Weights) -> dict[str, Any]:
+def derive_architecture(weights: Weights) -> Architecture:
     """What `build_encoder`, or `build_model` where there are decoders, builds it from.
 
     Raises UserError where the shapes are not those of a Vision Transformer.
@@ -183,7 +183,7 @@ def derive_architecture(weights: Weights) -> dict[str, Any]:
             shape["predictor_depth"] = _depth(state, "predictor.blocks.")
             shape["predictor_head"] = "scalar" if scalar else "patch"
     _mention(weights, shape, about)
-    return shape
+    return Architecture.from_json(shape, weights.path)
 
 
 def fit(
@@ -432,11 +432,11 @@ def _normalisation(weights: Weights, channels: int) -> tuple[list[float], list[f
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
 
 
-def _target(weights: Weights, shape: dict[str, Any]) -> str | None:
+def _target(weights: Weights, shape: Architecture) -> str | None:
     """Of the reconstructor; None where there is none that can be used."""
     if not weights.has_decoder:
         return None
-    if shape["target_dim"] != prod(shape["patch_size"]) * shape["channels"]:
+    if shape.need_decoders().target_dim != prod(shape.patch_size) * shape.channels:
         weights.notes.append("its reconstructor predicts no pixels: the backbone alone is used")
         return None
     given = weights.about.get("norm_pix_loss")
@@ -445,13 +445,13 @@ def _target(weights: Weights, shape: dict[str, Any]) -> str | None:
     return "normalized_pixels" if given in (None, True) else "pixels"
 
 
-def _config(shape: dict[str, Any], target: str) -> PretrainConfig:
+def _config(shape: Architecture, target: str) -> PretrainConfig:
     """As far as measures and figures ask for it; data and out are nobody's."""
     config = PretrainConfig(data="", out="")
-    config.image_size, config.patch_size = tuple(shape["image_size"]), tuple(shape["patch_size"])
-    config.channels = shape["channels"]
+    config.image_size, config.patch_size = pair(shape.image_size), pair(shape.patch_size)
+    config.channels = shape.channels
     config.target = "pixels" if target == "pixels" else "normalized_pixels"
-    if not shape["with_predictor"]:
+    if not shape.need_decoders().with_predictor:
         config.mask, config.predictor_loss = "random", "none"
     return config
 

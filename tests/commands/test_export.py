@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_hpm
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -49,10 +49,11 @@ def close(theirs, ours):
     assert (theirs - ours).abs().max() < 1e-5
 
 
-def backbone_of(architecture, path, channels=3, model=None):
+def backbone_of(shape, path, channels=3, model=None):
     """A random backbone file of another geometry."""
     from hpm.models.build import build_encoder
 
+    architecture = architecture_of(shape)
     encoder = build_encoder(architecture, seed=0)
     save_backbone(path, encoder, architecture, [0.5] * channels, [0.25] * channels)
     return path

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, architecture_of
 from safetensors.torch import load_file, save_file
 
 import hpm
@@ -26,7 +26,7 @@ SMALL = {
 
 
 def trained(seed=0):
-    model = build_model(SMALL, seed)
+    model = build_model(architecture_of(SMALL), seed)
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -46,7 +46,7 @@ def test_everything_comes_back(tmp_path):
     path = save(tmp_path, 7, model, optimizer)
     expected = torch.rand(3)
     other, other_optimizer = trained(seed=1)
-    teacher = build_model(SMALL, 2)
+    teacher = build_model(architecture_of(SMALL), 2)
     saved = checkpoint.load_checkpoint(path)
     checkpoint.restore(saved, other, teacher, other_optimizer)
     assert saved.meta["step"] == 7
@@ -167,18 +167,18 @@ def test_pickled_code_under_a_harmless_name(tmp_path):
 
 def test_a_checkpoint_of_another_architecture(tmp_path):
     path = save(tmp_path, 1, *trained())
-    other = build_model(SMALL | {"depth": 2})
+    other = build_model(architecture_of(SMALL | {"depth": 2}))
     saved = checkpoint.load_checkpoint(path)
     with pytest.raises(UserError, match=r"another architecture \(encoder.blocks.1.norm1.weight"):
         checkpoint.load_exactly(other, saved.model, path)
-    wider = build_model(SMALL | {"embed_dim": 32})
+    wider = build_model(architecture_of(SMALL | {"embed_dim": 32}))
     with pytest.raises(UserError, match=r"\(1, 1, 16\) instead of \(1, 1, 32\)"):
         checkpoint.load_exactly(wider, saved.model, path)
 
 
 def test_initial_weights(tmp_path):
-    source = build_model(SMALL, seed=1)
-    target = build_model(SMALL, seed=2)
+    source = build_model(architecture_of(SMALL), seed=1)
+    target = build_model(architecture_of(SMALL), seed=2)
     everything = source.state_dict()
     summary = checkpoint.load_initial(target, everything, tmp_path, partial=False)
     assert summary.startswith(f"{len(everything)} of {len(everything)} tensors matched")
@@ -186,7 +186,7 @@ def test_initial_weights(tmp_path):
         assert torch.equal(a, b)
 
     backbone = source.encoder.state_dict()
-    fresh = build_model(SMALL, seed=3)
+    fresh = build_model(architecture_of(SMALL), seed=3)
     with pytest.raises(UserError, match="not, the first mask_token; pass --init-partial"):
         checkpoint.load_initial(fresh, backbone, tmp_path, partial=False)
     summary = checkpoint.load_initial(fresh, backbone, tmp_path, partial=True)

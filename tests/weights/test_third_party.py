@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_here, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_here, run_hpm
 from published import SHAPE, published
 from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
@@ -17,6 +17,7 @@ import hpm
 from hpm.core.errors import UserError
 from hpm.core.extras import need
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder, build_model
 from hpm.models.patches import patchify, resample_projection
 from hpm.weights import third_party as imports
@@ -29,6 +30,14 @@ transformers = need("transformers", "hf", "the test")
 # One head of 64 in the encoder, one of 32 in the decoders: what is assumed of bare files.
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 IDS = torch.arange(4).expand(2, -1), torch.arange(4, 16).expand(2, -1)
+
+
+def model_of(shape, seed=0):
+    return build_model(architecture_of(shape), seed)
+
+
+def encoder_of(shape, seed=None):
+    return build_encoder(architecture_of(shape), seed)
 
 
 def close(a, b):
@@ -44,7 +53,7 @@ def same_model(trained, model, teacher=None):
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("key", ["state_dict", "model", ""])
 def test_published_hpm(tmp_path, prefix, key):
-    model, teacher = build_model(SHAPE, 1), build_model(SHAPE, 2)
+    model, teacher = model_of(SHAPE, 1), model_of(SHAPE, 2)
     state = {prefix + name: tensor for name, tensor in published(model).items()}
     ema = {prefix + name: tensor for name, tensor in published(teacher).items()}
     content = {key: state, "ema_state_dict": ema, "epoch": 799} if key else state
@@ -61,13 +70,13 @@ def test_published_hpm(tmp_path, prefix, key):
 
 
 def test_a_file_of_the_teacher_alone(tmp_path):
-    model = build_model(SHAPE, 1)
+    model = model_of(SHAPE, 1)
     torch.save({"ema_state_dict": published(model)}, tmp_path / "hpm.pth")
     same_model(load(tmp_path / "hpm.pth"), model)
 
 
 def test_mae(tmp_path):
-    model = build_model(SHAPE | {"with_predictor": False}, 1)
+    model = model_of(SHAPE | {"with_predictor": False}, 1)
     torch.save({"model": published(model)}, tmp_path / "mae.pth")
     trained = load(tmp_path / "mae.pth")
     same_model(trained, model)
@@ -112,7 +121,7 @@ def test_hugging_face(tmp_path, kind, suffix):
     for path in (tmp_path, next(p for p in tmp_path.iterdir() if p.suffix == f".{suffix}")):
         trained = load(path)
         close(trained.backbone().eval()(IMAGES)[1], tokens[:, 1:])
-        assert trained.mean == [0.1, 0.2, 0.3] and trained.architecture["num_heads"] == 4
+        assert trained.mean == [0.1, 0.2, 0.3] and trained.architecture.num_heads == 4
         assert not any("assumed" in note for note in trained.notes)
 
 
@@ -166,7 +175,7 @@ def test_names_of_either_version_of_transformers():
 
 
 def test_recognise():
-    ours = build_model(SHAPE)
+    ours = model_of(SHAPE)
     names = published(ours)
     assert recognise(names) == "hpm"
     assert recognise(n for n in names if "losspred" not in n) == "mae"
@@ -188,7 +197,7 @@ def test_golden_weights(tmp_path):
         load(tmp_path / "hpm.pth")
     about = {"num_heads": shape["num_heads"], "decoder_heads": shape["decoder_num_heads"]}
     (tmp_path / "hpm.json").write_text(json.dumps(about))
-    fresh = build_model(
+    fresh = model_of(
         SHAPE | {"image_size": [shape["img_size"]] * 2, "patch_size": [shape["patch_size"]] * 2}
         | {n: shape[n] for n in ("embed_dim", "depth", "num_heads", "decoder_depth")}
         | {"decoder_dim": shape["decoder_embed_dim"], "decoder_heads": shape["decoder_num_heads"]}
@@ -205,9 +214,9 @@ def test_golden_weights(tmp_path):
 
 
 def test_starting_from_another_image_and_patch_size(tmp_path):
-    source = build_encoder(SHAPE, 1)
+    source = encoder_of(SHAPE, 1)
     torch.save({"model": source.state_dict()}, tmp_path / "vit.pth")
-    target = build_model(SHAPE | {"image_size": [32, 64], "patch_size": [8, 8]}, 2)
+    target = model_of(SHAPE | {"image_size": [32, 64], "patch_size": [8, 8]}, 2)
     before = target.mask_token.clone()
     with pytest.raises(UserError, match="pass --init-partial"):
         imports.initialise(target, tmp_path / "vit.pth", partial=False)
@@ -229,11 +238,11 @@ def test_starting_from_another_image_and_patch_size(tmp_path):
 
 
 def test_starting_from_a_teacher(tmp_path):
-    model, teacher = build_model(SHAPE, 1), build_model(SHAPE, 2)
+    model, teacher = model_of(SHAPE, 1), model_of(SHAPE, 2)
     torch.save(
         {"state_dict": published(model), "ema_state_dict": published(teacher)}, tmp_path / "x.pth"
     )
-    fresh = build_model(SHAPE, 3)
+    fresh = model_of(SHAPE, 3)
     imports.initialise(fresh, tmp_path / "x.pth", partial=False, teacher=True)
     assert torch.equal(fresh.encoder.cls_token, teacher.encoder.cls_token)
     torch.save({"state_dict": published(model)}, tmp_path / "x.pth")
@@ -250,7 +259,7 @@ def test_resampled_projections():
 
 
 def test_positions_that_were_learned_stay(tmp_path):
-    source = build_encoder(SHAPE, 1)
+    source = encoder_of(SHAPE, 1)
     torch.nn.init.normal_(source.pos_embed)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     encoder = load(tmp_path / "vit.safetensors").encoder
@@ -261,18 +270,18 @@ def test_positions_that_were_learned_stay(tmp_path):
 def test_another_number_of_heads_is_refused(tmp_path):
     config = transformers.ViTConfig(**HF | {"hidden_size": 64})
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    model = build_model(SHAPE)
+    model = model_of(SHAPE)
     with pytest.raises(UserError, match="has 4 attention heads, but the model 1"):
         imports.initialise(model, tmp_path, partial=True)
 
 
 def test_weights_under_the_model_s_own_names_still_start_it(tmp_path):
-    source = build_model(SHAPE, 1)
+    source = model_of(SHAPE, 1)
     torch.save({"model": state_of(source)}, tmp_path / "own.pth")
-    said = imports.initialise(build_model(SHAPE, 2), tmp_path / "own.pth", partial=False)
+    said = imports.initialise(model_of(SHAPE, 2), tmp_path / "own.pth", partial=False)
     assert "66 of 66 tensors matched" in said
     hiera = {"model": "timm/hiera_tiny_224", "image_size": [64, 64], "patch_size": [32, 32]}
-    target = build_model(SHAPE | hiera, 2)
+    target = model_of(SHAPE | hiera, 2)
     save_file(state_of(target.encoder), tmp_path / "hiera.safetensors")
     said = imports.initialise(target, tmp_path / "hiera.safetensors", partial=True)
     count = len(target.encoder.state_dict())
@@ -313,14 +322,14 @@ def spread(path):
 
 
 def many_blocks(path):
-    state = state_of(build_encoder(SHAPE))
+    state = state_of(encoder_of(SHAPE))
     state |= {f"blocks.{n}.x": torch.zeros(1) for n in range(10, 60)}
     torch.save({"model": state}, path)
 
 
 def one_changed(name, change):
     def write(path):
-        state = state_of(build_encoder(SHAPE))
+        state = state_of(encoder_of(SHAPE))
         state[name] = change(state[name])
         torch.save({"model": state}, path)
 
@@ -329,7 +338,10 @@ def one_changed(name, change):
 
 def one_more(name):
     def write(path):
-        torch.save({"model": state_of(build_encoder(SHAPE)) | {name: torch.ones(64)}}, path)
+        torch.save(
+            {"model": state_of(encoder_of(SHAPE)) | {name: torch.ones(64)}},
+            path,
+        )
 
     return write
 
@@ -357,7 +369,10 @@ def one_more(name):
 def test_what_is_refused(tmp_path, write, words):
     path = tmp_path / "weights.pth"
     write(path)
-    for read in (load, lambda path: imports.initialise(build_model(SHAPE), path, True)):
+    for read in (
+        load,
+        lambda path: imports.initialise(model_of(SHAPE), path, True),
+    ):
         if read is not load and re.search(
             "blocks|instead|positions|pos_embed|shape|another architecture|conv", words
         ):
@@ -370,7 +385,7 @@ def test_what_is_refused(tmp_path, write, words):
 
 @pytest.mark.parametrize("size", [10, 1000, -10])
 def test_a_truncated_file(tmp_path, size):
-    torch.save({"model": published(build_model(SHAPE))}, tmp_path / "x.pth")
+    torch.save({"model": published(model_of(SHAPE))}, tmp_path / "x.pth")
     content = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(content[:size])
     with pytest.raises(UserError, match="truncated or not a weights file|pickled code"):
@@ -400,7 +415,7 @@ def test_a_safetensors_header_that_promises_too_much(tmp_path):
     ],
 )
 def test_a_json_that_does_not_fit(tmp_path, about, words):
-    torch.save(state_of(build_encoder(SHAPE)), tmp_path / "x.pth")
+    torch.save(state_of(encoder_of(SHAPE)), tmp_path / "x.pth")
     (tmp_path / "x.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=words):
         load(tmp_path / "x.pth")
@@ -410,7 +425,7 @@ def test_a_json_that_does_not_fit(tmp_path, about, words):
 
 
 def test_seven_channels_want_their_normalisation(tmp_path):
-    torch.save(state_of(build_encoder(SHAPE | {"channels": 7})), tmp_path / "x.pth")
+    torch.save(state_of(encoder_of(SHAPE | {"channels": 7})), tmp_path / "x.pth")
     with pytest.raises(UserError, match="how images of 7 channels were normalised cannot be told"):
         load(tmp_path / "x.pth")
     (tmp_path / "x.json").write_text(json.dumps({"mean": [0.5] * 7, "std": [0.2] * 7}))
@@ -431,7 +446,7 @@ def test_a_folder_of_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def hpm_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("published") / "hpm.pth"
-    torch.save({"state_dict": published(build_model(SHAPE, 1))}, path)
+    torch.save({"state_dict": published(model_of(SHAPE, 1))}, path)
     return path
 
 
@@ -455,7 +470,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
 
 
 def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
-    save_file(state_of(build_encoder(SHAPE)), tmp_path / "vit.safetensors")
+    save_file(state_of(encoder_of(SHAPE)), tmp_path / "vit.safetensors")
     result = run_hpm(
         "show", tmp_path / "vit.safetensors", image_folder, "--panels", "image,reconstruction",
         "--out", tmp_path / "figure.png",
@@ -471,7 +486,7 @@ def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
 def test_pretraining_from_a_published_file(hpm_file, image_folder, tmp_path):
     """By the heads that our smallest model has, in another patch size."""
     shape = SHAPE | {"embed_dim": 96, "depth": 4, "num_heads": 3, "image_size": [32, 32]}
-    torch.save({"state_dict": published(build_model(shape, 1))}, tmp_path / "nano.pth")
+    torch.save({"state_dict": published(model_of(shape, 1))}, tmp_path / "nano.pth")
     options = TINY | {"steps": 1, "decoder_heads": 1, "init": str(tmp_path / "nano.pth")}
     run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **options)
     log = (run.folder / "train.log").read_text()
@@ -479,9 +494,9 @@ def test_pretraining_from_a_published_file(hpm_file, image_folder, tmp_path):
 
 
 def test_our_own_backbone_at_another_size(tmp_path):
-    source = build_encoder(SHAPE, 1)
-    save_backbone(tmp_path / "x.safetensors", source, SHAPE, [0.5] * 3, [0.5] * 3)
-    target = build_model(SHAPE | {"image_size": [24, 24]}, 2)
+    source = encoder_of(SHAPE, 1)
+    save_backbone(tmp_path / "x.safetensors", source, architecture_of(SHAPE), [0.5] * 3, [0.5] * 3)
+    target = model_of(SHAPE | {"image_size": [24, 24]}, 2)
     said = imports.initialise(target, tmp_path / "x.safetensors", partial=True)
     assert "encoder 30 of 30" in said and "from 4 x 4 to 6 x 6 patches" in said
 
@@ -493,8 +508,11 @@ SMALL = "timm/test_vit.r160_in1k"
 def timms_weights(monkeypatch):
     """Random weights in the place of timm's, which are on the network."""
     encoder = build_encoder(
-        {"model": SMALL, "image_size": [160, 160], "patch_size": [16, 16], "channels": 3}, seed=7
-    )
+        Architecture(
+            model=SMALL, image_size=(160, 160), patch_size=(16, 16), channels=3, embed_dim=64,
+            depth=8,
+        ), seed=7,
+    )  # fmt: skip
     monkeypatch.setattr(
         "hpm.weights.third_party.pretrained_weights", lambda wanted: encoder.state_dict()
     )
