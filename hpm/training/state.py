@@ -49,9 +49,9 @@ from hpm.weights.checkpoint import (
     save_checkpoint,
     write_checkpoint,
 )
+from hpm.weights.initialise import initialise
 from hpm.weights.resolve import Trained, save_backbone
 from hpm.weights.run_folder import Run
-from hpm.weights.third_party import initialise
 
 
 class State:
@@ -98,7 +98,9 @@ class State:
         self.num_hidden = num_hidden_patches(self.model.encoder.num_patches, config.mask_ratio)
         messages = [lock_note] if lock_note else []
         if config.init and not latest:
-            messages.append(self._initialise(Path(config.init)))
+            messages.append(
+                initialise(self.model, config.init, config.init_partial, config.init_teacher)
+            )
         if config.pretrained and not latest:
             messages.append(self._pretrained())
         self.teacher = Teacher(self.model)
@@ -237,13 +239,6 @@ class State:
         if config.mask not in HARD_SHARES or (config.mine_by, config.mine_every) == ("teacher", 1):
             return None
         return HardnessMemory(len(self.source), self.model.encoder.grid, self.device)
-
-    def _initialise(self, path: Path) -> str:
-        """Weights of an earlier run, checkpoint or backbone file, or of others."""
-        if path.is_dir():
-            run = Run(path)
-            path = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else path)
-        return initialise(self.model, path, self.config.init_partial, self.config.init_teacher)
 
     def _pretrained(self) -> str:
         """timm's weights, fetched by one process; the others then find them on the disk."""

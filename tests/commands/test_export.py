@@ -18,7 +18,7 @@ import hpm
 from hpm.core.extras import need
 from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
-from hpm.weights import formats
+from hpm.weights.formats import WRITABLE
 from hpm.weights.resolve import load, save_backbone
 from hpm.weights.run_folder import Run
 
@@ -67,7 +67,7 @@ OBLONG = {
 
 def test_timm(finished_run, ours, tmp_path):
     said = []
-    out = hpm.commands.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
+    out = hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
     assert os.listdir(tmp_path) == ["x.safetensors"] and out == tmp_path / "x.safetensors"
     assert "the same outputs as ours, to" in said[0]
     names = pasted(said, images=IMAGES)
@@ -78,7 +78,7 @@ def test_timm(finished_run, ours, tmp_path):
 def test_timm_with_the_class_token_of_the_teacher(finished_run, tmp_path):
     said = []
     out = tmp_path / "x.safetensors"
-    hpm.commands.export(finished_run.folder, "timm", out, said.append, teacher=True, pool="cls")
+    hpm.export(finished_run.folder, "timm", out, said.append, teacher=True, pool="cls")
     encoder = hpm.load_encoder(finished_run.folder, pool="cls", teacher=True)
     close(pasted(said, images=IMAGES)["pooled"], encoder(IMAGES)[0])
 
@@ -86,13 +86,13 @@ def test_timm_with_the_class_token_of_the_teacher(finished_run, tmp_path):
 def test_oblong_images_of_seven_channels_for_timm(tmp_path):
     path = backbone_of(OBLONG | {"channels": 7}, tmp_path / "run.safetensors", 7)
     said = []
-    hpm.commands.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
     images = torch.randn(2, 7, 8, 16)
     close(pasted(said, images=images)["patches"], hpm.load_encoder(path)(images)[1])
 
 
 def test_hugging_face(finished_run, ours, tmp_path):
-    out = hpm.commands.export(finished_run.folder, "hf", tmp_path / "hf")
+    out = hpm.export(finished_run.folder, "hf", tmp_path / "hf")
     assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} == set(
         os.listdir(out)
     )
@@ -116,12 +116,12 @@ def test_hugging_face(finished_run, ours, tmp_path):
 
 def test_an_oblong_model_for_hugging_face(tmp_path):
     path = backbone_of(OBLONG, tmp_path / "run.safetensors")
-    hpm.commands.export(path, "hf", tmp_path / "hf")
+    hpm.export(path, "hf", tmp_path / "hf")
     assert json.loads((tmp_path / "hf/config.json").read_text())["image_size"] == [8, 16]
 
 
 def test_hugging_face_with_the_decoder(finished_run, tmp_path):
-    out = hpm.commands.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
+    out = hpm.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
     model, report = transformers.ViTMAEForPreTraining.from_pretrained(
         str(out), output_loading_info=True
     )
@@ -145,7 +145,7 @@ def test_hugging_face_with_the_decoder(finished_run, tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_torchvision(finished_run, ours, tmp_path, suffix):
     said = []
-    hpm.commands.export(finished_run.folder, "torchvision", tmp_path / f"x{suffix}", said.append)
+    hpm.export(finished_run.folder, "torchvision", tmp_path / f"x{suffix}", said.append)
     names = pasted(said, images=IMAGES)
     close(names["cls_token"], hpm.load_encoder(finished_run.folder, pool="cls")(IMAGES)[0])
 
@@ -170,7 +170,7 @@ def test_onnx_in_a_process_of_its_own(finished_run, ours, tmp_path):
 
 def test_our_own_file(finished_run, ours, tmp_path):
     said = []
-    hpm.commands.export(finished_run.folder, "safetensors", tmp_path / "x.safetensors", said.append)
+    hpm.export(finished_run.folder, "safetensors", tmp_path / "x.safetensors", said.append)
     assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"]
     close(pasted(said, images=IMAGES)["patches"], ours[1])
 
@@ -178,7 +178,7 @@ def test_our_own_file(finished_run, ours, tmp_path):
 def test_in_a_fresh_process(finished_run, ours, tmp_path):
     """The printed lines are all that is needed; hpm only mends a torchvision of another build."""
     said = []
-    hpm.commands.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
+    hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
     torch.save(IMAGES, tmp_path / "images.pt")
     code = (
         "import torch; from hpm.core.extras import need; need('timm', '', '')\n"
@@ -204,7 +204,7 @@ def test_encoders_of_timm(tmp_path, name):
     sizes = {"image_size": [2 * patch, 2 * patch], "patch_size": [patch, patch]}
     path = backbone_of(TIMM | sizes | {"model": f"timm/{name}"}, tmp_path / "run.safetensors")
     said = []
-    hpm.commands.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
     images = torch.randn(1, 3, 2 * patch, 2 * patch)
     close(pasted(said, images=images)["patches"], hpm.load_encoder(path)(images)[1])
 
@@ -216,14 +216,14 @@ def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
     }  # fmt: skip
     path = backbone_of(hiera, tmp_path / "run.safetensors")
     said = []
-    hpm.commands.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
     images = torch.randn(1, 3, 64, 64)
     names = pasted(said, images=images)
     close(names["pooled"], hpm.load_encoder(path)(images)[0])
     before = sorted(os.listdir(tmp_path))
     for to, out in (("hf", "hf"), ("torchvision", "y.safetensors")):
-        with pytest.raises(hpm.UserError, match="no place for what timm/hiera_tiny_224"):
-            hpm.commands.export(path, to, tmp_path / out)
+        with pytest.raises(hpm.UserError, match="cannot express timm/hiera_tiny_224"):
+            hpm.export(path, to, tmp_path / out)
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -256,7 +256,7 @@ def test_what_is_refused(tmp_path, changes, options, reason):
     path = backbone_of(architecture, tmp_path / "run.safetensors", architecture["channels"])
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(hpm.UserError, match=reason) as caught:
-        hpm.commands.export(path, options.pop("to"), tmp_path / options.pop("out"), **options)
+        hpm.export(path, options.pop("to"), tmp_path / options.pop("out"), **options)
     assert "\n" not in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -264,37 +264,37 @@ def test_what_is_refused(tmp_path, changes, options, reason):
 def test_feature_targets_have_no_decoder_for_hugging_face(finished_run, tmp_path, monkeypatch):
     trained = load(finished_run.folder)
     trained.config.target = "hog"
-    monkeypatch.setattr(sys.modules["hpm.commands.export"], "load", lambda run: trained)
+    monkeypatch.setattr("hpm.commands.export.load", lambda run: trained)
     with pytest.raises(hpm.UserError, match="reconstructs pixels, but the target of this run is"):
-        hpm.commands.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
+        hpm.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors"])
 def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to):
-    kind, out = type(formats.FORMATS[to]), tmp_path / "new" / "x.safetensors"
+    kind, out = type(WRITABLE[to]), tmp_path / "new" / "x.safetensors"
     right = kind.outputs
     monkeypatch.setattr(
         kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()}
     )  # fmt: skip
     with pytest.raises(hpm.UserError, match=r"other pooled than ours, by 1.0e-03 \(1e-05"):
-        hpm.commands.export(finished_run.folder, to, out)
+        hpm.export(finished_run.folder, to, out)
     monkeypatch.setattr(kind, "outputs", lambda *a: {"patches": right(*a)["patches"] * torch.nan})
     with pytest.raises(hpm.UserError, match="other patches than ours, by nan"):
-        hpm.commands.export(finished_run.folder, to, out)
+        hpm.export(finished_run.folder, to, out)
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(kind, "outputs", fail)
     with pytest.raises(hpm.UserError, match="no space left"):
-        hpm.commands.export(finished_run.folder, to, out)
+        hpm.export(finished_run.folder, to, out)
     assert os.listdir(tmp_path / "new") == []
 
 
 def test_a_missing_library_names_its_extra(finished_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(hpm.UserError, match=r"pip install 'hpm\[onnx\]'"):
-        hpm.commands.export(finished_run.folder, "onnx", tmp_path / "x.onnx")
+        hpm.export(finished_run.folder, "onnx", tmp_path / "x.onnx")
     assert os.listdir(tmp_path) == []
 
 
@@ -332,7 +332,7 @@ def evaluated(finished_run, tmp_path_factory):
 def test_the_model_card(evaluated, tmp_path):
     said = []
     options = {"licence": "cc-by-4.0", "with_figure": True}
-    out = hpm.commands.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options)
+    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options)
     text = (out / "README.md").read_text()
     front, _, body = text.removeprefix("---\n").partition("\n---\n")
     assert "license: cc-by-4.0" in front and "library_name: transformers" in front
@@ -354,7 +354,7 @@ def test_the_model_card(evaluated, tmp_path):
 
 def test_the_card_shows_what_was_measured_on_these_weights(evaluated, tmp_path):
     """Not what the student could, nor what a step before could; no picture unasked."""
-    out = hpm.commands.export(evaluated.folder, "hf", tmp_path / "hf", teacher=True)
+    out = hpm.export(evaluated.folder, "hf", tmp_path / "hf", teacher=True)
     text = (out / "README.md").read_text()
     assert "| knn, k = 20, crop_share 0.875 | flowers | trained | top-1 12.0" in text
     assert text.count("| knn") == 1 and "compared" not in text
@@ -384,7 +384,7 @@ def test_pixels_are_those_of_an_evaluation(tmp_path, backend, share):
     """To 1 of 255 where the margins are whole pixels; else to one pixel of the resized image."""
     architecture = OBLONG | {"image_size": [56, 56]}
     path = backbone_of(architecture, tmp_path / "run.safetensors")
-    out = hpm.commands.export(path, "hf", tmp_path / "hf", crop_share=share)
+    out = hpm.export(path, "hf", tmp_path / "hf", crop_share=share)
     processor = transformers.AutoImageProcessor.from_pretrained(str(out), backend=backend)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.25] * 3)
 
@@ -409,7 +409,7 @@ def test_pixels_are_those_of_an_evaluation(tmp_path, backend, share):
 
 def test_photographs_are_preprocessed_as_evaluated(tmp_path, shared_data):
     path = backbone_of(OBLONG | {"image_size": [224, 224]}, tmp_path / "run.safetensors")
-    out = hpm.commands.export(path, "hf", tmp_path / "hf")
+    out = hpm.export(path, "hf", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(str(out))
     differences = []
     for file in sorted((shared_data / "photos").glob("*.JPEG"))[:12]:
@@ -440,7 +440,7 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
     said = []
     out = tmp_path / "x.safetensors"
     options = {"push": "me/flowers", "licence": "mit"}
-    hpm.commands.export(evaluated.folder, "timm", out, said.append, **options)
+    hpm.export(evaluated.folder, "timm", out, said.append, **options)
     assert calls[0] == ("create", "me/flowers", {"exist_ok": True, "private": True})
     kind, files, given = calls[1]
     assert (kind, files) == ("upload", ["README.md", "x.safetensors"])
@@ -450,7 +450,7 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
 
     calls.clear()
     shown = {"public": True, "with_figure": True}
-    hpm.commands.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options, **shown)
+    hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options, **shown)
     assert calls[0][2]["private"] is False and "figure.png" in calls[1][1]
     assert "config.json" in calls[1][1] and 'from_pretrained("me/flowers"' in calls[2]
 
@@ -459,26 +459,27 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
     with pytest.raises(hpm.UserError, match="could not be uploaded: no such user or no token"):
-        hpm.commands.export(evaluated.folder, "hf", tmp_path / "hf2", said.append, **options)
+        hpm.export(evaluated.folder, "hf", tmp_path / "hf2", said.append, **options)
     monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     with pytest.raises(hpm.UserError, match="cannot be reached"):
-        hpm.commands.export(evaluated.folder, "hf", tmp_path / "hf3", said.append, **options)
+        hpm.export(evaluated.folder, "hf", tmp_path / "hf3", said.append, **options)
 
 
 def test_names_survive_the_way_there_and_back(finished_run):
-    from hpm.weights.names import recognise, to_hugging_face, to_ours
+    from hpm.weights.hugging_face import HuggingFaceMae, to_hugging_face
+    from hpm.weights.resolve import recognise
 
     model = load(finished_run.folder).model
     left = ("predictor.", "predictor_embed.")
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(left)}
     theirs = to_hugging_face(state)
-    assert recognise(theirs) == "hf_mae"
-    back, left_over = to_ours("hf_mae", theirs)
+    assert type(recognise(theirs)) is HuggingFaceMae
+    back, left_over = HuggingFaceMae().to_ours(theirs)
     assert not left_over and back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_a_file_reads_as_plain_safetensors(finished_run, tmp_path):
-    hpm.commands.export(finished_run.folder, "timm", tmp_path / "x.safetensors")
+    hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors")
     state = load_file(tmp_path / "x.safetensors")
     assert state.keys() == load(finished_run.folder).encoder.state_dict().keys()

@@ -45,9 +45,7 @@ def test_a_path_is_taken_wherever_a_name_is(finished_run, image_folder, tmp_path
         test=image_folder, **options,
     )  # fmt: skip
     assert result.file.parent == tmp_path / "evals" and result.about["temperature"] == 0.1
-    written = hpm.commands.export(
-        finished_run.folder, "safetensors", out=tmp_path / "a.safetensors"
-    )
+    written = hpm.export(finished_run.folder, "safetensors", out=tmp_path / "a.safetensors")
     hpm.load_encoder(written)
 
 
@@ -81,7 +79,7 @@ calls = {
     "going on": lambda: hpm.pretrain(data, out=out / "run", steps=6, **tiny),
     "knn": lambda: hpm.evaluate("knn", run, data, out=out, k=(1,), workers=0),
     "load_encoder": lambda: hpm.load_encoder(run, image_size=32),
-    "export": lambda: hpm.commands.export(run, "safetensors", out / "a.safetensors"),
+    "export": lambda: hpm.export(run, "safetensors", out / "a.safetensors"),
 }
 seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
 drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())

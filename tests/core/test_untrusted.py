@@ -73,7 +73,7 @@ def test_what_a_checkpoint_names_is_not_fetched(
     trained = view.open_trained(path, "cpu")
     viewer = view.Viewer(trained, *view._examples("demo", trained), 2)
     assert "not fetched" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
-    hpm.commands.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
+    hpm.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
 
 
 def test_weights_that_are_no_part_of_the_hub(monkeypatch, no_network):

@@ -51,7 +51,7 @@ def test_every_kind_of_file(finished_run, image_folder, tmp_path, capsys, kind):
         file, panels, expected = finished_run.backbone, 3, no_decoders
     elif kind == "export":
         file, panels, expected = tmp_path / "timm.safetensors", 3, no_decoders
-        hpm.commands.export(finished_run.folder, to="safetensors", out=file)
+        hpm.export(finished_run.folder, to="safetensors", out=file)
     else:
         model = build_model(architecture_of(SHAPE | {"with_predictor": kind == "hpm"}), 1)
         state = published(model)
