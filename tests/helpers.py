@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hpm.models.architecture import Architecture
+
 # Options of a run that takes seconds.
 TINY = {
     "model": "vit_nano",
@@ -29,6 +31,11 @@ TINY = {
     "hard_share_start": 0.25,
     "device": "cpu",
 }
+
+
+def architecture_of(shape: dict) -> Architecture:
+    """An architecture from the values that files hold."""
+    return Architecture.from_json(shape)
 
 
 def tiny_arguments(**changes) -> list[str]:

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hpm.core.phases import PhaseClock
 from hpm.core.progress import track
 from hpm.data.loader import Batch
 from hpm.mining.teacher import small_image_size
+from hpm.models.architecture import Architecture
 from hpm.models.patches import grid_size
 from hpm.pretraining import train_step
 from hpm.training.build import build_run, compiles
@@ -207,30 +208,25 @@ def block_multiply_adds(tokens: int, dim: int, outputs: int | None = None) -> in
 
 
 def forward_multiply_adds(
-    architecture: dict[str, Any], mask_ratio: float, predictor: bool, whole: bool = False
+    architecture: Architecture, mask_ratio: float, predictor: bool, whole: bool = False
 ) -> float:
     """Per image: encoder and decoders as the student runs them, or (`whole`) as the teacher does,
     which sees all patches and runs no reconstructor. Of our own encoders."""
-    patch_size = tuple(architecture["patch_size"])
-    patches = math.prod(grid_size(tuple(architecture["image_size"]), patch_size))
-    pixels = math.prod(patch_size) * architecture["channels"]
-    dim, depth = architecture["embed_dim"], architecture["depth"]
-    decoder, width = architecture["decoder_dim"], architecture["predictor_dim"]
+    patches = math.prod(grid_size(architecture.image_size, architecture.patch_size))
+    pixels = math.prod(architecture.patch_size) * architecture.channels
+    dim, depth, decoders = architecture.embed_dim, architecture.depth, architecture.need_decoders()
+    decoder, width = decoders.decoder_dim, decoders.predictor_dim
     visible = patches if whole else int(patches * (1 - mask_ratio))
     hidden = patches if whole else patches - visible
     total = visible * pixels * dim + depth * block_multiply_adds(1 + visible, dim)
     total += (1 + visible) * dim * decoder
     if not whole:
-        outputs = architecture.get("target_dim") or pixels
-        total += _decoder_multiply_adds(
-            patches, decoder, architecture["decoder_depth"], hidden, outputs
-        )
+        outputs = decoders.target_dim or pixels
+        total += _decoder_multiply_adds(patches, decoder, decoders.decoder_depth, hidden, outputs)
     if predictor:
         total += (1 + patches) * decoder * width if width != decoder else 0
         # The mean over the outputs of a head is one output.
-        total += _decoder_multiply_adds(
-            patches, width, architecture["predictor_depth"], hidden, outputs=1
-        )
+        total += _decoder_multiply_adds(patches, width, decoders.predictor_depth, hidden, outputs=1)
     return total
 
 
@@ -239,16 +235,16 @@ def _decoder_multiply_adds(patches: int, dim: int, depth: int, hidden: int, outp
     return before + block_multiply_adds(1 + patches, dim, hidden) + hidden * dim * outputs
 
 
-def step_multiply_adds(architecture: dict[str, Any], config: PretrainConfig) -> float:
+def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> float:
     """Of a training step per image: the student three times (backward is twice forward), and the
     teacher once where it is asked."""
     predictor = config.predictor_loss != "none"
     total = 3 * forward_multiply_adds(architecture, config.mask_ratio, predictor)
     if config.mask in HARD_SHARES and config.mine_by == "teacher":
-        height, width = architecture["image_size"]
-        rows, columns = architecture["patch_size"]
+        height, width = architecture.image_size
+        rows, columns = architecture.patch_size
         size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-        seen = architecture | {"image_size": size}
+        seen = replace(architecture, image_size=size)
         teacher = forward_multiply_adds(seen, config.mask_ratio, True, whole=True)
         total += teacher / config.mine_every
     return total
@@ -282,7 +278,7 @@ def _report(
         "torch": torch.__version__,
         "precision": run.config.precision,
         "model": config.model,
-        "architecture": run.architecture,
+        "architecture": run.architecture.to_json(),
         "batch_size": run.config.batch_size,
         "compiled": compiles(run.config, device),
         "matrix_product_tflops": product / 1e12,

@@ -6,6 +6,7 @@ is converted to steps once, by `schedule.py`."""
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -324,7 +325,7 @@ def _expected(hint: Any) -> str:
     return " or ".join(_expected(kind) for kind in arguments if kind is not type(None))
 
 
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """One number for both axes, or (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

@@ -27,6 +27,7 @@ from hpm.evals.augmentation import Augmentation, seed_everything
 from hpm.evals.features import Labelled, Reading, Subject
 from hpm.evals.metrics import Ranked, rank
 from hpm.evals.options import FinetuneConfig
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.training.folder import TrainingFolder
@@ -51,17 +52,17 @@ FREE = {
 }  # fmt: skip
 
 
-def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None:
+def check_finetune(config: FinetuneConfig, architecture: Architecture) -> None:
     """Raises UserError for the first option that cannot work."""
-    size = pair(config.image_size) if config.image_size else tuple(architecture["image_size"])
-    check_image_size(size, architecture["patch_size"])
-    if config.rand_augment != "none" and architecture["channels"] not in (1, 3):
+    size = pair(config.image_size) if config.image_size else architecture.image_size
+    check_image_size(size, architecture.patch_size)
+    if config.rand_augment != "none" and architecture.channels not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "
-            f"{counted(architecture['channels'], 'channel')}: pass --rand-augment none"
+            f"{counted(architecture.channels, 'channel')}: pass --rand-augment none"
         )
-    if config.pool == "cls" and not architecture.get("class_token", True):
-        raise UserError(f"pool cls: {architecture['model']} has no class token, pass --pool mean")
+    if config.pool == "cls" and not architecture.class_token:
+        raise UserError(f"pool cls: {architecture.model} has no class token, pass --pool mean")
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
@@ -123,8 +124,8 @@ class FinetuningRun:
         self.config, self.subject, self.data = config, subject, data
         self.mean, self.std = subject.backbone.mean, subject.backbone.std
         self.device = self.mean.device
-        self.channels = subject.architecture["channels"]
-        height, width = pair(config.image_size or tuple(subject.architecture["image_size"]))
+        self.channels = subject.architecture.channels
+        height, width = pair(config.image_size or subject.architecture.image_size)
         self.size = (height, width)
         _check_depth(config, data)
         self.images_per_step = _images_per_step(config, len(data.train))
@@ -256,7 +257,9 @@ class FinetuningRun:
             return
         about = {
             "kind": "hpm classifier",
-            "architecture": self.subject.architecture | {"image_size": list(self.size)},
+            "architecture": dataclasses.replace(
+                self.subject.architecture, image_size=self.size
+            ).to_json(),
             "pool": self.config.pool,
             "classes": self.data.classes,
             "mean": self.mean.tolist(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ from hpm.mining.teacher import (
     small_image_size,
 )
 from hpm.mining.units import unit_by_unit, unit_grid
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
 
@@ -186,7 +187,7 @@ class Miner:
 
 def make_miner(
     config: PretrainConfig,
-    architecture: dict[str, Any],
+    architecture: Architecture,
     teacher: MaskedImageModel,
     memory: HardnessMemory | None = None,
     needs_features: bool = False,
@@ -209,7 +210,7 @@ def make_miner(
 
 
 def _small_teacher(
-    config: PretrainConfig, architecture: dict[str, Any], teacher: MaskedImageModel
+    config: PretrainConfig, architecture: Architecture, teacher: MaskedImageModel
 ) -> SmallTeacher | None:
     if config.teacher_scale == 1:
         return None
@@ -218,7 +219,7 @@ def _small_teacher(
             f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
             "that could be interpolated: leave it out"
         )
-    (height, width), (rows, columns) = architecture["image_size"], architecture["patch_size"]
+    (height, width), (rows, columns) = architecture.image_size, architecture.patch_size
     size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-    small = build_model(architecture | {"image_size": list(size)})
+    small = build_model(replace(architecture, image_size=size))
     return SmallTeacher(teacher, small.to(next(teacher.parameters()).device))

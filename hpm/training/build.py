@@ -21,7 +21,7 @@ from hpm.data.unreadable import UnreadableImages
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import make_miner
 from hpm.mining.teacher import Teacher
-from hpm.models.architecture import resolve_model
+from hpm.models.architecture import Architecture, resolve_model
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
@@ -32,8 +32,8 @@ from hpm.training.resume import claim
 from hpm.training.run import PretrainingRun, TrainingImages
 from hpm.training.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
 from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
+from hpm.weights.initialise import initialise
 from hpm.weights.run_folder import Run
-from hpm.weights.third_party import initialise
 
 
 def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
@@ -52,7 +52,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     else:
         mean, std = channel_statistics(config, images.source, architecture)
     target = make_target(config, architecture, mean, std, device)
-    architecture = architecture | {"target_dim": target.dim}
+    architecture = architecture.with_target_dim(target.dim)
 
     model = build_model(architecture, config.seed).to(device)
     if not checkpoint:
@@ -141,7 +141,7 @@ def claim_folder(
 
 
 def channel_statistics(
-    config: PretrainConfig, source: Source, architecture: dict[str, Any]
+    config: PretrainConfig, source: Source, architecture: Architecture
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, full scale being 1."""
     if config.normalize == "imagenet":
@@ -149,19 +149,15 @@ def channel_statistics(
     if config.normalize == "timm":
         trained_on = timm_input(config.model.removeprefix(TIMM))
         return trained_on.mean, trained_on.std
-    height, width = architecture["image_size"]
-    min_side = min(architecture["patch_size"])
+    height, width = architecture.image_size
+    min_side = min(architecture.patch_size)
     return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
 
 
 def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:
     """Load the weights that a new run starts from, where it names some; lines for the log."""
     if config.init:
-        path = Path(config.init)
-        if path.is_dir():
-            run = Run(path)
-            path = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else path)
-        return [initialise(model, path, config.init_partial, config.init_teacher)]
+        return [initialise(model, config.init, config.init_partial, config.init_teacher)]
     if config.pretrained:
         _load_pretrained(model)
         return [f"pretrained: the encoder has timm's weights of {config.model}"]

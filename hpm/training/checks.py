@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
 from hpm.core.errors import UserError, counted, nearest
@@ -12,7 +11,7 @@ from hpm.core.options import check_rules
 from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
 from hpm.mining.units import unit_grid
-from hpm.models.architecture import SIZES, resolve_model
+from hpm.models.architecture import SIZES, Architecture, resolve_model
 from hpm.training.trackers import check_tracker
 
 MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
@@ -80,7 +79,7 @@ def _check_timm_input(config: PretrainConfig) -> None:
         )
 
 
-def _check_sizes(architecture: dict[str, Any]) -> None:
+def _check_sizes(architecture: Architecture) -> None:
     for image, patch in sizes_of(architecture):
         if patch < 1 or image < 1:
             raise UserError("image_size and patch_size must be at least 1 pixel")
@@ -95,20 +94,21 @@ def _check_sizes(architecture: dict[str, Any]) -> None:
                 f"the nearest that fits is --image-size {fitting}"
             )
     widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
-    if "model" not in architecture:  # timm's own fit
+    if architecture.model is None:  # timm's own fit
         widths.insert(0, ("embed_dim", "num_heads"))
+    numbers = architecture.to_json()
     for dim, heads in widths:
-        width, number = architecture[dim], architecture[heads]
+        width, number = numbers[dim], numbers[heads]
         if number < 1 or width % max(number, 1) or width % 4:
             raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
 
 
-def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
+def sizes_of(architecture: Architecture) -> list[tuple[int, int]]:
     """(pixels of the image, pixels of a patch) along each axis."""
-    return list(zip(architecture["image_size"], architecture["patch_size"], strict=True))
+    return list(zip(architecture.image_size, architecture.patch_size, strict=True))
 
 
-def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
     grid = tuple(image // patch for image, patch in sizes_of(architecture))
     patches = math.prod(grid)
     if config.mask not in BUILT_IN:
@@ -173,7 +173,7 @@ def _check_mask_unit(config: PretrainConfig, grid: tuple[int, ...]) -> None:
         )
 
 
-def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> None:
     scale = config.teacher_scale
     if scale == 1:
         return
@@ -188,8 +188,8 @@ def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")
-    height, width = architecture["image_size"]
-    rows, columns = architecture["patch_size"]
+    height, width = architecture.image_size
+    rows, columns = architecture.patch_size
     if small_image_size((height, width), (rows, columns), scale) == (height, width):
         raise UserError(
             f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "

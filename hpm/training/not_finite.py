@@ -11,7 +11,7 @@ from typing import Any
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
-from hpm.core.files import State, write_tensors
+from hpm.core.files import StateDict, write_tensors
 from hpm.training.sessions import read_lines
 from hpm.weights.checkpoint import list_checkpoints
 from hpm.weights.run_folder import Run
@@ -21,7 +21,9 @@ READINGS = 20  # before a checkpoint that its losses are compared with
 NEAR = 2.0  # times the median of those
 
 
-def not_finite_error(files: Run, step: int, tensors: State, config: PretrainConfig) -> UserError:
+def not_finite_error(
+    files: Run, step: int, tensors: StateDict, config: PretrainConfig
+) -> UserError:
     """Save the tensors of the step for a replay. The error says where they are, which checkpoint is
     still good, and what to change."""
     file = files.folder / f"not_finite_step_{step:08d}_rank_{distributed.rank()}.safetensors"

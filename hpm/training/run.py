@@ -30,6 +30,7 @@ from hpm.mining.masking import hard_share
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import Miner, Seen
 from hpm.mining.teacher import Teacher
+from hpm.models.architecture import Architecture
 from hpm.models.mim import MaskedImageModel
 from hpm.targets.base import Target
 from hpm.training.log import RunLog
@@ -84,7 +85,7 @@ class PretrainingRun:
 
     config: PretrainConfig
     schedule: Schedule
-    architecture: dict[str, Any]
+    architecture: Architecture
     images: TrainingImages
     files: Run
     device: torch.device
@@ -119,7 +120,7 @@ class PretrainingRun:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, width = self.architecture["image_size"]
+        height, width = self.architecture.image_size
         return height, width
 
     @property
@@ -157,7 +158,7 @@ class PretrainingRun:
             config.seed,
             config.crop_scale,
             config.flip,
-            min(self.architecture["patch_size"]),
+            min(self.architecture.patch_size),
         )
         views.cache = make_cache(config.cache, source, partial(views.decoded, source))
         if views.cache:
@@ -266,7 +267,7 @@ class PretrainingRun:
         return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "architecture": self.architecture,
+            "architecture": self.architecture.to_json(),
             "mean": self.mean,
             "std": self.std,
             "num_images": len(self.images.source),

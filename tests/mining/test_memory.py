@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -210,14 +212,14 @@ def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     architecture = resolve_model(config)
     student = build_model(architecture, seed=1)
     teacher = Teacher(student)
-    miner = SmallTeacher(teacher.model, build_model(architecture | {"image_size": [16, 32]}))
+    miner = SmallTeacher(teacher.model, build_model(replace(architecture, image_size=(16, 32))))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1).add_(0.01)
     teacher.update(student, 0.5)  # the small one follows
     images = torch.randn(3, 3, 32, 64)
     found = miner.predicted_losses(images)
-    apart = build_model(architecture | {"image_size": [16, 32]})
+    apart = build_model(replace(architecture, image_size=(16, 32)))
     weights = dict(teacher.model.state_dict())
     for name in ("encoder.pos_embed", "decoder_pos_embed"):
         # The fixed ones of the decoders do not change with the student's.

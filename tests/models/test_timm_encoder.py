@@ -186,14 +186,13 @@ def architecture(name, image_size=32, **options):
 def test_the_architecture_is_known_before_the_model_is_built():
     before = torch.get_rng_state()
     found = architecture("vit_tiny_patch16_224", channels=4)
-    assert found | {"decoder_dim": 128, "class_token": True} == found
-    assert (found["embed_dim"], found["depth"], found["num_heads"]) == (192, 12, 3)
-    assert (found["image_size"], found["patch_size"]) == ([32, 32], [16, 16])
-    assert found["model"] == "timm/vit_tiny_patch16_224"
-    json.dumps(found)
+    assert found.decoders.decoder_dim == 128 and found.class_token
+    assert (found.embed_dim, found.depth, found.num_heads) == (192, 12, 3)
+    assert (found.image_size, found.patch_size) == ((32, 32), (16, 16))
+    assert found.model == "timm/vit_tiny_patch16_224"
     hiera = architecture("hiera_tiny_224", 64)
-    assert (hiera["embed_dim"], hiera["patch_size"]) == (768, [32, 32])
-    assert "num_heads" not in hiera and not hiera["class_token"]
+    assert (hiera.embed_dim, hiera.patch_size) == (768, (32, 32))
+    assert hiera.num_heads is None and not hiera.class_token
     assert nearest_size(200).embed_dim == 192 and nearest_size(2000).embed_dim == 1280
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -339,7 +338,7 @@ def test_fine_tuning(name, image_size, resized):
     decay = {p: g["weight_decay"] for g in groups for p in g["params"]}
     trained = dict(classifier.named_parameters())
     assert set(scale) == {p for p in trained.values() if p.requires_grad}
-    depth = found["depth"]
+    depth = found.depth
     for key, parameter in trained.items():
         if key.startswith("encoder.blocks."):
             assert scale[parameter] == 0.5 ** (depth - int(key.split(".")[2]))
