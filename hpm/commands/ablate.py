@@ -68,7 +68,7 @@ def _ablate(config: AblateConfig) -> Results:
 def losses_compare(runs: list[PretrainConfig]) -> bool:
     """Whether the held-out losses, which are of random masks for all, are losses of one thing."""
     kinds = {
-        str([resolve_model(run)["patch_size"], *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
+        str([resolve_model(run).patch_size, *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
         for run in runs
     }
     # Every run with target teacher has a target of its own.

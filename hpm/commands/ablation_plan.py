@@ -22,9 +22,11 @@ PretrainOptions = dict[str, Any]
 
 # What asks no teacher keeps none of the options on how it is asked.
 NOT_ASKED: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1}
+# What mines nothing has no temperature either.
+NOT_MINED = NOT_ASKED | {"mine_by": "teacher", "mining_temperature": 0.0}
 ARMS: dict[str, PretrainOptions] = {
-    "mae": {"mask": "random", "predictor_loss": "none", "mine_by": "teacher"} | NOT_ASKED,
-    "predictor": {"mask": "random", "predictor_loss": "relative", "mine_by": "teacher"} | NOT_ASKED,
+    "mae": {"mask": "random", "predictor_loss": "none"} | NOT_MINED,
+    "predictor": {"mask": "random", "predictor_loss": "relative"} | NOT_MINED,
     "hpm": {"mask": "easy_to_hard", "predictor_loss": "relative", "mine_by": "teacher"},
     "hpm_memory": {"mask": "easy_to_hard", "predictor_loss": "none", "mine_by": "memory"}
     | NOT_ASKED,

@@ -6,19 +6,14 @@ is converted to steps once, by `schedule.py`."""
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hpm.core.options import describe, option
 
-Mined = Literal["easy_to_hard", "hard_to_easy", "moderate", "hardest", "easiest", "attention"]
-Drawn = Literal[
-    "random", "block", "multi_block", "uniform", "red_noise", "green_noise", "blue_noise",
-    "purple_noise",
-]  # fmt: skip
-Mask = Literal[Mined, Drawn]
-
-# Share of the hidden patches that are mined (the others are drawn at random), at first and last.
+# The masks that mine, and the share of the hidden patches that are mined (the others are drawn at
+# random), at first and last.
 HARD_SHARES: dict[str, tuple[float, float]] = {
     "easy_to_hard": (0.0, 0.5),
     "hard_to_easy": (0.5, 0.0),
@@ -27,9 +22,8 @@ HARD_SHARES: dict[str, tuple[float, float]] = {
     "easiest": (1.0, 1.0),
     "attention": (1.0, 1.0),
 }
-assert set(HARD_SHARES) == set(get_args(Mined))
 
-Schedule = Literal["linear", "cosine", "constant"]
+HardShareSchedule = Literal["linear", "cosine", "constant"]
 
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 
@@ -85,12 +79,13 @@ class ModelOptions:
 class MaskOptions:
     """Masks and mining."""
 
-    mask: Mask = "easy_to_hard"
+    mask: str = "easy_to_hard"
     """Which patches to hide. By the teacher's predicted losses: the hardest more and more
     (easy_to_hard) or less and less (hard_to_easy), a fixed share of them (moderate), always the
     hardest or the easiest. By the teacher's attention of the class token: attention. By chance:
     random, block (one square), multi_block, uniform (one visible in each 2x2 patches), or noise of
-    a colour, from large to small blobs: red_noise, green_noise, purple_noise, blue_noise."""
+    a colour, from large to small blobs: red_noise, green_noise, purple_noise, blue_noise. Or a
+    mask of your own, MODULE:FUNCTION, or the name that its package registers."""
     mask_ratio: float = option(0.75, above=0, below=1, main=True)
     """Share of the patches that is hidden, between 0 and 1."""
     secondary_mask_ratio: float | None = option(None, at_least=0, below=1)
@@ -101,14 +96,19 @@ class MaskOptions:
     0 for easy_to_hard)."""
     hard_share_end: float | None = option(None, at_least=0, at_most=1)
     """The same when training ends (alpha_T; default: by mask, 0.5 for easy_to_hard)."""
-    hard_share_schedule: Schedule = "linear"
+    hard_share_schedule: HardShareSchedule = "linear"
     """How the share goes from the one to the other; constant: as at the end, throughout."""
     hard_share_by: Literal["step", "epoch"] = "step"
     """When the share changes: at every step, or once an epoch (the paper)."""
-    mine_by: Literal["teacher", "memory"] = "teacher"
-    """Where it is known from how hard a patch is: the teacher's prediction, or a memory of the
-    losses that the student really had at that place of that image in earlier epochs, which costs
-    next to nothing and needs no predictor."""
+    mining_temperature: float = option(0.0, at_least=0)
+    """0 mines the patches of the highest signal. Above, the mined patches are drawn at random, with
+    probabilities that rise with the signal: the higher the temperature, the less they do."""
+    mask_unit: int = option(1, at_least=1)
+    """Mine and hide units of so many patches along each axis instead of single patches."""
+    mine_by: Literal["teacher", "memory", "progress"] = "teacher"
+    """What says how hard a patch is. teacher: its prediction. memory: the losses that the student
+    had at that place of that image in earlier epochs; it costs next to nothing and needs no
+    predictor. progress: as memory, but by how much the loss there has fallen of late."""
     mine_every: int = option(1, at_least=1)
     """Steps from one prediction of the teacher to the next. In between the patches are mined by
     what it last predicted of the same images; those it was never asked about are hidden at
@@ -289,6 +289,11 @@ class PretrainConfig(
         return start, end if self.hard_share_end is None else self.hard_share_end
 
     @property
+    def mines_by_memory(self) -> bool:
+        """Whether the student's losses of earlier epochs are mined by, instead of a prediction."""
+        return self.mine_by != "teacher"
+
+    @property
     def peak_lr(self) -> float:
         """Learning rate at the end of the warm-up, once the config is resolved."""
         assert self.base_lr is not None, "the config is not resolved"
@@ -320,7 +325,7 @@ def _expected(hint: Any) -> str:
     return " or ".join(_expected(kind) for kind in arguments if kind is not type(None))
 
 
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """One number for both axes, or (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

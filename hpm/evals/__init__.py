@@ -72,7 +72,7 @@ def run_evaluation(config: EvalConfig, report: Callable[[str], None] = print) ->
         about |= {
             "step": task.trained.step,
             "weights": "teacher" if config.teacher else "student",
-            "architecture": task.trained.architecture,
+            "architecture": task.trained.architecture.to_json(),
             "device": str(device),
             **({"classes": task.classes} if task.classes else {}),
             "hpm": __version__,

@@ -17,6 +17,7 @@ from hpm.core.errors import UserError, counted
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
+from hpm.models.architecture import Architecture
 from hpm.weights.resolve import Backbone
 
 RAW_PIXELS = "raw pixels"
@@ -40,7 +41,7 @@ class Subject:
 
     name: str
     backbone: Backbone
-    architecture: dict[str, Any]
+    architecture: Architecture
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def parts(
@@ -55,8 +56,8 @@ class Subject:
     @property
     def view(self) -> tuple[tuple[int, int], int]:
         """(image size, channels)."""
-        height, width = self.architecture["image_size"]
-        return (height, width), self.architecture["channels"]
+        height, width = self.architecture.image_size
+        return (height, width), self.architecture.channels
 
 
 @dataclass(frozen=True)

@@ -348,7 +348,7 @@ def _patches(subjects: list[Subject], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {s.name: s.parts(images)[1] for s in subjects}
         if baseline:
-            patch_size = tuple(subjects[0].architecture["patch_size"])
+            patch_size = subjects[0].architecture.patch_size
             features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)
         return features
 

@@ -78,7 +78,7 @@ def mines(trained: Trained) -> bool:
     config, teacher = trained.config, trained.teacher
     if config is None or teacher is None:
         return False
-    return config.mask == "attention" or teacher.predictor is not None or config.mine_by == "memory"
+    return config.mask == "attention" or teacher.predictor is not None or config.mines_by_memory
 
 
 def hard_share(asked: float | None, trained: Trained) -> float:

@@ -148,7 +148,7 @@ def _masked(
     predicted = None
     miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
     # A memory of losses knows training images alone: here, losses take its place.
-    by_losses = config.mine_by == "memory" and bool(wanted & {"mask", "reconstruction"})
+    by_losses = config.mines_by_memory and bool(wanted & {"mask", "reconstruction"})
     if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
         maps = loss_maps(model, miner, images, draw, target, ratio, num_masks)

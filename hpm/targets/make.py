@@ -6,12 +6,12 @@ the student minimises, and what the predictor learns to rank."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
+from hpm.models.architecture import Architecture
 from hpm.models.patches import grid_size
 from hpm.targets.base import Target
 from hpm.targets.codes import TokenTarget
@@ -24,7 +24,7 @@ from hpm.targets.tokens import load_codebook
 
 def make_target(
     config: PretrainConfig,
-    architecture: dict[str, Any],
+    architecture: Architecture,
     mean: list[float],
     std: list[float],
     device: torch.device,
@@ -35,13 +35,13 @@ def make_target(
     fetch: see `load_frozen`. Raises UserError where a frozen model or a codebook is not there or
     does not fit.
     """
-    patch_size, channels = tuple(architecture["patch_size"]), architecture["channels"]
-    grid = grid_size(tuple(architecture["image_size"]), patch_size)
+    patch_size, channels = architecture.patch_size, architecture.channels
+    grid = grid_size(architecture.image_size, patch_size)
     moments = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     if config.target == "hog":
         return HogTarget(patch_size, channels)
     if config.target == "teacher":
-        return TeacherTarget(architecture["embed_dim"], math.prod(grid))
+        return TeacherTarget(architecture.embed_dim, math.prod(grid))
     if config.target == "frozen":
         assert config.target_model is not None
         return FrozenTarget(load_frozen(config.target_model, fetch).to(device), grid, *moments)

@@ -80,9 +80,9 @@ def test_no_reading_is_the_first_of_its_turn(monkeypatch):
     """A method's first step after the other one's runs with cold caches: it takes longer."""
     now, last = [0.0], [None]
 
-    def step(state, batch, number, num_hard, mark):
-        now[0] += 1 if last[0] is state else 10
-        last[0] = state
+    def step(run, batch, number, num_hard):
+        now[0] += 1 if last[0] is run else 10
+        last[0] = run
 
     monkeypatch.setattr(bench, "train_step", step)
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))

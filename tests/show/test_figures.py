@@ -43,7 +43,7 @@ def trained(**changes):
     architecture = resolve_model(config)
     mean, std = [0.5] * config.channels, [0.25] * config.channels
     target = make_target(config, architecture, mean, std, torch.device("cpu"))
-    architecture |= {"target_dim": target.dim}
+    architecture = architecture.with_target_dim(target.dim)
     model = build_model(architecture).eval()
     return Trained("x", architecture, mean, std, model.encoder, model, model, config)
 
