@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
-from hpm.core.files import State, write_tensors, write_text
+from hpm.core.files import StateDict, write_tensors, write_text
 from hpm.core.version import __version__
 from hpm.data.arrays import UnreadableImage, is_deep
 from hpm.data.detection import Detections, Objects
@@ -174,7 +174,7 @@ class DetectionModel(nn.Module):
         write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
     @classmethod
-    def from_file(cls, path: Path, tensors: State, about: Mapping[str, Any]) -> DetectionModel:
+    def from_file(cls, path: Path, tensors: StateDict, about: Mapping[str, Any]) -> DetectionModel:
         """Built from what `save` wrote, in evaluation mode."""
         model = cls(DetectorShape.from_json(about, path))
         load_exactly(model, tensors, path)

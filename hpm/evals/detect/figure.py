@@ -19,7 +19,8 @@ from hpm.evals.detect.testing import Found
 from hpm.weights.detection import DetectionModel
 
 SHOWN_FROM = 0.5  # score
-PANEL = 4.5  # width in inches
+PANEL = 3.2  # width in inches
+IMAGES_IN_A_ROW = 2
 TALLEST = 1.5  # a panel, relative to its width
 COVER = 0.4  # of masks over the image
 
@@ -37,25 +38,33 @@ def save_figure(
     images = found.truth["images"]
     numbers = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
     chosen = [images[number] for number in numbers]
-    heights = [PANEL * min(each["height"] / each["width"], TALLEST) for each in chosen]
-    figure = Figure((2 * PANEL, sum(heights) + 0.3 * len(chosen) + 0.4), dpi=120)
-    figure.set_layout_engine("constrained")
+    columns = min(IMAGES_IN_A_ROW, len(chosen))
+    rows = [chosen[start : start + columns] for start in range(0, len(chosen), columns)]
+    heights = [max(PANEL * min(_shape(each), TALLEST) for each in row) for row in rows]
+    size = (2 * columns * PANEL, sum(heights) + 0.3 * len(rows) + 0.4)
+    figure = Figure(size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(len(chosen), 2, squeeze=False, height_ratios=heights)
+    axes = figure.subplots(len(rows), 2 * columns, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.set_axis_off()
     views = DetectionTesting(model.channels, source.is_deep(), size=None)
-    for (left, right), each in zip(axes, chosen, strict=True):
+    for (left, right), each in zip(axes.reshape(-1, 2), chosen, strict=False):
         index = each["id"]
         pixels = as_rgb(views.image(source, index))
         true = [row for row in found.truth["annotations"] if row["image_id"] == index]
         scored = [row for row in found.results if row["image_id"] == index]
-        shown = [row for row in scored if row["score"] >= SHOWN_FROM]
+        sure = [row for row in scored if row["score"] >= SHOWN_FROM]
         draw_objects(left, pixels, true, model.classes)
-        draw_objects(right, pixels, shown, model.classes)
+        draw_objects(right, pixels, sure, model.classes)
         left.set_title(f"truth ({len(true)})", fontsize=9)
-        less_sure = f", {len(scored) - len(shown)} with less" if len(scored) > len(shown) else ""
-        right.set_title(f"score {SHOWN_FROM} or more ({len(shown)}){less_sure}", fontsize=9)
+        less_sure = f", {len(scored) - len(sure)} below" if len(scored) > len(sure) else ""
+        right.set_title(f"score {SHOWN_FROM} or more ({len(sure)}){less_sure}", fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _shape(image: Row) -> float:
+    return image["height"] / image["width"]
 
 
 def draw_objects(
@@ -76,7 +85,6 @@ def draw_objects(
         for mask, colour in zip(decode_masks(codes, height, width), colours, strict=True):
             pixels[mask] = (1 - COVER) * pixels[mask] + COVER * colour
     axis.imshow(pixels, interpolation="nearest")
-    axis.set_axis_off()
     for row, colour in zip(rows, colours, strict=True):
         x, y, w, h = row["bbox"]
         # Pixel n lies from n - 0.5 to n + 0.5 here.
@@ -84,7 +92,7 @@ def draw_objects(
         text = classes[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "")
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
         axis.text(
-            max(x, 0), max(y, 0), text, fontsize=6, color="white", va="bottom", bbox=box,
+            max(x, 0), max(y, 0), text, fontsize=7, color="white", va="bottom", bbox=box,
             clip_on=True,
         )  # fmt: skip
 
