@@ -14,7 +14,7 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.signals import Interrupted
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset
-from hpm.evals.hardness import measure
+from hpm.evals.loss_maps import evaluate_losses
 from hpm.evals.ongoing import OngoingProbe
 from hpm.show.figures import Picture, draw, picture
 from hpm.show.moments import keep_moment
@@ -32,7 +32,7 @@ def evaluate(run: PretrainingRun) -> None:
         return
     run.model.eval()
     with run.autocast():
-        values = measure(run.trained, held_out, run.device, config.seed, run.log.info_once)
+        values = evaluate_losses(run.trained, held_out, run.device, config.seed, run.log.info_once)
         if values:
             run.log.metrics(run.step, {f"held_out/{n}": v for n, v in values.items()})
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -23,10 +23,10 @@ from hpm.core.random_state import random_state_kept
 from hpm.core.signals import stop_signals
 from hpm.data.loader import Batch, StepSampler, normalize, num_workers, training_loader
 from hpm.data.unreadable import UnreadableImages
-from hpm.evals.augmentation import Augmentation, seed_everything
-from hpm.evals.features import Labelled, Reading, Subject
-from hpm.evals.metrics import Ranked, rank
-from hpm.evals.options import FinetuneConfig
+from hpm.evals.features import EvaluatedBackbone, ImageReader, Labelled
+from hpm.evals.finetune import Options
+from hpm.evals.finetune.augmentation import Augmentation, seed_everything
+from hpm.evals.metrics import TrueClassRanks, rank
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
@@ -52,7 +52,7 @@ FREE = {
 }  # fmt: skip
 
 
-def check_finetune(config: FinetuneConfig, architecture: Architecture) -> None:
+def check_finetune(config: Options, architecture: Architecture) -> None:
     """Raises UserError for the first option that cannot work."""
     size = pair(config.image_size) if config.image_size else architecture.image_size
     check_image_size(size, architecture.patch_size)
@@ -80,13 +80,13 @@ def check_finetune(config: FinetuneConfig, architecture: Architecture) -> None:
 
 
 def finetune(
-    config: FinetuneConfig,
-    subject: Subject,
+    config: Options,
+    subject: EvaluatedBackbone,
     weights: dict[str, Tensor] | None,
     data: Labelled,
     folder: Path,
-    reading: Reading,
-) -> Ranked:
+    reading: ImageReader,
+) -> TrueClassRanks:
     """Train a classifier from these encoder weights (random ones for None), then test it.
 
     Saves into `folder`, and goes on from there. The test images are looked at once, after the last
@@ -115,8 +115,8 @@ class FinetuningRun:
 
     def __init__(
         self,
-        config: FinetuneConfig,
-        subject: Subject,
+        config: Options,
+        subject: EvaluatedBackbone,
         weights: dict[str, Tensor] | None,
         data: Labelled,
         folder: Path,
@@ -269,7 +269,7 @@ class FinetuningRun:
         distributed.main_first(lambda: write_tensors(self.classifier_file, state, about))
 
     @torch.inference_mode()
-    def test(self, reading: Reading) -> Ranked:
+    def test(self, reading: ImageReader) -> TrueClassRanks:
         """Where the true class of each test image stands."""
         self.model.eval()
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
@@ -284,7 +284,7 @@ class FinetuningRun:
             raise UserError(f"{self.data.test.name}: no readable image")
         order = everyones.argsort()
         ranks = distributed.rows_of_all(torch.cat(parts))
-        return Ranked(ranks[order], labels[everyones[order]])
+        return TrueClassRanks(ranks[order], labels[everyones[order]])
 
     def _steps(self, duration: str) -> float:
         return duration_steps(duration, self.total_steps, self.steps_per_epoch)
@@ -301,7 +301,7 @@ class FinetuningRun:
         }
 
 
-def _check_depth(config: FinetuneConfig, data: Labelled) -> None:
+def _check_depth(config: Options, data: Labelled) -> None:
     if config.rand_augment != "none" and data.train.is_deep():
         raise UserError(
             f"rand_augment knows 8 bits, but {data.train.name} has images of more: "
@@ -309,7 +309,7 @@ def _check_depth(config: FinetuneConfig, data: Labelled) -> None:
         )
 
 
-def _images_per_step(config: FinetuneConfig, num_images: int) -> int:
+def _images_per_step(config: Options, num_images: int) -> int:
     """Images per step over all processes: an even number for each part of each process, because
     mixup pairs images."""
     world_size = distributed.world_size()

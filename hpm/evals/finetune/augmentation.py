@@ -18,7 +18,7 @@ from hpm.core.extras import need
 from hpm.data.loader import Key, MakeView, TrainingViews
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
-from hpm.evals.options import FinetuneConfig
+from hpm.evals.finetune import Options
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Augmentation:
 
     def __init__(
         self,
-        config: FinetuneConfig,
+        config: Options,
         mean: Tensor,
         channels: int,
         size: tuple[int, int],
