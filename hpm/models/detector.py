@@ -149,7 +149,7 @@ def build_detector(
     channels: int = 256,
     window_size: int | None = None,
     fixed_size: bool = False,
-    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    anchor_sizes: Sequence[float] = ANCHOR_SIZES,
     **options: Any,
 ) -> nn.Module:
     """torchvision's Mask R-CNN (Faster R-CNN without `masks`) on an encoder, with ViTDet's heads.

@@ -45,8 +45,8 @@ class Options(EvalOptions):
     """Also fine-tune random weights of the same architecture (a second full training)."""
     image_size: int | None = option(None, at_least=32, main=True)
     """Side of the training crops in pixels, a multiple of 32 (default: twice that of
-    pre-training). Test images are resized to fit into such a square. Positions are interpolated to other
-    sizes."""
+    pre-training). Test images are resized to fit into such a square. Positions are
+    interpolated."""
     steps: int = option(2000, at_least=1, main=True)
     """Number of optimiser steps."""
     batch_size: int = option(16, at_least=1, main=True)

@@ -75,7 +75,7 @@ def draw_objects(
     from matplotlib.patches import Rectangle
 
     height, width = pixels.shape[:2]
-    palette = np.array(colormaps["tab10"].colors)
+    palette = colormaps["tab10"](range(10))[:, :3]
     # One colour for each class; of a single class, one for each object.
     keys = [row["category_id"] if len(classes) > 1 else n for n, row in enumerate(rows)]
     colours = palette[np.array(keys, dtype=int) % len(palette)]

@@ -154,7 +154,7 @@ class DetectorTraining:
         losses: list[dict[str, Tensor]] = []
         for part in accumulated(self.parallel, batch.parts(options.accumulate)):
             images = [self.model.normalize(image) for image in part.images]
-            objects = [each.to(self.device) for each in part.targets]  # type: ignore[arg-type]
+            objects = [each.to(self.device) for each in part.targets]
             with autocast(self.device, options.precision):
                 found = self.parallel(images, objects)
             loss = torch.stack(list(found.values())).sum()

@@ -1,0 +1,444 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, run_here, run_hpm
+from jobs import torchrun
+from PIL import Image
+from safetensors.torch import load_file
+
+import hpm
+from hpm.core.options import make_config, read_preset
+from hpm.data.detection import Detections, objects, open_detection, to_results
+from hpm.evals.detect import Options
+from hpm.evals.detect.figure import as_rgb, draw_objects
+from hpm.evals.detect.testing import DetectionScores, Found
+from hpm.evals.detect.training import DetectorTraining
+from hpm.models.architecture import Architecture
+from hpm.weights.detection import DetectionModel, DetectorShape
+from hpm.weights.finetuned import load_model
+
+TINY = {
+    "image_size": 32, "steps": 4, "batch_size": 4, "channels": 16, "proposals": 20,
+    "box_batch_size": 8, "workers": 0, "device": "cpu",
+}  # fmt: skip
+SHAPE = DetectorShape(
+    Architecture(
+        image_size=(64, 64), patch_size=(8, 8), channels=3, embed_dim=32, depth=4, num_heads=2
+    ),
+    classes=["cat", "dog"],
+    mean=[0.5, 0.4, 0.3],
+    std=[0.2, 0.3, 0.25],
+    masks=True,
+    window_size=None,
+    channels=16,
+    anchor_scale=2.0,
+    proposals=30,
+    score_threshold=0.05,
+)
+
+
+def arguments(**changes):
+    options = TINY | changes
+    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def write_coco(folder, splits=("train", "val"), count=6, masks=True, change=None):
+    """Noise with a bright rectangle in each image, of two classes."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    for split in splits:
+        (folder / split).mkdir()
+        table = {
+            "images": [], "annotations": [],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
+        }  # fmt: skip
+        for n in range(count):
+            pixels = rng.integers(0, 120, (40, 48, 3)).astype(np.uint8)
+            x, y, w, h = rng.integers(2, 20), rng.integers(2, 18), rng.integers(8, 24), 16
+            pixels[y : y + h, x : x + w] += 100
+            Image.fromarray(pixels).save(folder / split / f"{n}.png")
+            x, y, w, h = (int(v) for v in (x, y, w, h))
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            table["images"].append({"id": n, "file_name": f"{n}.png", "height": 40, "width": 48})
+            table["annotations"].append({
+                "id": n + 1, "image_id": n, "category_id": 1 + 4 * (n % 2), "bbox": [x, y, w, h],
+                "area": w * h, "iscrowd": 0, "segmentation": polygon if masks else [],
+            })  # fmt: skip
+        if change:
+            change(table)
+        (folder / f"annotations/instances_{split}.json").write_text(json.dumps(table))
+    return folder
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return DetectionModel(replace(SHAPE, **changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def on_demo(finished_run, tmp_path_factory):
+    """The whole command line, on the built-in images."""
+    out = tmp_path_factory.mktemp("detect")
+    result = run_hpm(
+        "eval", "detect", finished_run.folder, "demo", "--out", out, "--max-test-images=4",
+        *arguments(window_size=2, accumulate=2, precision="bfloat16"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_demo_on_the_command_line(on_demo):
+    out, result = on_demo
+    [file] = out.glob("*.json")
+    content = json.loads(file.read_text())
+    assert set(content["values"]) == {"trained, boxes", "trained, masks"}
+    for settings in content["values"].values():
+        assert {"AP", "AP50", "AP75"} <= set(settings["detect"])
+    about = content["about"]
+    assert about["test_images"] == 4 and about["train_images"] == 4096 and about["classes"] == 10
+    [figure] = content["figures"]
+    with Image.open(out / figure) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300 and pixels.std() > 10
+    assert "AP50" in result.stdout and "trained, masks" in result.stdout
+    [folder] = (path for path in out.iterdir() if path.is_dir())
+    rows = [json.loads(row) for row in (folder / "trained/metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "loss_mask", "loss_classifier", "learning_rate"} <= set(rows[-1])
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_what_was_trained_can_be_loaded_and_used(on_demo, tmp_path):
+    out, _ = on_demo
+    model = load_model(out)
+    assert isinstance(model, DetectionModel) and not model.training
+    assert len(model.classes) == 10 and model.network.backbone.encoder.window_size == 2
+    [file] = out.rglob("detector.json")
+    assert json.loads(file.read_text())["classes"] == model.classes
+    source = open_detection("demo").test
+    picture = source.open(3).resize((100, 70))
+    found = model.predict(picture)
+    assert found.masks.shape[1:] == (70, 100) and found.boxes[:, 2].max() > 32
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    again = model.predict(path)
+    assert torch.equal(again.boxes, found.boxes) and torch.equal(again.masks, found.masks)
+
+
+def test_resumed_equals_straight_through(finished_run, tmp_path, monkeypatch):
+    """Stopped after two of four steps: the same command ends at the same weights, bitwise."""
+    data = write_coco(tmp_path / "data")
+    run, options = str(finished_run.folder), TINY | {"drop_path": 0.5, "checkpoint_every": "50%"}
+    straight = hpm.evaluate("detect", run, str(data), out=str(tmp_path / "straight"), **options)
+    save = DetectorTraining.save
+
+    def save_and_stop(training):
+        save(training)
+        if training.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectorTraining, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            hpm.evaluate("detect", run, str(data), out=str(tmp_path / "stopped"), **options)
+    resumed = hpm.evaluate("detect", run, str(data), out=str(tmp_path / "stopped"), **options)
+    one, two = (
+        load_file(next((tmp_path / name).rglob("detector.safetensors")))
+        for name in ("straight", "stopped")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert straight.values == resumed.values
+
+
+def test_options_of_the_test_do_not_train_anew(finished_run, tmp_path):
+    data, run = str(write_coco(tmp_path / "data")), str(finished_run.folder)
+    out, options = tmp_path / "out", TINY | {"steps": 1}
+    hpm.evaluate("detect", run, data, out=str(out), **options)
+    [file] = out.rglob("step_*.safetensors")
+    written = file.stat().st_mtime_ns
+    hpm.evaluate("detect", run, data, out=str(out), score_threshold=0.3, **options)
+    hpm.evaluate("detect", run, data, out=str(out), max_test_images=2, **options)
+    assert [f.stat().st_mtime_ns for f in out.rglob("step_*.safetensors")] == [written]
+    assert len(list(out.glob("*.json"))) == 3
+
+
+def test_random_weights_and_another_run_beside_it(finished_run, tmp_path):
+    data, run = str(write_coco(tmp_path / "data")), str(finished_run.folder)
+    result = hpm.evaluate(
+        "detect", run, data, out=str(tmp_path / "out"), compare=run, baselines=True,
+        **(TINY | {"steps": 2, "figure_images": 0}),
+    )  # fmt: skip
+    names = [f"{b}, {k}" for b in ("trained", "compared", "random weights")
+             for k in ("boxes", "masks")]  # fmt: skip
+    assert list(result.values) == names
+    assert set(result.differences) == {"trained, boxes", "trained, masks"}
+    assert result.differences["trained, masks"]["detect"]["AP"] == 0  # of the same run
+    one, two, random = (
+        load_file(next((tmp_path / "out").rglob(f"{name}/detector.safetensors")))
+        for name in ("trained", "compared", "random_weights")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    name = "network.backbone.encoder.blocks.0.attn.qkv.weight"
+    assert not torch.allclose(one[name], random[name], atol=1e-3)
+    assert not list((tmp_path / "out").glob("*.png")) and result.figures == []
+
+
+def test_boxes_alone(finished_run, tmp_path):
+    data = str(write_coco(tmp_path / "data", masks=False))
+    out = tmp_path / "out"
+    options = TINY | {"steps": 1, "image_size": None}
+    result = hpm.evaluate("detect", str(finished_run.folder), data, out=str(out), **options)
+    assert list(result.values) == ["trained, boxes"]
+    model = load_model(out)
+    assert model.image_size == 32  # twice the 16 pixels of pre-training
+    assert not model.shape.masks and model.predict(Image.new("RGB", (50, 40))).masks is None
+
+
+def test_a_fifth_is_held_out_where_there_is_one_split(finished_run, tmp_path):
+    data = str(write_coco(tmp_path / "data", splits=["train"], count=10))
+    options = TINY | {"steps": 1}
+    result = hpm.evaluate(
+        "detect", str(finished_run.folder), data, out=str(tmp_path / "out"), **options
+    )
+    assert result.about["train_images"] == 8 and result.about["test_images"] == 2
+
+
+@pytest.mark.parametrize("window_size", [None, 3])
+def test_an_image_alone_is_found_as_in_a_batch(window_size):
+    """Whatever the others' sizes: padding reaches to one square always."""
+    model = tiny_model(window_size=window_size, score_threshold=0.0)
+    rng = np.random.default_rng(1)
+    sizes = [(64, 64), (20, 64), (64, 33), (51, 64)]
+    images = [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in sizes]
+    together = model.detect(images, sizes)
+    for image, size, expected in zip(images, sizes, together):
+        [alone] = model.detect([image], [size])
+        assert len(alone.boxes) > 0
+        torch.testing.assert_close(alone.boxes, expected.boxes, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(alone.scores, expected.scores, atol=1e-5, rtol=1e-4)
+        assert (alone.masks != expected.masks).float().mean() < 1e-3
+
+
+def test_detections_are_in_the_pixels_of_the_file():
+    """What is found in an image of 64x32 that was 128x32: twice as far to the right, no lower."""
+    model = tiny_model(score_threshold=0.0)
+    image = torch.randint(0, 256, (3, 32, 64), dtype=torch.uint8)
+    [seen], [found] = model.detect([image], [(32, 64)]), model.detect([image], [(32, 128)])
+    torch.testing.assert_close(found.boxes, seen.boxes * torch.tensor([2.0, 1, 2, 1]))
+    assert found.masks.shape[1:] == (32, 128)
+    inside = found.boxes[0].round().int().tolist()
+    outside = found.masks[0].clone()
+    outside[max(0, inside[1] - 2) : inside[3] + 2, max(0, inside[0] - 2) : inside[2] + 2] = False
+    assert not outside.any()
+
+
+def test_saved_and_loaded(tmp_path):
+    model = tiny_model(window_size=2, masks=False)
+    model.save(tmp_path / "detector.safetensors")
+    loaded = load_model(tmp_path)
+    image = model.preprocess(np.full((30, 50, 3), 200, np.uint8))
+    assert image.shape == (3, 38, 64)
+    torch.testing.assert_close(image[:, 0, 0], (200 / 255 - model.mean) / model.std)
+    [one], [two] = model([image]), loaded([image])
+    assert torch.equal(one.boxes, two.boxes) and torch.equal(one.scores, two.scores)
+
+
+def test_average_precision_of_perfect_detections():
+    source = open_detection("demo").test
+    rows = []
+    for index in range(3):
+        there = objects(source, index)
+        scores = torch.ones(len(there))
+        rows += to_results(index, Detections(there.boxes, scores, there.classes, there.masks))
+    from hpm.data.detection import ground_truth
+
+    truth = ground_truth(source, range(3))
+    for kind in ("boxes", "masks"):
+        perfect = DetectionScores(Found(truth, rows), kind)
+        nothing = DetectionScores(Found(truth, []), kind)
+        assert perfect.numbers(0)["AP"] == pytest.approx(100)
+        assert perfect.difference(nothing, 0)["AP50"] == pytest.approx(100)
+
+
+def test_a_drawing_shows_boxes_masks_names_and_scores():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    code = to_results(0, Detections(
+        torch.tensor([[2, 3, 12, 8.0]]), torch.tensor([0.75]), torch.tensor([1]),
+        torch.ones(1, 20, 30, dtype=torch.bool),
+    ))  # fmt: skip
+    pixels = as_rgb(torch.full((3, 20, 30), 51, dtype=torch.uint8))
+    assert pixels == pytest.approx(0.2)
+    draw_objects(axis, pixels, code, ["cat", "dog"])
+    [box], [text], [image] = axis.patches, axis.texts, axis.images
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (1.5, 2.5, 10, 5)
+    assert text.get_text() == "dog 0.75"
+    assert (np.asarray(image.get_array()) != pixels).any()
+    deep = torch.linspace(0, 0.01, 5 * 20 * 30).view(5, 20, 30)
+    assert as_rgb(deep).min() == 0 and as_rgb(deep).max() == 1
+    assert as_rgb(torch.zeros(2, 20, 30, dtype=torch.uint8)).shape == (20, 30, 3)
+
+
+def test_the_preset_is_vitdets():
+    preset = read_preset("detect_vit_base_coco")
+    options = make_config(Options, preset | {"run": "r", "data": "d"})
+    assert (options.image_size, options.scale, options.batch_size) == (1024, (0.1, 2.0), 64)
+    assert (options.steps, options.lr, options.lr_factor) == (184_375, 1e-4, 0.1)
+    assert options.milestones == ("163889 steps", "177546 steps")
+    assert (options.weight_decay, options.layer_decay, options.drop_path) == (0.1, 0.7, 0.1)
+    assert options.window_size == 14 and options.anchor_scale * 4 == 32
+
+
+def faulty(**changes):
+    return lambda table: table["annotations"][0].update(changes)
+
+
+def drop_annotations(table):
+    table["annotations"] = []
+
+
+MISTAKES = [
+    (faulty(bbox=[40, 3, 20, 5]), "outside"),
+    (faulty(bbox=[2, 3, 0, 5]), "empty"),
+    (faulty(bbox=[2, 3, -8, 5]), "negative"),
+    (faulty(category_id=3), "category 3"),
+    (lambda table: table["images"][0].update(file_name="gone.png"), "lacks"),
+    (lambda table: table["images"][0].update(width=47), "48x40 pixels, but its annotations"),
+    (lambda table: table.pop("annotations"), "no list 'annotations'"),
+    (drop_annotations, "annotated object"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
+def test_bad_annotations(finished_run, tmp_path, change, words):
+    data = write_coco(tmp_path / "data", change=change)
+    out = tmp_path / "out"
+    result = run_here(
+        "eval", "detect", finished_run.folder, data, "--out", out, *arguments(steps=1)
+    )
+    assert_refused(result, words)
+    assert not list(out.rglob("detector.safetensors"))
+
+
+def test_a_split_without_annotations(finished_run, tmp_path):
+    data = write_coco(tmp_path / "data")
+    (data / "annotations/instances_val.json").unlink()
+    result = run_here("eval", "detect", finished_run.folder, data, "--out", tmp_path / "out")
+    assert_refused(result, "val", "annotations")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_size": 40}, "the nearest that fits is 32"),
+        ({"crop_share": 0.9}, "crop-share"),
+        ({"milestones": "half"}, "milestones: 'half' is not a duration"),
+        ({"accumulate": 9}, "9 or more can"),
+    ],
+)
+def test_options_that_cannot_work(finished_run, tmp_path, options, words):
+    data = write_coco(tmp_path / "data")
+    result = run_here(
+        "eval", "detect", finished_run.folder, data, "--out", tmp_path / "out",
+        *arguments(**options),
+    )  # fmt: skip
+    assert_refused(result, words)
+
+
+def test_other_categories_in_the_test_images(finished_run, tmp_path):
+    data = write_coco(tmp_path / "data")
+    other = write_coco(
+        tmp_path / "other", change=lambda table: table["categories"][0].update(name="horse")
+    )
+    result = run_here(
+        "eval", "detect", finished_run.folder, data, "--test", other, "--out", tmp_path / "out"
+    )
+    assert_refused(result, "horse", "cat")
+
+
+def test_an_encoder_without_maps_of_one_size(tmp_path):
+    """Hiera merges patches on its way: its blocks' grids differ and cannot be interpolated."""
+    pytest.importorskip("timm")
+    hiera = Architecture(
+        model="timm/hiera_tiny_224", image_size=(224, 224), patch_size=(32, 32), channels=3,
+        embed_dim=768, depth=12,
+    )  # fmt: skip
+    with pytest.raises(hpm.UserError, match="needs a plain ViT"):
+        DetectionModel(replace(SHAPE, architecture=hiera))
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_and_gone_on(finished_run, tmp_path):
+    data = write_coco(tmp_path / "data")
+    command = ["eval", "detect", finished_run.folder, data, *arguments(steps=40)]
+    straight = run_hpm(*command, "--out", tmp_path / "straight")
+    assert straight.returncode == 0, straight.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpm", *map(str, command), "--out", str(tmp_path / "stopped")],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "stopped").rglob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    resumed = run_hpm(*command, "--out", tmp_path / "stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    one, two = (
+        load_file(next((tmp_path / name).rglob("detector.safetensors")))
+        for name in ("straight", "stopped")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(finished_run, tmp_path):
+    data = write_coco(tmp_path / "data", count=7)
+    result = torchrun(
+        "-m", "hpm", "eval", "detect", finished_run.folder, data, "--out", tmp_path / "out",
+        *arguments(accumulate=2),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    [file] = (tmp_path / "out").glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["about"]["test_images"] == 7
+    assert {"trained, boxes", "trained, masks"} == set(content["values"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_eight_photographs_are_learned_by_heart(shared_data, tmp_path):
+    """From hardly trained weights: that the whole is right, from annotations to AP."""
+    pennfudan, data = shared_data / "pennfudan", tmp_path / "data"
+    table = json.loads((pennfudan / "annotations/instances_train.json").read_text())
+    images = table["images"][:8]
+    chosen = {image["id"] for image in images}
+    table |= {
+        "images": images,
+        "annotations": [a for a in table["annotations"] if a["image_id"] in chosen],
+    }
+    (data / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (data / f"annotations/instances_{split}.json").write_text(json.dumps(table))
+        (data / split).symlink_to((pennfudan / "train/images").resolve())
+    run = hpm.pretrain(
+        data="demo", out=str(tmp_path / "run"), model="vit_nano", image_size=32, patch_size=8,
+        steps=4, batch_size=8, holdout=8, workers=0, device="cpu",
+    )  # fmt: skip
+    result = hpm.evaluate(
+        "detect", str(run.folder), str(data), out=str(tmp_path / "out"), image_size=160,
+        steps=300, batch_size=4, lr=1e-3, layer_decay=1.0, weight_decay=0.05, drop_path=0.0,
+        clip_grad=1.0, scale=(1.0, 1.0), flip=False, channels=64, proposals=100,
+        box_batch_size=32, workers=0, device="cpu",
+    )  # fmt: skip
+    assert result.values["trained, boxes"]["detect"]["AP50"] > 90
+    assert result.values["trained, masks"]["detect"]["AP50"] > 90
