@@ -37,7 +37,7 @@ from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
-from hpm.targets.make import make_target
+from hpm.targets.registry import make_target
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
 from hpm.training.resume import claim
