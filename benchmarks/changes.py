@@ -31,8 +31,6 @@ from hpm.models import linear
 from hpm.models.mim import Decoder
 from hpm.training.state import State
 
-# By its name: `hpm.pretrain` itself is the function.
-pretrain = importlib.import_module("hpm.pretrain")
 Undo = Callable[[State], Any]  # a context in which the step is as it was before
 
 
@@ -114,7 +112,7 @@ def main() -> None:
 
         def step() -> float:
             start = time.perf_counter()
-            pretrain.train_step(state, batch, 0, num_hard)
+            pretraining.train_step(state, batch, 0, num_hard)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

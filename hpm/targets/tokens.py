@@ -54,7 +54,8 @@ class TokenTarget(Target):
     ) -> Int[Tensor, "batch patches 1"]:
         vectors = self.codebook.vectors(self.inputs.to_pixels(images), self.inputs.grid)
         # In full precision: rounded distances would often name another code.
-        with torch.autocast(images.device.type, enabled=False):
+        device_type = "cpu" if images.is_meta else images.device.type  # meta: no autocast
+        with torch.autocast(device_type, enabled=False):
             return self.codebook.nearest(vectors)[..., None]
 
     def patch_loss(self, prediction: Patches, target: Int[Tensor, "batch patches 1"]) -> PatchLoss:

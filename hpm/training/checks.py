@@ -57,7 +57,7 @@ def _check_model(config: PretrainConfig) -> None:
         raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
     if config.init:
         raise UserError("pretrained and init are two different starts: pass one of them")
-    from hpm.models.timm_encoder import check_weights
+    from hpm.models.timm_models import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
 
@@ -68,7 +68,7 @@ def _check_timm_input(config: PretrainConfig) -> None:
             f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
             f"imagenet or measured, or --model {TIMM}NAME"
         )
-    from hpm.models.timm_encoder import timm_input
+    from hpm.models.timm_models import timm_input
 
     channels = timm_input(config.model.removeprefix(TIMM)).channels
     if config.channels != channels:

@@ -36,7 +36,8 @@ from hpm.mining.teacher import Teacher
 from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
-from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
+from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights
+from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw

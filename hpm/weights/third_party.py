@@ -28,13 +28,8 @@ from hpm.models.build import build_encoder, build_model
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import grid_size, interpolate_positions, resample_projection
-from hpm.models.timm_encoder import (
-    PREFIX,
-    check_weights,
-    pretrained_weights,
-    timm_input,
-    timm_shape,
-)
+from hpm.models.timm_encoder import pretrained_weights
+from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
 from hpm.weights.checkpoint import compare, differ, load_checkpoint, load_initial
 from hpm.weights.names import ABOUT, Kind, recognise, to_ours

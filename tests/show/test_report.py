@@ -59,7 +59,7 @@ def test_it_is_written_while_the_run_trains(image_folder, tmp_path, monkeypatch)
     steps = []
     real = watch.refresh_report
     monkeypatch.setattr(
-        import_module("hpm.pretrain"), "refresh_report",
+        import_module("hpm.pretraining"), "refresh_report",
         lambda state: (steps.append(state.step), real(state)),
     )  # fmt: skip
     pretrain(image_folder, tmp_path / "run", eval_every="3 steps", checkpoint_every="4 steps")
