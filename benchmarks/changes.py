@@ -6,7 +6,6 @@ python benchmarks/changes.py vit_tiny     # or vit_base; on an idle machine
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from results import machine, table, write_section
 from step import SIZES, as_options
 from torch import Tensor
 
+from hpm import pretraining
 from hpm.commands.bench_step import HARD_SHARE, noise_batch, run_state
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
