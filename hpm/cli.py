@@ -270,7 +270,7 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 }
 
 ABOUT = {
-    "demo": "the whole tour on built-in images, on a CPU, in minutes",
+    "demo": "pre-train, evaluate and draw on built-in images, on a CPU, in minutes",
     "pretrain": "pre-train a backbone on a folder of images",
     "eval": "measure a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
     "show": "draw what a model makes of images: losses, mask, features, attention",

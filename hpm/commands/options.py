@@ -153,7 +153,7 @@ class PrepareConfig:
 
 @dataclass
 class DemoConfig:
-    """The whole tour on built-in images: pre-train, measure, draw. Minutes on a CPU."""
+    """Pre-train, evaluate and draw on the built-in images. Takes minutes on a CPU."""
 
     out: str = "runs/demo"
     """Run folder."""

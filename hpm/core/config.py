@@ -125,10 +125,13 @@ class MaskOptions:
 class TargetOptions:
     """Target."""
 
-    target: TargetName = "normalized_pixels"
+    target: TargetName | str = "normalized_pixels"
     """What is reconstructed: pixels standardised within their patch, raw pixels, histograms of
-    oriented gradients, the EMA teacher's features, a frozen model's features, or the tokens of a
-    codebook."""
+    oriented gradients (hog), the EMA teacher's features, a frozen model's features, or the tokens
+    of a codebook. A target of your own: its entry point in the group hpm.targets, or
+    my_module:MyTarget."""
+    target_options: tuple[str, ...] = ()
+    """Of a target of your own: its options, as name=value,name=value."""
     target_model: str | None = None
     """Of target frozen: timm/NAME, hf/NAME (hf/facebook/dino-vits16), or a folder."""
     codebook: str | None = None
