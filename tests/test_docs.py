@@ -127,7 +127,7 @@ def test_values_of_options_fit(page):
 
 
 def test_what_may_differ_when_a_run_goes_on():
-    (told,) = re.findall(r"^What may differ:(.*?)\n\n", text_of(ROOT / "docs/troubleshooting.md"),
+    (told,) = re.findall(r"^These options may differ:(.*?)\n\n", text_of(ROOT / "docs/troubleshooting.md"),
                          re.MULTILINE | re.DOTALL)  # fmt: skip
     assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", told)} == (
         {name for name in describe(PretrainConfig) if may_change(name)} - {"out"}
