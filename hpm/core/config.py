@@ -49,8 +49,8 @@ class DataOptions:
 
     data: str
     """Training images: a folder (searched recursively), a list file (`path label` per line), a
-    parquet file or folder, or `demo` for the built-in images. If there is a train split, only that
-    is used."""
+    parquet file or folder, `demo` for the built-in images, or MODULE:FUNCTION for a source of your
+    own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
