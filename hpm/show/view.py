@@ -266,7 +266,7 @@ def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
     of_run = trained.config.data if trained.config and trained.folder else ""
     for candidate in [data] if data is not None else [of_run, "demo"]:
         try:
-            splits = open_source(candidate) if candidate else None
+            splits = open_source(candidate, trusted=data is not None) if candidate else None
         except UserError:
             if data is not None:
                 raise
