@@ -6,7 +6,6 @@ python benchmarks/changes.py vit_tiny     # or vit_base; on an idle machine
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from results import machine, table, write_section
 from step import SIZES, as_options
 from torch import Tensor
 
+from hpm import pretraining
 from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
@@ -31,8 +31,6 @@ from hpm.models import linear
 from hpm.models.mim import Decoder
 from hpm.training.run import PretrainingRun
 
-# By its name: `hpm.pretrain` itself is the function.
-pretrain = importlib.import_module("hpm.pretraining")
 Undo = Callable[[PretrainingRun], Any]  # a context in which the step is as it was before
 
 
@@ -116,7 +114,7 @@ def main() -> None:
 
         def step() -> float:
             start = time.perf_counter()
-            pretrain.train_step(state, batch, 0, num_hard)
+            pretraining.train_step(state, batch, 0, num_hard)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

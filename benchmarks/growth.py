@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from results import machine, table, write_section
 
-from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch, step_multiply_adds
+from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch
+from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
 from hpm.pretraining import train_step

@@ -270,17 +270,17 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 }
 
 ABOUT = {
-    "demo": "the whole tour on built-in images, on a CPU, in minutes",
+    "demo": "pre-train on built-in images, evaluate and draw figures; minutes on a CPU",
     "pretrain": "pre-train a backbone on a folder of images",
-    "eval": "measure a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
+    "eval": "evaluate a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
     "show": "draw what a model makes of images: losses, mask, features, attention",
-    "view": "open a page on this machine to try a model on images",
+    "view": "try a model on images in the browser",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
-    "report": "write a run's report.html again",
-    "ablate": "pre-train with some options changed, over seeds, and compare",
-    "bench": "measure the speed of a training step or of loading",
+    "report": "rewrite a run's report.html",
+    "ablate": "pre-train variants over several seeds and compare them",
+    "bench": "measure the speed of a training step or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
-    "tokenize": "learn a codebook of discrete tokens, a target of pre-training",
+    "tokenize": "learn a codebook of discrete tokens as a reconstruction target",
 }
 
 

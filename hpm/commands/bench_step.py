@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.config import HARD_SHARES, PretrainConfig
 from hpm.core.distributed import pick_device
@@ -25,9 +25,6 @@ from hpm.core.errors import UserError
 from hpm.core.phases import PhaseClock
 from hpm.core.progress import track
 from hpm.data.loader import Batch
-from hpm.mining.teacher import small_image_size
-from hpm.models.architecture import Architecture
-from hpm.models.patches import grid_size
 from hpm.pretraining import train_step
 from hpm.training.build import build_run, compiles
 from hpm.training.checks import check_pretrain
@@ -198,56 +195,6 @@ def matrix_product_flops(device: torch.device) -> float:
         _wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds)
-
-
-def block_multiply_adds(tokens: int, dim: int, outputs: int | None = None) -> int:
-    """Of a Transformer block: keys and values of all tokens; queries, attention, projection and
-    MLP of the outputs alone."""
-    outputs = tokens if outputs is None else outputs
-    return 2 * tokens * dim**2 + 2 * outputs * tokens * dim + 10 * outputs * dim**2
-
-
-def forward_multiply_adds(
-    architecture: Architecture, mask_ratio: float, predictor: bool, whole: bool = False
-) -> float:
-    """Per image: encoder and decoders as the student runs them, or (`whole`) as the teacher does,
-    which sees all patches and runs no reconstructor. Of our own encoders."""
-    patches = math.prod(grid_size(architecture.image_size, architecture.patch_size))
-    pixels = math.prod(architecture.patch_size) * architecture.channels
-    dim, depth, decoders = architecture.embed_dim, architecture.depth, architecture.need_decoders()
-    decoder, width = decoders.decoder_dim, decoders.predictor_dim
-    visible = patches if whole else int(patches * (1 - mask_ratio))
-    hidden = patches if whole else patches - visible
-    total = visible * pixels * dim + depth * block_multiply_adds(1 + visible, dim)
-    total += (1 + visible) * dim * decoder
-    if not whole:
-        outputs = decoders.target_dim or pixels
-        total += _decoder_multiply_adds(patches, decoder, decoders.decoder_depth, hidden, outputs)
-    if predictor:
-        total += (1 + patches) * decoder * width if width != decoder else 0
-        # The mean over the outputs of a head is one output.
-        total += _decoder_multiply_adds(patches, width, decoders.predictor_depth, hidden, outputs=1)
-    return total
-
-
-def _decoder_multiply_adds(patches: int, dim: int, depth: int, hidden: int, outputs: int) -> int:
-    before = (depth - 1) * block_multiply_adds(1 + patches, dim)
-    return before + block_multiply_adds(1 + patches, dim, hidden) + hidden * dim * outputs
-
-
-def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> float:
-    """Of a training step per image: the student three times (backward is twice forward), and the
-    teacher once where it is asked."""
-    predictor = config.predictor_loss != "none"
-    total = 3 * forward_multiply_adds(architecture, config.mask_ratio, predictor)
-    if config.mask in HARD_SHARES and config.mine_by == "teacher":
-        height, width = architecture.image_size
-        rows, columns = architecture.patch_size
-        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-        seen = replace(architecture, image_size=size)
-        teacher = forward_multiply_adds(seen, config.mask_ratio, True, whole=True)
-        total += teacher / config.mine_every
-    return total
 
 
 def _report(

@@ -161,7 +161,7 @@ def nearest_size(embed_dim: int) -> ModelSize:
 
 def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
     """What the architecture says of timm's encoder. UserError where it cannot be used."""
-    from hpm.models.timm_encoder import timm_shape
+    from hpm.models.timm_models import timm_shape
 
     shape = dict(timm_shape(config.model.removeprefix(TIMM)))
     patch_size = config.patch_size

@@ -23,9 +23,11 @@ from hpm.mining.miner import make_miner
 from hpm.mining.teacher import Teacher
 from hpm.models.architecture import Architecture, resolve_model
 from hpm.models.build import build_model
+from hpm.models.hiera import HieraEncoder
 from hpm.models.mim import MaskedImageModel
-from hpm.models.timm_encoder import HieraEncoder, TimmEncoder, pretrained_weights, timm_input
-from hpm.targets.make import make_target
+from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
+from hpm.models.timm_models import timm_input
+from hpm.targets.registry import make_target
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
 from hpm.training.resume import claim

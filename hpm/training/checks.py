@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
 from hpm.core.errors import UserError, counted, nearest
@@ -12,6 +11,7 @@ from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
 from hpm.mining.units import unit_grid
 from hpm.models.architecture import SIZES, Architecture, resolve_model
+from hpm.targets.registry import check_target, find_target
 from hpm.training.trackers import check_tracker
 
 MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
@@ -24,7 +24,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
-    _check_target(config)
+    check_target(config)
     if config.batch_size and config.batch_size % config.accumulate:
         raise UserError(
             f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
@@ -58,7 +58,7 @@ def _check_model(config: PretrainConfig) -> None:
         raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
     if config.init:
         raise UserError("pretrained and init are two different starts: pass one of them")
-    from hpm.models.timm_encoder import check_weights
+    from hpm.models.timm_models import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
 
@@ -69,7 +69,7 @@ def _check_timm_input(config: PretrainConfig) -> None:
             f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
             f"imagenet or measured, or --model {TIMM}NAME"
         )
-    from hpm.models.timm_encoder import timm_input
+    from hpm.models.timm_models import timm_input
 
     channels = timm_input(config.model.removeprefix(TIMM)).channels
     if config.channels != channels:
@@ -181,8 +181,8 @@ def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> 
         f"mine_by is {config.mine_by}": config.mines_by_memory,
         "mask is attention": config.mask == "attention",
         "teacher_view is masked": config.teacher_view == "masked",
-        "target is teacher, which takes its features of the whole image":
-            config.target == "teacher",
+        f"target is {config.target}, which takes the teacher's features of the whole image":
+            find_target(config.target).needs_teacher,
         f"model is {config.model}": "hiera" in config.model,
     }  # fmt: skip
     for reason, holds in reasons.items():
@@ -194,33 +194,4 @@ def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> 
         raise UserError(
             f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "
             "they are: pass a smaller one"
-        )
-
-
-def _check_target(config: PretrainConfig) -> None:
-    for option, target in (("target_model", "frozen"), ("codebook", "tokens")):
-        value = getattr(config, option)
-        if config.target == target and value is None:
-            mend = "hpm tokenize makes one" if option == "codebook" else "such as timm/NAME"
-            raise UserError(f"target {target} needs --{option.replace('_', '-')}: {mend}")
-        if config.target != target and value is not None:
-            raise UserError(
-                f"{option} is {value}, but target is {config.target}: pass --target {target}"
-            )
-    if config.codebook is not None and not Path(config.codebook).expanduser().is_file():
-        raise UserError(f"codebook {config.codebook}: no such file; hpm tokenize makes one")
-    if config.target == "frozen" and config.channels not in (1, 3):
-        raise UserError(
-            f"target frozen takes grey or RGB images, but channels is {config.channels}: "
-            "pass another --target"
-        )
-    if config.target == "teacher" and config.ema_horizon_end.strip() in ("1 step", "1 steps"):
-        raise UserError(
-            "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it the "
-            "student: pass a longer one"
-        )
-    if config.ranking_signal != "target" and "pixels" not in config.target:
-        raise UserError(
-            f"ranking_signal {config.ranking_signal} is a loss in pixels, but target is "
-            f"{config.target}: leave it out, or pass --target pixels"
         )

@@ -187,6 +187,6 @@ def resolve(
 
 
 def _has_timm_channels(config: PretrainConfig) -> bool:
-    from hpm.models.timm_encoder import timm_input
+    from hpm.models.timm_models import timm_input
 
     return timm_input(config.model.removeprefix(TIMM)).channels == config.channels

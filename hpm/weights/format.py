@@ -13,7 +13,7 @@ from torch import Tensor
 from hpm.core.files import StateDict
 from hpm.models.architecture import Architecture
 from hpm.models.mim import MaskedImageModel
-from hpm.models.timm_encoder import PREFIX
+from hpm.models.timm_models import PREFIX
 from hpm.models.vit import VisionTransformer
 from hpm.weights.backbone import Backbone
 from hpm.weights.renaming import Rules, join_qkv, rename, unwrap

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
-from hpm.models.timm_encoder import HieraEncoder
+from hpm.models.hiera import HieraEncoder
 from hpm.weights.backbone import Backbone
 from hpm.weights.format import ExportSource, Outputs, WritableFormat
 

@@ -12,15 +12,9 @@ from hpm.core.files import write_tensors
 from hpm.core.hub import fetched
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder
-from hpm.models.timm_encoder import (
-    PREFIX,
-    HieraEncoder,
-    TimmEncoder,
-    check_weights,
-    pretrained_weights,
-    timm_input,
-    timm_shape,
-)
+from hpm.models.hiera import HieraEncoder
+from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
+from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.weights.contents import Contents, size_text
 from hpm.weights.format import ExportSource, Outputs, ReadableFormat, WritableFormat, starts
 

@@ -20,7 +20,7 @@ from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.targets.base import Target
-from hpm.targets.make import make_target
+from hpm.targets.registry import make_target
 from hpm.weights.backbone import Backbone
 from hpm.weights.checkpoint import compare, differ, load_exactly
 from hpm.weights.contents import Contents

@@ -18,15 +18,11 @@ from hpm.mining.draw import noise
 from hpm.mining.masking import hide_top
 from hpm.models.architecture import nearest_size, resolve_model
 from hpm.models.build import build_classifier, build_encoder
+from hpm.models.hiera import HieraEncoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
-from hpm.models.timm_encoder import (
-    HieraEncoder,
-    TimmEncoder,
-    pretrained_weights,
-    timm_encoder,
-    timm_shape,
-)
+from hpm.models.timm_encoder import TimmEncoder, pretrained_weights, timm_encoder
+from hpm.models.timm_models import timm_shape
 from hpm.training.build import build_run
 from hpm.training.optim import layer_decay_groups, parameter_groups
 from hpm.weights.checkpoint import load_checkpoint

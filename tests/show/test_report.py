@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 import hpm
 from hpm.cli import main
 from hpm.show import monitor as watch
-from hpm.show import report
 from hpm.show.options import ReportConfig
 from hpm.show.report import run_report, write_report
 from hpm.training.sessions import read_sessions
@@ -248,7 +247,7 @@ def test_by_finger(browser, finished_run):
 def test_every_view_is_a_part_of_a_moment():
     from hpm.show.moments import Moment
 
-    assert set(report.VIEWS) <= set(Moment.__dataclass_fields__)
+    assert set(report_figures.VIEWS) <= set(Moment.__dataclass_fields__)
 
 
 def test_it_lists_all_evaluations(run_folder, image_folder):
