@@ -33,8 +33,8 @@ MASK_THRESHOLD = 0.5  # probability from which a pixel belongs to an object
 PASTED_AT_A_TIME = 8  # masks in memory as floating-point numbers of the whole image
 ANCHOR_STRIDES = (*STRIDES, 64)
 
-Loaded = Shaped[Tensor, "channels height width"]  # uint8, or float32 with 255 for full scale
-Normalized = Float[Tensor, "channels height width"]
+Loaded = Shaped[Tensor, "channels _ _"]  # uint8, or float32 with 255 for full scale
+Normalized = Float[Tensor, "channels _ _"]
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
     from hpm.evals.detect.data import open_data
     from hpm.evals.detect.figure import save_figure
-    from hpm.evals.detect.testing import DetectionScores, find_objects
+    from hpm.evals.detect.testing import DetectionScores, check_images, find_objects
     from hpm.evals.detect.training import check_options, fine_tune
     from hpm.evals.files import training_folder
 
@@ -121,6 +121,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     if task.folder is None:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     data = open_data(options)
+    check_images(data.test, task.trained.architecture.channels, task)
     folder = training_folder("detect", _of_training(options), task.folder)
     task.about |= {"train_images": len(data.train), "classes": len(data.classes)}
     for backbone in task.backbones:

@@ -51,6 +51,18 @@ class DetectionScores:
         return average_precision(self.found.truth, self.found.results, self.kind)
 
 
+def check_images(source: Source, channels: int, task: Task) -> None:
+    """Read all test images and their annotations once: UserError where they do not fit each other,
+    or too many are unreadable. Training takes so much longer that this is known before."""
+    unreadable = task.unreadable(source)
+    views = DetectionTesting(channels, source.is_deep(), size=None)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batches = dense_batches(source, views, BATCH_SIZE, task.workers, rank, world_size)
+    for batch in track(batches, "checking", -(-len(source) // (BATCH_SIZE * world_size))):
+        unreadable.add(batch.unreadable)
+    unreadable.check(lambda line: None)  # said when they are tested
+
+
 def find_objects(model: DetectionModel, source: Source, options: Options, task: Task) -> Found:
     """Detect the objects of all readable images of a source. Several processes share the images;
     all of them get the whole result. UserError where too many images are unreadable."""
