@@ -18,7 +18,7 @@ from hpm.core import lock
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from hpm import lock
+from hpm.core import lock
 
 lock.acquire(Path(sys.argv[1]))
 if os.fork() == 0:
