@@ -1,4 +1,4 @@
-"""`report.html`: what a run learned, on one page that opens offline."""
+"""`report.html`: the results of a run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Chart(NamedTuple):
 CHARTS = (
     Chart(
         "Reconstruction loss",
-        "How far the hidden patches are missed. It may rise when harder patches are hidden.",
+        "Mean loss of the hidden patches. It may rise as harder patches are hidden.",
         {"reconstruction_loss": "training"},
     ),
     Chart(
         "Predictor loss",
-        "Of the pairs of hidden patches, by which is harder; 0.693 is guessing (relative loss).",
+        "Loss of the loss predictor; for the relative loss, 0.693 is chance.",
         {"predictor_loss": "training"},
     ),
     Chart(
         "Ranking accuracy",
-        "Share of pairs of hidden patches that are put in the right order; 0.5 is guessing.",
+        "Fraction of pairs of hidden patches that are ranked correctly; 0.5 is chance.",
         {
             "ranking_accuracy": "training",
             "held_out/ranking_accuracy": "held out",
@@ -57,13 +57,13 @@ CHARTS = (
     ),
     Chart(
         "Rank correlation, held out",
-        "Spearman's, of predicted and actual losses of an image's patches; 0 is guessing. The "
-        "teacher sees whole images: by its prediction patches are mined.",
+        "Spearman correlation of predicted and actual losses within an image; 0 is chance. The "
+        "teacher, which mining uses, sees whole images.",
         {"held_out/rank_correlation": "student", "held_out/mining_correlation": "teacher"},
     ),
     Chart(
         "Hard patches on objects, held out",
-        "Share of the quarter of patches predicted to be hardest that lies on objects.",
+        "Fraction of the quarter of patches predicted to be hardest that lies on objects.",
         {"held_out/hard_on_objects": "hardest", "held_out/chance_on_objects": "all patches"},
         from_zero=True,
     ),
@@ -74,22 +74,22 @@ CHARTS = (
     ),
     Chart(
         "Hard share",
-        "Share of the hidden patches that are mined; the others are hidden by chance.",
+        "Fraction of the hidden patches that are mined; the others are random.",
         {"hard_share": "mined"},
         from_zero=True,
     ),
-    Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
-    Chart("EMA decay", "How much of itself the teacher keeps in a step.", {"ema_decay": "teacher"}),
+    Chart("Learning rate", "Linear warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
+    Chart("EMA decay", "Decay of the teacher's moving average per step.", {"ema_decay": "teacher"}),
     Chart(
         "Gradient norm",
-        "Before it is clipped; spikes are steps that did not go well.",
+        "Norm before clipping.",
         {"grad_norm": "training"},
         from_zero=True,
     ),
     Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
     Chart(
         "Data wait",
-        "Share of the time spent waiting for images: more --workers help where it is high.",
+        "Fraction of the time spent waiting for images. If it is high, try more --workers.",
         {"data_wait": "main process"},
         from_zero=True,
     ),
@@ -139,7 +139,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     parts = [
         _head(folder, options, metrics, sessions),
         _problems(folder, metrics, sessions),
-        "<h2>What it finds hard, while it trains</h2>",
+        "<h2>Predicted difficulty during training</h2>",
         _moments(moments, options),
         "<h2>Curves</h2>",
         charts,
@@ -148,7 +148,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _usage(folder),
         "<h2>Configuration</h2>",
         _configuration(options),
-        "<h2>Where it ran</h2>",
+        "<h2>Sessions</h2>",
         _sessions(sessions, run.config_file),
         data_block("curves", values),
     ]
@@ -187,7 +187,7 @@ def _head(
         for name, title in (
             ("reconstruction_loss", "reconstruction loss"),
             ("ranking_accuracy", "ranking accuracy"),
-            ("held_out/ranking_accuracy", "the same, held out"),
+            ("held_out/ranking_accuracy", "ranking accuracy, held out"),
             ("probe/linear", "linear probe, %"),
             ("images_per_second", "images per second"),
         )
@@ -197,7 +197,7 @@ def _head(
     return (
         f"<h1>{escape(str(folder))}</h1>\n<p>{escape('; '.join(facts))}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")} from the run folder; '
-        "<code>hpm report RUN</code> writes it again.</p>\n"
+        "<code>hpm report RUN</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'
     )
 
@@ -335,7 +335,7 @@ def _charts(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
             cards.append(card)
             values.append(numbers)
     if not cards:
-        return "<p>Nothing is measured yet.</p>", values
+        return "<p>No measurements yet.</p>", values
     hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
     return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
 
@@ -392,8 +392,8 @@ def _configuration(options: dict[str, Any]) -> str:
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
-        f"{_table(chosen)}\n<details><summary>{len(rest)} more, as by default or as follows from "
-        f"these</summary>{_table(rest)}</details>"
+        f"{_table(chosen)}\n<details><summary>{len(rest)} options with default or derived "
+        f"values</summary>{_table(rest)}</details>"
     )
 
 
@@ -445,7 +445,7 @@ def _options(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{path} is damaged: mend it")
+        raise UserError(f"{path} is damaged: repair it")
     return options
 
 

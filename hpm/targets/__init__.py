@@ -1,1 +1,1 @@
-"""What is reconstructed; one file each."""
+"""Reconstruction targets, one file each."""
