@@ -72,7 +72,7 @@ def test_what_a_checkpoint_names_is_not_fetched(
         hpm.evaluate("hardness", path, str(image_folder), workers=0, device="cpu")
     trained = view.open_trained(path, "cpu")
     viewer = view.Viewer(trained, *view._examples("demo", trained), 2)
-    assert "not fetched" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
+    assert "not downloaded" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
     hpm.commands.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
 
 
