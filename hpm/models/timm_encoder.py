@@ -8,7 +8,7 @@ it, under the name `norm`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -413,7 +413,7 @@ def _module(name: str) -> str:
     if name not in known:
         hint = nearest(f"{PREFIX}{name}", [f"{PREFIX}{n}" for n in known])
         raise UserError(f"model is '{PREFIX}{name}', which timm does not have{hint}")
-    module = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    module = _defining_module(timm.model_entrypoint(architecture)).rpartition(".")[2]
     if module not in ABLE:
         raise UserError(
             f"{PREFIX}{name} cannot run on a part of its patches alone: "
@@ -421,6 +421,19 @@ def _module(name: str) -> str:
             f"{PREFIX}vit_small_patch16_224 or {PREFIX}hiera_tiny_224"
         )
     return module
+
+
+def _defining_module(entrypoint: Callable[..., Any]) -> str:
+    """The module of timm that defines the class of a model.
+
+    That is the module of the entry point, unless the user registered the model with
+    `timm.models.register_model`.
+    """
+    if entrypoint.__module__.startswith("timm."):
+        return entrypoint.__module__
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        bases = type(entrypoint()).__mro__
+    return next((b.__module__ for b in bases if b.__module__.startswith("timm.")), "")
 
 
 def _mask_unit(model: Any) -> tuple[int, ...]:
