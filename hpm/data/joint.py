@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.core.extras import need
-from hpm.data.arrays import Pixels, UnreadableImage, at_depth, in_units_of_255, recoloured
+from hpm.data.arrays import Opened, Pixels, UnreadableImage, at_depth, in_units_of_255, recoloured
 from hpm.data.detection import Objects, image_size, objects
 from hpm.data.loader import IMAGENET_MEAN, Key
 from hpm.data.mask_files import IGNORED
@@ -152,6 +152,20 @@ class SegmentationTesting(_Views):
 
 
 @dataclass
+class WholeImages(_Views):
+    """The whole image, resized as for testing, and its (height, width) in the file: what can be
+    predicted without annotations."""
+
+    size: int | None = 512
+    longest: int | None = None
+
+    def __call__(self, source: Source, key: Key) -> tuple[Image, tuple[int, int]]:
+        image = self.image(source, key[1])
+        height, width = image.shape[1:]
+        return _resized(image, self.size, self.longest), (height, width)
+
+
+@dataclass
 class DetectionTraining(_Views):
     """Large-scale jitter (Ghiasi et al., 2021): random resize, random crop filled up to a square,
     horizontal flip. Objects of which nothing is left are dropped, and so are crowds.
@@ -239,6 +253,15 @@ def _left(changed: dict[str, Any]) -> Objects:
         boxes = boxes[there]
     classes = changed["classes"][there]
     return Objects(boxes.float(), classes, masks, torch.zeros(len(classes), dtype=torch.bool))
+
+
+def whole_image(
+    opened: Opened, channels: int, size: int | None, longest: int | None = None, deep: bool = False
+) -> tuple[Image, tuple[int, int]]:
+    """What `WholeImages` makes of one opened image. Raises OSError or UnreadableImage."""
+    image = torch.from_numpy(_whole(decode(opened, channels), deep))
+    height, width = image.shape[1:]
+    return _resized(image, size, longest), (height, width)
 
 
 def _resized(
