@@ -395,7 +395,7 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
 
     from hpm.data.loader import evaluation_batches, normalize
     from hpm.data.sources import Subset, open_source
-    from hpm.evals.hardness import loss_maps
+    from hpm.evals.loss_maps import loss_maps
     from hpm.mining.draw import Draw
     from hpm.models.patches import patchify
     from hpm.weights.resolve import load

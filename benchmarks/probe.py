@@ -15,8 +15,9 @@ import torch
 from results import machine, write_section
 from torch.nn import functional as F
 
-from hpm.evals.options import LinearConfig
-from hpm.evals.probe import CHOOSING, LinearHeads, grid
+from hpm.evals import linear
+from hpm.evals.linear_heads import LinearHeads
+from hpm.evals.probing import CHOOSING, grid
 
 IMAGES, DIM, CLASSES, BATCH, STEPS, ROUNDS = 20_000, 96, 100, 1024, 40, 5
 
@@ -57,7 +58,7 @@ def main() -> None:
     means = 0.5 * torch.randn(CLASSES, DIM, generator=generator)
     features = means[labels] + torch.randn(IMAGES, DIM, generator=generator)
     seen = torch.rand(IMAGES, generator=generator) < 0.8
-    defaults = LinearConfig("run", "data")
+    defaults = linear.Options("run", "data")
     settings = grid(defaults.lr, defaults.weight_decay)
     seconds: dict[str, list[float]] = {"recorded": [], "written down": []}
     for _ in range(ROUNDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -10,12 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpm.core.errors import UserError, counted, nearest, why
 from hpm.core.parser import Command, HelpWanted
 from hpm.core.signals import Interrupted
 from hpm.core.version import __version__
+
+if TYPE_CHECKING:
+    from hpm.evals.contract import Evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,18 +74,18 @@ def understand(arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
 def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
     """The same for a verb of several kinds: `hpm eval knn`, `hpm bench step`."""
     noun, find = GROUPS[group]
-    kinds = find()
-    known = f"hpm {group} {'|'.join(kinds)}"
     if not arguments:
-        raise UserError(f"name {noun}: {known} (hpm {group} --help)")
+        raise UserError(f"name {noun}: {', '.join(find())} (hpm {group} --help)")
     name, *rest = arguments
     if name in ("-h", "--help"):
+        kinds = find()
         width = max(map(len, kinds))
         lines = [f"  hpm {group} {kind:{width}}  {verb.about}" for kind, verb in kinds.items()]
         raise HelpWanted("\n".join([*lines, f"\nhpm {group} KIND --help lists its options", ""]))
+    kinds = find(name)
     if name not in kinds:
         word = noun.partition(" ")[2]
-        raise UserError(f"no {word} '{name}'{nearest(name, kinds)} ({known})")
+        raise UserError(f"no {word} '{name}'{nearest(name, kinds)} ({', '.join(kinds)})")
     return kinds[name].run, kinds[name].command(f"hpm {group} {name}").parse(rest)
 
 
@@ -128,12 +132,13 @@ def _report(config: Any) -> None:
     print(f"written to {run_report(config)}")
 
 
-def _eval(config: Any) -> None:
+def _eval(evaluation: Evaluation, options: Any) -> None:
     from rich.console import Console
 
-    from hpm.evals import print_result, run_evaluation
+    from hpm.evals.result import print_result
+    from hpm.evals.running import run_evaluation
 
-    result = run_evaluation(config)
+    result = run_evaluation(evaluation, options)
     if _rank() == 0:
         print_result(result, Console())
         if result.file:
@@ -220,19 +225,20 @@ def _export(config: Any) -> None:
     run_export(config)
 
 
-def _evaluations() -> dict[str, Verb]:
-    from hpm.evals.options import PROTOCOLS
+def _evaluations(name: str | None = None) -> dict[str, Verb]:
+    """All that are installed; or the one of that name, which may be a module of the reader's."""
+    from hpm.evals.contract import find, installed
 
-    return {
-        name: Verb(
-            options, _eval, ("run", "data"), presets=True,
-            about=" ".join((options.__doc__ or "").split()),
+    verbs = {}
+    for evaluation in map(find, [name] if name else installed()):
+        run = functools.partial(_eval, evaluation)
+        verbs[evaluation.name] = Verb(
+            evaluation.options, run, ("run", "data"), presets=True, about=evaluation.about
         )
-        for name, options in PROTOCOLS.items()
-    }  # fmt: skip
+    return verbs
 
 
-def _benchmarks() -> dict[str, Verb]:
+def _benchmarks(name: str | None = None) -> dict[str, Verb]:
     options = "hpm.commands.options"
     return {
         "step": Verb(f"{options}:BenchConfig", _bench_step, about="what a training step costs"),
@@ -256,8 +262,8 @@ VERBS = {
     "export": Verb("hpm.commands.options:ExportConfig", _export, ("run",)),
 }
 
-# Verbs of several kinds: what a kind is called, and what finds them.
-GROUPS: dict[str, tuple[str, Callable[[], dict[str, Verb]]]] = {
+# Verbs of several kinds: what a kind is called, and what finds all of them, or the one of a name.
+GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
     "eval": ("an evaluation", _evaluations),
     "bench": ("a benchmark", _benchmarks),
 }

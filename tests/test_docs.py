@@ -16,7 +16,7 @@ from hpm import cli
 from hpm.commands.options import AblateConfig
 from hpm.core.config import PretrainConfig, may_change
 from hpm.core.options import check_rules, describe, make_config
-from hpm.evals.options import EvalConfig
+from hpm.evals.options import EvalOptions
 from hpm.training.checks import check_pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def parse(words):
 
 
 def check(config):
-    if isinstance(config, EvalConfig):
+    if isinstance(config, EvalOptions):
         check_rules(config)
     elif isinstance(config, PretrainConfig):
         if config.codebook:  # a file that only its reader has

@@ -18,7 +18,7 @@ from hpm.core import signals as stop
 from hpm.core.errors import UserError
 from hpm.core.files import read_tensors
 from hpm.data.sources import open_source
-from hpm.evals.hardness import measure
+from hpm.evals.loss_maps import evaluate_losses
 from hpm.mining import miner
 from hpm.mining.teacher import predicted_losses
 from hpm.training.schedule import default_base_lr
@@ -139,7 +139,7 @@ def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_
     losses = set()
     for mask in ("easy_to_hard", "hardest", "block"):
         trained.config, trained.miner = dataclasses.replace(trained.config, mask=mask), None
-        losses.add(measure(trained, source, torch.device("cpu"))["reconstruction_loss"])
+        losses.add(evaluate_losses(trained, source, torch.device("cpu"))["reconstruction_loss"])
     assert len(losses) == 1 and losses.pop() > 0
     logged = [m for m in finished_run.metrics() if "held_out/reconstruction_loss" in m]
     assert logged and all(m["held_out/reconstruction_loss"] > 0 for m in logged)

@@ -7,7 +7,8 @@ from rich.console import Console
 from hpm.commands.options import DemoConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import make_config, read_preset
-from hpm.evals import evaluate, print_result
+from hpm.evals import evaluate
+from hpm.evals.result import print_result
 from hpm.pretraining import run_pretraining
 from hpm.show.command import show
 from hpm.show.options import ShowConfig

@@ -17,9 +17,10 @@ from hpm.core.errors import UserError, counted
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
+from hpm.evals.contract import RAW_PIXELS
+from hpm.models.patches import patchify
 from hpm.weights.resolve import Backbone
 
-RAW_PIXELS = "raw pixels"
 Embed = Callable[[Tensor], dict[str, Tensor]]
 
 
@@ -35,7 +36,7 @@ class Features:
 
 
 @dataclass
-class Subject:
+class EvaluatedBackbone:
     """A backbone that is evaluated, and what it wants to see."""
 
     name: str
@@ -60,8 +61,8 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How images are read for an evaluation."""
+class ImageReader:
+    """Reads the images of an evaluation."""
 
     batch_size: int
     workers: int | None
@@ -84,41 +85,61 @@ class Reading:
         unreadable.check(self.report)
 
 
-def pooled(subjects: list[Subject], baseline: bool) -> Embed:
+def pooled(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
     """What `extract` computes of loaded images for backbones of one view: class token (if any)
     and mean of the patches of each, and (as a baseline) raw pixels."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {}
-        for subject in subjects:
-            cls_token, patches = subject.parts(images)
+        for backbone in backbones:
+            cls_token, patches = backbone.parts(images)
             if cls_token is not None:
-                features[f"{subject.name}, class token"] = cls_token
-            features[f"{subject.name}, patch mean"] = patches.mean(1)
+                features[f"{backbone.name}, class token"] = cls_token
+            features[f"{backbone.name}, patch mean"] = patches.mean(1)
         return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
 
     return embed
 
 
-def by_view(subjects: list[Subject], baseline: bool) -> list[tuple[list[Subject], bool]]:
-    """Subjects that see the same views together; raw pixels (the baseline) go with the first."""
-    groups: list[tuple[list[Subject], bool]] = []
-    for view in dict.fromkeys(subject.view for subject in subjects):
-        alike = [subject for subject in subjects if subject.view == view]
+def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
+    """What `extract` computes: patches of every backbone, and (as a baseline) their raw pixels."""
+
+    @torch.inference_mode()
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        features = {backbone.name: backbone.parts(images)[1] for backbone in backbones}
+        if baseline:
+            patch_size = tuple(backbones[0].architecture["patch_size"])
+            features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)
+        return features
+
+    return embed
+
+
+def by_view(
+    backbones: list[EvaluatedBackbone], baseline: bool
+) -> list[tuple[list[EvaluatedBackbone], bool]]:
+    """Backbones that see the same views together; raw pixels (the baseline) go with the first."""
+    groups: list[tuple[list[EvaluatedBackbone], bool]] = []
+    for view in dict.fromkeys(backbone.view for backbone in backbones):
+        alike = [backbone for backbone in backbones if backbone.view == view]
         groups.append((alike, baseline and not groups))
     return groups
 
 
 def pooled_features(
-    subjects: list[Subject], source: Source, labels: np.ndarray, reading: Reading, baseline: bool
+    backbones: list[EvaluatedBackbone],
+    source: Source,
+    labels: np.ndarray,
+    reader: ImageReader,
+    baseline: bool,
 ) -> dict[str, Features]:
-    """Pooled features of all subjects, and raw pixels, of all readable images (see `extract`)."""
+    """Pooled features of all backbones, and raw pixels, of all readable images (see `extract`)."""
     found: dict[str, Features] = {}
-    for alike, with_pixels in by_view(subjects, baseline):
-        found |= extract(pooled(alike, with_pixels), source, labels, *alike[0].view, reading)
-    first = subjects[0].view
-    if any(s.view != first for s in subjects) and RAW_PIXELS in found:
+    for alike, with_pixels in by_view(backbones, baseline):
+        found |= extract(pooled(alike, with_pixels), source, labels, *alike[0].view, reader)
+    first = backbones[0].view
+    if any(s.view != first for s in backbones) and RAW_PIXELS in found:
         found[RAW_PIXELS] = found.pop(RAW_PIXELS)  # to the end of the table
     return found
 
@@ -139,7 +160,7 @@ def extract(
     labels: np.ndarray,
     size: tuple[int, int],
     channels: int,
-    reading: Reading,
+    reader: ImageReader,
 ) -> dict[str, Features]:
     """Features of all readable images, of every kind that `embed` gives: [B C H W] -> [B *].
 
@@ -151,7 +172,7 @@ def extract(
     found: dict[str, Tensor] = {}
     ids = torch.empty(share, dtype=torch.int64)
     count = 0
-    for batch in reading.batches(source, size, channels):
+    for batch in reader.batches(source, size, channels):
         rows = slice(count, count + len(batch.indices))
         ids[rows], count = batch.indices, rows.stop
         for name, features in embed(batch.images).items():

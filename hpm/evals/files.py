@@ -10,76 +10,72 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpm.evals.options import PROTOCOLS, EvalConfig
+from hpm.evals.options import EvalOptions
 
-COMPARED = "compared"  # features of the run that --compare names
-# What is evaluated, which names and tables tell by themselves.
-WHAT = ("run", "data", "test", "compare", "teacher", "train_share")
-# Where and how fast; of no influence on the numbers.
-FREE = ("out", "workers", "device", "checkpoint_every")
-LONGEST = 80  # characters of a file name that options take
+# Options that say what is evaluated: they have their own place in file names and tables.
+NAMED_APART = ("run", "data", "test", "compare", "teacher", "train_share")
+MAX_OPTIONS_LENGTH = 80  # characters of a file name
 
 
-def changed_options(protocol: str, about: Mapping[str, Any]) -> dict[str, Any]:
+def changed_options(options: type[EvalOptions], about: Mapping[str, Any]) -> dict[str, Any]:
     """Options of an evaluation (as in its JSON's `about`) that are not the defaults."""
-    free = {*WHAT, *FREE} | (set() if protocol == "finetune" else {"batch_size"})
     return {
         field.name: about[field.name]
-        for field in dataclasses.fields(PROTOCOLS[protocol])
-        if field.name not in free
+        for field in dataclasses.fields(options)
+        if field.name not in (*NAMED_APART, *options.no_effect)
         and field.name in about
         and _plain(about[field.name]) != _plain(field.default)
     }
 
 
-def result_file(config: EvalConfig, protocol: str, folder: Path) -> Path:
+def result_file(protocol: str, options: EvalOptions, folder: Path) -> Path:
     """The JSON file for these numbers: that of the same evaluation, or one that is not there yet.
 
     Its name tells protocol, data and the options that are not the defaults (a digest of them where
     they are many); a number follows where another evaluation has that name.
     """
-    about = dataclasses.asdict(config)
-    stem = _stem(protocol, about)
+    about = dataclasses.asdict(options)
+    stem = _stem(protocol, type(options), about)
     file, number = folder / f"{stem}.json", 1
-    while file.exists() and not _holds(file, protocol, about):
+    while file.exists() and not _holds(file, type(options), about):
         number += 1
         file = folder / f"{stem}_{number}.json"
     return file
 
 
-def training_folder(config: EvalConfig, folder: Path) -> Path:
-    """Where a fine-tuning keeps itself. Its name tells nothing of how it is tested, or beside what:
-    with other such options the trained classifier is tested anew, not trained anew."""
-    defaults = PROTOCOLS["finetune"]
+def training_folder(protocol: str, options: EvalOptions, folder: Path) -> Path:
+    """Where an evaluation that trains keeps itself. Its name tells nothing of how it is tested, or
+    beside what: with other such options the trained model is tested anew, not trained anew."""
+    defaults = type(options)
     same = {"crop_share": defaults.crop_share, "baselines": defaults.baselines}
-    return folder / _stem("finetune", dataclasses.asdict(config) | same)
+    return folder / _stem(protocol, defaults, dataclasses.asdict(options) | same)
 
 
-def _stem(protocol: str, about: Mapping[str, Any]) -> str:
-    parts = [protocol, _name(about["data"])]
+def _stem(protocol: str, options: type[EvalOptions], about: Mapping[str, Any]) -> str:
+    parts = [_name(protocol), _name(about["data"])]
     parts += ["teacher"] if about["teacher"] else []
     parts += ["on", _name(about["test"])] if about["test"] else []
     share = about.get("train_share", 1.0)
     parts += [f"share_{share:g}"] if share < 1 else []
     parts += ["less", _name(about["compare"])] if about["compare"] else []
-    changed = changed_options(protocol, about)
-    options = "_".join(f"{name}_{_text(value)}" for name, value in changed.items())
-    if len(options) > LONGEST:
-        options = f"options_{hashlib.sha256(options.encode()).hexdigest()[:8]}"
-    return "_".join([*parts, *([options] if options else [])])
+    changed = changed_options(options, about)
+    text = "_".join(f"{name}_{_text(value)}" for name, value in changed.items())
+    if len(text) > MAX_OPTIONS_LENGTH:
+        text = f"options_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return "_".join([*parts, *([text] if text else [])])
 
 
-def _holds(file: Path, protocol: str, about: Mapping[str, Any]) -> bool:
+def _holds(file: Path, options: type[EvalOptions], about: Mapping[str, Any]) -> bool:
     """Whether a file has the numbers of this very evaluation (or of none at all)."""
     try:
         before = json.loads(file.read_text())["about"]
         same = all(before[name] == about[name] for name in ("data", "test", "compare"))
         # In a run's own folder it does not matter by which path the run was named.
         same = same and (about["out"] is None or before["run"] == about["run"])
-        options = [_plain(changed_options(protocol, each)) for each in (before, about)]
+        changed = [_plain(changed_options(options, each)) for each in (before, about)]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    return same and options[0] == options[1]
+    return same and changed[0] == changed[1]
 
 
 def _plain(value: Any) -> Any:

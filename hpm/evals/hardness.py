@@ -1,167 +1,73 @@
-"""Are the hard patches hard? Predicted against actual losses, patch by patch."""
+"""Whether the loss predictor and the teacher know which patches are hard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
-from PIL import Image
-from torch import Tensor
+from hpm.core.errors import UserError
+from hpm.core.options import option
+from hpm.evals.contract import PREDICTOR, Measured, Numbers
+from hpm.evals.options import EvalOptions
 
-from hpm.data.loader import evaluation_batches, normalize
-from hpm.data.sources import Source, object_mask
-from hpm.data.transforms import evaluation_view
-from hpm.mining.draw import Draw, noise
-from hpm.mining.losses import ranking_accuracy
-from hpm.mining.masking import hide_top, num_hidden_patches
-from hpm.mining.miner import Miner
-from hpm.models.mim import MaskedImageModel
-from hpm.models.patches import gather_patches, patchify
-from hpm.targets.base import Target
-from hpm.weights.resolve import Trained
-
-Map = Float[Tensor, "batch patches"]
+if TYPE_CHECKING:
+    from hpm.evals.task import Task
 
 
 @dataclass
-class LossMaps:
-    """Of each patch: the loss that it has when hidden (NaN where no mask hid it), the loss that
-    the student predicts then, and the loss that the teacher predicts seeing the whole image."""
+class Options(EvalOptions):
+    """How well the loss predictor ranks patches by difficulty."""
 
-    actual: Map
-    predicted_hidden: Map | None
-    predicted: Map | None
+    images: int = option(256, at_least=1)
+    """Number of images to measure on, drawn at random."""
 
 
-@torch.no_grad()
-def loss_maps(
-    model: MaskedImageModel,
-    miner: Miner,
-    images: Float[Tensor, "batch channels height width"],
-    draw: Draw,
-    target: Target,
-    mask_ratio: float,
-    num_masks: int = 10,
-) -> LossMaps:
-    """The student's losses are means over random masks; the teacher's is what mining goes by."""
-    teacher, num_patches = miner.teacher, model.encoder.num_patches
-    num_hidden = num_hidden_patches(num_patches, mask_ratio)
-    features = teacher.encoder(images) if target.needs_teacher else None
-    targets = target(images, features)
-    total = torch.zeros(len(images), num_patches, device=images.device)
-    predicted_total, count = torch.zeros_like(total), torch.zeros_like(total)
-    for number in range(num_masks):
-        priority = noise(draw.sample_ids, num_patches, draw.seed, epoch=0, purpose=number)
-        visible_ids, hidden_ids = hide_top(priority, num_hidden)
-        prediction, predicted_loss = model(images, visible_ids, hidden_ids)
-        patch_loss = target.patch_loss(prediction, gather_patches(targets, hidden_ids))
-        patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
-        total.scatter_add_(1, hidden_ids, patch_loss)
-        count.scatter_add_(1, hidden_ids, torch.ones_like(patch_loss))
-        if predicted_loss is not None:
-            predicted_total.scatter_add_(1, hidden_ids, predicted_loss.float())
-    if teacher.predictor is None:
-        return LossMaps(total / count, None, None)
-    predicted = miner.predicted_loss(images, draw)[1]
-    return LossMaps(total / count, predicted_total / count, predicted)
-
-
-def measure(
-    trained: Trained, source: Source, device: torch.device, seed: int = 0,
-    report: Callable[[str], None] | None = None, crop_share: float = 1.0,
-) -> dict[str, float]:  # fmt: skip
-    """Means over all readable images of a source (`report` is told of the others):
-    reconstruction_loss, the student's on random masks, which does not depend on what is mined, and
-    the measures of `hardness`."""
-    model, config = trained.model, trained.config
-    assert model is not None and config is not None
-    height, width = model.encoder.image_size
-    mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
-    totals: dict[str, float] = {}
-    count = 0
-    for batch in evaluation_batches(
-        source, (height, width), config.channels, batch_size=64, crop_share=crop_share
-    ):
-        if report:
-            for index, problem in batch.unreadable:
-                report(f"cannot read {source.path(index)} ({problem}), passed over")
-        if not len(batch.images):
-            continue
-        images = normalize(batch.images, mean, std).to(device)
-        maps = loss_maps(
-            model,
-            trained.find_miner(),
-            images,
-            Draw(seed, 0, batch.indices.to(device)),
-            trained.find_target(device),
-            config.mask_ratio,
+def run(task: Task, options: Options) -> Iterator[Measured]:
+    """The predictor's numbers."""
+    trained = task.trained
+    if trained.model is None:
+        raise UserError(
+            f"{options.run} holds a backbone only: without decoders it has no losses to measure"
         )
-        objects = object_views(source, batch.indices, (height, width), crop_share)
-        values = {"reconstruction_loss": maps.actual.nanmean().item()}
-        values |= hardness(maps, objects, model.encoder.patch_size)
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + value * len(images)
-        count += len(images)
-    return {name: total / count for name, total in totals.items()}
+    if not _has_predictor(task):
+        raise UserError(f"{options.run} has no loss predictor, so there is nothing to measure")
+    yield Measured(PREDICTOR, numbers=_numbers(task, options.images))
 
 
-def object_views(
-    source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int], crop_share: float = 1.0
-) -> Float[Tensor, "batch height width"] | None:
-    """Where objects are in the evaluation views of a source, 0 to 1; None where it cannot tell."""
-    masks = [object_mask(source, int(index)) for index in indices]
-    if any(mask is None for mask in masks):
-        return None
-    pictures = [Image.fromarray(mask) for mask in masks if mask is not None]
-    views = [evaluation_view(picture, size, 1, crop_share=crop_share)[0] for picture in pictures]
-    return torch.from_numpy(np.stack(views)) / 255
-
-
-def hardness(
-    maps: LossMaps, objects: Float[Tensor, "batch height width"] | None, patch_size: tuple[int, ...]
-) -> Iterator[tuple[str, float]]:
-    """Measures of a predictor, nothing where there is none.
-
-    ranking_accuracy: share of an image's pairs of patches that the student's predictor puts in
-    the right order when they are hidden, as it was trained to; 0.5 is chance.
-    rank_correlation: Spearman's, of the same two maps, mean over the images.
-    mining_accuracy, mining_correlation: the same for the teacher's prediction from the whole
-    image, by which patches are mined.
-    hard_on_objects, chance_on_objects: share of the quarter of patches that the teacher predicts
-    to be hardest, and of all patches, that lie on objects (at least half of the patch), where
-    `objects` says so.
-    """
-    if maps.predicted is None or maps.predicted_hidden is None:
+def of_the_predictor(task: Task, images: int = 256) -> Iterator[Measured]:
+    """The same for another evaluation to end with; nothing where there is no predictor."""
+    if not _has_predictor(task):
         return
-    for name, predicted in (("rank", maps.predicted_hidden), ("mining", maps.predicted)):
-        accuracies, correlations = [], []
-        for p, actual in zip(predicted, maps.actual, strict=True):
-            known = ~actual.isnan()
-            accuracies.append(ranking_accuracy(p[known][None], actual[known][None]))
-            correlations.append(spearman(p[known], actual[known]))
-        accuracy_name = "ranking_accuracy" if name == "rank" else "mining_accuracy"
-        yield accuracy_name, torch.stack(accuracies).nanmean().item()
-        yield f"{name}_correlation", torch.stack(correlations).nanmean().item()
-    if objects is not None:
-        on_object = patchify(objects[:, None], patch_size).mean(-1) >= 0.5
-        on_object = on_object.to(maps.predicted.device)
-        quarter = max(1, maps.predicted.shape[1] // 4)
-        hardest = maps.predicted.topk(quarter, dim=1).indices
-        yield "hard_on_objects", on_object.gather(1, hardest).float().mean().item()
-        yield "chance_on_objects", on_object.float().mean().item()
+    try:
+        yield Measured(PREDICTOR, numbers=_numbers(task, images))
+    except UserError as error:
+        # A frozen model or a codebook may be missing here: no reason to lose all other numbers.
+        task.reader.report(f"the predictor is not measured: {error}")
 
 
-def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Rank correlation; ties get their mean rank. NaN where one of them is constant."""
-    ranks = torch.stack([mean_ranks(x), mean_ranks(y)])
-    return torch.corrcoef(ranks)[0, 1].float()
+def _has_predictor(task: Task) -> bool:
+    trained = task.trained
+    return (
+        trained.model is not None
+        and trained.teacher is not None
+        and trained.model.predictor is not None
+    )
 
 
-def mean_ranks(x: Float[Tensor, " n"]) -> Tensor:
-    """Ranks from 0 in float64, equal values sharing the mean of theirs."""
-    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double() - 1
-    return (last - (counts.double() - 1) / 2)[inverse]
+def _numbers(task: Task, images: int) -> Numbers:
+    """Of the trained model's predictor and teacher."""
+    from hpm.core import distributed
+    from hpm.evals.loss_maps import evaluate_losses
+
+    def evaluate_them() -> Numbers:
+        trained, options = task.trained, task.options
+        assert trained.model is not None and trained.teacher is not None
+        trained.model.to(task.device).eval()
+        trained.teacher.to(task.device).eval()
+        source = task.some_images(images)
+        return evaluate_losses(
+            trained, source, task.device, options.seed, crop_share=options.crop_share
+        )
+
+    return distributed.main_first(evaluate_them)

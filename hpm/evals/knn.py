@@ -2,60 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn import functional as F
+from hpm.core.errors import UserError, counted
+from hpm.core.options import option
+from hpm.evals.contract import Measured
+from hpm.evals.options import FrozenEvalOptions, LabelledEvalOptions
 
-from hpm.evals.features import Features
-from hpm.evals.metrics import Ranked, rank
-
-QUERIES = 512
-
-
-def knn(
-    train: Features,
-    test: Features,
-    num_classes: int,
-    ks: Sequence[int],
-    temperature: float = 0.07,
-    device: torch.device | None = None,
-) -> Iterator[tuple[str, Ranked]]:
-    """Yield (`k = K`, where the true class of each test image stands) for every K that the
-    training set is large enough for."""
-    device = device or torch.device("cpu")
-    ks = [k for k in ks if k <= len(train.features)]
-    bank = F.normalize(train.features.to(device), dim=1)
-    labels = train.labels.to(device)
-    parts: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for ids in torch.arange(len(test.labels)).split(QUERIES):
-        queries = F.normalize(test.features[ids].to(device), dim=1)
-        votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
-        for k in ks:
-            parts[k].append(rank(votes[k], test.labels[ids].to(device)).ranks)
-    for k in ks:
-        ranks = torch.cat([*parts[k], torch.empty(0, dtype=torch.int64)])
-        yield f"k = {k}", Ranked(ranks, test.labels)
+if TYPE_CHECKING:
+    from hpm.evals.task import Task
 
 
-def neighbour_votes(
-    queries: Float[Tensor, "queries dim"],
-    bank: Float[Tensor, "train dim"],
-    labels: Int[Tensor, " train"],
-    num_classes: int,
-    ks: Sequence[int],
-    temperature: float,
-) -> dict[int, Float[Tensor, "queries classes"]]:
-    """Sum of exp(cosine / temperature) over the k nearest training images, for each class.
+@dataclass
+class Options(FrozenEvalOptions, LabelledEvalOptions):
+    """k-nearest-neighbour classification of frozen features."""
 
-    Queries and bank have unit length.
-    """
-    nearest, ids = (queries @ bank.T).topk(max(ks, default=1), dim=1)
-    weights = ((nearest - 1) / temperature).exp()  # a common factor: no overflow
-    votes = {}
-    for k in ks:
-        empty = torch.zeros(len(queries), num_classes, device=queries.device)
-        votes[k] = empty.scatter_add(1, labels[ids[:, :k]], weights[:, :k])
-    return votes
+    k: tuple[int, ...] = option((10, 20, 100, 200), at_least=1, main=True)
+    """Numbers of neighbours. Values larger than the training set are skipped."""
+    temperature: float = option(0.07, above=0)
+    """Temperature of the votes, exp(similarity / temperature)."""
+
+
+def run(task: Task, options: Options) -> Iterator[Measured]:
+    """A row for each kind of pooled features and each k, and the predictor's numbers."""
+    from hpm.core import distributed
+    from hpm.evals.hardness import of_the_predictor
+    from hpm.evals.neighbours import nearest_neighbours
+
+    data = task.labelled(options.train_share)
+    train, test = task.pooled(data)
+    task.count_images(train, test)
+    count = task.about["train_images"]
+    if count < min(options.k):
+        raise UserError(
+            f"k {min(options.k)} is more than {counted(count, 'training image')}: "
+            "pass a smaller --k"
+        )
+
+    def classify() -> list[Measured]:
+        how = len(data.classes), options.k, options.temperature, task.device
+        return [
+            Measured(name, f"k = {k}", ranks)
+            for name in train
+            for k, ranks in nearest_neighbours(train[name], test[name], *how)
+        ]
+
+    yield from distributed.main_first(classify)
+    yield from of_the_predictor(task)

@@ -14,29 +14,37 @@ RESAMPLES = 10_000
 
 
 @dataclass
-class Ranked:
+class TrueClassRanks:
     """Of each test image: how many classes were scored above the true one, and which that is."""
 
     ranks: Int[Tensor, " images"]
     labels: Int[Tensor, " images"]
 
+    def numbers(self, seed: int) -> dict[str, float]:
+        """See `accuracies`."""
+        return accuracies(self, seed)
 
-def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Ranked:
+    def difference(self, other: TrueClassRanks, seed: int) -> dict[str, float]:
+        """See `difference`."""
+        return difference(self, other, seed)
+
+
+def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> TrueClassRanks:
     """Where the true class stands; of equal scores the first class wins, as in argmax."""
     true = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     ranks = ((scores > true) | ((scores == true) & before)).sum(1)
-    return Ranked(ranks.cpu(), labels.cpu())
+    return TrueClassRanks(ranks.cpu(), labels.cpu())
 
 
-def join(parts: Sequence[Ranked]) -> Ranked:
+def join(parts: Sequence[TrueClassRanks]) -> TrueClassRanks:
     """Several batches as one."""
-    return Ranked(
+    return TrueClassRanks(
         torch.cat([part.ranks for part in parts]), torch.cat([part.labels for part in parts])
     )
 
 
-def accuracies(ranked: Ranked, seed: int = 0) -> dict[str, float]:
+def accuracies(ranked: TrueClassRanks, seed: int = 0) -> dict[str, float]:
     """top1 with the ends of its 95 % bootstrap interval, top5, mean over classes; in percent."""
     right = (ranked.ranks == 0).double().numpy()
     low, high = bootstrap_interval(right, seed)
@@ -51,7 +59,7 @@ def accuracies(ranked: Ranked, seed: int = 0) -> dict[str, float]:
     }
 
 
-def difference(first: Ranked, second: Ranked, seed: int = 0) -> dict[str, float]:
+def difference(first: TrueClassRanks, second: TrueClassRanks, seed: int = 0) -> dict[str, float]:
     """top-1 of the first less that of the second, in points, with its 95 % interval.
 
     Both on the same images, which are resampled in pairs: much narrower than from two intervals.

@@ -17,17 +17,18 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.evals.features import (
+    EvaluatedBackbone,
     Features,
-    Reading,
-    Subject,
+    ImageReader,
     labelled_splits,
     pooled_features,
     split_by_class,
 )
-from hpm.evals.knn import knn
-from hpm.evals.metrics import Ranked
-from hpm.evals.options import EvalConfig
-from hpm.evals.probe import Cached, LinearHeads, Recipe, grid, probe
+from hpm.evals.linear_heads import LinearHeads
+from hpm.evals.metrics import TrueClassRanks
+from hpm.evals.neighbours import nearest_neighbours
+from hpm.evals.options import EvalOptions
+from hpm.evals.probing import Cached, Recipe, grid, probe
 from hpm.weights.resolve import Trained
 
 MOST_IMAGES = 20_000
@@ -49,7 +50,7 @@ class OngoingProbe:
     def __init__(self, data: str, seed: int, workers: int | None, max_unreadable: float = 1.0):
         splits = open_source(data)
         # Without a test split, `hpm eval` holds a fifth out: none of it may be seen here either.
-        whole = splits.train if splits.test else labelled_splits(splits, EvalConfig.seed).train
+        whole = splits.train if splits.test else labelled_splits(splits, EvalOptions.seed).train
         self.data = labelled_splits(Splits(_some(whole, seed)), seed)
         # A class must be there to learn, to choose by and to judge.
         split_by_class(self.data.train_labels, self.data.classes, self.data.train.name, seed)
@@ -66,24 +67,24 @@ class OngoingProbe:
         """Top-1 in percent of `knn` and `linear` on the mean of the patches. UserError where too
         many images are unreadable; each of them is reported."""
         data = self.data
-        reading = Reading(128, self.workers, report, max_unreadable=self.max_unreadable)
+        reader = ImageReader(128, self.workers, report, max_unreadable=self.max_unreadable)
         backbone = trained.backbone().to(device).eval()
-        subjects = [Subject(NAME, backbone, trained.architecture)]
+        backbones = [EvaluatedBackbone(NAME, backbone, trained.architecture)]
         train, test = (
-            pooled_features(subjects, source, labels, reading, False)
+            pooled_features(backbones, source, labels, reader, False)
             for source, labels in ((data.train, data.train_labels), (data.test, data.test_labels))
         )
         return distributed.main_first(lambda: self._judged(train[POOLED], test[POOLED], device))
 
     def _judged(self, train: Features, test: Features, device: torch.device) -> dict[str, float]:
         data, classes = self.data, len(self.data.classes)
-        nearest = dict(knn(train, test, classes, (K,), device=device))
+        nearest = dict(nearest_neighbours(train, test, classes, (K,), device=device))
         bank = Cached({POOLED: train})
         held = split_by_class(bank.labels.numpy(), data.classes, data.train.name, self.seed)[1]
-        settings = grid(LEARNING_RATES, (0.0,))
-        recipe = Recipe(LinearHeads, settings, EPOCHS, BATCH_SIZE, self.seed, device)
+        points = grid(LEARNING_RATES, (0.0,))
+        recipe = Recipe(LinearHeads, points, EPOCHS, BATCH_SIZE, self.seed, device)
         probed = probe(bank, bank, Cached({POOLED: test}), held, classes, recipe)[POOLED]
-        return {"knn": _top1(nearest[f"k = {K}"]), "linear": _top1(probed.ranked)}
+        return {"knn": _top1(nearest[K]), "linear": _top1(probed.ranks)}
 
 
 def make_probe(config: PretrainConfig) -> OngoingProbe | None:
@@ -101,5 +102,5 @@ def _some(source: Source, seed: int) -> Source:
     return Subset(source, np.sort(rng.permutation(len(source))[:MOST_IMAGES]))
 
 
-def _top1(ranked: Ranked) -> float:
+def _top1(ranked: TrueClassRanks) -> float:
     return 100 * (ranked.ranks == 0).double().mean().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,40 @@ from rich.table import Table
 
 from hpm.core.errors import counted
 from hpm.core.files import write_text
+from hpm.evals.contract import Numbers
 
-Numbers = dict[str, float]
-LABELLED = ("knn", "linear", "attentive", "finetune")
+TOP5 = "top-5"
+CLASSIFICATION = {
+    "top-1": "{top1:.1f}",
+    "95 % interval": "{top1_low:.1f} to {top1_high:.1f}",
+    TOP5: "{top5:.1f}",
+    "mean per class": "{mean_per_class:.1f}",
+}
 
 
 @dataclass
 class Result:
     """Numbers of one evaluation.
 
-    values[features][setting][measure]: a setting is `k = 20` of kNN, or else the protocol; the
-    measures of a classification are in percent (top1 with its 95 % bootstrap interval top1_low to
+    values[features][setting][name]: a setting is `k = 20` of kNN, or else the protocol; the
+    numbers of a classification are in percent (top1 with its 95 % bootstrap interval top1_low to
     top1_high, top5, mean_per_class). differences: the first run less the second, in points.
-    chosen: the hyper-parameters that the held-out part chose. about: what was evaluated and how.
-    file: where all of this was written to; unwritable: why it could not be.
+    chosen: the hyper-parameters that the held-out part chose. hardness: of the loss predictor and
+    the teacher. per_class[features][setting][class][name]: where the evaluation has such numbers.
+    about: what was evaluated and how. columns: of the printed table (see `hpm.evals.contract`).
+    file: where all of this was written to, with its figures beside it; unwritable: why it could not
+    be.
     """
 
     protocol: str
     about: dict[str, Any]
-    values: dict[str, dict[str, Numbers]]
+    values: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     differences: dict[str, dict[str, Numbers]] = field(default_factory=dict)
     chosen: dict[str, Numbers] = field(default_factory=dict)
     hardness: Numbers = field(default_factory=dict)
+    per_class: dict[str, dict[str, dict[str, Numbers]]] = field(default_factory=dict)
+    figures: list[str] = field(default_factory=list)
+    columns: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
     unwritable: str | None = None
 
@@ -46,74 +59,117 @@ class Result:
 
     def save(self, file: Path) -> None:
         """Write everything as JSON."""
-        names = ("about", "values", "differences", "chosen", "hardness")
-        content = {"protocol": self.protocol} | {name: getattr(self, name) for name in names}
+        content = {
+            "protocol": self.protocol,
+            "about": self.about,
+            "values": self.values,
+            "differences": self.differences,
+            "chosen": self.chosen,
+            "hardness": self.hardness,
+            **({"per_class": self.per_class} if self.per_class else {}),
+            **({"figures": self.figures} if self.figures else {}),
+        }
         write_text(file, json.dumps(content, indent=2) + "\n")
         self.file = file
 
 
 def print_result(result: Result, console: Console) -> None:
     """Tables of the numbers, and a line on the hard patches."""
-    about = result.about
     if result.values:
-        what = f"{about['run']} ({about['weights']}) on {about['data']}"
-        if result.protocol in LABELLED:
-            tested = counted(about["test_images"], "test image")
-            what = f"top-1 of {result.protocol} in %, {what}, {tested}"
-        else:
-            what = f"{result.protocol} of {what}, {counted(about['images'], 'image')}"
-        console.print(what, soft_wrap=True, highlight=False)
+        console.print(_heading(result), soft_wrap=True, highlight=False)
         console.print(_table(result))
-    if result.protocol == "knn":
+    if _has_settings(result) and _is_classification(result):
         console.print("±: half of the 95 % bootstrap interval", highlight=False)
     for name, settings in result.differences.items():
         for setting, numbers in settings.items():
-            at = f" at {setting}" if setting.startswith("k") else ""
-            console.print(
-                f"{about['run']} less {about['compare']}, {name}{at}: "
-                f"{numbers['top1']:+.1f} points "
-                f"(95 % interval {numbers['top1_low']:+.1f} to {numbers['top1_high']:+.1f})",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
+            at = f" at {setting}" if setting != result.protocol else ""
+            runs = f"{result.about['run']} less {result.about['compare']}"
+            line = f"{runs}, {name}{at}: {_difference(numbers)}"
+            console.print(line, soft_wrap=True, highlight=False)
     _print_hardness(result.hardness, console)
-    console.print(f"{about['seconds']:.1f} seconds", highlight=False)
+    console.print(f"{result.about['seconds']:.1f} seconds", highlight=False)
+
+
+def _heading(result: Result) -> str:
+    about, protocol = result.about, result.protocol
+    what = f"{about['run']} ({about['weights']}) on {about['data']}"
+    what = (
+        f"top-1 of {protocol} in %, {what}"
+        if _is_classification(result)
+        else f"{protocol} of {what}"
+    )
+    if "test_images" in about:
+        return f"{what}, {counted(about['test_images'], 'test image')}"
+    return f"{what}, {counted(about['images'], 'image')}" if "images" in about else what
 
 
 def _table(result: Result) -> Table:
+    """A row for each kind of features; a column for each setting, or else for each number."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("features", no_wrap=True)
     settings = list(next(iter(result.values.values())))
-    if result.protocol == "knn":
-        for setting in settings:
-            table.add_column(setting, justify="right", no_wrap=True)
-        for name, values in result.values.items():
-            table.add_row(name, *[_with_half_width(values[s]) for s in settings])
-        return table
-    # Of five classes, the true one is always among the best five.
-    classes = result.about.get("classes", 1000)
-    measures: dict[str, Any] = {
-        "top-1": lambda v: f"{v['top1']:.1f}",
-        "95 % interval": lambda v: f"{v['top1_low']:.1f} to {v['top1_high']:.1f}",
-        **({"top-5": lambda v: f"{v['top5']:.1f}"} if classes > 5 else {}),
-        "mean per class": lambda v: f"{v['mean_per_class']:.1f}",
-    }
-    if result.protocol == "stats":
-        measures = {
-            "effective rank": lambda v: f"{v['rank']:.1f}",
-            "of": lambda v: f"{v['of']:.0f}",
-            "likeness of patches": lambda v: (
-                f"{v['patch_similarity']:.3f}" if "patch_similarity" in v else ""
-            ),
-        }
-    for title in measures:
+    columns = settings if _has_settings(result) else _columns(result)
+    for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for name, values in result.values.items():
-        table.add_row(name, *[cell(values[settings[0]]) for cell in measures.values()])
+        if _has_settings(result):
+            table.add_row(
+                name, *[_with_half_width(values.get(setting, {})) for setting in settings]
+            )
+        else:
+            numbers = next(iter(values.values()))
+            table.add_row(name, *[_cell(form, numbers) for form in _columns(result).values()])
     return table
 
 
+def _columns(result: Result) -> Mapping[str, str]:
+    """Title -> format of the numbers."""
+    if result.columns:
+        return result.columns
+    if _is_classification(result):
+        # Of five classes, the true one is always among the best five.
+        few = result.about.get("classes", 1000) <= 5
+        return {
+            title: form for title, form in CLASSIFICATION.items() if not (few and title == TOP5)
+        }
+    names = [n for settings in result.values.values() for each in settings.values() for n in each]
+    return {name: f"{{{name}:.4g}}" for name in dict.fromkeys(names)}
+
+
+def _has_settings(result: Result) -> bool:
+    """Whether the evaluation has settings of its own, such as the k of kNN."""
+    return any(s != result.protocol for settings in result.values.values() for s in settings)
+
+
+def _is_classification(result: Result) -> bool:
+    return any("top1" in each for settings in result.values.values() for each in settings.values())
+
+
+def _cell(form: str, numbers: Numbers) -> str:
+    """The numbers as a cell of the table, which is empty where one is missing."""
+    try:
+        return form.format_map(numbers)
+    except KeyError:
+        return ""
+
+
 def _with_half_width(numbers: Numbers) -> str:
-    return f"{numbers['top1']:.1f} ± {(numbers['top1_high'] - numbers['top1_low']) / 2:.1f}"
+    """The first number with half of its interval, where it has one."""
+    for name, value in numbers.items():
+        if f"{name}_low" not in numbers:
+            return f"{value:.4g}"
+        return f"{value:.1f} ± {(numbers[f'{name}_high'] - numbers[f'{name}_low']) / 2:.1f}"
+    return ""
+
+
+def _difference(numbers: Numbers) -> str:
+    """The first number with its interval, where it has one."""
+    name, value = next(iter(numbers.items()))
+    unit = "points" if name == "top1" else name
+    if f"{name}_low" not in numbers:
+        return f"{value:+.1f} {unit}"
+    low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+    return f"{value:+.1f} {unit} (95 % interval {low:+.1f} to {high:+.1f})"
 
 
 def _print_hardness(hard: Numbers, console: Console) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpm.evals.files import COMPARED, changed_options
+from hpm.evals.contract import COMPARED, installed_options
+from hpm.evals.files import changed_options
 
 
 @dataclass
@@ -55,7 +56,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
 
 def _options(protocol: str, about: dict[str, Any]) -> str:
     """How it was measured, where that is not the default; the k of kNN is named anyway."""
-    changed = changed_options(protocol, about)
+    options = installed_options(protocol)
+    changed = changed_options(options, about) if options else {}
     share = about.get("train_share", 1)
     changed |= {"train_share": share} if share != 1 else {}
     return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))

@@ -2,93 +2,41 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+from hpm.core.options import option
+from hpm.evals.contract import Measured
+from hpm.evals.options import FrozenEvalOptions
 
-from hpm.core import distributed
-from hpm.data.sources import Source
-from hpm.evals.features import (
-    RAW_PIXELS,
-    Embed,
-    Features,
-    Reading,
-    Subject,
-    by_view,
-    extract,
-    raw_pixels,
-)
-from hpm.models.patches import patchify
+if TYPE_CHECKING:
+    from hpm.evals.task import Task
 
-LIKENESS = "patch likeness of "
+COLUMNS = {
+    "effective rank": "{rank:.1f}",
+    "of": "{of:.0f}",
+    "likeness of patches": "{patch_similarity:.3f}",
+}
 
 
-def stats(
-    subjects: list[Subject], source: Source, reading: Reading, baseline: bool
-) -> dict[str, dict[str, float]]:
-    """For every kind of features: `rank` (effective rank), `of` (the most it could be) and, for
-    those made of patches, `patch_similarity` (mean cosine of two patches of one image)."""
-    values: dict[str, dict[str, float]] = {}
-    for alike, with_pixels in by_view(subjects, baseline):
-        embed = _embed(alike, with_pixels)
-        found = extract(embed, source, np.zeros(len(source), int), *alike[0].view, reading)
-        values |= distributed.main_first(partial(_measured, found))
-    return values
+@dataclass
+class Options(FrozenEvalOptions):
+    """Statistics of features without labels: effective rank, similarity of patches."""
+
+    images: int = option(10_000, at_least=1)
+    """Number of images to measure on, drawn at random."""
 
 
-def _measured(found: dict[str, Features]) -> dict[str, dict[str, float]]:
-    values = {}
-    for name, features in found.items():
-        if not name.startswith(LIKENESS):
-            x = features.features
-            values[name] = {"rank": effective_rank(x), "of": float(min(x.shape))}
-    for name, features in found.items():
-        if name.startswith(LIKENESS):
-            likeness = features.features.mean().item()
-            values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
-    return values
+def run(task: Task, options: Options) -> Iterator[Measured]:
+    """A row for each kind of features, and the predictor's numbers."""
+    from hpm.evals.feature_stats import feature_stats
+    from hpm.evals.hardness import of_the_predictor
 
-
-def _embed(subjects: list[Subject], baseline: bool) -> Embed:
-    @torch.inference_mode()
-    def embed(images: Tensor) -> dict[str, Tensor]:
-        features = {}
-        for subject in subjects:
-            cls_token, patches = subject.parts(images)
-            mean = f"{subject.name}, patch mean"
-            if cls_token is not None:
-                features[f"{subject.name}, class token"] = cls_token
-            features[mean] = patches.mean(1)
-            features[LIKENESS + mean] = patch_similarity(patches)
-        if baseline:
-            patches = patchify(images.float() / 255, tuple(subjects[0].architecture["patch_size"]))
-            features[RAW_PIXELS] = raw_pixels(images)
-            features[LIKENESS + RAW_PIXELS] = patch_similarity(patches)
-        return features
-
-    return embed
-
-
-def effective_rank(features: Float[Tensor, "images dim"]) -> float:
-    """RankMe (Garrido et al. 2023, equation 1): exp of the entropy of the singular values' shares.
-
-    From 1 (all features alike up to a factor) to min(images, dim) (all directions alike strong).
-    """
-    x = features.double()
-    # The smaller of the two products has the squares of all singular values that are not zero.
-    product = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
-    singular = torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
-    shares = singular / singular.sum().clamp(min=1e-12) + 1e-7
-    return torch.exp(-(shares * shares.log()).sum()).item()
-
-
-def patch_similarity(patches: Float[Tensor, "batch patches dim"]) -> Float[Tensor, " batch"]:
-    """Mean cosine similarity of two different patches of an image; 1 is collapse."""
-    count = patches.shape[1]
-    unit = F.normalize(patches.float(), dim=-1)
-    # The sum over all pairs is the square of the sum; each patch with itself counts 1.
-    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1))
+    source = task.some_images(options.images)
+    task.about["images"] = len(source)
+    for name, numbers in feature_stats(
+        task.backbones, source, task.reader, options.baselines
+    ).items():
+        yield Measured(name, numbers=numbers)
+    yield from of_the_predictor(task)

@@ -19,7 +19,7 @@ from hpm.core.errors import UserError
 from hpm.core.files import write_atomically
 from hpm.core.progress import track
 from hpm.data.loader import normalize
-from hpm.evals.hardness import loss_maps
+from hpm.evals.loss_maps import loss_maps
 from hpm.mining.draw import Draw
 from hpm.mining.masking import num_hidden_patches, to_mask
 from hpm.models.encoder import Encoder

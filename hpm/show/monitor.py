@@ -18,7 +18,7 @@ from hpm.core.files import write_tensors
 from hpm.core.signals import Interrupted
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Subset
-from hpm.evals.hardness import measure
+from hpm.evals.loss_maps import evaluate_losses
 from hpm.evals.ongoing import OngoingProbe
 from hpm.show.figures import Picture, draw, picture
 from hpm.show.moments import keep_moment
@@ -101,7 +101,9 @@ def evaluate(state: State, num_hard: int) -> None:
     config = state.config
     state.model.eval()
     with state.autocast():
-        values = measure(state.trained, state.held_out, state.device, config.seed, state.say_once)
+        values = evaluate_losses(
+            state.trained, state.held_out, state.device, config.seed, state.say_once
+        )
         if values:
             state.log.metrics(state.step, {f"held_out/{n}": v for n, v in values.items()})
             numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())

@@ -125,7 +125,7 @@ import torch
 import torch.distributed as dist
 from hpm.core import distributed
 from hpm.data.sources import open_source
-from hpm.evals.features import Reading, extract
+from hpm.evals.features import ImageReader, extract
 
 gather = dist.all_gather_object
 
@@ -153,7 +153,7 @@ with distributed.process_group(torch.device("cpu")):
 
     source = open_source(images).train
     means = lambda views: {"mean": views.float().mean((2, 3))}
-    found = extract(means, source, source.labels, (20, 20), 3, Reading(4, 0, print))
+    found = extract(means, source, source.labels, (20, 20), 3, ImageReader(4, 0, print))
     if rank == 1:
         assert found == {}
     else:

@@ -14,7 +14,7 @@ import hpm
 from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors
 from hpm.core.options import make_config
-from hpm.evals.options import KnnConfig
+from hpm.evals import knn
 
 
 def test_pretrain_takes_the_data_first(image_folder, tmp_path):
@@ -127,7 +127,7 @@ def test_an_option_of_another_type_is_told_which_it_must_be(option, value, reaso
 
 def test_a_list_of_any_length():
     with pytest.raises(hpm.UserError, match="k cannot be 5: it must be a list"):
-        make_config(KnnConfig, {"run": "x", "data": "y", "k": 5})
+        make_config(knn.Options, {"run": "x", "data": "y", "k": 5})
 
 
 def test_errors_give_their_reasons(finished_run, tmp_path):

@@ -209,10 +209,10 @@ def test_grey_images(tmp_path):
 
 def test_presets_have_the_papers_settings():
     from hpm.core.options import make_config, read_preset
-    from hpm.evals.options import FinetuneConfig
+    from hpm.evals.finetune import Options
 
     base, large = (
-        make_config(FinetuneConfig, {"run": "r", "data": "d"} | read_preset(f"finetune_vit_{size}"))
+        make_config(Options, {"run": "r", "data": "d"} | read_preset(f"finetune_vit_{size}"))
         for size in ("base", "large")
     )
     assert (base.epochs, base.base_lr, base.layer_decay, base.drop_path) == (100, 5e-4, 0.8, 0.1)

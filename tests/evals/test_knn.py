@@ -8,8 +8,15 @@ from helpers import write_images
 import hpm
 from hpm.core.files import read_tensors, write_tensors
 from hpm.data.sources import Splits, open_source
-from hpm.evals.features import Features, Reading, Subject, extract, labelled_splits, raw_pixels
-from hpm.evals.knn import knn
+from hpm.evals.features import (
+    EvaluatedBackbone,
+    Features,
+    ImageReader,
+    extract,
+    labelled_splits,
+    raw_pixels,
+)
+from hpm.evals.neighbours import nearest_neighbours
 from hpm.weights.resolve import load
 
 
@@ -42,18 +49,18 @@ def random_features(count, dim=8, classes=4, seed=0):
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 def test_knn_equals_a_naive_version(temperature):
     train, test = random_features(150), random_features(60, seed=1)
-    ours = dict(knn(train, test, 4, (1, 10, 20, 100, 200), temperature))
-    assert list(ours) == ["k = 1", "k = 10", "k = 20", "k = 100"]  # 200 is more than there are
+    ours = dict(nearest_neighbours(train, test, 4, (1, 10, 20, 100, 200), temperature))
+    assert list(ours) == [1, 10, 20, 100]  # 200 is more than there are
     for k in (1, 10, 20, 100):
-        assert top1(ours[f"k = {k}"]) == pytest.approx(naive_knn(train, test, 4, k, temperature))
+        assert top1(ours[k]) == pytest.approx(naive_knn(train, test, 4, k, temperature))
 
 
 def test_known_answers():
     corners = torch.eye(3)
     train = Features(corners.repeat(5, 1), torch.arange(3).repeat(5))
     test = Features(corners + 0.01, torch.tensor([0, 1, 0]))
-    found = dict(knn(train, test, 3, (5,)))
-    assert found["k = 5"].ranks[:2].tolist() == [0, 0] and found["k = 5"].ranks[2] > 0
+    found = dict(nearest_neighbours(train, test, 3, (5,)))
+    assert found[5].ranks[:2].tolist() == [0, 0] and found[5].ranks[2] > 0
 
 
 def test_each_image_once_with_its_own_label(tmp_path):
@@ -68,7 +75,7 @@ def test_each_image_once_with_its_own_label(tmp_path):
         source.labels,
         (20, 20),
         3,
-        Reading(4, 0, told.append),
+        ImageReader(4, 0, told.append),
     )["mean"]
     assert len(found.features) == len(found.labels) == 13 and len(told) == 1
     expected, labels = [], []
@@ -277,9 +284,9 @@ def test_precision_of_the_backbone(finished_run):
     images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     with torch.inference_mode():
         exact, rounded = (
-            Subject("trained", trained.backbone().eval(), trained.architecture, precision).parts(
-                images
-            )[1]
+            EvaluatedBackbone(
+                "trained", trained.backbone().eval(), trained.architecture, precision
+            ).parts(images)[1]
             for precision in ("float32", "bfloat16")
         )
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)

@@ -4,12 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm.evals.metrics import Ranked, accuracies, bootstrap_interval, difference, join, rank
+from hpm.evals.metrics import TrueClassRanks, accuracies, bootstrap_interval, difference, join, rank
 
 
 def ranked(ranks, labels=None):
     ranks = torch.tensor(ranks)
-    return Ranked(ranks, torch.zeros_like(ranks) if labels is None else torch.tensor(labels))
+    labels = torch.zeros_like(ranks) if labels is None else torch.tensor(labels)
+    return TrueClassRanks(ranks, labels)
 
 
 @given(st.integers(0, 10_000), st.integers(2, 6))

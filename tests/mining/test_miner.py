@@ -7,7 +7,7 @@ from helpers import TINY
 import hpm
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import open_source
-from hpm.evals.hardness import loss_maps
+from hpm.evals.loss_maps import loss_maps
 from hpm.mining.draw import Draw
 from hpm.show.figures import picture
 from hpm.weights.resolve import load

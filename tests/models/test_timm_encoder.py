@@ -12,8 +12,8 @@ import hpm
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.extras import need
-from hpm.evals.finetune import check_finetune
-from hpm.evals.options import FinetuneConfig
+from hpm.evals.finetune import Options as FinetuneOptions
+from hpm.evals.finetune.training import check_finetune
 from hpm.mining.draw import noise
 from hpm.mining.masking import hide_top
 from hpm.models.architecture import nearest_size, resolve_model
@@ -368,10 +368,10 @@ def test_resized_positions_are_timms():
 def test_no_class_token_no_pooling_of_it():
     found = architecture("hiera_tiny_224", 64)
     with pytest.raises(UserError, match="timm/hiera_tiny_224 has no class token, pass --pool mean"):
-        check_finetune(FinetuneConfig("run", "data", pool="cls"), found)
+        check_finetune(FinetuneOptions("run", "data", pool="cls"), found)
     with pytest.raises(ValueError, match="no class token"):
         build_classifier(found, None, 3, pool="cls")
-    assert check_finetune(FinetuneConfig("run", "data"), found) is None
+    assert check_finetune(FinetuneOptions("run", "data"), found) is None
 
 
 def test_learned_rotations_do_not_decay():

@@ -7,7 +7,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.core.options import make_config, preset_path, read_preset
-from hpm.evals.options import FinetuneConfig
+from hpm.evals.finetune import Options as FinetuneOptions
 from hpm.training.optim import adamw, ema_decay, learning_rate
 from hpm.training.schedule import (
     PAPER_BASE_LR,
@@ -65,7 +65,7 @@ def test_every_preset_is_valid():
     assert len(presets) >= 4
     for preset in presets:
         if preset.stem.startswith("finetune_"):
-            make_config(FinetuneConfig, {"run": "x", "data": "y"} | read_preset(preset.stem))
+            make_config(FinetuneOptions, {"run": "x", "data": "y"} | read_preset(preset.stem))
             continue
         options = {"data": "x", "out": "y"} | read_preset(preset.stem)
         check_pretrain(make_config(PretrainConfig, options))

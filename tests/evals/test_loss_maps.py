@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import hpm
 from hpm.data.sources import open_source
-from hpm.evals.hardness import LossMaps, hardness, loss_maps, object_views, spearman
+from hpm.evals.loss_maps import LossMaps, hardness, loss_maps, object_views, spearman
 from hpm.mining.draw import Draw
 from hpm.weights.resolve import load
 

@@ -37,9 +37,9 @@ from hpm.data.loader import (
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
 from hpm.data.unreadable import UnreadableImages
-from hpm.evals.features import Labelled, Reading, Subject
-from hpm.evals.metrics import Ranked, rank
-from hpm.evals.options import FinetuneConfig
+from hpm.evals.features import EvaluatedBackbone, ImageReader, Labelled
+from hpm.evals.finetune import Options
+from hpm.evals.metrics import TrueClassRanks, rank
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
 from hpm.training.log import RunLog
@@ -81,7 +81,7 @@ class Augmentation:
     """What is done to images and labels, as timm has it, and the loss that goes with it."""
 
     def __init__(
-        self, config: FinetuneConfig, subject: Subject, size: tuple[int, int], num_classes: int
+        self, config: Options, subject: EvaluatedBackbone, size: tuple[int, int], num_classes: int
     ):
         self.mean = subject.backbone.mean
         data = need("timm.data", "finetune", "fine-tuning")
@@ -147,7 +147,7 @@ class Augmentation:
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 
-def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None:
+def check_finetune(config: Options, architecture: dict[str, Any]) -> None:
     """Raises UserError for the first option that cannot work."""
     size = pair(config.image_size) if config.image_size else tuple(architecture["image_size"])
     check_image_size(size, architecture["patch_size"])
@@ -175,9 +175,9 @@ def check_finetune(config: FinetuneConfig, architecture: dict[str, Any]) -> None
 
 
 def finetune(
-    config: FinetuneConfig, subject: Subject, weights: dict[str, Tensor] | None, data: Labelled,
-    folder: Path, reading: Reading,
-) -> Ranked:  # fmt: skip
+    config: Options, subject: EvaluatedBackbone, weights: dict[str, Tensor] | None, data: Labelled,
+    folder: Path, reading: ImageReader,
+) -> TrueClassRanks:  # fmt: skip
     """Train a classifier from these encoder weights (random ones for None), then test it.
 
     Saves itself into `folder`, and goes on from there. The test images are looked at once, after
@@ -198,7 +198,7 @@ class _Finetuning:
     """What a fine-tuning is made of, at the step where it stands."""
 
     def __init__(
-        self, config: FinetuneConfig, subject: Subject, weights: dict[str, Tensor] | None,
+        self, config: Options, subject: EvaluatedBackbone, weights: dict[str, Tensor] | None,
         data: Labelled, folder: Path,
     ):  # fmt: skip
         architecture, num_classes = subject.architecture, len(data.classes)
@@ -247,7 +247,7 @@ class _Finetuning:
         """The trained classifier."""
         return self.folder / "classifier.safetensors"
 
-    def run(self, reading: Reading) -> Ranked:
+    def run(self, reading: ImageReader) -> TrueClassRanks:
         """All steps that are left, then the test."""
         if self.step < self.total:
             self._train()
@@ -360,7 +360,7 @@ class _Finetuning:
         log.progress(self.step, f"loss {loss:.4f}")
 
     @torch.inference_mode()
-    def _test(self, reading: Reading) -> Ranked:
+    def _test(self, reading: ImageReader) -> TrueClassRanks:
         self.model.eval()
         mean, std = self.subject.backbone.mean, self.subject.backbone.std
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
@@ -376,7 +376,7 @@ class _Finetuning:
             raise UserError(f"{self.data.test.name}: no readable image")
         order = everyones.argsort()
         ranks = distributed.rows_of_all(torch.cat(parts))
-        return Ranked(ranks[order], labels[everyones[order]])
+        return TrueClassRanks(ranks[order], labels[everyones[order]])
 
     def _save(self) -> None:
         meta = {

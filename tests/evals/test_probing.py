@@ -4,16 +4,16 @@ import torch
 from helpers import write_images
 
 import hpm
+from hpm.evals.attentive_heads import AttentiveHeads
 from hpm.evals.features import Features
+from hpm.evals.linear_heads import LinearHeads
 from hpm.evals.metrics import accuracies
-from hpm.evals.probe import (
+from hpm.evals.probing import (
     CHOOSING,
     TESTED,
-    AttentiveHeads,
     Cached,
-    LinearHeads,
+    HyperParameters,
     Recipe,
-    Setting,
     grid,
     probe,
 )
@@ -42,7 +42,7 @@ def probed(train, test, heads=LinearHeads, **options):
 
 def test_separable_features_are_learned():
     found = probed(blobs(400, 0), blobs(200, 1))
-    assert accuracies(found.ranked)["top1"] > 95
+    assert accuracies(found.ranks)["top1"] > 95
     assert found.held_out_top1 > 95
 
 
@@ -50,7 +50,7 @@ def test_random_labels_give_chance():
     train, test = blobs(400, 0), blobs(400, 1)
     shuffled = Features(train.features, train.labels[torch.randperm(400)])
     test = Features(test.features, torch.randint(0, 4, (400,)))
-    assert 15 < accuracies(probed(shuffled, test).ranked)["top1"] < 35
+    assert 15 < accuracies(probed(shuffled, test).ranks)["top1"] < 35
 
 
 def test_the_test_set_chooses_nothing():
@@ -58,8 +58,9 @@ def test_the_test_set_chooses_nothing():
     train, test = blobs(300, 0, noise=1.0), blobs(200, 1, noise=1.0)
     shuffled = Features(test.features, test.labels[torch.randperm(200)])
     honest, blind = probed(train, test), probed(train, shuffled)
-    assert (honest.setting, honest.held_out_top1) == (blind.setting, blind.held_out_top1)
-    assert accuracies(honest.ranked)["top1"] > accuracies(blind.ranked)["top1"] + 20
+    assert honest.hyper_parameters == blind.hyper_parameters
+    assert honest.held_out_top1 == blind.held_out_top1
+    assert accuracies(honest.ranks)["top1"] > accuracies(blind.ranks)["top1"] + 20
 
 
 @pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])
@@ -69,13 +70,13 @@ def test_a_grid_gives_what_each_setting_gives_alone(heads):
     if heads is AttentiveHeads:
         train = Features(train.features[:, None].repeat(1, 3, 1), train.labels)
         test = Features(test.features[:, None].repeat(1, 3, 1), test.labels)
-    settings = [Setting(1e-3, 0.0), Setting(0.3, 0.0), Setting(0.05, 0.1)]
+    settings = [HyperParameters(1e-3, 0.0), HyperParameters(0.3, 0.0), HyperParameters(0.05, 0.1)]
     whole = probed(train, test, heads, settings=settings)
     alone = [probed(train, test, heads, settings=[setting]) for setting in settings]
     if heads is LinearHeads:  # attentive heads start at random: each at another place in the grid
-        best = alone[settings.index(whole.setting)]
+        best = alone[settings.index(whole.hyper_parameters)]
         assert whole.held_out_top1 == pytest.approx(max(a.held_out_top1 for a in alone))
-        assert torch.equal(best.ranked.ranks, whole.ranked.ranks)
+        assert torch.equal(best.ranks.ranks, whole.ranks.ranks)
     assert whole.held_out_top1 >= 25
 
 
@@ -133,8 +134,8 @@ def test_attention_finds_the_one_patch_that_tells():
     mean = probed(
         Features(train.features.mean(1), train.labels), Features(test.features.mean(1), test.labels)
     )
-    assert accuracies(attentive.ranked)["top1"] > 95
-    assert accuracies(mean.ranked)["top1"] < 90
+    assert accuracies(attentive.ranks)["top1"] > 95
+    assert accuracies(mean.ranks)["top1"] < 90
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_of_equal_accuracies_the_likelier_wins():
     """Easy data, where nearly every rate gets all right: the smallest must not win for that."""
     train = blobs(400, 0, noise=0.1)
     found = probed(train, blobs(100, 1, noise=0.1), settings=grid((1e-3, 1e-2, 0.1), (0.0,)))
-    assert found.held_out_top1 == 100 and found.setting.lr > 1e-3
+    assert found.held_out_top1 == 100 and found.hyper_parameters.lr > 1e-3
 
 
 def test_linear_heads_descend_as_sgd_does():

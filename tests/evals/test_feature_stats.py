@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hpm
-from hpm.evals.stats import effective_rank, patch_similarity
+from hpm.evals.feature_stats import effective_rank, patch_similarity
 
 
 def naive_rank(features):

@@ -1,0 +1,97 @@
+"""Attentive heads of a probe, all hyper-parameters of a grid at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm.evals.probing import CHOOSING, TESTED, Heads, HyperParameters
+
+
+class AttentiveHeads(Heads):
+    """Batch normalisation without scale and shift, cross-attention of one learned query to the
+    patches, then a linear layer; for every point of the grid, twice.
+
+    As in recent work on masked image models, whose patches hold what their mean does not. A single
+    query needs neither keys nor values of the patches: its product with a key is a product of the
+    patch with a vector (the key's bias would add the same to all patches), and a mean of values is
+    the value of a mean. So each head costs two products per patch and not two matrices.
+    """
+
+    def __init__(
+        self,
+        feature_shape: torch.Size,
+        num_classes: int,
+        grid: Sequence[HyperParameters],
+        batch_size: int,
+    ):
+        super().__init__()
+        _, dim = feature_shape
+        heads = max(1, dim // 64)
+        head_dim = dim // heads
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, momentum=None, affine=False)
+        projection = torch.empty(2, heads, head_dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        output = torch.empty(num_classes, heads * head_dim)
+        output.uniform_(-((heads * head_dim) ** -0.5), (heads * head_dim) ** -0.5)
+        start = {
+            "query": 0.02 * torch.randn(heads, head_dim),
+            "key": projection[0],
+            "value": projection[1],
+            "value_bias": torch.zeros(heads, head_dim),
+            "output": output,
+            "output_bias": torch.zeros(num_classes),
+        }
+        # [2, ...] each: both copies of a head start alike.
+        self.parts = nn.ModuleList(
+            nn.ParameterDict({name: torch.stack([t, t]) for name, t in start.items()}) for _ in grid
+        )
+        self.grid = grid
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def forward(
+        self, features: Float[Tensor, "batch patches dim"]
+    ) -> Float[Tensor, "grid 2 batch classes"]:
+        patches = self.norm(features.transpose(1, 2)).transpose(1, 2)
+        query, key, value, value_bias, output, output_bias = (
+            torch.stack([part[name] for part in self.parts])  # type: ignore[index]
+            for name in ("query", "key", "value", "value_bias", "output", "output_bias")
+        )
+        seeking = torch.einsum("schd,schde->sche", query, key) / query.shape[-1] ** 0.5
+        points, copies, heads, dim = seeking.shape
+        weights = (patches @ seeking.view(-1, dim).T).softmax(1)
+        means = (weights.transpose(1, 2) @ patches).view(-1, points, copies, heads, dim)
+        pooled = torch.einsum("bsche,schde->scbhd", means, value) + value_bias[:, :, None]
+        return pooled.flatten(3) @ output.transpose(2, 3) + output_bias[:, :, None]
+
+    def learn(
+        self,
+        features: Float[Tensor, "batch patches dim"],
+        labels: Int[Tensor, " batch"],
+        seen: Bool[Tensor, " batch"],
+        rate: float,
+    ) -> None:
+        """See `LinearHeads.learn`."""
+        if self._optimizer is None:  # now that the heads are where they stay
+            self._optimizer = torch.optim.AdamW(
+                {"params": list(part.parameters()), "lr": 0.0, "weight_decay": point.weight_decay}
+                for part, point in zip(self.parts, self.grid, strict=True)
+            )
+        for group, point in zip(self._optimizer.param_groups, self.grid, strict=True):
+            group["lr"] = rate * point.lr  # AdamW's steps do not follow the batch size
+        _loss(self(features), labels, seen).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def _loss(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
+    """Sum over heads of their mean cross-entropy [grid 2 B C]; heads share no weights."""
+    points, copies, batch, _ = logits.shape
+    expected = labels.repeat(points * copies)
+    entropy = F.cross_entropy(logits.flatten(0, 2), expected, reduction="none")
+    entropy = entropy.view(points, copies, batch)
+    choosing = (entropy[:, CHOOSING] * seen).sum() / seen.sum().clamp(min=1)
+    return choosing + entropy[:, TESTED].mean(1).sum()

@@ -1,0 +1,94 @@
+"""Features without labels: how many dimensions they use, and whether patches have collapsed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpm.core import distributed
+from hpm.data.sources import Source
+from hpm.evals.contract import RAW_PIXELS
+from hpm.evals.features import (
+    Embed,
+    EvaluatedBackbone,
+    Features,
+    ImageReader,
+    by_view,
+    extract,
+    raw_pixels,
+)
+from hpm.models.patches import patchify
+
+LIKENESS = "patch likeness of "
+
+
+def feature_stats(
+    backbones: list[EvaluatedBackbone], source: Source, reader: ImageReader, baseline: bool
+) -> dict[str, dict[str, float]]:
+    """For every kind of features: `rank` (effective rank), `of` (the most it could be) and, for
+    those made of patches, `patch_similarity` (mean cosine of two patches of one image)."""
+    values: dict[str, dict[str, float]] = {}
+    for alike, with_pixels in by_view(backbones, baseline):
+        embed = _embed(alike, with_pixels)
+        found = extract(embed, source, np.zeros(len(source), int), *alike[0].view, reader)
+        values |= distributed.main_first(partial(_measured, found))
+    return values
+
+
+def _measured(found: dict[str, Features]) -> dict[str, dict[str, float]]:
+    values = {}
+    for name, features in found.items():
+        if not name.startswith(LIKENESS):
+            x = features.features
+            values[name] = {"rank": effective_rank(x), "of": float(min(x.shape))}
+    for name, features in found.items():
+        if name.startswith(LIKENESS):
+            likeness = features.features.mean().item()
+            values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
+    return values
+
+
+def _embed(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
+    @torch.inference_mode()
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        features = {}
+        for backbone in backbones:
+            cls_token, patches = backbone.parts(images)
+            mean = f"{backbone.name}, patch mean"
+            if cls_token is not None:
+                features[f"{backbone.name}, class token"] = cls_token
+            features[mean] = patches.mean(1)
+            features[LIKENESS + mean] = patch_similarity(patches)
+        if baseline:
+            patches = patchify(images.float() / 255, tuple(backbones[0].architecture["patch_size"]))
+            features[RAW_PIXELS] = raw_pixels(images)
+            features[LIKENESS + RAW_PIXELS] = patch_similarity(patches)
+        return features
+
+    return embed
+
+
+def effective_rank(features: Float[Tensor, "images dim"]) -> float:
+    """RankMe (Garrido et al. 2023, equation 1): exp of the entropy of the singular values' shares.
+
+    From 1 (all features alike up to a factor) to min(images, dim) (all directions alike strong).
+    """
+    x = features.double()
+    # The smaller of the two products has the squares of all singular values that are not zero.
+    product = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    singular = torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
+    shares = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def patch_similarity(patches: Float[Tensor, "batch patches dim"]) -> Float[Tensor, " batch"]:
+    """Mean cosine similarity of two different patches of an image; 1 is collapse."""
+    count = patches.shape[1]
+    unit = F.normalize(patches.float(), dim=-1)
+    # The sum over all pairs is the square of the sum; each patch with itself counts 1.
+    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1))

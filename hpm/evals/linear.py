@@ -1,0 +1,91 @@
+"""Linear probe of frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hpm.core.options import option
+from hpm.evals.contract import Measured
+from hpm.evals.options import FrozenEvalOptions, LabelledEvalOptions
+
+if TYPE_CHECKING:
+    from hpm.evals.features import Labelled
+    from hpm.evals.probing import Probed, Recipe
+    from hpm.evals.task import Task
+
+
+@dataclass
+class Options(FrozenEvalOptions, LabelledEvalOptions):
+    """Linear probe on frozen features; the hyperparameters are chosen on a held-out part of the
+    training set."""
+
+    augment: bool = option(False, main=True)
+    """Train on random crops and flips, drawn anew in every epoch (as MAE does), instead of on
+    features computed once."""
+    lr: tuple[float, ...] = option((1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), above=0)
+    """Learning rates to try, per 256 images in a batch."""
+    weight_decay: tuple[float, ...] = option((0.0, 1e-2, 1e-1), at_least=0)
+    """Weight decays to try."""
+    epochs: int = option(90, at_least=1)
+    """Number of passes over the training features."""
+    probe_batch_size: int = option(1024, at_least=2)
+    """Features per optimiser step, at most a sixteenth of the training set or 32."""
+    crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
+    """Smallest and largest area of a random crop with --augment, as a fraction of the image."""
+
+
+def run(task: Task, options: Options) -> Iterator[Measured]:
+    """A row for each kind of pooled features."""
+    from hpm.evals.probing import rows
+
+    data = task.labelled(options.train_share)
+    if options.augment:
+        yield from rows(_probe_augmented(task, options, data))
+    else:
+        yield from rows(task.probe_cached(data, *task.pooled(data), recipe(task, options)))
+
+
+def recipe(task: Task, options: Options) -> Recipe:
+    """How the linear heads are trained."""
+    from hpm.evals.linear_heads import LinearHeads
+    from hpm.evals.probing import Recipe, grid
+
+    return Recipe(
+        LinearHeads,
+        grid(options.lr, options.weight_decay),
+        options.epochs,
+        options.probe_batch_size,
+        options.seed,
+        task.device,
+    )
+
+
+def _probe_augmented(task: Task, options: Options, data: Labelled) -> dict[str, Probed]:
+    """On features of views that are drawn anew in each epoch."""
+    from hpm.data.loader import EvaluationViews, TrainingViews
+    from hpm.evals.features import by_view, pooled
+    from hpm.evals.probing import Computed, probe
+
+    found: dict[str, Probed] = {}
+    held = task.held_out(data)
+    task.about |= {"train_images": len(data.train), "test_images": len(data.test)}
+    for alike, baseline in by_view(task.backbones, options.baselines):
+        size, channels = alike[0].view
+        embed = pooled(alike, baseline)
+        augmented = TrainingViews(size, channels, options.seed, options.crop_scale, True, 1)
+        still = EvaluationViews(size, channels, crop_share=options.crop_share)
+        in_train, in_test = task.unreadable(data.train), task.unreadable(data.test)
+        train = data.train, data.train_labels
+        test = data.test, data.test_labels
+        how, report = (embed, task.workers), task.reader.report
+        found |= probe(
+            Computed(*train, augmented, *how, in_train, report, stand_in=True),
+            Computed(*train, still, *how, in_train, report),
+            Computed(*test, still, *how, in_test, report),
+            held,
+            len(data.classes),
+            recipe(task, options),
+        )
+    return found

@@ -1,0 +1,61 @@
+"""Weighted nearest-neighbour classification of frozen features (Wu et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpm.evals.features import Features
+from hpm.evals.metrics import TrueClassRanks, rank
+
+QUERIES = 512
+
+
+def nearest_neighbours(
+    train: Features,
+    test: Features,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    device: torch.device | None = None,
+) -> Iterator[tuple[int, TrueClassRanks]]:
+    """Yield (k, where the true class of each test image stands) for every k that the
+    training set is large enough for."""
+    device = device or torch.device("cpu")
+    ks = [k for k in ks if k <= len(train.features)]
+    bank = F.normalize(train.features.to(device), dim=1)
+    labels = train.labels.to(device)
+    parts: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for ids in torch.arange(len(test.labels)).split(QUERIES):
+        queries = F.normalize(test.features[ids].to(device), dim=1)
+        votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
+        for k in ks:
+            parts[k].append(rank(votes[k], test.labels[ids].to(device)).ranks)
+    for k in ks:
+        ranks = torch.cat([*parts[k], torch.empty(0, dtype=torch.int64)])
+        yield k, TrueClassRanks(ranks, test.labels)
+
+
+def neighbour_votes(
+    queries: Float[Tensor, "queries dim"],
+    bank: Float[Tensor, "train dim"],
+    labels: Int[Tensor, " train"],
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float,
+) -> dict[int, Float[Tensor, "queries classes"]]:
+    """Sum of exp(cosine / temperature) over the k nearest training images, for each class.
+
+    Queries and bank have unit length.
+    """
+    nearest, ids = (queries @ bank.T).topk(max(ks, default=1), dim=1)
+    weights = ((nearest - 1) / temperature).exp()  # a common factor: no overflow
+    votes = {}
+    for k in ks:
+        empty = torch.zeros(len(queries), num_classes, device=queries.device)
+        votes[k] = empty.scatter_add(1, labels[ids[:, :k]], weights[:, :k])
+    return votes

@@ -1,0 +1,246 @@
+"""Probes: small heads trained on frozen features, a whole grid of hyper-parameters at once.
+
+Every head comes twice, side by side in one pass over the features: once trained without a fifth of
+each class, which then chooses the hyper-parameters, and once trained on all, which is what gets
+tested. The test set is looked at once, by the chosen heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm.core import distributed
+from hpm.core.errors import UserError
+from hpm.core.progress import track
+from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
+from hpm.data.sources import Source
+from hpm.data.unreadable import UnreadableImages
+from hpm.evals.contract import RAW_PIXELS, Measured
+from hpm.evals.features import Embed, Features, check_finite, no_features
+from hpm.evals.metrics import TrueClassRanks, join, rank
+from hpm.training.optim import learning_rate
+
+SMALLEST_BATCH = 32
+CHOOSING, TESTED = 0, 1  # the two copies of every head
+Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels, ids
+
+
+@runtime_checkable
+class Bank(Protocol):
+    """Features of a data set by id, in batches: from memory, or computed when asked for."""
+
+    labels: Int[Tensor, " images"]
+
+    def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]: ...
+
+
+class Cached:
+    """Features that were computed once and are held in memory."""
+
+    def __init__(self, found: dict[str, Features]):
+        self.found = found
+        self.labels = next(iter(found.values())).labels
+
+    def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
+        for ids in steps:
+            rows = {name: features.features[ids] for name, features in self.found.items()}
+            yield rows, self.labels[ids], ids
+
+
+class Computed:
+    """Features computed anew each time: of augmented views, or because memory would not hold them.
+
+    Several processes share each batch; all of them get the whole. Images that cannot be read are
+    left out, or (`stand_in`, for training) replaced by others.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: np.ndarray,
+        make_view: TrainingViews | EvaluationViews,
+        embed: Embed,
+        workers: int,
+        unreadable: UnreadableImages,
+        report: Callable[[str], None],
+        stand_in: bool = False,
+    ):
+        self.stand_in, self.unreadable, self.report = stand_in, unreadable, report
+        self.source, self.make_view, self.embed, self.workers = source, make_view, embed, workers
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+
+    def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
+        own = slice(distributed.rank(), None, distributed.world_size())
+        keys = [[(epoch, int(i)) for i in ids[own]] for ids in steps]
+        for batch in training_loader(
+            self.source, self.make_view, keys, self.workers, False, self.stand_in
+        ):
+            if len(batch.images):
+                rows = {name: f.float().cpu() for name, f in self.embed(batch.images).items()}
+            else:
+                rows = no_features(self.embed, self.make_view.size, self.make_view.channels)
+            self.unreadable.add(batch.unreadable)
+            ids = distributed.rows_of_all(batch.indices)
+            if not len(ids):
+                raise UserError(f"{self.source.name}: no readable image")
+            whole = {name: distributed.rows_of_all(features) for name, features in rows.items()}
+            check_finite({n: Features(f, self.labels[ids]) for n, f in whole.items()})
+            yield whole, self.labels[ids], ids
+        self.unreadable.check(self.report)
+
+
+@dataclass(frozen=True)
+class HyperParameters:
+    """One point of the grid."""
+
+    lr: float
+    weight_decay: float
+
+
+def grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> list[HyperParameters]:
+    return [HyperParameters(lr, decay) for lr, decay in product(lrs, weight_decays)]
+
+
+class Heads(nn.Module):
+    """A head for each point of the grid, twice, that learn side by side.
+
+    Args:
+        feature_shape: of one image.
+        num_classes: C.
+        grid: hyper-parameters of each head.
+        batch_size: images per step.
+
+    Maps features [B ...] to logits [grid 2 B C].
+    """
+
+    def learn(self, features: Tensor, labels: Tensor, seen: Tensor, rate: float) -> None:
+        """One step at `rate` times each head's own learning rate; `seen` are the images that the
+        choosing copies may learn from."""
+        raise NotImplementedError
+
+
+@dataclass
+class Probed:
+    """What a probe found: where the true class of each test image stands, and how it was chosen."""
+
+    ranks: TrueClassRanks
+    hyper_parameters: HyperParameters
+    held_out_top1: float
+
+    def measured(self, features: str) -> Measured:
+        """As a row of an evaluation."""
+        chosen = dataclasses.asdict(self.hyper_parameters) | {"held_out_top1": self.held_out_top1}
+        return Measured(features, scores=self.ranks, chosen=chosen)
+
+
+def rows(found: dict[str, Probed]) -> Iterator[Measured]:
+    """The rows of an evaluation, raw pixels last."""
+    for name in sorted(found, key=lambda name: name == RAW_PIXELS):
+        yield found[name].measured(name)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained: AdamW or SGD with the grid's rates falling by half a cosine."""
+
+    heads: type[Heads]
+    grid: list[HyperParameters]
+    epochs: int
+    batch_size: int
+    seed: int
+    device: torch.device
+
+
+def probe(
+    train: Bank,
+    held_out: Bank,
+    test: Bank,
+    held: np.ndarray,
+    num_classes: int,
+    recipe: Recipe,
+) -> dict[str, Probed]:
+    """Train, choose and test a probe on every kind of features of the banks.
+
+    `held` are ids of the training images that choose; `held_out` is the bank that
+    gives their features (that of `train`, or one without augmentation).
+    """
+    heads = _train(train, held, num_classes, recipe)
+    count = len(recipe.grid)
+    right = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
+    losses = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
+    for name, logits, labels in _logits(heads, held_out, torch.from_numpy(held), recipe):
+        chosen_by = logits[:, CHOOSING]
+        right[name] += (chosen_by.argmax(-1) == labels).sum(1).cpu()
+        expected = labels.expand(count, -1).flatten()
+        entropy = F.cross_entropy(chosen_by.flatten(0, 1), expected, reduction="none").double()
+        losses[name] += entropy.view(count, -1).sum(1).cpu()
+    best = {}
+    for name in heads:
+        # Equal accuracies are common on small data; the likelihood tells them apart.
+        order = torch.where(losses[name].isfinite(), right[name] - losses[name] / 1e9, -torch.inf)
+        best[name] = int(order.argmax())
+    ranks: dict[str, list[TrueClassRanks]] = {name: [] for name in heads}
+    for name, logits, labels in _logits(heads, test, torch.arange(len(test.labels)), recipe):
+        ranks[name].append(rank(logits[best[name], TESTED], labels))
+    return {
+        name: Probed(
+            join(ranks[name]),
+            recipe.grid[best[name]],
+            100 * float(right[name][best[name]]) / len(held),
+        )
+        for name in heads
+    }
+
+
+def _train(bank: Bank, held: np.ndarray, num_classes: int, recipe: Recipe) -> dict[str, Heads]:
+    count = len(bank.labels)
+    batch_size = min(recipe.batch_size, max(SMALLEST_BATCH, count // 16), count)
+    steps_per_epoch = count // batch_size
+    is_held = torch.zeros(count, dtype=torch.bool)
+    is_held[torch.from_numpy(held)] = True
+    total = recipe.epochs * steps_per_epoch
+    heads: dict[str, Heads] = {}
+    for epoch in track(range(recipe.epochs), "probes"):
+        order = np.random.default_rng([recipe.seed, epoch]).permutation(count)
+        steps = torch.from_numpy(order).split(batch_size)[:steps_per_epoch]
+        for step, (rows, labels, ids) in enumerate(bank.batches(steps, epoch)):
+            if not heads:
+                heads = _new_heads(rows, num_classes, recipe, batch_size)
+            rate = learning_rate(epoch * steps_per_epoch + step, total, 0, 1.0)
+            labels = labels.to(recipe.device)
+            seen = (~is_held[ids]).to(recipe.device)
+            for name, head in heads.items():
+                head.learn(rows[name].to(recipe.device), labels, seen, rate)
+    return heads
+
+
+def _new_heads(
+    rows: dict[str, Tensor], num_classes: int, recipe: Recipe, batch_size: int
+) -> dict[str, Heads]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return {
+            name: recipe.heads(f.shape[1:], num_classes, recipe.grid, batch_size).to(recipe.device)
+            for name, f in rows.items()
+        }
+
+
+@torch.inference_mode()
+def _logits(
+    heads: dict[str, Heads], bank: Bank, ids: Tensor, recipe: Recipe
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(kind of features, logits [grid 2 B C], labels [B]) for the given images in order."""
+    for rows, labels, _ in bank.batches(ids.split(512)):
+        for name, head in heads.items():
+            logits = head.eval()(rows[name].to(recipe.device))
+            yield name, logits, labels.to(recipe.device)

@@ -1,0 +1,92 @@
+"""Runs an evaluation: from its options to a result, which is written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hpm.core import distributed
+from hpm.core.errors import UserError, why
+from hpm.core.options import check_rules
+from hpm.core.random_state import random_state_kept
+from hpm.core.version import __version__
+from hpm.evals.contract import COMPARED, PREDICTOR, TRAINED, Evaluation, Measured
+from hpm.evals.files import result_file
+from hpm.evals.options import EvalOptions
+from hpm.evals.result import Result
+from hpm.evals.task import Task
+
+
+def run_evaluation(
+    evaluation: Evaluation, options: EvalOptions, report: Callable[[str], None] = print
+) -> Result:
+    """Evaluate, and write the numbers where there is a folder for them."""
+    check_rules(options)
+    device = distributed.pick_device(options.device)
+    with distributed.process_group(device), random_state_kept(device):
+        start = time.perf_counter()
+        task = Task(options, device, report)
+        rows = list(evaluation.run(task, options))
+        about = dataclasses.asdict(options) | task.about
+        about |= {
+            "step": task.trained.step,
+            "weights": "teacher" if options.teacher else "student",
+            "architecture": task.trained.architecture,
+            "device": str(device),
+            "hpm": __version__,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        result = make_result(evaluation, about, rows)
+        folder = task.folder
+        if folder:
+            result.unwritable = distributed.main_first(lambda: _save(result, options, rows, folder))
+    return result
+
+
+def make_result(
+    evaluation: Evaluation, about: dict[str, Any], measured: Iterable[Measured]
+) -> Result:
+    """What was measured by features and setting, with the differences of two backbones."""
+    rows = {(each.features, each.setting or evaluation.name): each for each in measured}
+    seed = about["seed"]
+    result = Result(evaluation.name, about, columns=evaluation.columns)
+    for (features, setting), row in rows.items():
+        numbers = (row.scores.numbers(seed) if row.scores else {}) | dict(row.numbers)
+        if features == PREDICTOR:
+            result.hardness = numbers
+            continue
+        result.values.setdefault(features, {})[setting] = numbers
+        if row.per_class:
+            result.per_class.setdefault(features, {})[setting] = dict(row.per_class)
+        if row.chosen:
+            result.chosen[features] = dict(row.chosen)
+        other = rows.get((features.replace(TRAINED, COMPARED, 1), setting))
+        if other and other is not row and row.scores and other.scores:
+            difference = row.scores.difference(other.scores, seed)
+            result.differences.setdefault(features, {})[setting] = difference
+    return result
+
+
+def _save(
+    result: Result, options: EvalOptions, rows: Iterable[Measured], folder: Path
+) -> str | None:
+    """Write the numbers and the figures. Where that fails the numbers are not lost: says why."""
+    try:
+        file = result_file(result.protocol, options, folder)
+        figures = {
+            file.with_name(f"{file.stem}_{ending}"): write
+            for row in rows
+            for ending, write in row.figures.items()
+        }
+        result.figures = [figure.name for figure in figures]
+        result.save(file)
+        for figure, write in figures.items():
+            write(figure)
+    except UserError as error:
+        return f"{error}; --out names another folder"
+    except OSError as error:
+        return f"{folder}: {why(error)}; --out names another folder"
+    return None

@@ -1,0 +1,153 @@
+"""What an evaluation works on: backbones, images, a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpm.core import distributed
+from hpm.data.loader import num_workers
+from hpm.data.sources import Source, Splits, Subset, open_source
+from hpm.data.unreadable import UnreadableImages
+from hpm.evals.contract import COMPARED, RANDOM, TRAINED
+from hpm.evals.features import (
+    EvaluatedBackbone,
+    Features,
+    ImageReader,
+    Labelled,
+    labelled_splits,
+    pooled_features,
+    split_by_class,
+)
+from hpm.evals.options import EvalOptions
+from hpm.evals.probing import Cached, Probed, Recipe, probe
+from hpm.models.build import build_encoder
+from hpm.weights.resolve import Backbone, Trained, load
+
+
+class Task:
+    """What an evaluation works on, as its options say.
+
+    options: of the evaluation.
+    device: where to compute.
+    reader: reads images in batches.
+    trained: the run that is evaluated, with its decoders and its teacher where it has them.
+    backbones: the trained one; that of the run that --compare names; random weights.
+    splits: the images to learn from, and those to test on (None where they are not apart).
+    folder: where the numbers go, and what is trained; None where there is no such folder.
+    about: what the result says of the data, such as `test_images`; evaluations add to it.
+    """
+
+    def __init__(
+        self, options: EvalOptions, device: torch.device, report: Callable[[str], None]
+    ) -> None:
+        self.options, self.device = options, device
+        self.about: dict[str, Any] = {}
+        self.reader = ImageReader(
+            options.batch_size,
+            options.workers,
+            report,
+            options.crop_share,
+            options.unreadable_limit,
+        )
+        self.trained = load(options.run)
+        self.backbones = [self._backbone(TRAINED, self.trained)]
+        if options.compare:
+            self.backbones.append(self._backbone(COMPARED, load(options.compare)))
+        if options.baselines:
+            self.backbones.append(self._random_backbone())
+        for each in self.backbones:
+            each.backbone.to(device).eval()
+        self.splits = open_source(options.data)
+        if options.test:
+            self.splits = Splits(self.splits.train, open_source(options.test).train)
+        run_folder = self.trained.folder
+        self.folder = Path(options.out) if options.out else run_folder and run_folder / "evals"
+
+    def _backbone(self, name: str, trained: Trained) -> EvaluatedBackbone:
+        backbone = trained.backbone(teacher=self.options.teacher)
+        for note in trained.notes:
+            self.reader.report(note)
+        precision = self.options.feature_precision
+        return EvaluatedBackbone(name, backbone, trained.architecture, precision)
+
+    def _random_backbone(self) -> EvaluatedBackbone:
+        architecture = self.trained.architecture
+        encoder = build_encoder(architecture, self.options.seed)
+        backbone = Backbone(encoder, self.trained.mean, self.trained.std)
+        return EvaluatedBackbone(RANDOM, backbone, architecture, self.options.feature_precision)
+
+    def labelled(self, train_share: float = 1.0) -> Labelled:
+        """The images with their labels: to learn from (a share of each class), and to test on."""
+        data = labelled_splits(self.splits, self.options.seed, train_share)
+        self.about["classes"] = len(data.classes)
+        return data
+
+    def held_out(self, data: Labelled, labels: np.ndarray | None = None) -> np.ndarray:
+        """Ids of the training images that choose hyper-parameters: a fifth of each class.
+
+        `labels` are those of the readable training images, where they are known by now.
+        """
+        labels = data.train_labels if labels is None else labels
+        return split_by_class(labels, data.classes, data.train.name, self.options.seed)[1]
+
+    def some_images(self, count: int) -> Source:
+        """At most `count` images of the test split (or else of all)."""
+        source = self.splits.test or self.splits.train
+        if len(source) <= count:
+            return source
+        rng = np.random.default_rng([self.options.seed, len(source)])
+        return Subset(source, np.sort(rng.permutation(len(source))[:count]))
+
+    def unreadable(self, source: Source) -> UnreadableImages:
+        """A count of the source's unreadable images, which stops where they are too many."""
+        return UnreadableImages(source, self.reader.max_unreadable)
+
+    @property
+    def workers(self) -> int:
+        """Number of processes that load images."""
+        return num_workers(self.options.workers)
+
+    def pooled(self, data: Labelled) -> tuple[dict[str, Features], dict[str, Features]]:
+        """Pooled features by name, of the images to learn from and of those to test on.
+
+        Of several processes the main one has them, the others have none.
+        """
+        baseline = self.options.baselines
+        sides = (data.train, data.train_labels), (data.test, data.test_labels)
+        train, test = (
+            pooled_features(self.backbones, *side, self.reader, baseline) for side in sides
+        )
+        return train, test
+
+    def count_images(self, train: dict[str, Features], test: dict[str, Features]) -> None:
+        """Note how many images there were features of."""
+
+        def count() -> dict[str, int]:
+            return {
+                "train_images": len(next(iter(train.values())).labels),
+                "test_images": len(next(iter(test.values())).labels),
+            }
+
+        self.about |= distributed.main_first(count)
+
+    def probe_cached(
+        self,
+        data: Labelled,
+        train: dict[str, Features],
+        test: dict[str, Features],
+        recipe: Recipe,
+    ) -> dict[str, Probed]:
+        """A probe on features that the main process holds."""
+        self.count_images(train, test)
+
+        def probe_them() -> dict[str, Probed]:
+            bank = Cached(train)
+            held = self.held_out(data, bank.labels.numpy())
+            return probe(bank, bank, Cached(test), held, len(data.classes), recipe)
+
+        return distributed.main_first(probe_them)
