@@ -62,6 +62,7 @@ class RunLog:
         self._last_line = -1
         self._last_step = start_step
         self._failed: set[str] = set()
+        self._logged_once: set[str] = set()
         self._tracker: Tracker | None = None
         self._tensorboard: Any = None
         self._progress: Progress | None = None
@@ -106,6 +107,12 @@ class RunLog:
             open(self.folder / "train.log", "a", encoding="utf-8") as file,
         ):
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def info_once(self, text: str) -> None:
+        """The same, but nothing where that line was logged this way before."""
+        if text not in self._logged_once:
+            self._logged_once.add(text)
+            self.info(text)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Named numbers of a step, for metrics.jsonl, TensorBoard and the tracker."""

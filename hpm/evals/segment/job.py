@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from math import lcm
 from pathlib import Path
@@ -15,7 +15,7 @@ from hpm.core import distributed
 from hpm.core.errors import UserError, counted
 from hpm.data.joint import SegmentationTesting, SegmentationTraining
 from hpm.data.segmentation import open_segmentation
-from hpm.data.sources import Source, Splits, Subset
+from hpm.data.sources import Source, Subset
 from hpm.evals.contract import RANDOM, TRAINED, Measured
 from hpm.evals.features import EvaluatedBackbone
 from hpm.evals.files import training_folder
@@ -52,8 +52,7 @@ class SegmentationJob:
                 "between windows"
             )
         self.steps = options.steps or STEPS[options.head]
-        splits = self._splits()
-        self.train, self.test = splits.train, splits.test
+        self.train, self.test = self._splits()
         self.classes = self.train.classes
         about: dict[str, Any] = {
             "classes": len(self.classes),
@@ -69,9 +68,8 @@ class SegmentationJob:
         if self.options.head == "linear":
             from hpm.evals.segment.linear import train_linear_heads
 
-            for backbone, (model, chosen) in train_linear_heads(self).items():
-                distributed.main_first(lambda m=model, b=backbone: self._save(m, b))  # type: ignore[misc]
-                yield self._measured(backbone, model, chosen)
+            for name, (model, chosen) in train_linear_heads(self).items():
+                yield self._measured(name, model, chosen)
         else:
             from hpm.evals.segment.upernet import train_upernet
 
@@ -79,7 +77,6 @@ class SegmentationJob:
                 random = each.name == RANDOM
                 weights = None if random else each.backbone.encoder.state_dict()
                 model = train_upernet(self, each, weights, self.folder(each.name))
-                distributed.main_first(lambda m=model, b=each.name: self._save(m, b))  # type: ignore[misc]
                 yield self._measured(each.name, model, {})
 
     def folder(self, backbone: str) -> Path:
@@ -128,19 +125,17 @@ class SegmentationJob:
         """Ids of the training images that choose hyper-parameters: a fifth."""
         return _fifth(self.train, self.options.seed)
 
-    def _splits(self) -> Splits:
+    def _splits(self) -> tuple[Source, Source]:
+        """The images to train on, and those to test on."""
         options = self.options
-        if options.test == "demo" or options.data == "demo":
-            pass  # opened by name
         splits = open_segmentation(options.data, options.ignored, options.one_class)
         train, test = splits.train, splits.test
         if options.test:
             test = open_segmentation(options.test, options.ignored, options.one_class).train
             if test.classes != train.classes:
                 raise UserError(
-                    f"{options.test} has {counted(len(test.classes), 'class', 'classes')}, not the "
-                    f"{len(train.classes)} of {options.data}, in the same order: give both the "
-                    "same classes.txt"
+                    f"{options.test} has other classes than {options.data}: give both the same "
+                    "classes.txt"
                 )
         if test is None:
             held = _fifth(train, options.seed)
@@ -150,31 +145,25 @@ class SegmentationJob:
             rng = np.random.default_rng([options.seed, len(train), 1])
             count = max(1, round(options.train_share * len(train)))
             train = Subset(train, np.sort(rng.permutation(len(train))[:count]))
-        return Splits(train, test)
+        return train, test
 
-    def _save(self, model: SegmentationModel, backbone: str) -> None:
+    def _measured(self, name: str, model: SegmentationModel, chosen: dict[str, float]) -> Measured:
+        """The row of one backbone; its model is saved beside the numbers."""
         if self.task.folder is not None:
-            model.save(self.folder(backbone) / "segmenter.safetensors")
-
-    def _measured(
-        self, backbone: str, model: SegmentationModel, chosen: dict[str, float]
-    ) -> Measured:
-        assert self.test is not None
-        of = next(each for each in self.task.backbones if each.name == backbone)
-        views = self.testing_views(of, self.test)
+            file = self.folder(name) / "segmenter.safetensors"
+            distributed.main_first(lambda: model.save(file))
+        backbone = next(each for each in self.task.backbones if each.name == name)
+        views = self.testing_views(backbone, self.test)
         counts = test_model(model, self.test, views, self.task, self.options.precision)
         self.task.about.setdefault("test_images", len(counts.hits))
         scores = SegmentationScores(counts, self.classes)
-        figures = {}
-        if backbone == TRAINED and self.options.figure_images and distributed.is_main():
-            ids = np.linspace(0, len(self.test) - 1, self.options.figure_images)
-            picture = draw_predictions(
-                model, self.test, views, np.unique(ids.astype(int)).tolist()
-            )
-            figures = {"images.png": picture}
-        per_class = scores.per_class()
+        figures: dict[str, Callable[[Path], Any]] = {}
+        if name == TRAINED and self.options.figure_images and distributed.is_main():
+            ids = np.linspace(0, len(self.test) - 1, self.options.figure_images).astype(int)
+            drawn = draw_predictions(model, self.test, views, np.unique(ids).tolist())
+            figures = {"images.png": drawn}
         return Measured(
-            backbone, scores=scores, per_class=per_class, chosen=chosen, figures=figures
+            name, scores=scores, per_class=scores.per_class(), chosen=chosen, figures=figures
         )
 
 

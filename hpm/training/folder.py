@@ -1,0 +1,83 @@
+"""The folder of a training with labels: locked, resumed from its checkpoint, saved into."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpm.core import distributed, lock
+from hpm.core.errors import UserError
+from hpm.core.files import remove_stale
+from hpm.data.unreadable import UnreadableImages
+from hpm.weights.checkpoint import list_checkpoints, load_checkpoint, restore, save_checkpoint
+
+
+@dataclass
+class TrainingFolder:
+    """Where a training keeps its checkpoint.
+
+    folder: its own; nothing else trains into it at the same time.
+    kind: what it is, in messages, such as `fine-tuning`.
+    identity: what must be the same for it to go on (options, data, first weights), as JSON has it.
+    """
+
+    folder: Path
+    kind: str
+    identity: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.identity = json.loads(json.dumps(self.identity))  # tuples become lists
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def claim(self) -> str | None:
+        """Make and lock the folder (see `hpm.core.lock`); `release` gives it back. Returns a line
+        for the user, if there is something to say."""
+        return distributed.main_first(lambda: lock.acquire(self.folder))
+
+    def release(self) -> None:
+        lock.release(self.folder)
+
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, unreadable: UnreadableImages
+    ) -> int:
+        """Put back what the latest checkpoint holds. Returns its step, 0 where there is none.
+
+        UserError where the checkpoint is of another training.
+        """
+        distributed.main_first(lambda: remove_stale(self.folder, self.checkpoints))
+        found = distributed.from_main(list_checkpoints(self.checkpoints))
+        if not found:
+            return 0
+        checkpoint = load_checkpoint(found[-1])
+        before, now = checkpoint.meta.get("identity", {}), self.identity
+        for name in now:
+            if before.get(name) != now[name]:
+                raise UserError(
+                    f"{self.folder} holds another {self.kind}: there {name} is "
+                    f"{before.get(name)}, here {now[name]}; choose another --out"
+                )
+        restore(checkpoint, model, None, optimizer)
+        problems = checkpoint.meta.get("unreadable", {})
+        unreadable.problems = {int(index): text for index, text in problems.items()}
+        return checkpoint.meta["step"]
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        unreadable: UnreadableImages,
+    ) -> None:
+        """Write a checkpoint in place of the one before."""
+        meta = {"step": step, "identity": self.identity, "unreadable": unreadable.problems}
+        distributed.main_first(
+            lambda: save_checkpoint(self.checkpoints, model, None, optimizer, meta, keep=1)
+        )

@@ -1,0 +1,268 @@
+"""The training loop of pre-training, fine-tuning, segmentation and detection.
+
+A training is an object with the attributes and methods of `Training` and a function that takes one
+optimiser step. `train` runs the steps that are left:
+
+    with stop_signals() as stop:
+        train(training, training.train_step, stop, [Event(every(100), training.evaluate)])
+
+It fetches batches, takes steps, reads and logs the losses, calls the events, saves, and stops on a
+signal. What a step computes is up to the training; `accumulated`, `optimizer_step` and `autocast`
+are the pieces that steps have in common:
+
+    def train_step(self, batch: Batch, step: int) -> StepResult:
+        losses = []
+        for part in accumulated(self.parallel, batch.parts(self.accumulate)):
+            with autocast(self.device, self.precision):
+                loss = self.loss(part)
+            (loss / self.accumulate).backward()
+            losses.append(loss.detach())
+        optimizer_step(self.model, self.optimizer, self.schedule(step), self.clip_grad)
+        return StepResult({"loss": torch.stack(losses).mean()})
+
+`hpm.training.folder.TrainingFolder` locks a folder, resumes from it and saves into it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hpm.core import distributed
+from hpm.core.errors import UserError
+from hpm.core.phases import phase
+from hpm.core.signals import Interrupted, Stop
+from hpm.data.unreadable import UnreadableImages
+from hpm.training.log import RunLog, memory_gb
+
+Part = TypeVar("Part")
+
+
+@dataclass
+class StepResult:
+    """What an optimiser step leaves behind, on the device: nothing here was waited for.
+
+    losses: scalars by name. Their means are logged, and one that is not finite stops the training.
+    measures: further scalars to log, which may be NaN.
+    tensors: what `Training.not_finite` may want to keep for a replay.
+    """
+
+    losses: dict[str, Tensor]
+    measures: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        return self.losses | self.measures
+
+
+TrainStep = Callable[[Any, int], StepResult]  # (batch, 0-based step), without waiting
+
+
+class Event(NamedTuple):
+    """Something that happens between two steps, such as an evaluation or a figure.
+
+    due: whether it happens after this many steps.
+    run: does it; all processes call it, and wait for the main one at its end.
+    """
+
+    due: Callable[[int], bool]
+    run: Callable[[], object]
+
+
+@runtime_checkable
+class Training(Protocol):
+    """What the loop asks of a training.
+
+    step: optimiser steps done. The loop counts it up; a resumed training starts at that of its
+        checkpoint.
+    """
+
+    step: int
+    device: torch.device
+    log: RunLog
+    unreadable: UnreadableImages
+
+    @property
+    def total_steps(self) -> int:
+        """Its length."""
+        ...
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all processes."""
+        ...
+
+    @property
+    def log_every(self) -> int:
+        """Steps from one reading of the losses to the next."""
+        ...
+
+    def batches(self) -> Iterator[Any]:
+        """This process's batches, from the present step to the last; see `counted_batches`."""
+        ...
+
+    def describe(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
+        """(further numbers to log, such as the learning rate; the text for the progress bar), given
+        the means of the losses and measures since the last reading."""
+        ...
+
+    def not_finite(self, batch: Any, result: StepResult) -> UserError:
+        """The error to raise where a loss of this step, now `step`, is not finite."""
+        ...
+
+    def saves(self, steps_done: int) -> bool:
+        """Whether to save after this many steps. The loop also saves where it is stopped."""
+        ...
+
+    def save(self) -> None:
+        """Write a checkpoint of `step`; all processes call it."""
+        ...
+
+
+def train(
+    training: Training, train_step: TrainStep, stop: Stop, events: Sequence[Event] = ()
+) -> None:
+    """Take all steps that are left.
+
+    Events run after the losses are read and before a checkpoint is saved. Raises Interrupted, once
+    saved, where any process was told to stop, and UserError where a loss is not finite or too many
+    images are unreadable.
+    """
+    batches, interval = training.batches(), Interval()
+    for step in range(training.step, training.total_steps):
+        batch = interval.next_batch(batches)
+        interval.steps.append((batch, train_step(batch, step)))
+        training.step = step + 1
+
+        due = [event for event in events if event.due(training.step)]
+        saving = training.saves(training.step)
+        logging = training.step % training.log_every == 0
+        stopping = stop.received > 0 and distributed.world_size() == 1
+        if not (due or saving or logging or stopping):
+            continue
+        log_losses(training, interval)
+        # Several processes agree here, where they wait for each other anyway.
+        stop_signal = max(distributed.gather(stop.received))
+        for event in due:
+            event.run()
+            distributed.wait_for_main()
+        if saving or stop_signal:
+            training.save()
+        if stop_signal and training.step < training.total_steps:
+            raise Interrupted(stop_signal)
+        interval = Interval()
+
+
+class Interval:
+    """The steps since the losses were last read, and the time that they took."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, StepResult]] = []  # (batch, result)
+        self.data_wait = 0.0  # seconds
+        self.began = time.perf_counter()
+
+    def next_batch(self, batches: Iterator[Part]) -> Part:
+        """The next batch; the time spent waiting for it is added up."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.data_wait += time.perf_counter() - start
+        return batch
+
+
+def log_losses(training: Training, interval: Interval) -> None:
+    """Log the mean losses of the steps, and stop if one is not finite.
+
+    The only place where the loop waits for the device.
+    """
+    results = [result for _, result in interval.steps]
+    rows = torch.stack([torch.stack(list(result.scalars.values())) for result in results])
+    rows = distributed.mean(rows).cpu()
+    seconds = time.perf_counter() - interval.began
+    finite = rows[:, : len(results[0].losses)].isfinite().all(1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        training.step += first + 1 - len(rows)  # so that all that is said names that step
+        raise training.not_finite(*interval.steps[first])
+    training.unreadable.check(training.log.info)
+    means = dict(zip(results[0].scalars, rows.mean(0).tolist(), strict=True))
+    more, status = training.describe(means)
+    speed = {
+        "images_per_second": len(rows) * training.images_per_step / seconds,
+        "data_wait": interval.data_wait / seconds,
+        "memory_gb": memory_gb(training.device),
+        "unreadable": float(len(training.unreadable)),
+    }
+    training.log.metrics(training.step, means | more | speed)
+    training.log.progress(
+        training.step,
+        f"{status}  {speed['images_per_second']:.0f} images/s  "
+        f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
+    )
+
+
+def every(steps: int, total_steps: int) -> Callable[[int], bool]:
+    """When an event is due that happens every so many steps and after the last one."""
+    return lambda steps_done: steps_done % steps == 0 or steps_done == total_steps
+
+
+def counted_batches(
+    loader: Iterable[Part], unreadable: UnreadableImages, batch_size: int
+) -> Iterator[Part]:
+    """The batches of a loader, what it could not read being counted.
+
+    batch_size: samples in each batch of this process. UserError where one has fewer, because no
+    readable image was left to stand in.
+    """
+    for batch in loader:
+        indices: Tensor = batch.indices  # type: ignore[attr-defined]
+        problems: list[tuple[int, str]] = batch.unreadable  # type: ignore[attr-defined]
+        if len(indices) < batch_size:
+            raise UserError(f"{unreadable.source.name}: no readable image ({problems[0][1]})")
+        unreadable.add(problems)
+        yield batch
+
+
+def accumulated(model: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:
+    """The parts of a batch, one after another. In the block after each, gradients add up; they are
+    averaged over the processes in the last alone.
+
+    model: as `hpm.core.distributed.data_parallel` returns it.
+    """
+    for number, part in enumerate(parts, 1):
+        with distributed.no_gradient_sync(model, last=number == len(parts)):
+            yield part
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    clip_grad: float | None = None,
+) -> Tensor | None:
+    """Clip the gradients to this norm, update the weights, and clear the gradients.
+
+    learning_rate: multiplied by `lr_scale` in the parameter groups that have one. Returns the norm
+    before it was clipped; None where nothing is clipped.
+    """
+    with phase("optimiser"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        norm = None
+        if clip_grad is not None:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad).detach()
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass. precision: `float32`, `bfloat16`, or `auto`, which is bfloat16
+    on a GPU and float32 on a CPU."""
+    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
