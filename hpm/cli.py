@@ -219,6 +219,12 @@ def _view(config: Any) -> None:
     view(config)
 
 
+def _predict(config: Any) -> None:
+    from hpm.commands.predict import run_predict
+
+    print(f"written to {run_predict(config)}")
+
+
 def _export(config: Any) -> None:
     from hpm.commands.export import run_export
 
@@ -259,6 +265,7 @@ VERBS = {
     "prepare": Verb("hpm.commands.options:PrepareConfig", _prepare, ("data",)),
     "show": Verb("hpm.show.options:ShowConfig", _show, ("run", "data")),
     "view": Verb("hpm.show.options:ViewConfig", _view, ("run",)),
+    "predict": Verb("hpm.commands.options:PredictConfig", _predict, ("model", "images")),
     "export": Verb("hpm.commands.options:ExportConfig", _export, ("run",)),
 }
 
@@ -274,6 +281,7 @@ ABOUT = {
     "eval": "measure a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
     "show": "draw what a model makes of images: losses, mask, features, attention",
     "view": "open a page on this machine to try a model on images",
+    "predict": "write a fine-tuned model's predictions for a folder of images",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
     "report": "write a run's report.html again",
     "ablate": "pre-train with some options changed, over seeds, and compare",

@@ -14,7 +14,8 @@ class ExportConfig:
     """Hand the backbone over to other software, checked to give the same outputs there."""
 
     run: str
-    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME."""
+    """Run folder, checkpoint, backbone file, what --init takes, or timm/NAME; or a segmenter that
+    hpm eval segment trained (to onnx)."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
     """Library or format; hf is transformers of Hugging Face, safetensors our own backbone file."""
     out: str
@@ -159,3 +160,21 @@ class DemoConfig:
     """Run folder."""
     steps: int | None = option(None, at_least=1)
     """Optimiser steps, instead of the preset's."""
+
+
+@dataclass
+class PredictConfig:
+    """Write what a fine-tuned model predicts for a folder of images: masks as PNG."""
+
+    model: str
+    """Fine-tuned model: its file, or a folder that holds one, such as evals/segment_.../trained."""
+    images: str
+    """Folder of images (searched through all its folders), or one image."""
+    out: str
+    """Folder to write into: PNG masks named as the images, with a palette, and classes.txt."""
+    max_unreadable: float = option(0.1, at_least=0, at_most=1)
+    """Stop if more than this fraction of the images cannot be read."""
+    workers: int | None = option(None, at_least=0)
+    """Number of processes that load images (default: one per spare core, at most 16)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto uses the GPU if there is one."""

@@ -35,6 +35,17 @@ def load_model(path: str | Path) -> Any:
         return read_model(find_model(path))
 
 
+def is_finetuned(path: str | Path) -> bool:
+    """Whether the path is the file of a fine-tuned model, or the folder that it lies in (and not
+    the run folder above, which is the backbone's)."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return any((path / name).is_file() for name in MODEL_FILES)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return read_tensors(path)[1].get("kind") in KINDS
+
+
 def find_model(path: str | Path) -> Path:
     """The file of a fine-tuned model. UserError where the path does not name exactly one."""
     path = Path(path).expanduser()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.core.files import write_tensors, write_text
 from hpm.mining.masking import num_hidden_patches
@@ -27,6 +24,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import PREFIX, HieraEncoder, TimmEncoder
 from hpm.models.vit import LAYER_NORM_EPS, VisionTransformer
 from hpm.weights.names import to_hugging_face, to_torchvision
+from hpm.weights.onnx_file import run_onnx, write_onnx
 from hpm.weights.resolve import Backbone, Trained, load_encoder, save_backbone
 
 Outputs = dict[str, Tensor]
@@ -353,37 +351,15 @@ class Onnx(Format):
         return None
 
     def write(self, subject: Subject, path: Path) -> None:
-        for library in ("onnx", "onnxscript", "onnxruntime"):
-            need(library, "onnx", "export to onnx")
         height, width = subject.encoder.image_size
         # Two images: of one, the exporter would take the batch for fixed.
         images = torch.zeros(2, subject.encoder.channels, height, width)
-        logging.disable(logging.WARNING)
-        try:
-            with warnings.catch_warnings():
-                # What the exporter has to say of its own insides helps nobody here.
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    _FromPixels(_expressible(subject.backbone)).eval(), (images,), path,
-                    input_names=["images"], output_names=["pooled", "patches"],
-                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                    dynamo=True, external_data=False, verbose=False,
-                )  # fmt: skip
-        except torch.onnx.OnnxExporterError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = one_line(cause, 160)
-            raise UserError(f"export to onnx: the exporter cannot express it: {reason}") from None
-        finally:
-            logging.disable(logging.NOTSET)
+        model = _FromPixels(_expressible(subject.backbone))
+        write_onnx(model, images, path, ["pooled", "patches"])
 
     def outputs(self, subject: Subject, path: Path, images: Tensor) -> Outputs:
-        runtime = need("onnxruntime", "onnx", "export to onnx")
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         mean, std = subject.backbone.mean.view(-1, 1, 1), subject.backbone.std.view(-1, 1, 1)
-        pooled, patches = session.run(None, {"images": (images * std + mean).numpy()})
-        return {"pooled": torch.from_numpy(pooled), "patches": torch.from_numpy(patches)}
+        return run_onnx(path, images * std + mean)
 
     def lines(self, subject: Subject, path: Path) -> str:
         encoder = subject.encoder

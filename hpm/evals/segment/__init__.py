@@ -1,4 +1,4 @@
-"""Semantic segmentation: a head on frozen features, or the whole encoder fine-tuned with UPerNet."""
+"""Semantic segmentation: a linear head on frozen features, or UPerNet fine-tuned."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Options(EvalOptions):
     """Optimiser steps (default: 1000 of the linear head, 2000 of UPerNet)."""
     batch_size: int = option(16, at_least=2, main=True)
     """Crops per optimiser step, summed over all processes."""
-    baselines: bool | None = None
+    baselines: bool | None = None  # type: ignore[assignment]
     """Also measure random weights of the same architecture (default: with the linear head alone;
     UPerNet is trained a second time for it)."""
     train_share: float = option(1.0, above=0, at_most=1)

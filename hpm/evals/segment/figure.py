@@ -15,13 +15,8 @@ from hpm.core.files import write_atomically
 from hpm.data.arrays import UnreadableImage
 from hpm.data.joint import SegmentationTesting
 from hpm.data.mask_files import IGNORED
-from hpm.data.palette import class_colours
 from hpm.data.sources import Source
-from hpm.evals.segmentation_metrics import (
-    confusion_matrices,
-    count_pixels,
-    mean_iou,
-)
+from hpm.evals.segmentation_metrics import confusion_matrices, count_pixels, mean_iou
 from hpm.models.upernet import resize
 from hpm.weights.segmentation import SegmentationModel
 
@@ -50,20 +45,27 @@ def draw_predictions(
     return lambda path: write_atomically(path, lambda file: _write(file, rows, model.classes))
 
 
-def _picture(
-    image: Tensor, size: tuple[int, int]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """As it is loaded -> colours at the size of the labels; the first channel, unless there are 3."""
+def _picture(image: Tensor, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    """As it is loaded -> colours at the size of the labels; the first channel where not of 3."""
     shown = image.float() if len(image) == 3 else image[:1].float().expand(3, -1, -1)
     pixels = resize(shown[None], size)[0].clamp(0, 255)
     return pixels.permute(1, 2, 0).round().to(torch.uint8).numpy()
+
+
+def _colours(count: int) -> UInt8[np.ndarray, "{count} 3"]:
+    """Those of matplotlib's tab20, the strong ones first and without its reds, which are errors."""
+    from matplotlib import colormaps
+
+    order = [number for number in (*range(0, 20, 2), *range(1, 20, 2)) if number not in (6, 7)]
+    table = np.array([colormaps["tab20"](number)[:3] for number in order])
+    return (255 * table).round().astype(np.uint8)[np.arange(count) % len(table)]
 
 
 def _coloured(
     labels: UInt8[np.ndarray, "height width"],
 ) -> UInt8[np.ndarray, "height width 3"]:
     table = np.full((256, 3), IGNORED_COLOUR, np.uint8)
-    table[:IGNORED] = class_colours(IGNORED)
+    table[:IGNORED] = _colours(IGNORED)
     return table[labels]
 
 
@@ -95,7 +97,8 @@ def _write(file: Path, rows: list[Row], classes: list[str]) -> None:
             axis.imshow(panel, interpolation="nearest")
             if number == 0:
                 axis.set_title(title, fontsize=10)
-        axes[number][2].set_xlabel(f"mean IoU {_iou(truth, predicted, len(classes)):.0f} %", fontsize=8)
+        iou = _iou(truth, predicted, len(classes))
+        axes[number][2].set_xlabel(f"mean IoU {iou:.0f} %", fontsize=8)
         wrong = (truth != predicted) & (truth != IGNORED)
         share = 100 * wrong.sum() / max(1, (truth != IGNORED).sum())
         axes[number][3].set_xlabel(f"{share:.0f} % of pixels wrong", fontsize=8)
@@ -103,25 +106,25 @@ def _write(file: Path, rows: list[Row], classes: list[str]) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
     handles = [
-        Patch(color=np.array(colour) / 255, label=classes[number])
+        Patch(color=tuple(colour / 255), label=classes[number])
         for number, colour in _legend(rows, classes)
     ]
     handles += [
-        Patch(facecolor=[IGNORED_COLOUR / 255] * 3, edgecolor="0.6", label="(ignored)"),
+        Patch(facecolor=str(IGNORED_COLOUR / 255), edgecolor="0.6", label="(ignored)"),
         Patch(color=(214 / 255, 39 / 255, 40 / 255), label="(error)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figure.savefig(file, format="png", dpi=110)
 
 
-def _legend(rows: list[Row], classes: list[str]) -> list[tuple[int, Float[np.ndarray, "3"]]]:
+def _legend(rows: list[Row], classes: list[str]) -> list[tuple[int, Float[np.ndarray, 3]]]:
     """Numbers and colours of the classes that are seen, the most common ones where many are."""
     seen = np.zeros(256, np.int64)
     for _, truth, predicted in rows:
         for labels in (truth, predicted):
             seen += np.bincount(labels.ravel(), minlength=256)
     common = [int(n) for n in np.argsort(-seen[: len(classes)], kind="stable") if seen[n]]
-    colours = class_colours(len(classes))
+    colours = _colours(len(classes))
     return [(number, colours[number]) for number in sorted(common[:MAX_NAMED])]
 
 

@@ -144,7 +144,7 @@ def _stacked(batch: DenseBatch) -> Tensor:
 
 def _labels(
     batch: DenseBatch, places: Int[Tensor, "batch pixels 2"], seen: Bool[Tensor, " images"]
-) -> tuple[Int[Tensor, " pixels"], Bool[Tensor, " pixels"]]:
+) -> tuple[Int[Tensor, " drawn"], Bool[Tensor, " drawn"]]:
     """The class of each pixel, and whether the choosing heads may learn from it."""
     assert isinstance(batch.targets, Tensor)
     sample = torch.arange(len(batch))[:, None]
@@ -178,9 +178,7 @@ def _chosen(job: SegmentationJob, probe: Probe) -> tuple[SegmentationModel, dict
 
 
 @torch.inference_mode()
-def _held_out_scores(
-    job: SegmentationJob, probe: Probe, source: Source
-) -> Float[Tensor, " grid"]:
+def _held_out_scores(job: SegmentationJob, probe: Probe, source: Source) -> Float[Tensor, " grid"]:
     """Mean IoU of each choosing head, in percent, at the size that the encoder sees."""
     backbone, segmenter = probe.backbone.backbone, probe.segmenter
     segmenter.norm.load_state_dict(probe.heads.norm.state_dict())
@@ -189,9 +187,7 @@ def _held_out_scores(
     device, world_size = job.task.device, distributed.world_size()
     matrices = torch.zeros(count, classes, classes, dtype=torch.int64)
     views = job.testing_views(probe.backbone, source)
-    batches = dense_batches(
-        source, views, 1, job.task.workers, distributed.rank(), world_size
-    )
+    batches = dense_batches(source, views, 1, job.task.workers, distributed.rank(), world_size)
     for batch in track(batches, "choosing", total=len(source) // world_size):
         for image, labels in zip(batch.images, batch.targets, strict=True):
             pixels = normalize(image[None].to(device), backbone.mean, backbone.std)

@@ -43,7 +43,9 @@ class SegmentationScores:
 
     def per_class(self) -> dict[str, Numbers]:
         """Class -> its IoU in percent; without classes that occur nowhere."""
-        return {name: {"iou": iou} for name, iou in iou_per_class(self.counts, self.classes).items()}
+        return {
+            name: {"iou": iou} for name, iou in iou_per_class(self.counts, self.classes).items()
+        }
 
 
 def test_model(
