@@ -26,12 +26,12 @@ MakeSample = Callable[[Source, Key], tuple[Tensor, Any]]
 class DenseBatch:
     """images: [B C H W], or a list of [C H W] where they may differ in size; uint8, or float32 of
     deep images, 255 being full scale. targets: of segmentation, labels uint8 [B H W] or a list of
-    [H W]; of detection, a list of Objects. indices: int64 [B], which samples they are. unreadable:
+    [H W]; of detection, a list of Objects; of images alone, a list of (height, width). indices: int64 [B], which samples they are. unreadable:
     (index, what is wrong) of each sample that another one had to stand in for, or that is
     missing."""
 
     images: Tensor | list[Tensor]
-    targets: Tensor | list[Tensor] | list[Objects]
+    targets: Tensor | list[Tensor] | list[Objects] | list[tuple[int, int]]
     indices: Tensor
     unreadable: list[tuple[int, str]]
     mistake: str | None = None  # in the annotations; the loader raises it

@@ -132,6 +132,7 @@ def test_pixel_features_are_those_of_enlarged_maps():
     torch.testing.assert_close(found, naive)
 
 
+@pytest.mark.slow
 def test_the_demo_needs_no_folder(finished_run, tmp_path):
     options = LINEAR | {"steps": 10, "baselines": False, "train_share": 0.01, "figure_images": 1}
     result = hpm.evaluate(
@@ -179,8 +180,9 @@ def test_stopped_in_the_middle_equals_straight_through(finished_run, scenes, upe
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_upernet_learns(finished_run, scenes, tmp_path):
-    options = UPERNET | {"steps": 60, "batch_size": 8, "dropout": 0, "drop_path": 0,
+    options = UPERNET | {"steps": 150, "batch_size": 8, "peak_lr": 2e-3, "dropout": 0,
                          "checkpoint_every": "100%", "distort": False}  # fmt: skip
     result = hpm.evaluate(
         "segment", str(finished_run.folder), str(scenes), out=str(tmp_path), **options
@@ -190,7 +192,7 @@ def test_upernet_learns(finished_run, scenes, tmp_path):
         for line in (model_in(tmp_path).parent / "metrics.jsonl").read_text().splitlines()
     ]
     assert losses[-1] < 0.7 * losses[0]
-    assert result.values["trained"]["segment"]["mean_iou"] > 50
+    assert result.values["trained"]["segment"]["mean_iou"] > 55
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"precision": "bfloat16"}])
@@ -283,7 +285,7 @@ def test_a_loaded_model(linear, scenes):
     assert model.predict(np.zeros((20, 70, 3), np.uint8)).shape == (20, 70)
 
 
-@pytest.mark.parametrize("head", ["linear", "upernet"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("upernet", marks=pytest.mark.slow)])
 def test_onnx_gives_the_same(head, request, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model = hpm.load_model(model_in(request.getfixturevalue(head)[0]))
@@ -349,7 +351,7 @@ def strange_label(root):
         (lambda root: (root / "train/masks/03.png").unlink(), ["has no mask for", "03.png"]),
         (lambda root: (root / "train/images/03.png").unlink(), ["has no image for", "03.png"]),
         (lambda root: shutil.rmtree(root / "val/masks"), ["the split val has images but no masks"]),
-        (lambda root: shutil.rmtree(root / "train/masks"), ["no split to train on", "masks"]),
+        (lambda root: shutil.rmtree(root / "train/masks"), ["the split train has images but no masks"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("head", ["linear", "upernet"])
