@@ -1,7 +1,7 @@
-# Two commands do everything on a machine that has only Python 3.11 or later:
-#   make demo    the whole tour on the built-in images
-#   make test    lint, types and tests
-# PYTHON=... picks another interpreter; THREADS=... another number of threads for the tests.
+# With Python 3.11 or later:
+#   make demo    set up an environment, train on built-in images, evaluate and draw
+#   make test    lint, type checks and tests
+# PYTHON=... sets the interpreter, THREADS=... the number of threads of the tests.
 
 PYTHON ?= python3
 VENV := .venv

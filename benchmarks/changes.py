@@ -6,7 +6,6 @@ python benchmarks/changes.py vit_tiny     # or vit_base; on an idle machine
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import tempfile
 import time
@@ -21,7 +20,8 @@ from results import machine, table, write_section
 from step import SIZES, as_options
 from torch import Tensor
 
-from hpm.commands.bench_step import HARD_SHARE, noise_batch, run_state
+from hpm import pretraining
+from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
 from hpm.mining import miner
@@ -29,11 +29,9 @@ from hpm.mining.draw import Draw
 from hpm.mining.masking import make_mask
 from hpm.models import linear
 from hpm.models.mim import Decoder
-from hpm.training.state import State
+from hpm.training.run import PretrainingRun
 
-# By its name: `hpm.pretrain` itself is the function.
-pretrain = importlib.import_module("hpm.pretrain")
-Undo = Callable[[State], Any]  # a context in which the step is as it was before
+Undo = Callable[[PretrainingRun], Any]  # a context in which the step is as it was before
 
 
 def every_output(self: Decoder, tokens: Tensor, num_outputs: int) -> Tensor:
@@ -44,7 +42,7 @@ def every_output(self: Decoder, tokens: Tensor, num_outputs: int) -> Tensor:
 
 
 @contextmanager
-def parameter_by_parameter(state: State) -> Iterator[None]:
+def parameter_by_parameter(state: PretrainingRun) -> Iterator[None]:
     """The teacher's average, a parameter at a time."""
 
     @torch.no_grad()
@@ -58,7 +56,7 @@ def parameter_by_parameter(state: State) -> Iterator[None]:
 
 
 @contextmanager
-def loop_of_adamw(state: State) -> Iterator[None]:
+def loop_of_adamw(state: PretrainingRun) -> Iterator[None]:
     """The optimiser, a parameter at a time."""
     group = state.optimizer.param_groups
     before = [(g["fused"], g["foreach"]) for g in group]
@@ -72,7 +70,7 @@ def loop_of_adamw(state: State) -> Iterator[None]:
 
 
 def image_by_image(
-    mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, num_hard: int
+    mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, *rest: Any
 ) -> Any:
     """Masks in a loop over the images, as the published code makes them."""
     masks = [
@@ -82,7 +80,7 @@ def image_by_image(
             grid,
             num_hidden,
             None if signal is None else signal[i : i + 1],
-            num_hard,
+            *rest,
         )
         for i in range(len(draw.sample_ids))
     ]
@@ -109,12 +107,14 @@ def main() -> None:
     names = [n for n in CHANGES if device.type == "cpu" or "CPU" not in n]
     seconds: dict[str, list[float]] = {name: [] for name in ["now", *names]}
     with tempfile.TemporaryDirectory() as folder:
-        state = run_state(BenchConfig(**options, compile="false"), {}, Path(folder) / "run", device)
+        state = build_bench_run(
+            BenchConfig(**options, compile="false"), {}, Path(folder) / "run", device
+        )
         batch, num_hard = noise_batch(state), int(state.num_hidden * HARD_SHARE)
 
         def step() -> float:
             start = time.perf_counter()
-            pretrain.train_step(state, batch, 0, num_hard)
+            pretraining.train_step(state, batch, 0, num_hard)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return time.perf_counter() - start

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from results import machine, table, write_section
 
-from hpm.commands.bench_step import HARD_SHARE, noise_batch, run_state, step_multiply_adds
+from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch
+from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
 from hpm.pretraining import train_step
@@ -47,7 +48,7 @@ def measure(options: dict) -> dict:
     config = BenchConfig(**sizes, compile="false")
     before = memory_gb(device)
     with tempfile.TemporaryDirectory() as folder:
-        state = run_state(config, {}, Path(folder) / "run", device)
+        state = build_bench_run(config, {}, Path(folder) / "run", device)
         batch, num_hard = noise_batch(state), int(state.num_hidden * HARD_SHARE)
         seconds = []
         for number in range(5):

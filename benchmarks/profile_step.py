@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from results import machine, table, write_section
 from step import SIZES, as_options
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-from hpm.commands.bench_step import PHASES, noise_batch, run_state
+from hpm.commands.bench_step import PHASES, build_bench_run, noise_batch
 from hpm.commands.options import BenchConfig
 from hpm.core.distributed import pick_device
+from hpm.core.phases import PhaseClock
 from hpm.pretraining import train_step
 
 FOLDER = Path(__file__).parent
@@ -40,39 +41,19 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(w in name for w in words)), OTHER)
 
 
-def phases_of_step(step: Callable[[Callable[[str], None]], object], on_gpu: bool) -> dict:
+def phases_of_step(step: Callable[[], object], on_gpu: bool) -> dict:
     """Milliseconds by phase and kind: each operator counts for the phase that it ran in."""
     found: dict[str, dict[str, float]] = {p: defaultdict(float) for p in PHASES}
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    running: list[record_function] = []
-
-    def begin(number: int) -> None:
-        scope = record_function(f"phase {number}")
-        scope.__enter__()
-        running.append(scope)
-
-    names: list[str] = []
-
-    def mark(phase: str) -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-        running.pop().__exit__(None, None, None)
-        names.append(phase)
-        begin(len(names))
-
-    with profile(activities=activities) as recorded:
-        begin(0)
-        step(mark)
-        running.pop().__exit__(None, None, None)
+    # The clock waits for the device at the end of each phase, so that the spans do not overlap.
+    device = torch.device("cuda" if on_gpu else "cpu")
+    with profile(activities=activities) as recorded, PhaseClock(device):
+        step()
     events = recorded.events()
-    spans = [
-        (e.time_range.start, e.time_range.end, names[int(e.name.split()[1])])
-        for e in events
-        if e.name.startswith("phase ") and int(e.name.split()[1]) < len(names)
-    ]
+    spans = [(e.time_range.start, e.time_range.end, e.name) for e in events if e.name in PHASES]
     for event in events:
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.name.startswith("phase ") or not own:
+        if event.name in PHASES or not own:
             continue
         middle = (event.time_range.start + event.time_range.end) / 2
         # The backward pass runs in a thread of its own: what counts is when, not where.
@@ -118,12 +99,13 @@ def main() -> None:
     device = pick_device("auto")
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        state = run_state(BenchConfig(**options, compile="false"), {}, Path(folder) / "run", device)
-        batch, num_hard = noise_batch(state), state.num_hidden // 4
+        config = BenchConfig(**options, compile="false")
+        run = build_bench_run(config, {}, Path(folder) / "run", device)
+        batch, num_hard = noise_batch(run), run.num_hidden // 4
         for _ in range(2):
-            train_step(state, batch, 0, num_hard)
-        found = phases_of_step(lambda mark: train_step(state, batch, 0, num_hard, mark), on_gpu)
-        state.log.close()
+            train_step(run, batch, 0, num_hard)
+        found = phases_of_step(lambda: train_step(run, batch, 0, num_hard), on_gpu)
+        run.log.close()
     file = FOLDER / f"profile_{chosen.size}.png"
     draw(found, f"One step of Hard Patches Mining, {' '.join(words)}", file)
     total = sum(sum(kinds.values()) for kinds in found.values())

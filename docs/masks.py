@@ -1,18 +1,18 @@
 """Draw every mask on a built-in image: `python docs/masks.py`, after `make demo`."""
 
 from pathlib import Path
-from typing import get_args
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hpm.core.config import HARD_SHARES, Mask
+from hpm.core.config import HARD_SHARES
 from hpm.data.loader import normalize
 from hpm.data.sources import open_source
 from hpm.data.transforms import evaluation_view
 from hpm.mining.draw import Draw
 from hpm.mining.masking import make_mask, num_hidden_patches, to_mask
+from hpm.mining.strategies import BUILT_IN
 from hpm.mining.teacher import attention, predicted_losses
 from hpm.weights.resolve import load
 
@@ -29,7 +29,7 @@ with torch.no_grad():
     signals = {"attention": attention(trained.teacher, images)[1]}
     losses = predicted_losses(trained.teacher.predict_loss, images)[1]
 
-names = get_args(Mask)
+names = BUILT_IN
 hidden = num_hidden_patches(encoder.num_patches, RATIO)
 figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
 FigureCanvasAgg(figure)

@@ -75,7 +75,7 @@ def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[An
     """The same for a verb of several kinds: `hpm eval knn`, `hpm bench step`."""
     noun, find = GROUPS[group]
     if not arguments:
-        raise UserError(f"name {noun}: {', '.join(find())} (hpm {group} --help)")
+        raise UserError(f"name {noun}: hpm {group} {'|'.join(find())} (see hpm {group} --help)")
     name, *rest = arguments
     if name in ("-h", "--help"):
         kinds = find()
@@ -85,7 +85,8 @@ def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[An
     kinds = find(name)
     if name not in kinds:
         word = noun.partition(" ")[2]
-        raise UserError(f"no {word} '{name}'{nearest(name, kinds)} ({', '.join(kinds)})")
+        known = f"hpm {group} {'|'.join(kinds)}"
+        raise UserError(f"no {word} '{name}'{nearest(name, kinds)} ({known})")
     return kinds[name].run, kinds[name].command(f"hpm {group} {name}").parse(rest)
 
 
@@ -276,18 +277,18 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 }
 
 ABOUT = {
-    "demo": "the whole tour on built-in images, on a CPU, in minutes",
+    "demo": "pre-train on built-in images, evaluate and draw figures; minutes on a CPU",
     "pretrain": "pre-train a backbone on a folder of images",
-    "eval": "measure a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
+    "eval": "evaluate a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
     "show": "draw what a model makes of images: losses, mask, features, attention",
-    "view": "open a page on this machine to try a model on images",
-    "predict": "write a fine-tuned model's predictions for a folder of images",
+    "view": "try a model on images in the browser",
+    "predict": "write the predictions of a fine-tuned model for a folder of images",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
-    "report": "write a run's report.html again",
-    "ablate": "pre-train with some options changed, over seeds, and compare",
-    "bench": "measure the speed of a training step or of loading",
+    "report": "rewrite a run's report.html",
+    "ablate": "pre-train variants over several seeds and compare them",
+    "bench": "measure the speed of a training step or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
-    "tokenize": "learn a codebook of discrete tokens, a target of pre-training",
+    "tokenize": "learn a codebook of discrete tokens as a reconstruction target",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +12,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hpm.core import distributed, lock
-from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.config import PretrainConfig
 from hpm.core.options import lay_over, make_config, read_preset
+from hpm.core.phases import phase
 from hpm.core.random_state import random_state_kept
 from hpm.core.signals import Interrupted, Stop, stop_signals
 from hpm.data.loader import Batch
 from hpm.evals.ongoing import OngoingProbe, make_probe
 from hpm.mining.draw import Draw
 from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
-from hpm.mining.masking import hard_share
-from hpm.mining.miner import Mark, Mined, no_mark
+from hpm.mining.miner import Mined
 from hpm.models.patches import gather_patches
-from hpm.show.monitor import Step, Window, evaluate, look, probe, read, recorded, refresh_report
+from hpm.show.monitor import evaluate, picture_held_out, probe, refresh_report, session_recorded
 from hpm.targets.base import Target
+from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
-from hpm.training.state import State
+from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
+from hpm.training.run import PretrainingRun
 from hpm.weights.run_folder import Run
 
 
@@ -62,122 +65,93 @@ def run_pretraining(config: PretrainConfig) -> Run:
     ):
         try:
             ongoing = make_probe(config)  # before a folder is made: its data may be refused
-            state = State(config, device)
-            _run(state, ongoing, stop)
+            run = build_run(config, device)
+            try:
+                _train_and_export(run, ongoing, stop)
+            finally:
+                run.log.close()
         finally:
             lock.release(Path(config.out))
-    return state.run
+    return run.files
 
 
-def _run(state: State, ongoing: OngoingProbe | None, stop: Stop) -> None:
-    """Train, and leave the folder of a finished run."""
-    try:
-        if state.step == state.schedule.total:
-            state.log.info(f"{state.config.out} is finished already: nothing is changed")
-        else:
-            with recorded(state):
-                _train(state, ongoing, stop)
-        if distributed.is_main():
-            state.save_backbone()
-        if state.best_probe:
-            best = state.best_probe
-            state.log.info(
-                f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
-                f"{best['step']} ({state.run.best_checkpoint}); probing took "
-                f"{state.probe_seconds:.1f} s in all"
-            )
-        state.log.info(
-            f"done: {state.run.backbone}\n  import hpm\n"
-            f'  encoder = hpm.load_encoder("{state.config.out}")\n'
-            "  pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
+def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
+    """Take the steps that are left, and write the backbone."""
+    if run.step == run.total_steps:
+        run.log.info(f"{run.config.out} is finished already: nothing is changed")
+    else:
+        with session_recorded(run):
+            _train(run, ongoing, stop)
+    if distributed.is_main():
+        run.save_backbone()
+    if best := run.best_probe:
+        run.log.info(
+            f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
+            f"{best['step']} ({run.files.best_checkpoint}); probing took "
+            f"{run.probe_seconds:.1f} s in all"
         )
-    finally:
-        state.log.close()
+    run.log.info(
+        f"done: {run.files.backbone}\n  import hpm\n"
+        f'  encoder = hpm.load_encoder("{run.config.out}")\n'
+        "  pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
+    )
 
 
-def _train(state: State, ongoing: OngoingProbe | None, stop: Stop) -> None:
-    """All steps that are left."""
-    config, schedule = state.config, state.schedule
-    if state.step == 0:
-        look(state, _num_hard(state, 0))  # what it was before it learned anything
+def _train(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
+    """All steps that are left, and what is measured and drawn between them."""
+    if run.step == 0:
+        picture_held_out(run)  # what the model is before it learned anything
         distributed.wait_for_main()
-    batches, window = state.batches(), Window()
-    for step in range(state.step, schedule.total):
-        batch = window.next_batch(batches)
-        num_hard = _num_hard(state, step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+    schedule = run.schedule
+    events = [Event(schedule.evaluates, partial(evaluate, run))]
+    probes = schedule.probes if ongoing is not None else lambda step: False
+    if ongoing is not None:
+        events.append(Event(probes, partial(probe, run, ongoing)))
 
-        done = train_step(state, batch, step, num_hard)
-        state.step = step + 1
-        window.steps.append(done)
-        evaluating, saving = schedule.evaluates(state.step), schedule.saves(state.step)
-        probing = ongoing is not None and schedule.probes(state.step)
-        stopping = stop.received > 0 and distributed.world_size() == 1
-        if evaluating or probing or saving or stopping or state.step % config.log_every == 0:
-            read(state, window, num_hard)
-            # Several processes agree here, where they all wait for each other anyway.
-            stopping = distributed.any_process(stop.received > 0, state.device)
-            if evaluating:
-                evaluate(state, num_hard)
-            if ongoing is not None and probing:
-                probe(state, ongoing)
-            if saving or stopping:
-                state.save()
-            if evaluating or probing or saving:
-                refresh_report(state)
-                distributed.wait_for_main()
-            if stopping and state.step < schedule.total:
-                raise Interrupted(stop.received)
-            window = Window()
+    def reports(step: int) -> bool:
+        return schedule.evaluates(step) or probes(step) or schedule.saves(step)
+
+    events.append(Event(reports, partial(refresh_report, run)))
+    train(
+        run,
+        lambda batch, step: train_step(run, batch, step, run.num_hard(step)),
+        stop,
+        events,
+    )
 
 
-def train_step(state: State, batch: Batch, step: int, num_hard: int, mark: Mark = no_mark) -> Step:
+def train_step(run: PretrainingRun, batch: Batch, step: int, num_hard: int) -> StepResult:
     """One step of the algorithm: mine, reconstruct and predict, update student and teacher.
 
-    Nothing here waits for the device. `mark` is called with each phase as it ends, for measuring.
+    Args:
+        batch: this process's part of the images.
+        step: 0-based.
+        num_hard: how many of the hidden patches are mined.
+
+    Nothing here waits for the device.
     """
-    config, schedule, epoch = state.config, state.schedule, state.schedule.epoch(step)
-    parts: list[tuple[Mined, Learned]] = []
-    for number, part in enumerate(batch.parts(config.accumulate)):
-        images = state.to_device(part.images)
-        draw = Draw(config.seed, epoch, part.view_ids.to(state.device, non_blocking=True))
-        with state.autocast():
-            mined = state.miner.mine(images, draw, num_hard, step, state.seen(part), mark)
-        last = number == config.accumulate - 1
-        with distributed.no_gradient_sync(state.parallel, last):
-            learned = _learn(
-                state.parallel, state.target, images, mined, config, state.autocast(), mark
-            )
-        parts.append((mined, learned))
-    grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_grad)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    mark("optimiser")
-    state.teacher.update(state.model, schedule.ema_decay(step))
-    mark("EMA")
-    all_mined, all_learned = zip(*parts, strict=True)
-    if (seen := state.seen(batch)) is not None:
-        state.miner.remember(seen, all_mined, [learned.patch_loss for learned in all_learned])
-        mark("mining")
-    losses = torch.stack([learned.losses for learned in all_learned]).mean(0)
-    return Step(
-        losses=torch.stack([*losses, grad_norm.detach()]),
-        batch=batch,
-        visible_ids=torch.cat([mined.visible_ids for mined in all_mined]),
-        hidden_ids=torch.cat([mined.hidden_ids for mined in all_mined]),
-    )
+    config, schedule = run.config, run.schedule
+    mined_parts: list[Mined] = []
+    learned_parts: list[Learned] = []
+    for part in accumulated(run.student, batch.parts(config.accumulate)):
+        images = run.to_device(part.images)
+        sample_ids = part.view_ids.to(run.device, non_blocking=True)
+        draw = Draw(config.seed, schedule.epoch(step), sample_ids)
+        with run.autocast():
+            mined = run.miner.mine(images, draw, num_hard, step, run.seen(part))
+        learned = _learn(run.student, run.target, images, mined, config, run.autocast())
+        mined_parts.append(mined)
+        learned_parts.append(learned)
 
-
-def _num_hard(state: State, step: int) -> int:
-    """How many of the hidden patches are mined: int(M alpha)."""
-    config, schedule = state.config, state.schedule
-    if config.mask not in HARD_SHARES:
-        return 0
-    alpha = hard_share(
-        schedule.hard_share_progress(step), *config.hard_shares, config.hard_share_schedule
-    )
-    return int(state.num_hidden * alpha)
+    learning_rate = schedule.learning_rate(step)
+    grad_norm = optimizer_step(run.model, run.optimizer, learning_rate, config.clip_grad)
+    with phase("EMA"):
+        run.teacher.update(run.model, schedule.ema_decay(step))
+    if (seen := run.seen(batch)) is not None:
+        with phase("mining"):
+            patch_losses = [learned.patch_loss for learned in learned_parts]
+            run.miner.remember(seen, mined_parts, patch_losses)
+    return _result(run, mined_parts, learned_parts, grad_norm)
 
 
 class Learned(NamedTuple):
@@ -194,37 +168,54 @@ def _learn(
     mined: Mined,
     config: PretrainConfig,
     autocast: torch.autocast,
-    mark: Mark,
 ) -> Learned:
     """Reconstruct the hidden patches, predict how well, and take both losses backward."""
     hidden_ids = mined.hidden_ids
-    with autocast:
-        with torch.no_grad():
-            expected = gather_patches(target(images, mined.features), hidden_ids)
-        prediction, predicted_loss = student(
-            images, mined.visible_ids, hidden_ids, mined.covered_ids
-        )
-    patch_loss = target.patch_loss(prediction, expected)
-    reconstruction_loss = patch_loss.mean()
-    predictor_loss = torch.zeros_like(reconstruction_loss)
-    accuracy = torch.full_like(reconstruction_loss, math.nan)
-    patch_loss = patch_loss.detach()
-    if predicted_loss is not None or config.mine_by == "memory":
-        patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
-    if predicted_loss is not None:
-        if config.predictor_loss == "relative":
-            total, pairs = relative_loss(predicted_loss, patch_loss)
-            # Pairs are counted over all processes, as if they were one.
-            predictor_loss = total / distributed.mean(pairs).clamp(min=1)
-        else:
-            predictor_loss = absolute_loss(predicted_loss, patch_loss)
-        accuracy = ranking_accuracy(predicted_loss.detach().float(), patch_loss)
-    loss = reconstruction_loss + config.predictor_weight * predictor_loss
-    mark("forward")
-    (loss / config.accumulate).backward()
-    mark("backward")
+    with phase("forward"):
+        with autocast:
+            with torch.no_grad():
+                expected = gather_patches(target(images, mined.features), hidden_ids)
+            prediction, predicted_loss = student(
+                images, mined.visible_ids, hidden_ids, mined.covered_ids
+            )
+        patch_loss = target.patch_loss(prediction, expected)
+        reconstruction_loss = patch_loss.mean()
+        predictor_loss = torch.zeros_like(reconstruction_loss)
+        accuracy = torch.full_like(reconstruction_loss, math.nan)
+        patch_loss = patch_loss.detach()
+        if predicted_loss is not None or config.mines_by_memory:
+            patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
+        if predicted_loss is not None:
+            if config.predictor_loss == "relative":
+                total, pairs = relative_loss(predicted_loss, patch_loss)
+                # Pairs are counted over all processes, as if they were one.
+                predictor_loss = total / distributed.mean(pairs).clamp(min=1)
+            else:
+                predictor_loss = absolute_loss(predicted_loss, patch_loss)
+            accuracy = ranking_accuracy(predicted_loss.detach().float(), patch_loss)
+        loss = reconstruction_loss + config.predictor_weight * predictor_loss
+    with phase("backward"):
+        (loss / config.accumulate).backward()
     losses = torch.stack([reconstruction_loss.detach(), predictor_loss.detach(), accuracy])
     return Learned(losses, patch_loss)
+
+
+def _result(
+    run: PretrainingRun, mined: list[Mined], learned: list[Learned], grad_norm: Tensor | None
+) -> StepResult:
+    """What is logged of a step, and kept for a replay where its loss is not finite."""
+    assert grad_norm is not None
+    reconstruction, predictor, accuracy = torch.stack([part.losses for part in learned]).mean(0)
+    losses, measures = {"reconstruction_loss": reconstruction, "grad_norm": grad_norm}, {}
+    if run.model.predictor is not None:
+        losses["predictor_loss"] = predictor
+        measures["ranking_accuracy"] = accuracy
+    replay = {
+        "losses": torch.stack([reconstruction, predictor, accuracy, grad_norm]),
+        "visible_ids": torch.cat([part.visible_ids for part in mined]),
+        "hidden_ids": torch.cat([part.hidden_ids for part in mined]),
+    }
+    return StepResult(losses, measures, replay)
 
 
 __all__ = ["Interrupted", "pretrain", "run_pretraining"]

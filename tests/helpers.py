@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hpm.models.architecture import Architecture
+
 # Options of a run that takes seconds.
 TINY = {
     "model": "vit_nano",
@@ -29,6 +31,11 @@ TINY = {
     "hard_share_start": 0.25,
     "device": "cpu",
 }
+
+
+def architecture_of(shape: dict) -> Architecture:
+    """An architecture from the values that files hold."""
+    return Architecture.from_json(shape)
 
 
 def tiny_arguments(**changes) -> list[str]:
@@ -88,13 +95,13 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 def stop_after(monkeypatch, steps):
     """Pull the plug when a checkpoint of that step has been written."""
-    from hpm.training.state import State
+    from hpm.training.run import PretrainingRun
 
-    save = State.save
+    save = PretrainingRun.save
 
-    def save_and_stop(state):
-        save(state)
-        if state.step == steps:
+    def save_and_stop(run):
+        save(run)
+        if run.step == steps:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(State, "save", save_and_stop)
+    monkeypatch.setattr(PretrainingRun, "save", save_and_stop)

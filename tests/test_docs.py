@@ -127,9 +127,9 @@ def test_values_of_options_fit(page):
 
 
 def test_what_may_differ_when_a_run_goes_on():
-    (told,) = re.findall(r"^What may differ:(.*?)\n\n", text_of(ROOT / "docs/troubleshooting.md"),
-                         re.MULTILINE | re.DOTALL)  # fmt: skip
-    assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", told)} == (
+    page = text_of(ROOT / "docs/troubleshooting.md")
+    (listed,) = re.findall(r"^These options may differ:(.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    assert {name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", listed)} == (
         {name for name in describe(PretrainConfig) if may_change(name)} - {"out"}
     )
 

@@ -9,10 +9,11 @@ import torch
 import hpm
 from hpm.commands.options import TokenizeConfig
 from hpm.commands.tokenize import tokenize
-from hpm.core.config import Mask, TargetName
+from hpm.core.config import TargetName
 from hpm.core.extras import need
 from hpm.mining.draw import Draw
 from hpm.mining.masking import make_mask, num_hidden_patches
+from hpm.mining.strategies import BUILT_IN
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
 from hpm.models.vit import VisionTransformer
@@ -38,7 +39,7 @@ def assert_falls(found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", get_args(Mask))
+@pytest.mark.parametrize("mask", BUILT_IN)
 def test_every_mask_trains(mask, tmp_path):
     assert_falls(losses(tmp_path / "run", mask=mask, target="pixels"))
 
@@ -93,7 +94,7 @@ def test_every_predictor_trains(options, tmp_path):
     assert_falls(losses(tmp_path / "run", target="pixels", **options))
 
 
-@pytest.mark.parametrize("mask", get_args(Mask))
+@pytest.mark.parametrize("mask", BUILT_IN)
 def test_what_is_hidden_stays_hidden(mask):
     """Other pixels in hidden (and covered) patches: the same prediction, bit by bit."""
     torch.manual_seed(0)

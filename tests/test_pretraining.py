@@ -379,14 +379,14 @@ def test_what_a_probe_cannot_read_is_said_once_and_bounded(tmp_path):
 
 @pytest.mark.parametrize("mine_by", ["teacher", "memory"])
 def test_repeated_views_get_masks_of_their_own(image_folder, tmp_path, mine_by, monkeypatch):
-    pretraining = sys.modules["hpm.pretrain"]  # the function hides the module
+    pretraining = sys.modules["hpm.pretraining"]
     seen = []
     train_step = pretraining.train_step
 
-    def watched(state, batch, *rest):
-        step = train_step(state, batch, *rest)
-        seen.append((batch, step))
-        return step
+    def watched(run, batch, *rest):
+        result = train_step(run, batch, *rest)
+        seen.append((batch, result))
+        return result
 
     monkeypatch.setattr(pretraining, "train_step", watched)
     options = TINY | {"steps": 4, "checkpoint_every": "100%", "accumulate": 2}
@@ -394,9 +394,9 @@ def test_repeated_views_get_masks_of_their_own(image_folder, tmp_path, mine_by, 
         data=str(image_folder), out=str(tmp_path / "run"), repeat_augment=2, mine_by=mine_by,
         **options,
     )  # fmt: skip
-    for batch, step in seen:
+    for batch, result in seen:
         assert torch.equal(batch.indices[0::2], batch.indices[1::2])
-        hidden = step.hidden_ids.sort(1).values
+        hidden = result.tensors["hidden_ids"].sort(1).values
         assert not (hidden[0::2] == hidden[1::2]).all(1).any()
     with pytest.raises(UserError, match="repeat_augment 3 does not divide batch_size 8"):
         hpm.pretrain(data=str(image_folder), out=str(tmp_path / "b"), repeat_augment=3, **options)

@@ -19,6 +19,7 @@ from hpm.evals import evaluate
 from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
 from hpm.pretraining import run_pretraining
+from hpm.targets.registry import find_target
 from hpm.weights.run_folder import Run
 
 K = 20
@@ -28,6 +29,7 @@ LOSS_DEPENDS_ON = (
     "target",
     "target_model",
     "codebook",
+    "target_options",
     "ranking_signal",
     "mask_ratio",
     "image_size",
@@ -68,11 +70,11 @@ def _ablate(config: AblateConfig) -> Results:
 def losses_compare(runs: list[PretrainConfig]) -> bool:
     """Whether the held-out losses, which are of random masks for all, are losses of one thing."""
     kinds = {
-        str([resolve_model(run)["patch_size"], *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
+        str([resolve_model(run).patch_size, *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
         for run in runs
     }
-    # Every run with target teacher has a target of its own.
-    return len(kinds) == 1 and runs[0].target != "teacher"
+    # A target made from the teacher's features is different in every run.
+    return len(kinds) == 1 and not find_target(runs[0].target).needs_teacher
 
 
 def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:

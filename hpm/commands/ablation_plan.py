@@ -15,22 +15,23 @@ import yaml
 from hpm.commands.options import AblateConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, nearest, one_line
-from hpm.core.options import lay_over, make_config
+from hpm.core.options import describe, lay_over, make_config
+from hpm.targets.registry import options_of_others
 from hpm.training.checks import check_pretrain
 
 PretrainOptions = dict[str, Any]
 
 # What asks no teacher keeps none of the options on how it is asked.
 NOT_ASKED: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1}
+# What mines nothing has no temperature either.
+NOT_MINED = NOT_ASKED | {"mine_by": "teacher", "mining_temperature": 0.0}
 ARMS: dict[str, PretrainOptions] = {
-    "mae": {"mask": "random", "predictor_loss": "none", "mine_by": "teacher"} | NOT_ASKED,
-    "predictor": {"mask": "random", "predictor_loss": "relative", "mine_by": "teacher"} | NOT_ASKED,
+    "mae": {"mask": "random", "predictor_loss": "none"} | NOT_MINED,
+    "predictor": {"mask": "random", "predictor_loss": "relative"} | NOT_MINED,
     "hpm": {"mask": "easy_to_hard", "predictor_loss": "relative", "mine_by": "teacher"},
     "hpm_memory": {"mask": "easy_to_hard", "predictor_loss": "none", "mine_by": "memory"}
     | NOT_ASKED,
 }
-# Options that belong to one target alone, and are left out where another one is tried.
-OF_TARGET = {"target_model": "frozen", "codebook": "tokens"}
 OPTIONS = {field.name for field in dataclasses.fields(PretrainConfig)}
 OWN_ARM = "'NAME: mask=random predictor_loss=none'"
 
@@ -177,9 +178,9 @@ def _read_yaml(where: str, text: str) -> Any:
 def _run_config(config: AblateConfig, variant: Variant, seed: int) -> PretrainConfig:
     """The run of one variant and seed, checked."""
     options = lay_over({name: getattr(config, name) for name in OPTIONS}, variant.options)
-    for name, target in OF_TARGET.items():
-        if options["target"] != target and name not in variant.options:
-            options[name] = None
+    for name in options_of_others(options["target"]):
+        if name not in variant.options:
+            options[name] = describe(PretrainConfig)[name].default
     out = Path(config.out) / str(variant).replace(", ", "_").replace("/", "-")
     run = make_config(PretrainConfig, options | {"seed": seed, "out": str(out / f"seed_{seed}")})
     check_pretrain(run)

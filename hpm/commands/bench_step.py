@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import multiprocessing
 import statistics
 import tempfile
@@ -18,25 +17,27 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.config import HARD_SHARES, PretrainConfig
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError
+from hpm.core.phases import PhaseClock
 from hpm.core.progress import track
 from hpm.data.loader import Batch
-from hpm.mining.miner import Mark, no_mark
-from hpm.mining.teacher import small_image_size
-from hpm.models.patches import grid_size
 from hpm.pretraining import train_step
+from hpm.training.build import build_run, compiles
 from hpm.training.checks import check_pretrain
 from hpm.training.log import memory_gb
-from hpm.training.state import State
+from hpm.training.run import PretrainingRun
 
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
 METHODS: dict[str, dict[str, Any]] = {
-    "MAE": {"mask": "random", "predictor_loss": "none", "teacher_scale": 1.0},
+    "MAE": {
+        "mask": "random", "predictor_loss": "none", "teacher_scale": 1.0, "mining_temperature": 0.0,
+    },
     "HPM": {},
-}
+}  # fmt: skip
 # What a step is measured without: nothing is loaded, evaluated, or kept.
 STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
 HARD_SHARE = 0.25  # as half-way through a training: the teacher runs
@@ -74,36 +75,36 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     memory = _peak_memory(config, device)
     with tempfile.TemporaryDirectory() as folder:
-        states = {
-            name: run_state(config, options, Path(folder) / name, device)
+        runs = {
+            name: build_bench_run(config, options, Path(folder) / name, device)
             for name, options in METHODS.items()
         }
         measured = {
             name: Measured(
                 name,
-                step_multiply_adds(state.architecture, state.config),
-                state.config.global_batch_size,
+                step_multiply_adds(run.architecture, run.config),
+                run.config.global_batch_size,
                 memory_gb=memory[name],
             )
-            for name, state in states.items()
+            for name, run in runs.items()
         }
         products = []
-        for state in states.values():
-            _warm_up(state)
+        for run in runs.values():
+            _warm_up(run)
         for _ in track(range(config.repeats), "rounds"):
-            for name, state in states.items():
-                _time_steps(state, measured[name], config.steps_each)
+            for name, run in runs.items():
+                _time_steps(run, measured[name], config.steps_each)
             products.append(matrix_product_flops(device))
-        for state in states.values():
-            state.log.close()
-    return _report(config, measured, statistics.median(products), device, states["HPM"])
+        for run in runs.values():
+            run.log.close()
+    return _report(config, measured, statistics.median(products), device, runs["HPM"])
 
 
-def run_state(
+def build_bench_run(
     config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device
-) -> State:
+) -> PretrainingRun:
     """A run whose images are never loaded."""
-    return State(_run_config(config, options, out), device)
+    return build_run(_run_config(config, options, out), device)
 
 
 def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> PretrainConfig:
@@ -125,70 +126,54 @@ def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
 
 def _memory_of(config: BenchConfig, options: dict[str, Any], device: torch.device) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        state = run_state(config, options, Path(folder) / "run", device)
-        _warm_up(state)
-        state.log.close()
+        run = build_bench_run(config, options, Path(folder) / "run", device)
+        _warm_up(run)
+        run.log.close()
     return memory_gb(device)
 
 
-def _warm_up(state: State) -> None:
+def _warm_up(run: PretrainingRun) -> None:
     """Compile, fill caches, and take memory from the system."""
-    batch = noise_batch(state)
-    for _ in range(3 if state.device.type == "cuda" else 1):
-        _run_turn(state, batch)
-    _wait(state.device)
+    batch = noise_batch(run)
+    for _ in range(3 if run.device.type == "cuda" else 1):
+        _run_turn(run, batch)
+    _wait(run.device)
 
 
-def _time_steps(state: State, measured: Measured, count: int) -> None:
+def _time_steps(run: PretrainingRun, measured: Measured, count: int) -> None:
     """Whole steps, then one turn with a wait after each phase. The first turn is not timed: it
     runs with the caches of the method before."""
-    device, turn = state.device, state.config.mine_every
-    batch = noise_batch(state)
-    _run_turn(state, batch)
+    device, turn = run.device, run.config.mine_every
+    batch = noise_batch(run)
+    _run_turn(run, batch)
     _wait(device)
     for _ in range(count):
         start = time.perf_counter()
-        _run_turn(state, batch)
+        _run_turn(run, batch)
         _wait(device)
         measured.steps.append((time.perf_counter() - start) / turn)
-    clock = _Clock(device)
-    _run_turn(state, batch, clock.mark)
-    for phase, seconds in clock.phases.items():
-        measured.phases[phase].append(seconds / turn)
+    with PhaseClock(device) as clock:
+        _run_turn(run, batch)
+    for phase in PHASES:
+        measured.phases[phase].append(clock.seconds.get(phase, 0.0) / turn)
 
 
-def _run_turn(state: State, batch: Batch, mark: Mark = no_mark) -> None:
+def _run_turn(run: PretrainingRun, batch: Batch) -> None:
     """As many steps as there are from one question to the teacher to the next."""
-    config = state.config
-    num_hard = int(state.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
+    config = run.config
+    num_hard = int(run.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
     for step in range(config.mine_every):
-        train_step(state, batch, step, num_hard, mark)
+        train_step(run, batch, step, num_hard)
 
 
-def noise_batch(state: State) -> Batch:
+def noise_batch(run: PretrainingRun) -> Batch:
     """A batch of uncropped noise."""
-    config = state.config
-    size = (config.global_batch_size, config.channels, *state.image_size)
+    config = run.config
+    size = (config.global_batch_size, config.channels, *run.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
     batch = Batch(images, torch.arange(len(images)), [], whole)
-    return batch.pin_memory() if state.device.type == "cuda" else batch
-
-
-class _Clock:
-    """Seconds between the ends of phases."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        _wait(device)
-        self.before = time.perf_counter()
-
-    def mark(self, phase: str) -> None:
-        _wait(self.device)
-        now = time.perf_counter()
-        self.phases[phase] += now - self.before
-        self.before = now
+    return batch.pin_memory() if run.device.type == "cuda" else batch
 
 
 def _wait(device: torch.device) -> None:
@@ -212,64 +197,9 @@ def matrix_product_flops(device: torch.device) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
-def block_multiply_adds(tokens: int, dim: int, outputs: int | None = None) -> int:
-    """Of a Transformer block: keys and values of all tokens; queries, attention, projection and
-    MLP of the outputs alone."""
-    outputs = tokens if outputs is None else outputs
-    return 2 * tokens * dim**2 + 2 * outputs * tokens * dim + 10 * outputs * dim**2
-
-
-def forward_multiply_adds(
-    architecture: dict[str, Any], mask_ratio: float, predictor: bool, whole: bool = False
-) -> float:
-    """Per image: encoder and decoders as the student runs them, or (`whole`) as the teacher does,
-    which sees all patches and runs no reconstructor. Of our own encoders."""
-    patch_size = tuple(architecture["patch_size"])
-    patches = math.prod(grid_size(tuple(architecture["image_size"]), patch_size))
-    pixels = math.prod(patch_size) * architecture["channels"]
-    dim, depth = architecture["embed_dim"], architecture["depth"]
-    decoder, width = architecture["decoder_dim"], architecture["predictor_dim"]
-    visible = patches if whole else int(patches * (1 - mask_ratio))
-    hidden = patches if whole else patches - visible
-    total = visible * pixels * dim + depth * block_multiply_adds(1 + visible, dim)
-    total += (1 + visible) * dim * decoder
-    if not whole:
-        outputs = architecture.get("target_dim") or pixels
-        total += _decoder_multiply_adds(
-            patches, decoder, architecture["decoder_depth"], hidden, outputs
-        )
-    if predictor:
-        total += (1 + patches) * decoder * width if width != decoder else 0
-        # The mean over the outputs of a head is one output.
-        total += _decoder_multiply_adds(
-            patches, width, architecture["predictor_depth"], hidden, outputs=1
-        )
-    return total
-
-
-def _decoder_multiply_adds(patches: int, dim: int, depth: int, hidden: int, outputs: int) -> int:
-    before = (depth - 1) * block_multiply_adds(1 + patches, dim)
-    return before + block_multiply_adds(1 + patches, dim, hidden) + hidden * dim * outputs
-
-
-def step_multiply_adds(architecture: dict[str, Any], config: PretrainConfig) -> float:
-    """Of a training step per image: the student three times (backward is twice forward), and the
-    teacher once where it is asked."""
-    predictor = config.predictor_loss != "none"
-    total = 3 * forward_multiply_adds(architecture, config.mask_ratio, predictor)
-    if config.mask in HARD_SHARES and config.mine_by == "teacher":
-        height, width = architecture["image_size"]
-        rows, columns = architecture["patch_size"]
-        size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-        seen = architecture | {"image_size": size}
-        teacher = forward_multiply_adds(seen, config.mask_ratio, True, whole=True)
-        total += teacher / config.mine_every
-    return total
-
-
 def _report(
     config: BenchConfig, measured: dict[str, Measured], product: float, device: torch.device,
-    state: State,
+    run: PretrainingRun,
 ) -> dict[str, Any]:  # fmt: skip
     """All numbers, by name."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -293,11 +223,11 @@ def _report(
         "device": chip,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": state.config.precision,
+        "precision": run.config.precision,
         "model": config.model,
-        "architecture": state.architecture,
-        "batch_size": state.config.batch_size,
-        "compiled": state.compiled,
+        "architecture": run.architecture.to_json(),
+        "batch_size": run.config.batch_size,
+        "compiled": compiles(run.config, device),
         "matrix_product_tflops": product / 1e12,
         "peak_tflops": peak,
         "methods": methods,

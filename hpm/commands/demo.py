@@ -16,7 +16,7 @@ from hpm.weights.run_folder import Run
 
 
 def demo(config: DemoConfig) -> Run:
-    """The whole tour; the same command again goes on, or only measures and draws."""
+    """Pre-train, evaluate and draw; run again, it resumes, or only evaluates and draws."""
     options = read_preset("demo") | {"out": config.out}
     if config.steps is not None:
         options["steps"] = config.steps

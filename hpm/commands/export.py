@@ -20,7 +20,8 @@ from hpm.core.files import disk_error
 from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
 from hpm.weights.finetuned import is_finetuned, load_model
-from hpm.weights.formats import FORMATS, WITH_DECODER, Format, Subject
+from hpm.weights.format import ExportSource, WritableFormat
+from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
 from hpm.weights.resolve import load
 from hpm.weights.segmentation import SegmentationModel
 
@@ -38,7 +39,7 @@ def export(
 
     Args:
         run: run folder, checkpoint, backbone file, another library's weights (see
-            `hpm.weights.third_party`), or a fine-tuned segmenter (see `hpm.load_model`).
+            `hpm.weights.resolve.resolve`), or a fine-tuned segmenter (see `hpm.load_model`).
         to: the format.
         out: file to write (of hf a folder), which must not be there yet.
         report: is called with the largest difference and with the lines that load it.
@@ -68,47 +69,47 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
             f"{config.run} is a fine-tuned model: of these, segmenters are exported, to onnx alone "
             "(hpm.load_model loads any of them)"
         )
-    _check(config, out, FORMATS["onnx"])
+    _check(config, out, _format(config))
     return export_segmenter(model, out, report)
 
 
 def _export(config: ExportConfig, report: Report) -> Path:
     out = Path(config.out).expanduser()
-    written = WITH_DECODER if config.with_decoder else FORMATS[config.to]
+    written = _format(config)
     _check(config, out, written)
-    subject = _subject(config, report)
-    reason = written.unable(subject)
+    source = _source(config, report)
+    reason = written.unsupported(source)
     if reason:
         raise UserError(f"export to {config.to}: {reason}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             staged = Path(folder) / out.name
-            written.write(subject, staged)
-            difference = check(written, subject, staged)
+            written.write(source, staged)
+            difference = check(written, source, staged)
             if config.to == "hf":
-                left_out = add_card(staged, subject, config, written.lines(subject, out))
+                left_out = add_card(staged, source, config, written.code(source, out))
                 _say_left_out(left_out, config, report)
             _publish(Path(folder), out)
     except OSError as error:
         raise disk_error(out, error) from None
     report(f"the same outputs as ours, to {difference:.1e} (largest difference, random images)")
-    report(f"written to {out}; to load it:\n\n{written.lines(subject, out)}\n")
+    report(f"written to {out}; to load it:\n\n{written.code(source, out)}\n")
     if config.push:
-        report(f"uploaded to {_push(config, subject, out, written, report)}")
+        report(f"uploaded to {_push(config, source, out, written, report)}")
     return out
 
 
 @torch.no_grad()
-def check(written: Format, subject: Subject, path: Path) -> float:
+def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
     """The largest difference between our outputs and those of the file. UserError if too large."""
     largest = 0.0
     for batch in BATCHES:
         generator = torch.Generator().manual_seed(batch)
-        height, width = subject.encoder.image_size
-        images = torch.randn(batch, subject.encoder.channels, height, width, generator=generator)
-        ours = written.ours(subject, images)
-        for name, theirs in written.outputs(subject, path, images).items():
+        height, width = source.encoder.image_size
+        images = torch.randn(batch, source.encoder.channels, height, width, generator=generator)
+        ours = written.our_outputs(source, images)
+        for name, theirs in written.outputs(source, path, images).items():
             if theirs.shape != ours[name].shape:
                 raise UserError(f"the exported {name} differ in shape: nothing was written")
             difference = (theirs - ours[name]).abs().max().item()
@@ -122,9 +123,15 @@ def check(written: Format, subject: Subject, path: Path) -> float:
     return largest
 
 
-def _check(config: ExportConfig, out: Path, written: Format) -> None:
-    if config.with_decoder and config.to != "hf":
+def _format(config: ExportConfig) -> WritableFormat:
+    if not config.with_decoder:
+        return WRITABLE[config.to]
+    if config.to not in WRITABLE_WITH_DECODER:
         raise UserError(f"with_decoder is of --to hf alone, but to is {config.to}")
+    return WRITABLE_WITH_DECODER[config.to]
+
+
+def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
     if config.push and not config.licence:
         raise UserError("push needs the licence of the weights: pass --licence (apache-2.0, ...)")
     if config.public and not config.push:
@@ -145,7 +152,7 @@ def _check(config: ExportConfig, out: Path, written: Format) -> None:
             raise UserError(f"{path} exists: choose another --out")
 
 
-def _subject(config: ExportConfig, report: Report) -> Subject:
+def _source(config: ExportConfig, report: Report) -> ExportSource:
     trained = load(config.run)
     for note in trained.notes:
         report(note)
@@ -155,7 +162,7 @@ def _subject(config: ExportConfig, report: Report) -> Subject:
         model.eval()
     if config.with_figure and not latest_figure(trained.folder):
         raise UserError(f"with_figure: {config.run} has no figures: leave it out")
-    return Subject(trained, backbone, model, config.crop_share)
+    return ExportSource(trained, backbone, model, config.crop_share)
 
 
 def _publish(folder: Path, out: Path) -> None:
@@ -172,7 +179,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 def _push(
-    config: ExportConfig, subject: Subject, out: Path, written: Format, report: Report
+    config: ExportConfig, source: ExportSource, out: Path, written: WritableFormat, report: Report
 ) -> str:
     assert config.push is not None
     if out.is_dir():
@@ -181,8 +188,8 @@ def _push(
         for path in (out, out.with_suffix(".json")):
             if path.exists():
                 shutil.copy(path, folder)
-        lines = written.lines(subject, Path(out.name))
-        _say_left_out(add_card(Path(folder), subject, config, lines), config, report)
+        lines = written.code(source, Path(out.name))
+        _say_left_out(add_card(Path(folder), source, config, lines), config, report)
         return hub.push(Path(folder), config.push, config.public)
 
 

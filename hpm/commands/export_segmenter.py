@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpm.core.errors import UserError
 from hpm.core.files import disk_error
 from hpm.data.loader import normalize
-from hpm.weights.onnx_file import run_onnx, write_onnx
+from hpm.weights.onnx import run_onnx, write_onnx
 from hpm.weights.segmentation import SegmentationModel
 
 # Largest difference of a logit in float32; relative where logits are larger than 1.

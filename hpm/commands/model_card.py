@@ -13,21 +13,21 @@ from hpm.core.files import write_text
 from hpm.core.version import __version__
 from hpm.evals.saved import saved_evaluations
 from hpm.training.checks import MINED_BY_LOSS
-from hpm.weights.formats import Subject
+from hpm.weights.format import ExportSource
 from hpm.weights.resolve import Trained
 
 FIGURE = "figure.png"
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
 
-def add_card(folder: Path, subject: Subject, config: ExportConfig, lines: str) -> int:
+def add_card(folder: Path, source: ExportSource, config: ExportConfig, lines: str) -> int:
     """Write README.md, and copy the run's latest figure where that is asked for. Returns how many
     of the run's evaluations are of other weights, and left out."""
-    figure = latest_figure(subject.trained.folder) if config.with_figure else None
+    figure = latest_figure(source.trained.folder) if config.with_figure else None
     if figure:
         shutil.copy(figure, folder / FIGURE)
-    found = Results.of(subject.trained, "teacher" if config.teacher else "student")
-    write_text(folder / "README.md", card(subject, config, lines, bool(figure), found))
+    found = Results.of(source.trained, "teacher" if config.teacher else "student")
+    write_text(folder / "README.md", card(source, config, lines, bool(figure), found))
     return found.left_out
 
 
@@ -53,18 +53,18 @@ class Results:
 
 
 def card(
-    subject: Subject, config: ExportConfig, lines: str, with_figure: bool, found: Results
+    source: ExportSource, config: ExportConfig, lines: str, with_figure: bool, found: Results
 ) -> str:
     """The text of the card. `lines` load the model; those of a folder that is pushed name it."""
     if config.push and config.to == "hf":
         lines = lines.replace(config.out, config.push)
     parts = [
-        _front_matter(subject, config),
+        _front_matter(source, config),
         f"# {(config.push or Path(config.out).name).rpartition('/')[2]}",
-        _method(subject, config),
+        _method(source, config),
         f"![image, losses, mask, reconstruction]({FIGURE})" if with_figure else "",
-        f"## Use\n\n```python\n{lines}\n```\n\n{_input(subject)}",
-        f"## Training\n\n{_training(subject.trained.config)}",
+        f"## Use\n\n```python\n{lines}\n```\n\n{_input(source)}",
+        f"## Training\n\n{_training(source.trained.config)}",
         f"## Results\n\n{_results(found)}",
         f"## Licence\n\n{config.licence or 'Not stated: the one who exports gives --licence.'}",
         f"Made by hpm {__version__}.",
@@ -78,10 +78,10 @@ def latest_figure(run: Path | None) -> Path | None:
     return found[-1] if found else None
 
 
-def _front_matter(subject: Subject, config: ExportConfig) -> str:
+def _front_matter(source: ExportSource, config: ExportConfig) -> str:
     library = LIBRARIES.get(config.to)
     tags = ["self-supervised", "masked-image-modelling"]
-    tags += ["hard-patches-mining"] if _is_hpm(subject.trained.config) else []
+    tags += ["hard-patches-mining"] if _is_hpm(source.trained.config) else []
     lines = [
         f"license: {config.licence or 'unknown'}",
         *([f"library_name: {library}"] if library else []),
@@ -91,12 +91,12 @@ def _front_matter(subject: Subject, config: ExportConfig) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _method(subject: Subject, config: ExportConfig) -> str:
+def _method(source: ExportSource, config: ExportConfig) -> str:
     """What it is, and no more of how it came to be than the run tells."""
-    shape, encoder, trained = subject.architecture, subject.encoder, subject.trained
-    name = shape.get("model", "Vision Transformer")
+    shape, encoder, trained = source.architecture, source.encoder, source.trained
+    name = shape.model or "Vision Transformer"
     text = (
-        f"{name}, width {shape['embed_dim']}, {counted(shape['depth'], 'block')}, for images of "
+        f"{name}, width {shape.embed_dim}, {counted(shape.depth, 'block')}, for images of "
         f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
         f"{counted(encoder.channels, 'channel')}. "
     )
@@ -119,8 +119,8 @@ def _is_hpm(config: PretrainConfig | None) -> bool:
     return bool(config and config.data and config.mask in MINED_BY_LOSS)
 
 
-def _input(subject: Subject) -> str:
-    mean, std = ([round(v, 5) for v in m] for m in (subject.trained.mean, subject.trained.std))
+def _input(source: ExportSource) -> str:
+    mean, std = ([round(v, 5) for v in m] for m in (source.trained.mean, source.trained.std))
     return f"Normalisation, of pixels whose full scale is 1: mean {mean}, deviation {std}."
 
 

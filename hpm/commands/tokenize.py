@@ -18,8 +18,8 @@ from hpm.core.options import check_rules
 from hpm.core.progress import track
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
+from hpm.targets.codebook import Codebook, kmeans
 from hpm.targets.frozen_model import load_frozen
-from hpm.targets.tokens import Codebook, kmeans
 
 
 def tokenize(config: TokenizeConfig) -> tuple[Path, float]:

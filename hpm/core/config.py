@@ -6,19 +6,14 @@ is converted to steps once, by `schedule.py`."""
 from __future__ import annotations
 
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hpm.core.options import describe, option
 
-Mined = Literal["easy_to_hard", "hard_to_easy", "moderate", "hardest", "easiest", "attention"]
-Drawn = Literal[
-    "random", "block", "multi_block", "uniform", "red_noise", "green_noise", "blue_noise",
-    "purple_noise",
-]  # fmt: skip
-Mask = Literal[Mined, Drawn]
-
-# Share of the hidden patches that are mined (the others are drawn at random), at first and last.
+# The masks that mine, and the share of the hidden patches that are mined (the others are drawn at
+# random), at first and last.
 HARD_SHARES: dict[str, tuple[float, float]] = {
     "easy_to_hard": (0.0, 0.5),
     "hard_to_easy": (0.5, 0.0),
@@ -27,9 +22,8 @@ HARD_SHARES: dict[str, tuple[float, float]] = {
     "easiest": (1.0, 1.0),
     "attention": (1.0, 1.0),
 }
-assert set(HARD_SHARES) == set(get_args(Mined))
 
-Schedule = Literal["linear", "cosine", "constant"]
+HardShareSchedule = Literal["linear", "cosine", "constant"]
 
 TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
 
@@ -49,11 +43,11 @@ class DataOptions:
     """Data and output."""
 
     data: str
-    """Images: a folder (searched recursively), a list file (`path label` per line), a parquet file
-    or folder, or `demo`, the built-in images. Where it has a train and a val (or test) split,
-    training uses train alone."""
+    """Training images: a folder (searched recursively), a list file (`path label` per line), a
+    parquet file or folder, `demo` for the built-in images, or MODULE:FUNCTION for a source of your
+    own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
-    """Run folder. The same command again continues an interrupted run."""
+    """Run folder. Run the same command again to resume an interrupted run."""
 
 
 @dataclass
@@ -61,80 +55,91 @@ class ModelOptions:
     """Model."""
 
     model: str = option("vit_small", main=True)
-    """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large or vit_huge; or timm/NAME, a
-    plain Vision Transformer or a Hiera of timm. Its decoders are sized to match (for timm's: those
-    of our size with the nearest width)."""
+    """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge, or timm/NAME for a
+    plain Vision Transformer or Hiera from timm. The decoders are sized to match."""
     pretrained: bool = False
-    """Start from timm's weights of a timm/NAME; images are then normalised as they were for these
-    (see normalize)."""
+    """Start from timm's pretrained weights; requires --model timm/NAME. Also changes the default of
+    --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
-    """Pixels, one number or [height, width]."""
+    """Image size in pixels: one number, or height,width."""
     patch_size: int | tuple[int, int] | None = option(None, main=True)
-    """Pixels, one number or [height, width]; usually 16 (14 for vit_huge; timm's as they are)."""
+    """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
+    model for timm/NAME)."""
     channels: int = option(3, at_least=1, at_most=32)
-    """1: grey, 3: RGB, 4: RGBA; up to 32 in TIFF and .npy."""
+    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
+    files."""
     decoder_dim: int | None = option(None, at_least=1)
-    """Width of the reconstructor and of the predictor (default: by model)."""
+    """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
-    """Blocks of each decoder (default: by model)."""
+    """Number of blocks in each decoder (default: depends on the model)."""
     decoder_heads: int | None = option(None, at_least=1)
-    """Attention heads of each decoder (default: by model)."""
+    """Number of attention heads in each decoder (default: depends on the model)."""
 
 
 @dataclass
 class MaskOptions:
-    """Masks and mining."""
+    """Masking and mining."""
 
-    mask: Mask = "easy_to_hard"
-    """Which patches to hide. By the teacher's predicted losses: the hardest more and more
-    (easy_to_hard) or less and less (hard_to_easy), a fixed share of them (moderate), always the
-    hardest or the easiest. By the teacher's attention of the class token: attention. By chance:
-    random, block (one square), multi_block, uniform (one visible in each 2x2 patches), or noise of
-    a colour, from large to small blobs: red_noise, green_noise, purple_noise, blue_noise."""
+    mask: str = "easy_to_hard"
+    """Masking strategy. Mined by the teacher's predicted loss: easy_to_hard and hard_to_easy (the
+    share of mined patches rises or falls during training), moderate (fixed share), hardest,
+    easiest. Mined by the teacher's attention: attention. Drawn at random: random, block (one
+    square), multi_block (several rectangles), uniform (one visible patch in each 2x2 cell), and
+    filtered noise from coarse to fine: red_noise, green_noise, purple_noise, blue_noise. A mask of
+    your own: MODULE:FUNCTION, or the name of an entry point in the group hpm.masks."""
     mask_ratio: float = option(0.75, above=0, below=1, main=True)
-    """Share of the patches that is hidden, between 0 and 1."""
+    """Fraction of the patches to hide."""
     secondary_mask_ratio: float | None = option(None, at_least=0, below=1)
-    """Share of the visible patches whose content is replaced by a learned one (default: 0.25 for
-    mask uniform, else none)."""
+    """Fraction of the visible patches to replace by a learned token (default: 0.25 for mask
+    uniform, else 0)."""
     hard_share_start: float | None = option(None, at_least=0, at_most=1)
-    """Share of the hidden patches that are mined when training starts (alpha_0; default: by mask,
-    0 for easy_to_hard)."""
+    """Fraction of the hidden patches that are mined at the start of training; alpha_0 in the paper
+    (default: depends on the mask; 0 for easy_to_hard)."""
     hard_share_end: float | None = option(None, at_least=0, at_most=1)
-    """The same when training ends (alpha_T; default: by mask, 0.5 for easy_to_hard)."""
-    hard_share_schedule: Schedule = "linear"
-    """How the share goes from the one to the other; constant: as at the end, throughout."""
+    """Fraction of the hidden patches that are mined at the end of training; alpha_T in the paper
+    (default: depends on the mask; 0.5 for easy_to_hard)."""
+    hard_share_schedule: HardShareSchedule = "linear"
+    """Schedule from hard_share_start to hard_share_end; constant uses hard_share_end throughout."""
     hard_share_by: Literal["step", "epoch"] = "step"
-    """When the share changes: at every step, or once an epoch (the paper)."""
-    mine_by: Literal["teacher", "memory"] = "teacher"
-    """Where it is known from how hard a patch is: the teacher's prediction, or a memory of the
-    losses that the student really had at that place of that image in earlier epochs, which costs
-    next to nothing and needs no predictor."""
+    """Update the mined fraction at every step, or once per epoch as in the paper."""
+    mining_temperature: float = option(0.0, at_least=0)
+    """0 mines the patches of the highest signal. Above, the mined patches are drawn at random, with
+    probabilities that rise with the signal: the higher the temperature, the less they do."""
+    mask_unit: int = option(1, at_least=1)
+    """Mine and hide units of so many patches along each axis instead of single patches."""
+    mine_by: Literal["teacher", "memory", "progress"] = "teacher"
+    """Source of the patch difficulty. teacher: the teacher's predicted loss. memory: the student's
+    actual losses on each image in earlier epochs; costs almost nothing and needs no predictor.
+    progress: as memory, but how much the loss has fallen of late."""
     mine_every: int = option(1, at_least=1)
-    """Steps from one prediction of the teacher to the next. In between the patches are mined by
-    what it last predicted of the same images; those it was never asked about are hidden at
-    random."""
+    """Number of steps between teacher predictions. In between, masks use the latest prediction for
+    each image; images without one are masked at random."""
     teacher_view: Literal["full", "masked"] = "full"
-    """What the teacher sees when it predicts losses: the whole image (the paper), or images masked
-    as the student's, as few as hide every patch once: what the predictor was trained on."""
+    """Images the teacher sees when it predicts losses: full images (as in the paper), or a few
+    masked views that together hide every patch once (matches the predictor's training)."""
     teacher_scale: float = option(1.0, above=0, at_most=1)
-    """Size of the images that the teacher predicts losses of, as a share of image_size: 0.5 costs
-    about a quarter."""
+    """Size of the teacher's input relative to image_size. 0.5 costs about a quarter."""
 
 
 @dataclass
 class TargetOptions:
     """Target."""
 
-    target: TargetName = "normalized_pixels"
-    """What is reconstructed: pixels standardised within their patch, raw pixels, histograms of
-    oriented gradients, the EMA teacher's features, a frozen model's features, or the tokens of a
-    codebook."""
+    target: TargetName | str = "normalized_pixels"
+    """Reconstruction target: normalized_pixels (standardised within each patch), pixels, hog
+    (histograms of oriented gradients), teacher (features of the EMA teacher), frozen (features of a
+    frozen model), or tokens (indices into a codebook). A target of your own: MODULE:CLASS, or the
+    name of an entry point in the group hpm.targets."""
+    target_options: tuple[str, ...] = ()
+    """Of a target of your own: its options, as name=value,name=value."""
     target_model: str | None = None
-    """Of target frozen: timm/NAME, hf/NAME (hf/facebook/dino-vits16), or a folder."""
+    """Frozen model for --target frozen: timm/NAME, hf/NAME (for example hf/facebook/dino-vits16),
+    or a folder."""
     codebook: str | None = None
-    """Of target tokens: the file that `hpm tokenize` wrote."""
+    """Codebook file for --target tokens, written by `hpm tokenize`."""
     ranking_signal: RankingSignal = "target"
-    """Of pixel targets: the loss that the predictor ranks by, in raw or in normalised pixels."""
+    """Loss that the predictor learns to rank: the loss of the target, or for pixel targets the loss
+    on raw or normalised pixels."""
 
 
 @dataclass
@@ -142,21 +147,21 @@ class PredictorOptions:
     """Loss predictor."""
 
     predictor_loss: PredictorLoss = "relative"
-    """How the predictor learns: from pairwise order, by regression, or not at all (plain MAE
-    together with --mask random)."""
+    """Objective of the loss predictor: pairwise ranking (relative), regression (absolute), or none.
+    --predictor-loss none --mask random is plain MAE."""
     predictor_weight: float = option(1.0, at_least=0)
-    """Weight of the predictor's loss beside the reconstruction's."""
+    """Weight of the predictor's loss relative to the reconstruction loss."""
     predictor_detach: bool = False
-    """Keep the predictor's loss from training the encoder."""
+    """Stop the gradient of the predictor's loss at the encoder's output."""
     predictor_dim: int | None = option(None, at_least=1)
-    """Width of the predictor (default: decoder_dim)."""
+    """Width of the loss predictor (default: decoder_dim)."""
     predictor_depth: int | None = option(None, at_least=1)
-    """Blocks of the predictor (default: decoder_depth)."""
+    """Number of blocks in the loss predictor (default: decoder_depth)."""
     predictor_heads: int | None = option(None, at_least=1)
-    """Attention heads of the predictor (default: decoder_heads)."""
+    """Number of attention heads in the loss predictor (default: decoder_heads)."""
     predictor_head: Literal["patch", "scalar"] = "patch"
-    """Output of the predictor: the mean of as many values as the patch has pixels (the paper), or
-    one number."""
+    """Output layer of the loss predictor: patch averages one value per pixel and channel of the
+    patch (as in the paper), scalar has a single output."""
 
 
 @dataclass
@@ -164,106 +169,109 @@ class TrainingOptions:
     """Training."""
 
     epochs: int = option(100, at_least=1, main=True)
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     steps: int | None = option(None, at_least=1)
-    """Optimiser steps, instead of epochs."""
+    """Number of optimiser steps; replaces --epochs."""
     batch_size: int | None = option(None, at_least=1, main=True)
-    """Images per optimiser step, over all processes (default: 256, or as many as there are)."""
+    """Images per optimiser step, summed over all processes (default: 256, or fewer if there are
+    fewer images)."""
     accumulate: int = option(1, at_least=1)
-    """Parts that a batch is cut into, one after another, to save memory."""
+    """Number of gradient accumulation steps that each batch is split into. Saves memory; the batch
+    size stays the same."""
     base_lr: float | None = option(None, at_least=0)
-    """Peak learning rate per 256 images of a batch (default: by the number of steps; 1.5e-4, the
-    paper's, from 100,000 on)."""
+    """Peak learning rate per 256 images in a batch: lr = base_lr * batch_size / 256 (default:
+    depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on)."""
     warmup: str = option("10%", duration=True)
-    """Linear warm-up of the learning rate."""
+    """Length of the linear learning rate warm-up."""
     weight_decay: float = option(0.05, at_least=0)
-    """Of AdamW, on all but 1-D parameters."""
+    """Weight decay of AdamW. 1-D parameters are excluded."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Betas of AdamW."""
     clip_grad: float = option(5.0, at_least=0)
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     ema_horizon_start: str = option("0.8%", duration=True)
-    """How far back the teacher's average reaches at first: decay = 1 - 1 / horizon in steps. The
-    defaults are what the paper's 0.999 and 0.9999 are on ImageNet."""
+    """Averaging horizon of the EMA teacher at the start of training; decay = 1 - 1 / (horizon in
+    steps). The defaults correspond to the paper's 0.999 and 0.9999 on ImageNet."""
     ema_horizon_end: str = option("8%", duration=True)
-    """The same after the ramp."""
+    """Averaging horizon of the EMA teacher after the ramp."""
     ema_ramp: str = option("50%", duration=True)
-    """How long the decay rises for."""
+    """Length of the ramp from ema_horizon_start to ema_horizon_end."""
     init: str | None = option(None, main=True)
-    """Start from the weights of another run or weights file (not for resuming), also of published
-    HPM, MAE, timm's or Hugging Face's ViT; another image or patch size is resampled to."""
+    """Run folder or weights file to initialise from, including published HPM, MAE, timm and Hugging
+    Face ViT weights. Positions and patch projection are resampled to this run's image and patch
+    size. Not for resuming."""
     init_partial: bool = False
-    """Accept an --init file that has only some of the tensors."""
+    """Accept an --init file that lacks some of the tensors."""
     init_teacher: bool = False
-    """Start from the teacher's (EMA) weights of the --init file."""
+    """Initialise from the teacher's (EMA) weights in the --init file."""
     seed: int = option(0, at_least=0, main=True)
-    """Of weights, order, crops and masks."""
+    """Random seed of the initial weights, data order, crops and masks."""
 
 
 @dataclass
 class ImageOptions:
-    """Images."""
+    """Augmentation and normalisation."""
 
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
-    """Smallest and largest area of a random crop, as a share of the image."""
+    """Smallest and largest area of a random crop, as a fraction of the image."""
     flip: bool | Flip = True
-    """Mirror half of the images: horizontally (or true), vertically (which suits images without an
-    up and down, from the air or a microscope), both, or none (or false)."""
+    """Flip images at random, with probability 0.5 per axis: horizontal (or true), vertical, both,
+    or none (or false). Use both for aerial or microscope images."""
     repeat_augment: int = option(1, at_least=1)
-    """Views of each image in a batch, decoded once, each with a crop, a flip and a mask of its own
-    (repeated augmentation). They count as images: a batch holds that many times fewer different
-    ones, an epoch is as many steps as without, and to go through all images takes that many
-    epochs."""
+    """Number of views per image in a batch, each with its own crop, flip and mask; the image is
+    decoded once. Each view counts as an image of the batch and of the epoch."""
     normalize: Literal["auto", "measured", "imagenet", "timm"] = "auto"
-    """Mean and deviation of the channels: measured from the data, ImageNet's, or those that timm's
-    weights of the model were trained with (auto: timm with --pretrained and its number of channels,
-    else measured)."""
+    """Mean and standard deviation of the channels: measured on the data, imagenet, or timm for
+    those of the timm model's weights (auto: timm with --pretrained if the number of channels
+    matches, else measured)."""
     holdout: int = option(128, at_least=0)
-    """Images kept out of training to measure on: of the val split, or else of the data."""
+    """Number of images to keep out of training for measurements and figures; taken from the val
+    split if there is one."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
-    """Stop when more than this share of the images cannot be read."""
+    """Stop if more than this fraction of the images cannot be read."""
 
 
 @dataclass
 class MachineOptions:
-    """Machine."""
+    """Hardware and data loading."""
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
-    """Where to train."""
+    """Device to train on; auto uses the GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
+    CPU."""
     compile: Literal["auto", "true", "false"] = option("auto", may_change=True)
-    """Compile student and teacher (auto: on a GPU, where it pays)."""
+    """Compile student and teacher with torch.compile; auto compiles on a GPU only."""
     checkpoint_activations: bool = option(False, may_change=True)
-    """Compute the blocks' activations again in the backward pass instead of keeping them: less
-    memory, about a third more time."""
+    """Recompute the blocks' activations in the backward pass: less memory, about a third more
+    time."""
     workers: int | None = option(None, at_least=0, may_change=True)
-    """Processes that load images (default: one per spare core, at most 16)."""
+    """Number of processes that load images (default: one per spare core, at most 16)."""
     cache: Literal["auto", "true", "false"] = option("auto", may_change=True)
-    """Keep decoded images in memory that the loading processes share; auto: where all of them fit
-    into a quarter of the available memory. Views are the same with and without."""
+    """Keep decoded images in memory shared by the workers; auto does so if they fit into a quarter
+    of the available memory. Does not change the training images."""
 
 
 @dataclass
 class RecordOptions:
-    """Log, evaluation and checkpoints."""
+    """Logging, evaluation and checkpoints."""
 
     log_every: int = option(10, at_least=1, may_change=True)
-    """Steps between two readings of the losses."""
+    """Number of steps between log entries."""
     tracker: TrackerName = option("none", may_change=True)
-    """Track the run in Weights & Biases or in MLflow as well (`pip install 'hpm[wandb]'` or
-    `'hpm[mlflow]'`); they read their usual environment variables."""
+    """Also log to Weights & Biases or MLflow (`pip install 'hpm[wandb]'` or `'hpm[mlflow]'`),
+    configured by their environment variables."""
     eval_every: str = option("10%", duration=True, may_change=True)
-    """Between two measurements and figures on the held-out images."""
+    """Interval between measurements and figures on the held-out images."""
     probe: str | None = option(None, may_change=True)
-    """Labelled images (see eval) to probe the features on while training, by kNN and a linear
-    probe, judged on a fifth of their training split; the best checkpoint is kept."""
+    """Labelled images (see eval) to probe the features on during training, by kNN and a linear
+    probe. A fifth of the training split is used for scoring; the best checkpoint is kept."""
     probe_every: str = option("20%", duration=True, may_change=True)
-    """Between two probes."""
+    """Interval between probes."""
     checkpoint_every: str = option("5%", duration=True, may_change=True)
-    """Between two checkpoints."""
+    """Interval between checkpoints."""
     keep_checkpoints: int = option(2, at_least=1, may_change=True)
-    """How many of the latest are kept."""
+    """Number of latest checkpoints to keep."""
 
 
 @dataclass
@@ -287,6 +295,11 @@ class PretrainConfig(
         if self.hard_share_start is not None:
             start = self.hard_share_start
         return start, end if self.hard_share_end is None else self.hard_share_end
+
+    @property
+    def mines_by_memory(self) -> bool:
+        """Whether the student's losses of earlier epochs are mined by, instead of a prediction."""
+        return self.mine_by != "teacher"
 
     @property
     def peak_lr(self) -> float:
@@ -320,7 +333,7 @@ def _expected(hint: Any) -> str:
     return " or ".join(_expected(kind) for kind in arguments if kind is not type(None))
 
 
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """One number for both axes, or (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 

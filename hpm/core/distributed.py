@@ -145,13 +145,6 @@ def concatenate(values: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    if not dist.is_initialized():
-        return flag
-    return bool(mean(torch.tensor(float(flag), device=device)).item() > 0)
-
-
 def gather(value: Any) -> list[Any]:
     """The value of every process, in order."""
     if not dist.is_initialized():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError, one_line, why
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
-def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: StateDict, meta: dict[str, Any]) -> None:
     """Write tensors and JSON into one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Older versions of transformers refuse a file that does not name its framework.
@@ -92,7 +92,7 @@ def write_tensors(path: Path, tensors: State, meta: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
-def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
     """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
     _check_access(path)
     try:
@@ -122,7 +122,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def read_torch_file(path: Path) -> dict[str, State]:
+def read_torch_file(path: Path) -> dict[str, StateDict]:
     """Every state dict of a PyTorch file that holds no code: under its key, or under "" where it
     is the file itself. Raises UserError."""
     _check_access(path)
@@ -158,7 +158,7 @@ def _refuse_packed(path: Path) -> None:
         raise ValueError(f"it would unpack to {declared / 1e9:.3g} GB")
 
 
-def _tensors(content: Any, path: Path) -> State:
+def _tensors(content: Any, path: Path) -> StateDict:
     """The tensors of a dictionary, each of them whole: none claims more than its file holds."""
     if not isinstance(content, dict):
         return {}

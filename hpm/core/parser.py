@@ -25,12 +25,12 @@ MAIN_OPTIONS = "Main options"
 
 
 class HelpWanted(Exception):
-    """--help was typed; the text of the exception is the help."""
+    """Raised for --help; the exception's text is the help."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What can be typed after `hpm VERB`: options, some of them by place.
+    """The arguments of `hpm VERB`: options, some of them positional.
 
     `repeated` options may be given several times; `presets` says whether there is --config.
     """
@@ -42,12 +42,11 @@ class Command:
     presets: bool = False
 
     def parse(self, arguments: Sequence[str]) -> Any:
-        """The options that the arguments give. Raises UserError, or HelpWanted for --help."""
+        """Arguments to a dataclass of options. Raises UserError, or HelpWanted for --help."""
         if any(argument in ("-h", "--help") for argument in arguments):
             raise HelpWanted(self.help())
         typed = self._read(arguments)
         preset = read_preset(typed.pop("config")) if "config" in typed else {}
-        # Beside what is typed, a config need not have what its own run was given by place.
         values = lay_over(preset, typed)
         required = [n for n, each in describe(self.options).items() if each.required]
         missing = [self._spell(name) for name in required if name not in values]
@@ -56,7 +55,7 @@ class Command:
         return make_config(self.options, values)
 
     def _read(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The text of each option that was typed; lists of texts for repeated ones."""
+        """The text of each option on the command line; a list of texts for repeated options."""
         described = describe(self.options)
         places, waiting = iter(self.positional), list(arguments)
         typed: dict[str, Any] = {}
@@ -65,9 +64,7 @@ class Command:
             if not argument.startswith("--"):
                 name, value = next(places, ""), argument
                 if not name:
-                    raise UserError(
-                        f"'{argument}' is one argument too many (see {self.prog} --help)"
-                    )
+                    raise UserError(f"unexpected argument '{argument}' (see {self.prog} --help)")
             else:
                 word, equals, value = argument.partition("=")
                 name = word.removeprefix("--").replace("-", "_")
@@ -91,13 +88,13 @@ class Command:
         return typed
 
     def _spell(self, name: str, by_place: bool = True) -> str:
-        """An option as it is typed: DATA, --mask-ratio."""
+        """An option as the user types it: DATA, --mask-ratio."""
         if by_place and name in self.positional:
             return name.upper()
         return f"--{name.replace('_', '-')}"
 
     def help(self) -> str:
-        """What --help prints: the main options first, then the others in their groups."""
+        """The text of --help: the main options first, then the others by group."""
         described = describe(self.options)
         places = " ".join(name.upper() for name in self.positional)
         required = " ".join(
@@ -125,14 +122,18 @@ class Command:
         return "\n".join(lines) + "\n"
 
     def _entry(self, name: str, each: Described | None, width: int) -> list[str]:
-        """The lines of the help for one option."""
+        """The lines of the help about one option."""
         if each is None:
-            head, text = "--config NAME", "A preset or YAML file; other options come on top of it."
+            head, text = (
+                "--config NAME",
+                "Preset or YAML file of options; the command line overrides it.",
+            )
         else:
             head = self._spell(name)
             if name not in self.positional and not each.is_flag:
                 head += f" {_placeholder(each.hint)}"
-            text = each.help + ("" if each.required else _default_text(each))
+            text = each.help.removesuffix(".") + ("" if each.required else _default_text(each))
+            text += "." if text else ""
             if name in self.repeated:
                 text += " May be given several times."
         indent = 28
@@ -144,7 +145,7 @@ class Command:
 
 
 def _placeholder(hint: Any) -> str:
-    """What stands for the value of an option: N, NUMBER, {a,b}, TEXT, A,B."""
+    """Placeholder for the value of an option: N, X, {a,b}, TEXT, A,B."""
     kinds = [hint, *typing.get_args(hint)]
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
@@ -159,7 +160,7 @@ def _placeholder(hint: Any) -> str:
 
 
 def _default_text(each: Described) -> str:
-    """The default in brackets, where there is one that the help does not explain already."""
+    """The default in brackets; empty if the help text explains it already."""
     value = each.default
     if value is MISSING or value is None or value == () or value == "" or each.is_flag:
         return ""

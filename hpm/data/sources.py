@@ -1,18 +1,20 @@
-"""Where images come from: a folder, a list file, parquet, Arrow, or the built-in demo."""
+"""Sources of images: folder, list file, parquet, Arrow, the built-in demo, or the user's own."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from hpm.core.errors import UserError, one_line
+from hpm.core.plugins import find_plugin, installed_plugins
 from hpm.data import demo
 from hpm.data.arrays import Opened, any_deep, open_image
 from hpm.data.folders import IMAGE_SUFFIXES, described, find_images, images_of
@@ -23,51 +25,71 @@ from hpm.data.tables import ArrowSource, ParquetSource, natural
 PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "valid", "test", "testing")
+ENTRY_POINTS = "hpm.sources"  # functions without arguments that return a Source or Splits
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A fixed sequence of images, perhaps with labels."""
+    """A fixed sequence of images, with or without labels.
 
-    name: str
-    labels: np.ndarray | None  # int64 [images], numbers into `classes`; None: no labels
+    Loading processes share it: it must not change after it is made.
+    """
+
+    name: str  # for messages
+    labels: np.ndarray | None  # int64 [images], indices into `classes`; None without labels
     classes: list[str]
 
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Opened:
-        """The image, perhaps not decoded yet. Raises OSError or UnreadableImage."""
+        """The image: a Pillow image, or whatever `hpm.data.arrays.open_image` returns for a file or
+        its bytes. Raises OSError or UnreadableImage."""
         ...
 
     def read(self, index: int) -> bytes | None:
-        """The bytes of its file. None where it was never encoded."""
+        """The encoded image; None if it is not stored in an encoded form."""
         ...
 
     def is_deep(self) -> bool:
-        """Are there images of more than 8 bits? Then views are float32, else uint8, all of them."""
+        """Whether images have more than 8 bits per channel. All views are then float32."""
         ...
 
     def path(self, index: int) -> str:
-        """Where the image lies, as told to the user."""
+        """A name of the image for messages."""
         ...
+
+
+SOURCE_MEMBERS = ("name", "labels", "classes", "__len__", "open", "read", "is_deep", "path")
 
 
 @dataclass
 class Splits:
-    """What a data argument holds: images to train on and, perhaps, images to test on."""
+    """The images to train on and, if there are any, the images to test on."""
 
     train: Source
     test: Source | None = None
 
 
-def open_source(data: str) -> Splits:
-    """Open whatever `data` names. Raises UserError where there are no images."""
+def open_source(data: str, trusted: bool = True) -> Splits:
+    """Open a data set.
+
+    Args:
+        data: a folder, list file, parquet file or folder, Arrow folder, one image, or `demo`;
+            otherwise the name of an entry point of the group `hpm.sources`, or `module:function`.
+        trusted: whether the user gave the name. If it comes from a file, no code that it names is
+            imported.
+
+    Raises UserError if there are no images.
+    """
     if data == "demo":
         return Splits(DemoSource("train"), DemoSource("test"))
     path = Path(data).expanduser()
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
+        dotted = re.fullmatch(r"[\w.]+:[\w.]+", data)
+        if trusted and (dotted or data in installed_plugins(ENTRY_POINTS)):
+            return _open_own(data)
         raise UserError(
             f"{data}: no such folder or file; name a folder of images, a list file, parquet or demo"
         )
@@ -76,6 +98,30 @@ def open_source(data: str) -> Splits:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return Splits(FileSource(str(path), [path], root=path.parent))
     return Splits(_open_list(path))
+
+
+def _open_own(data: str) -> Splits:
+    """Call the user's function. Raises UserError if it fails or returns something else."""
+    make = find_plugin("data", data, ENTRY_POINTS, ("demo",))
+    if not callable(make):
+        raise UserError(f"data is '{data}': it is not a function")
+    try:
+        made = make()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data {data} failed: {type(error).__name__}: {one_line(error)}") from error
+    sources: list[Any] = [made.train, made.test] if isinstance(made, Splits) else [made]
+    for source in sources:
+        missing = [name for name in SOURCE_MEMBERS if not hasattr(source, name)]
+        if source is not None and missing:
+            raise UserError(
+                f"data {data} must return a hpm.data.sources.Source or Splits, but "
+                f"{type(source).__name__} lacks {', '.join(missing)}"
+            )
+        if source is not None and len(source) == 0:
+            raise UserError(f"data {data} has no images")
+    return Splits(*sources)
 
 
 class FileSource:

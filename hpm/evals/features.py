@@ -18,6 +18,7 @@ from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
 from hpm.evals.contract import RAW_PIXELS
+from hpm.models.architecture import Architecture
 from hpm.models.patches import patchify
 from hpm.weights.resolve import Backbone
 
@@ -41,7 +42,7 @@ class EvaluatedBackbone:
 
     name: str
     backbone: Backbone
-    architecture: dict[str, Any]
+    architecture: Architecture
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def parts(
@@ -56,8 +57,8 @@ class EvaluatedBackbone:
     @property
     def view(self) -> tuple[tuple[int, int], int]:
         """(image size, channels)."""
-        height, width = self.architecture["image_size"]
-        return (height, width), self.architecture["channels"]
+        height, width = self.architecture.image_size
+        return (height, width), self.architecture.channels
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {backbone.name: backbone.parts(images)[1] for backbone in backbones}
         if baseline:
-            patch_size = tuple(backbones[0].architecture["patch_size"])
+            patch_size = backbones[0].architecture.patch_size
             features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)
         return features
 

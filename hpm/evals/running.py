@@ -34,7 +34,7 @@ def run_evaluation(
         about |= {
             "step": task.trained.step,
             "weights": "teacher" if options.teacher else "student",
-            "architecture": task.trained.architecture,
+            "architecture": task.trained.architecture.to_json(),
             "device": str(device),
             "hpm": __version__,
             "seconds": round(time.perf_counter() - start, 1),

@@ -11,7 +11,7 @@ from torch import Tensor
 Priority = Float[Tensor, "batch patches"]
 
 # Purposes: independent draws from the same (seed, epoch, sample). Masks have 0 and above.
-BLOCKS, SECONDARY, TEACHER_VIEW, TIES = -1, -2, -3, -4
+BLOCKS, SECONDARY, TEACHER_VIEW, TIES, GUMBEL, WITHIN_UNITS = -1, -2, -3, -4, -5, -6
 
 
 @dataclass(frozen=True)

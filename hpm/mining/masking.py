@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hpm.core.config import Mask, Schedule
-from hpm.mining.draw import SECONDARY, Draw, Priority
-from hpm.mining.strategies import STRATEGIES
+from hpm.core.config import HARD_SHARES, HardShareSchedule
+from hpm.mining.draw import GUMBEL, SECONDARY, WITHIN_UNITS, Draw, Priority
+from hpm.mining.strategies import find_mask, random
+from hpm.mining.units import mean_of_units, unit_by_unit, unit_grid
+
+FIRST = 1e30  # a priority above all others
 
 
 def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
@@ -19,7 +22,7 @@ def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
 
 
 def hard_share(
-    progress: float, start: float = 0.0, end: float = 0.5, schedule: Schedule = "linear"
+    progress: float, start: float = 0.0, end: float = 0.5, schedule: HardShareSchedule = "linear"
 ) -> float:
     """alpha: the share of the hidden patches that are mined, after a share `progress` of training.
 
@@ -34,36 +37,73 @@ def hard_share(
 
 
 def make_mask(
-    mask: Mask,
+    mask: str,
     draw: Draw,
     grid: tuple[int, ...],
     num_hidden: int,
     signal: Priority | None = None,
     num_hard: int = 0,
+    temperature: float = 0.0,
+    unit: int = 1,
 ) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
     """(visible_ids, hidden_ids) of a batch, always of the same lengths.
 
     Args:
-        mask: a strategy.
+        mask: name of a mask, see `strategies.find_mask`.
         draw: the random numbers.
         grid: patches along each axis.
         num_hidden: patches that are hidden, M.
         signal: what is mined by: the predicted loss of each patch, or the attention to it.
         num_hard: how many of the hidden patches are those of the highest signal (of `easiest`: the
             lowest); the others are drawn at random.
+        temperature: 0 mines the top of the list; above, see `perturb`.
+        unit: mine and hide units of so many patches along each axis. The share of mined units is
+            that of mined patches. If M is not a multiple of a unit's size, a random part of one
+            unit is hidden: of one drawn at random, or of the least hard if all are mined.
     """
-    priority = STRATEGIES.get(mask, STRATEGIES["random"])(draw, grid, num_hidden)
+    units = unit_grid(grid, unit)
+    num_units = math.ceil(num_hidden / unit ** len(grid))  # of which the last perhaps in part
+    strategy = random if mask in HARD_SHARES else find_mask(mask)
+    priority = strategy(draw, units, num_units)
     if signal is not None and num_hard > 0:
-        priority = hardest_first(priority, -signal if mask == "easiest" else signal, num_hard)
+        if unit > 1:
+            signal = mean_of_units(signal, grid, unit)
+        if mask == "easiest":
+            signal = -signal
+        if temperature > 0:
+            signal = perturb(signal, draw, temperature)
+        priority = hardest_first(priority, signal, num_units * num_hard // num_hidden)
+    if unit > 1:
+        noise = draw.noise(math.prod(grid), WITHIN_UNITS)
+        priority = unit_by_unit(priority, noise, grid, unit)
     return hide_top(priority, num_hidden)
 
 
+def perturb(signal: Priority, draw: Draw, temperature: float) -> Priority:
+    """The signal, standardised within each image, over the temperature, plus Gumbel noise.
+
+    The patches of the k highest values are then k draws without replacement, each with a
+    probability proportional to exp(standardised signal / temperature) among the patches that are
+    left (the Gumbel top-k trick; Kool et al. 2019, arXiv 1903.06059). A patch of signal -inf comes
+    last.
+    """
+    known = signal.isfinite()
+    count = known.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(known, signal, 0.0)
+    centred = torch.where(known, centred - centred.sum(1, keepdim=True) / count, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+    standardised = torch.where(known, centred / (std + 1e-6), signal)
+    gumbel = -(-draw.noise(signal.shape[1], GUMBEL).log()).log()
+    return standardised / temperature + gumbel
+
+
 def hardest_first(priority: Priority, predicted_loss: Priority, num_hard: int) -> Priority:
-    """Put the `num_hard` patches of highest predicted loss before all others."""
+    """Put the `num_hard` patches of highest predicted loss before all others, hardest first."""
     if num_hard == 0:
         return priority
     hardest = predicted_loss.topk(num_hard, dim=1).indices
-    return priority.scatter(1, hardest, torch.inf)
+    highest = FIRST * torch.arange(num_hard, 0, -1, device=priority.device)
+    return priority.scatter(1, hardest, highest.to(priority.dtype).expand_as(hardest))
 
 
 def hide_top(

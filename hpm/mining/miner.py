@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.core.config import Mask, PretrainConfig, secondary_mask_ratio
+from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.errors import UserError
-from hpm.mining.draw import TEACHER_VIEW, TIES, Draw
+from hpm.core.phases import phase
+from hpm.mining.draw import TEACHER_VIEW, TIES, WITHIN_UNITS, Draw
 from hpm.mining.masking import choose_covered, make_mask, num_hidden_patches
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.teacher import (
@@ -25,14 +27,10 @@ from hpm.mining.teacher import (
     predicted_losses_masked,
     small_image_size,
 )
+from hpm.mining.units import unit_by_unit, unit_grid
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_model
 from hpm.models.mim import MaskedImageModel
-
-Mark = Callable[[str], None]
-
-
-def no_mark(phase: str) -> None:
-    """Nothing is measured."""
 
 
 class Seen(NamedTuple):
@@ -60,10 +58,13 @@ class Miner:
 
     Args:
         teacher: the EMA model.
-        mask: strategy.
+        mask: name of a mask, see `strategies.find_mask`.
         num_hidden: patches that are hidden, M.
         secondary_mask_ratio: share of the visible patches whose content is covered.
-        mine_by: the teacher's prediction, or a memory of the student's actual losses.
+        temperature: of drawing the mined patches, see `masking.perturb`; 0 takes the hardest.
+        unit: patches along each axis of what is hidden as a whole.
+        mine_by: the teacher's prediction, a memory of the student's actual losses, or how far these
+            have fallen.
         mine_every: steps from one prediction to the next; in between the memory of the predictions
             is mined by.
         teacher_view: whether the teacher sees whole images, or masked ones.
@@ -74,10 +75,12 @@ class Miner:
     """
 
     teacher: MaskedImageModel
-    mask: Mask
+    mask: str
     num_hidden: int
     secondary_mask_ratio: float = 0.0
-    mine_by: Literal["teacher", "memory"] = "teacher"
+    temperature: float = 0.0
+    unit: int = 1
+    mine_by: Literal["teacher", "memory", "progress"] = "teacher"
     mine_every: int = 1
     teacher_view: Literal["full", "masked"] = "full"
     small_teacher: SmallTeacher | None = None
@@ -91,33 +94,34 @@ class Miner:
         return self.small_teacher.model if self.small_teacher else self.teacher
 
     def mine(
-        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None,
-        mark: Mark = no_mark,
-    ) -> Mined:  # fmt: skip
+        self, images: Images, draw: Draw, num_hard: int, step: int = 0, seen: Seen | None = None
+    ) -> Mined:
         """Hide the `num_hard` hardest patches of normalised images, and others at random.
 
-        The teacher runs only where its result is used. `seen` is needed with a memory. `mark` is
-        called with "teacher" and "mining" as these phases end.
+        The teacher runs only where its result is used. `seen` is needed with a memory.
         """
         features = predicted = None
         mines = num_hard > 0
-        if mines and self.mine_by == "teacher" and step % self.mine_every == 0:
-            features, predicted = self.signal(images, draw)
-        if features is None and self.needs_features:
-            features = self._features(images)
-        mark("teacher")
-        signal = predicted
-        if mines and signal is None and self.memory is not None:
-            assert seen is not None, "a memory needs to know which images these are"
-            signal = self.memory.read(*seen)
-            # Nothing is known of some places: none of those comes before another.
-            signal = signal + 1e-3 * draw.noise(signal.shape[1], TIES)
-        visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
-        covered_ids = None
-        if self.secondary_mask_ratio:
-            num_patches = self.teacher.encoder.num_patches
-            covered_ids = choose_covered(draw, visible_ids, self.secondary_mask_ratio, num_patches)
-        mark("mining")
+        with phase("teacher"):
+            if mines and self.mine_by == "teacher" and step % self.mine_every == 0:
+                features, predicted = self.signal(images, draw)
+            if features is None and self.needs_features:
+                features = self._features(images)
+        with phase("mining"):
+            signal = predicted
+            if mines and signal is None and self.memory is not None:
+                assert seen is not None, "a memory needs to know which images these are"
+                signal = self.memory.read(*seen)
+                # Nothing is known of some places: they are equal, and chosen among at random.
+                # Progress is in units of the loss, which may be small.
+                scale = 1e-6 if self.mine_by == "progress" else 1e-3
+                signal = signal + scale * draw.noise(signal.shape[1], TIES)
+            visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
+            covered_ids = None
+            if self.secondary_mask_ratio:
+                num_patches = self.teacher.encoder.num_patches
+                ratio = self.secondary_mask_ratio
+                covered_ids = choose_covered(draw, visible_ids, ratio, num_patches)
         return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
 
     def hide(
@@ -126,7 +130,9 @@ class Miner:
         """(visible_ids, hidden_ids): the patches of the highest signal, and others at random."""
         num_hidden = self.num_hidden if num_hidden is None else num_hidden
         grid = self.teacher.encoder.grid
-        return make_mask(self.mask, draw, grid, num_hidden, signal, num_hard)
+        return make_mask(
+            self.mask, draw, grid, num_hidden, signal, num_hard, self.temperature, self.unit
+        )
 
     def signal(
         self, images: Images, draw: Draw
@@ -145,7 +151,7 @@ class Miner:
             return None, self.small_teacher.predicted_losses(images, self.predict_loss)
         predict_loss = self.predict_loss or self.teacher.predict_loss
         if self.teacher_view == "masked":
-            priority = draw.noise(self.teacher.encoder.num_patches, TEACHER_VIEW)
+            priority = self._teacher_view(draw)
             return None, predicted_losses_masked(predict_loss, images, priority, self.num_hidden)
         return predicted_losses(predict_loss, images)
 
@@ -161,9 +167,18 @@ class Miner:
             patch_ids = torch.arange(hardness.shape[1], device=hardness.device)
             # The predictor learns from the order within images alone.
             self.memory.write(*seen, patch_ids.expand_as(hardness), hardness, per_image=True)
-        elif self.mine_by == "memory":
+        elif self.mine_by != "teacher":
             hidden_ids = torch.cat([part.hidden_ids for part in mined])
             self.memory.write(*seen, hidden_ids, torch.cat(list(patch_loss)))
+
+    def _teacher_view(self, draw: Draw) -> Float[Tensor, "batch patches"]:
+        """Priorities of the masks that the teacher's images have: random units."""
+        grid = self.teacher.encoder.grid
+        priority = draw.noise(math.prod(unit_grid(grid, self.unit)), TEACHER_VIEW)
+        if self.unit == 1:
+            return priority
+        noise = draw.noise(math.prod(grid), WITHIN_UNITS)
+        return unit_by_unit(priority, noise, grid, self.unit)
 
     @torch.no_grad()
     def _features(self, images: Images) -> Tensor:
@@ -172,7 +187,7 @@ class Miner:
 
 def make_miner(
     config: PretrainConfig,
-    architecture: dict[str, Any],
+    architecture: Architecture,
     teacher: MaskedImageModel,
     memory: HardnessMemory | None = None,
     needs_features: bool = False,
@@ -182,18 +197,20 @@ def make_miner(
         teacher,
         config.mask,
         num_hidden_patches(teacher.encoder.num_patches, config.mask_ratio),
-        secondary_mask_ratio(config),
-        config.mine_by,
-        config.mine_every,
-        config.teacher_view,
-        _small_teacher(config, architecture, teacher),
-        memory,
-        needs_features,
+        secondary_mask_ratio=secondary_mask_ratio(config),
+        temperature=config.mining_temperature,
+        unit=config.mask_unit,
+        mine_by=config.mine_by,
+        mine_every=config.mine_every,
+        teacher_view=config.teacher_view,
+        small_teacher=_small_teacher(config, architecture, teacher),
+        memory=memory,
+        needs_features=needs_features,
     )
 
 
 def _small_teacher(
-    config: PretrainConfig, architecture: dict[str, Any], teacher: MaskedImageModel
+    config: PretrainConfig, architecture: Architecture, teacher: MaskedImageModel
 ) -> SmallTeacher | None:
     if config.teacher_scale == 1:
         return None
@@ -202,7 +219,7 @@ def _small_teacher(
             f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
             "that could be interpolated: leave it out"
         )
-    (height, width), (rows, columns) = architecture["image_size"], architecture["patch_size"]
+    (height, width), (rows, columns) = architecture.image_size, architecture.patch_size
     size = small_image_size((height, width), (rows, columns), config.teacher_scale)
-    small = build_model(architecture | {"image_size": list(size)})
+    small = build_model(replace(architecture, image_size=size))
     return SmallTeacher(teacher, small.to(next(teacher.parameters()).device))

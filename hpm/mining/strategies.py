@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hpm.core.config import HARD_SHARES
+from hpm.core.errors import UserError, one_line
+from hpm.core.plugins import find_plugin
 from hpm.mining.draw import BLOCKS, Draw, Priority
+from hpm.mining.units import unit_of_patches
 
 
 def random(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
@@ -103,9 +108,7 @@ def one_visible_per_cell(priority: Priority, grid: tuple[int, ...]) -> Priority:
     """
     if any(size % 2 for size in grid):
         raise ValueError(f"a grid of {grid} has no cells of two along every axis")
-    cell = torch.zeros(priority.shape[1], dtype=torch.int64, device=priority.device)
-    for size, coordinates in zip(grid, _coordinates(grid, priority.device), strict=True):
-        cell = cell * (size // 2) + coordinates.long() // 2
+    cell = unit_of_patches(grid, 2, priority.device)
     members = cell.argsort(stable=True).view(-1, 2 ** len(grid))  # [cells patches-of-a-cell]
     chosen = priority[:, members].argmin(-1, keepdim=True)
     visible = members.expand(len(priority), -1, -1).gather(-1, chosen).flatten(1)
@@ -148,7 +151,8 @@ def _coordinates(grid: tuple[int, ...], device: torch.device) -> list[Float[Tens
     return [c.flatten() for c in torch.meshgrid(*axes, indexing="ij")]
 
 
-# A strategy gives every patch of a batch a priority [B N]; those of the highest are hidden.
+# Gives every patch of a batch a priority [B N], from the random numbers of the batch, the patches
+# along each axis, and how many will be hidden: those of the highest priority.
 Strategy = Callable[[Draw, tuple[int, ...], int], Priority]
 
 STRATEGIES: dict[str, Strategy] = {
@@ -161,3 +165,40 @@ STRATEGIES: dict[str, Strategy] = {
     "blue_noise": partial(coloured_noise, colour="blue"),
     "purple_noise": partial(coloured_noise, colour="purple"),
 }
+# The masks that mine hide other patches at random.
+BUILT_IN = (*HARD_SHARES, *STRATEGIES)
+ENTRY_POINTS = "hpm.masks"
+
+
+@functools.cache
+def find_mask(name: str) -> Strategy:
+    """The strategy of a mask that does not mine.
+
+    Args:
+        name: a built-in mask; one that an installed package registers as an entry point of the
+            group `hpm.masks`; or `module:function`, for example of a file in the working directory.
+
+    Raises UserError where there is none, or importing it fails.
+    """
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    found = find_plugin("mask", name, ENTRY_POINTS, BUILT_IN)
+    if not callable(found):
+        raise UserError(f"mask is '{name}': it is not a function")
+    return found
+
+
+def check_strategy(name: str, grid: tuple[int, ...], num_hidden: int) -> None:
+    """Try a mask on a batch of two. Raises UserError where it fails, or gives no priorities."""
+    strategy, wanted = find_mask(name), (2, math.prod(grid))
+    try:
+        priority = strategy(Draw(0, 0, torch.arange(2)), grid, num_hidden)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"mask {name} failed on a grid of {grid}: {problem}") from error
+    if not isinstance(priority, Tensor) or tuple(priority.shape) != wanted:
+        got = list(priority.shape) if isinstance(priority, Tensor) else type(priority).__name__
+        raise UserError(
+            f"mask {name} must return a priority for each patch, a tensor of shape "
+            f"{list(wanted)} for 2 images, but it returns {got}"
+        )

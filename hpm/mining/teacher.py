@@ -34,7 +34,7 @@ class Teacher:
         )
 
 
-OF_THE_GRID = ("encoder.pos_embed", "decoder_pos_embed")
+GRID_POSITIONS = ("encoder.pos_embed", "decoder_pos_embed")
 
 
 class SmallTeacher:
@@ -50,7 +50,7 @@ class SmallTeacher:
     def __init__(self, teacher: MaskedImageModel, small: MaskedImageModel):
         self.teacher, self.model = teacher, small.requires_grad_(False).eval()
         weights = teacher.state_dict(keep_vars=True)
-        shared = {name: w for name, w in weights.items() if name not in OF_THE_GRID}
+        shared = {name: w for name, w in weights.items() if name not in GRID_POSITIONS}
         small.load_state_dict(shared, strict=False, assign=True)
         positions = interpolate_positions(
             teacher.decoder_pos_embed, teacher.encoder.grid, small.encoder.grid

@@ -1,12 +1,15 @@
-"""What fixes a model: sizes by name, and all numbers of an architecture."""
+"""The architecture of a model: every number that its modules are built from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from hpm.core.config import TIMM, PretrainConfig, pair, secondary_mask_ratio
 from hpm.core.errors import UserError
+
+PredictorHead = Literal["patch", "scalar"]
 
 
 @dataclass(frozen=True)
@@ -32,27 +35,123 @@ SIZES: dict[str, ModelSize] = {
 }
 
 
-def resolve_model(config: PretrainConfig) -> dict[str, Any]:
-    """Everything that fixes the architecture: plain numbers, as stored beside the weights."""
-    encoder = _timm_shape(config) if config.model.startswith(TIMM) else {}
-    width = encoder.get("embed_dim")
-    size = nearest_size(width) if width else SIZES[config.model]
-    own = {"embed_dim": size.embed_dim, "depth": size.depth, "num_heads": size.num_heads}
-    return (encoder or own) | {
-        "image_size": list(pair(config.image_size)),
-        "patch_size": list(pair(config.patch_size or encoder.get("patch_size", size.patch_size))),
-        "channels": config.channels,
-        "decoder_dim": config.decoder_dim or size.decoder_dim,
-        "decoder_depth": config.decoder_depth or size.decoder_depth,
-        "decoder_heads": config.decoder_heads or size.decoder_heads,
-        "with_predictor": config.predictor_loss != "none",
-        "predictor_dim": config.predictor_dim or config.decoder_dim or size.decoder_dim,
-        "predictor_depth": config.predictor_depth or config.decoder_depth or size.decoder_depth,
-        "predictor_heads": config.predictor_heads or config.decoder_heads or size.decoder_heads,
-        "predictor_head": config.predictor_head,
-        "detach_predictor": config.predictor_detach,
-        "with_cover": bool(secondary_mask_ratio(config)),
-    }
+@dataclass(frozen=True)
+class Decoders:
+    """The reconstructor, the loss predictor, and what they share.
+
+    The fields are the arguments of `MaskedImageModel` of the same names.
+    """
+
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
+    with_predictor: bool
+    predictor_dim: int
+    predictor_depth: int
+    predictor_heads: int
+    predictor_head: PredictorHead = "patch"
+    detach_predictor: bool = False
+    with_cover: bool = False
+    target_dim: int | None = None  # values per patch; None: the pixels of a patch
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that fixes an encoder, and the decoders of a whole model.
+
+    Sizes are in pixels along each axis: (height, width).
+    """
+
+    model: str | None = field(default=None, kw_only=True)  # `timm/NAME`; None: our own ViT
+    image_size: tuple[int, ...]
+    patch_size: tuple[int, ...]
+    channels: int
+    embed_dim: int
+    depth: int
+    num_heads: int | None = None  # None: differs between blocks (Hiera)
+    class_token: bool = True
+    decoders: Decoders | None = None  # None: an encoder alone
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], source: object = "architecture") -> Architecture:
+        """The architecture that a checkpoint or a backbone file describes.
+
+        Keys that older files lack get their defaults; keys that describe something else are
+        ignored.
+
+        Args:
+            content: one flat dictionary, as `to_json` writes it.
+            source: what the content was read from, for the error message.
+
+        Raises:
+            UserError: where a key is missing, or a value cannot be right.
+        """
+        model = content.get("model")
+        if model is not None and not str(model).startswith(TIMM):
+            raise UserError(f"{source}: model is {model!r}, not {TIMM}NAME")
+        needs_heads = model is None or "num_heads" in content
+        return cls(
+            model=None if model is None else str(model),
+            image_size=_size(content, "image_size", source),
+            patch_size=_size(content, "patch_size", source),
+            channels=_count(content, "channels", source),
+            embed_dim=_count(content, "embed_dim", source),
+            depth=_count(content, "depth", source),
+            num_heads=_count(content, "num_heads", source) if needs_heads else None,
+            class_token=bool(content.get("class_token", True)),
+            decoders=_decoders(content, source) if "decoder_dim" in content else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat dictionary of plain values, as checkpoints and backbone files hold it."""
+        content = asdict(self)
+        decoders = content.pop("decoders") or {}
+        if self.model is None:
+            del content["class_token"]  # our own ViT always has one
+        content |= decoders
+        sizes = {name: list(content[name]) for name in ("image_size", "patch_size")}
+        return {name: value for name, value in (content | sizes).items() if value is not None}
+
+    def encoder(self) -> Architecture:
+        """The encoder alone."""
+        return replace(self, decoders=None)
+
+    def with_target_dim(self, target_dim: int) -> Architecture:
+        """The same model for another target, of so many values per patch."""
+        return replace(self, decoders=replace(self.need_decoders(), target_dim=target_dim))
+
+    def need_decoders(self) -> Decoders:
+        """The decoders of a whole model. ValueError where this is an encoder alone."""
+        if self.decoders is None:
+            raise ValueError("this is the architecture of an encoder alone, without decoders")
+        return self.decoders
+
+
+def resolve_model(config: PretrainConfig) -> Architecture:
+    """The architecture that a config asks for. UserError where timm's model cannot be used."""
+    if config.model.startswith(TIMM):
+        encoder = _timm_encoder(config)
+        size = nearest_size(encoder["embed_dim"])
+    else:
+        size = SIZES[config.model]
+        names = ("patch_size", "embed_dim", "depth", "num_heads")
+        encoder = {name: getattr(size, name) for name in names}
+    encoder["patch_size"] = pair(config.patch_size or encoder["patch_size"])
+    decoders = Decoders(
+        decoder_dim=config.decoder_dim or size.decoder_dim,
+        decoder_depth=config.decoder_depth or size.decoder_depth,
+        decoder_heads=config.decoder_heads or size.decoder_heads,
+        with_predictor=config.predictor_loss != "none",
+        predictor_dim=config.predictor_dim or config.decoder_dim or size.decoder_dim,
+        predictor_depth=config.predictor_depth or config.decoder_depth or size.decoder_depth,
+        predictor_heads=config.predictor_heads or config.decoder_heads or size.decoder_heads,
+        predictor_head=config.predictor_head,
+        detach_predictor=config.predictor_detach,
+        with_cover=bool(secondary_mask_ratio(config)),
+    )
+    return Architecture(
+        image_size=pair(config.image_size), channels=config.channels, decoders=decoders, **encoder
+    )
 
 
 def nearest_size(embed_dim: int) -> ModelSize:
@@ -60,9 +159,9 @@ def nearest_size(embed_dim: int) -> ModelSize:
     return min(SIZES.values(), key=lambda size: abs(size.embed_dim - embed_dim))
 
 
-def _timm_shape(config: PretrainConfig) -> dict[str, Any]:
-    """What the architecture says of a timm model. UserError where it cannot be used."""
-    from hpm.models.timm_encoder import timm_shape
+def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
+    """What the architecture says of timm's encoder. UserError where it cannot be used."""
+    from hpm.models.timm_models import timm_shape
 
     shape = dict(timm_shape(config.model.removeprefix(TIMM)))
     patch_size = config.patch_size
@@ -73,3 +172,50 @@ def _timm_shape(config: PretrainConfig) -> dict[str, Any]:
             f"{width} pixels: leave --patch-size out"
         )
     return {"model": config.model} | shape
+
+
+def _decoders(content: Mapping[str, Any], source: object) -> Decoders:
+    """The decoders that a file describes; where the predictor's shape is not given, it is the
+    reconstructor's."""
+    dim, depth, heads = (
+        _count(content, f"decoder_{name}", source) for name in ("dim", "depth", "heads")
+    )
+    predictor = {"predictor_dim": dim, "predictor_depth": depth, "predictor_heads": heads}
+    for name in predictor:
+        if name in content:
+            predictor[name] = _count(content, name, source)
+    target_dim = content.get("target_dim")
+    head: Any = content.get("predictor_head", "patch")
+    if head not in ("patch", "scalar"):
+        raise UserError(f"{source}: predictor_head is {head!r}, not patch or scalar")
+    return Decoders(
+        decoder_dim=dim,
+        decoder_depth=depth,
+        decoder_heads=heads,
+        **predictor,
+        with_predictor=bool(_value(content, "with_predictor", source)),
+        predictor_head=head,
+        detach_predictor=bool(content.get("detach_predictor", False)),
+        with_cover=bool(content.get("with_cover", False)),
+        target_dim=None if target_dim is None else _count(content, "target_dim", source),
+    )
+
+
+def _value(content: Mapping[str, Any], name: str, source: object) -> Any:
+    if name not in content:
+        raise UserError(f"{source}: the architecture lacks {name}: use another file")
+    return content[name]
+
+
+def _count(content: Mapping[str, Any], name: str, source: object) -> int:
+    value = _value(content, name, source)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{source}: {name} is {value!r}, not a number above 0")
+    return value
+
+
+def _size(content: Mapping[str, Any], name: str, source: object) -> tuple[int, ...]:
+    value = _value(content, name, source)
+    if not isinstance(value, (list, tuple)) or not all(type(v) is int and v > 0 for v in value):
+        raise UserError(f"{source}: {name} is {value!r}, not a height and a width in pixels")
+    return tuple(value)

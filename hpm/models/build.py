@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
 from hpm.core.errors import UserError
+from hpm.models.architecture import Architecture
 from hpm.models.classifier import Classifier, Pool
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
@@ -16,55 +17,53 @@ from hpm.models.seeds import part_seed, seeded
 from hpm.models.timm_encoder import PREFIX, timm_encoder
 from hpm.models.vit import VisionTransformer
 
-ENCODER_OPTIONS = ("image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads")
-
-
-# Not in the checkpoints of the first version, whose models had what is the default now.
-MODEL_OPTIONS = (
-    "target_dim", "predictor_dim", "predictor_depth", "predictor_heads", "predictor_head",
-    "detach_predictor", "with_cover",
-)  # fmt: skip
-
 
 def build_encoder(
-    architecture: dict[str, Any], seed: int | None = None, drop_path: float = 0.0
+    architecture: Architecture, seed: int | None = None, drop_path: float = 0.0
 ) -> Encoder:
-    """An encoder of the given architecture (see `config.resolve_model`), randomly initialised.
+    """An encoder, randomly initialised: timm's where the architecture names one, else ours.
 
-    One of timm's where the architecture names such a `model`, else ours. With a seed, from that
-    seed and without touching the global random state.
+    With a seed, from that seed and without touching the global random state.
     """
-    name = architecture.get("model", "")
     with seeded(seed):
-        if name.startswith(PREFIX):
-            sizes = {n: architecture[n] for n in ("image_size", "patch_size", "channels")}
-            return timm_encoder(name.removeprefix(PREFIX), **sizes, drop_path=drop_path)
-        options = {n: architecture[n] for n in ENCODER_OPTIONS}
-        return VisionTransformer(**options, drop_path=drop_path)
+        if architecture.model is not None:
+            return timm_encoder(
+                architecture.model.removeprefix(PREFIX),
+                image_size=architecture.image_size,
+                patch_size=architecture.patch_size,
+                channels=architecture.channels,
+                drop_path=drop_path,
+            )
+        assert architecture.num_heads is not None, "our own ViT has as many heads in each block"
+        return VisionTransformer(
+            image_size=architecture.image_size,
+            patch_size=architecture.patch_size,
+            channels=architecture.channels,
+            embed_dim=architecture.embed_dim,
+            depth=architecture.depth,
+            num_heads=architecture.num_heads,
+            drop_path=drop_path,
+        )
 
 
-def build_model(architecture: dict[str, Any], seed: int = 0) -> MaskedImageModel:
+def build_model(architecture: Architecture, seed: int = 0) -> MaskedImageModel:
     """A whole model, each part of it initialised from a seed of its own that follows from `seed`;
-    the global random state is left alone."""
+    the global random state is left alone. ValueError for the architecture of an encoder alone."""
     with seeded(seed):
         model = MaskedImageModel(
             build_encoder(architecture, part_seed(seed, "encoder")),
-            architecture["decoder_dim"],
-            architecture["decoder_depth"],
-            architecture["decoder_heads"],
-            with_predictor=architecture["with_predictor"],
-            **{name: architecture[name] for name in MODEL_OPTIONS if name in architecture},
+            **asdict(architecture.need_decoders()),
         )
     model.init_decoder_weights(seed)
     return model
 
 
 def build_classifier(
-    architecture: dict[str, Any],
+    architecture: Architecture,
     weights: dict[str, Tensor] | None,
     num_classes: int,
     pool: Pool = "mean",
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, ...] | None = None,
     drop_path: float = 0.0,
     seed: int = 0,
 ) -> Classifier:
@@ -72,24 +71,24 @@ def build_classifier(
 
     Positions are interpolated for another image size. Raises ValueError where patches do not fit.
     """
-    size = image_size or tuple(architecture["image_size"])
+    size = image_size or architecture.image_size
     with seeded(seed):
         encoder = resized_encoder(architecture, weights, size, drop_path)
         return Classifier(encoder, num_classes, pool)
 
 
 def resized_encoder(
-    architecture: dict[str, Any],
+    architecture: Architecture,
     weights: dict[str, Tensor] | None,
-    image_size: tuple[int, int],
+    image_size: tuple[int, ...],
     drop_path: float = 0.0,
 ) -> Encoder:
     """An encoder with these weights (random ones for None), its positions interpolated for another
     image size. Raises UserError where the patches do not fit into it."""
-    check_image_size(image_size, architecture["patch_size"])
-    encoder = build_encoder(architecture | {"image_size": image_size}, drop_path=drop_path)
+    check_image_size(image_size, architecture.patch_size)
+    encoder = build_encoder(replace(architecture, image_size=image_size), drop_path=drop_path)
     if weights is not None:
-        before = grid_size(tuple(architecture["image_size"]), tuple(architecture["patch_size"]))
+        before = grid_size(architecture.image_size, architecture.patch_size)
         encoder.load_state_dict(encoder.fit_positions(weights, before))
     return encoder
 

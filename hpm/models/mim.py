@@ -52,7 +52,8 @@ class LossPredictor(Decoder):
         features = self.features(tokens, num_outputs)
         # The mean of a linear layer's outputs is one linear layer with its mean weight and bias.
         # In float32: the order of nearby losses is what is learned, and what is mined by.
-        with torch.autocast(features.device.type, enabled=False):
+        device_type = "cpu" if features.is_meta else features.device.type  # meta: no autocast
+        with torch.autocast(device_type, enabled=False):
             weight, bias = self.head.weight.float().mean(0), self.head.bias.float().mean()
             return features.float() @ weight + bias
 

@@ -14,7 +14,7 @@ from hpm.core.progress import track
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
 from hpm.mining.masking import num_hidden_patches
-from hpm.show.figures import TITLES, draw, picture, unable
+from hpm.show.figures import TITLES, draw, picture, unavailable_panels
 from hpm.show.gallery import write_gallery
 from hpm.show.options import PANELS, Panel, ShowConfig
 from hpm.weights.resolve import Trained, load
@@ -32,7 +32,7 @@ def show(config: ShowConfig) -> Path:
     _check(config, path)
     trained = open_trained(config.run, config.device)
     check_shares(trained, config.hard_share, config.mask_ratio)
-    reasons = unable(trained)
+    reasons = unavailable_panels(trained)
     panels = _choose(config, reasons)
     share = hard_share(config.hard_share, trained)
     batch, names = _read(config, trained)
@@ -78,7 +78,7 @@ def mines(trained: Trained) -> bool:
     config, teacher = trained.config, trained.teacher
     if config is None or teacher is None:
         return False
-    return config.mask == "attention" or teacher.predictor is not None or config.mine_by == "memory"
+    return config.mask == "attention" or teacher.predictor is not None or config.mines_by_memory
 
 
 def hard_share(asked: float | None, trained: Trained) -> float:

@@ -67,7 +67,7 @@ class Picture:
         return [name for name in PANELS if name == "image" or getattr(self, name) is not None]
 
 
-def unable(trained: Trained) -> dict[Panel, str]:
+def unavailable_panels(trained: Trained) -> dict[Panel, str]:
     """The panels that a file cannot show, and why."""
     reasons: dict[Panel, str] = {}
     if trained.model is None or trained.teacher is None or trained.config is None:
@@ -98,7 +98,7 @@ def picture(
     The mask is one that training would draw at this hard share; the actual loss is the mean over
     `num_masks` random masks; mask_ratio is that of the training unless given.
     """
-    wanted = set(panels) - set(unable(trained))
+    wanted = set(panels) - set(unavailable_panels(trained))
     split = zip(images.split(AT_A_TIME), sample_ids.split(AT_A_TIME), strict=True)
     steps = track(split, "computing", -(-len(images) // AT_A_TIME)) if progress else split
     parts = [
@@ -148,7 +148,7 @@ def _masked(
     predicted = None
     miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
     # A memory of losses knows training images alone: here, losses take its place.
-    by_losses = config.mine_by == "memory" and bool(wanted & {"mask", "reconstruction"})
+    by_losses = config.mines_by_memory and bool(wanted & {"mask", "reconstruction"})
     if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
         maps = loss_maps(model, miner, images, draw, target, ratio, num_masks)

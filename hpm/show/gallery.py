@@ -15,7 +15,7 @@ import numpy as np
 from hpm.core.files import write_text
 from hpm.show.figures import TITLES, Picture, head_pixels, pixels
 from hpm.show.options import Panel
-from hpm.show.page import image_uri, page
+from hpm.show.page import asset, image_uri, page
 
 # What a reader who has not read the manual has to know.
 MEANING: dict[Panel, str] = {
@@ -32,69 +32,6 @@ MEANING: dict[Panel, str] = {
 }
 SHARP = 128  # pixels below which an image is drawn without smoothing
 
-STYLE = """
-.strip { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(min(8rem, 45%), 1fr)); }
-.strip img { width: 100%; height: auto; border-radius: 3px; }
-.strip img[tabindex] { cursor: zoom-in; }
-.strip figcaption { line-height: 1.3; margin-top: 0.25rem; }
-""".strip()  # noqa: E501
-GALLERY_STYLE = """
-section { content-visibility: auto; contain-intrinsic-size: auto 14rem; margin: 0 0 0.75rem; }
-details { margin: 0.75rem 0; }
-dl { display: grid; grid-template-columns: max-content minmax(0, 60ch); gap: 0.15rem 1rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-dialog {
-  border: 0; padding: 0.75rem; border-radius: 8px; background: var(--card); color: var(--ink);
-  max-width: 96vw; max-height: 96vh;
-}
-dialog::backdrop { background: rgb(0 0 0 / 75%); }
-dialog img {
-  width: min(88vw, calc(74vh * var(--ratio))); max-width: none; height: auto;
-  image-rendering: pixelated;
-}
-dialog p { max-width: none; margin: 0.5rem 0; }
-@media (max-width: 30rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.5rem; } }
-"""
-
-SCRIPT = """
-const strips = [...document.querySelectorAll("section")].map(s => [...s.querySelectorAll("img")]);
-const dialog = document.querySelector("dialog");
-const [large, caption] = [dialog.querySelector("img"), dialog.querySelector("p")];
-let row = 0, column = 0;
-function enlarge(newRow, newColumn) {
-  row = (newRow + strips.length) % strips.length;
-  column = (newColumn + strips[row].length) % strips[row].length;
-  const image = strips[row][column], ratio = image.naturalWidth / image.naturalHeight;
-  large.src = image.src;
-  large.alt = image.alt;
-  large.style.setProperty("--ratio", ratio);
-  caption.textContent = image.alt;
-  if (!dialog.open) dialog.showModal();
-}
-const moves = {
-  previous: () => enlarge(row, column - 1), next: () => enlarge(row, column + 1),
-  above: () => enlarge(row - 1, column), below: () => enlarge(row + 1, column),
-  close: () => dialog.close(),
-};
-const keys = {
-  ArrowLeft: "previous", ArrowRight: "next", ArrowUp: "above", ArrowDown: "below",
-};
-strips.forEach((images, i) => images.forEach((image, j) => {
-  image.tabIndex = 0;
-  image.setAttribute("role", "button");
-  image.addEventListener("click", () => enlarge(i, j));
-  image.addEventListener("keydown", event => {
-    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); enlarge(i, j); }
-  });
-}));
-dialog.addEventListener("keydown", event => {
-  if (event.key in keys) { event.preventDefault(); moves[keys[event.key]](); }
-});
-dialog.addEventListener("close", () => strips[row][column].focus());
-for (const button of dialog.querySelectorAll("button"))
-  button.addEventListener("click", moves[button.name]);
-document.getElementById("hint").hidden = false;
-"""
 
 HINT = """
 <p id="hint" class="faint" hidden>Click a picture, or Tab to it and press Enter, to enlarge it; then
@@ -121,7 +58,9 @@ def write_gallery(
     legend = f"<details><summary>What the panels show</summary><dl>{panels}</dl></details>"
     strips = "".join(_section(shown, row, name) for row, name in enumerate(names))
     body = f"<h1>{escape(title)}</h1>{lines}{legend}{HINT}{strips}{ENLARGED}"
-    write_text(path, page(title, body, SCRIPT, STYLE + GALLERY_STYLE))
+    script = f"\n{asset('gallery.js')}\n"
+    style = f"{asset('strip.css')}\n{asset('gallery.css')}\n"
+    write_text(path, page(title, body, script, style))
 
 
 def _section(shown: Picture, row: int, name: str) -> str:

@@ -6,64 +6,19 @@ import base64
 import hashlib
 import io
 import json
+from functools import cache
 from html import escape
+from importlib.resources import files
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #fbfbfa; --card: #ffffff; --ink: #1d1f23; --faint: #5c626d; --line: #dcdee3;
-  --accent: #a3367a; --second: #2a6fb0; --warning: #9a5b00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #15161a; --card: #1d1f25; --ink: #e8e9ec; --faint: #a0a6b1; --line: #363a44;
-    --accent: #f08bc6; --second: #7db8ee; --warning: #f0b860;
-  }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0 auto; padding: 1.5rem clamp(0.9rem, 3vw, 2.5rem) 4rem; max-width: 96rem;
-  background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  overflow-wrap: anywhere;
-}
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 0.5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 0.75rem; }
-h3 { font-size: 1rem; margin: 1rem 0 0.25rem; }
-p, ul { max-width: 70ch; margin: 0.5rem 0; }
-a { color: var(--second); }
-:focus-visible { outline: 2px solid var(--second); outline-offset: 2px; }
-code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 0.9em; }
-pre {
-  padding: 0.75rem 1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 6px; overflow-x: auto; overflow-wrap: normal;
-}
-figure { margin: 0; }
-img { display: block; max-width: 100%; }
-img.map { width: 100%; height: auto; image-rendering: pixelated; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 1rem 0.2rem 0; }
-th { font-weight: 600; }
-tbody tr { border-top: 1px solid var(--line); }
-button, select, input { font: inherit; color: inherit; accent-color: var(--accent); }
-button, select {
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  padding: 0.3rem 0.8rem; min-height: 2.2rem; cursor: pointer;
-}
-button[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); }
-summary { cursor: pointer; }
-.faint, figcaption { color: var(--faint); font-size: 0.9rem; }
-.warning { color: var(--warning); }
-.scroll { overflow-x: auto; }
-.row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; margin: 0.75rem 0; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 0.75rem 1rem; min-width: 0; }
-""".strip()  # noqa: E501
+
+@cache
+def asset(name: str) -> str:
+    """A file of CSS or JavaScript from `hpm/show/assets`, without its last line break."""
+    return (files("hpm.show") / "assets" / name).read_text(encoding="utf-8").removesuffix("\n")
 
 
 def page(title: str, body: str, script: str = "", style: str = "", fetches: bool = False) -> str:
@@ -90,7 +45,8 @@ def page(title: str, body: str, script: str = "", style: str = "", fetches: bool
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n{style}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n"
+        f"<style>\n{asset('page.css')}\n{style}</style>\n</head>\n<body>\n"
         f"{body}\n" + (f"<script>{script}</script>\n" if script else "") + "</body>\n</html>\n"
     )
 

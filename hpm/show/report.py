@@ -8,109 +8,27 @@ import re
 import time
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import yaml
 
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.evals.saved import saved_evaluations
-from hpm.show import curves
-from hpm.show.curves import draw_chart, make_curve
-from hpm.show.moments import Moment, read_moments
+from hpm.show.moments import read_moments
 from hpm.show.options import ReportConfig
-from hpm.show.page import colours, data_block, image_uri, page
+from hpm.show.page import asset, data_block, page
+from hpm.show.report_figures import charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.run_folder import Run
 
-
-class Chart(NamedTuple):
-    """A title, a line that explains it, the metrics that it shows and what they are called."""
-
-    title: str
-    about: str
-    names: dict[str, str]
-    from_zero: bool = False
-
-
-CHARTS = (
-    Chart(
-        "Reconstruction loss",
-        "How far the hidden patches are missed. It may rise when harder patches are hidden.",
-        {"reconstruction_loss": "training"},
-    ),
-    Chart(
-        "Predictor loss",
-        "Of the pairs of hidden patches, by which is harder; 0.693 is guessing (relative loss).",
-        {"predictor_loss": "training"},
-    ),
-    Chart(
-        "Ranking accuracy",
-        "Share of pairs of hidden patches that are put in the right order; 0.5 is guessing.",
-        {
-            "ranking_accuracy": "training",
-            "held_out/ranking_accuracy": "held out",
-            "held_out/mining_accuracy": "held out, teacher",
-        },
-    ),
-    Chart(
-        "Rank correlation, held out",
-        "Spearman's, of predicted and actual losses of an image's patches; 0 is guessing. The "
-        "teacher sees whole images: by its prediction patches are mined.",
-        {"held_out/rank_correlation": "student", "held_out/mining_correlation": "teacher"},
-    ),
-    Chart(
-        "Hard patches on objects, held out",
-        "Share of the quarter of patches predicted to be hardest that lies on objects.",
-        {"held_out/hard_on_objects": "hardest", "held_out/chance_on_objects": "all patches"},
-        from_zero=True,
-    ),
-    Chart(
-        "Probes of the features",
-        "Top-1 in % on the labelled images, features frozen.",
-        {"probe/linear": "linear", "probe/knn": "kNN"},
-    ),
-    Chart(
-        "Hard share",
-        "Share of the hidden patches that are mined; the others are hidden by chance.",
-        {"hard_share": "mined"},
-        from_zero=True,
-    ),
-    Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
-    Chart("EMA decay", "How much of itself the teacher keeps in a step.", {"ema_decay": "teacher"}),
-    Chart(
-        "Gradient norm",
-        "Before it is clipped; spikes are steps that did not go well.",
-        {"grad_norm": "training"},
-        from_zero=True,
-    ),
-    Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
-    Chart(
-        "Data wait",
-        "Share of the time spent waiting for images: more --workers help where it is high.",
-        {"data_wait": "main process"},
-        from_zero=True,
-    ),
-    Chart("Memory", "Peak in GB.", {"memory_gb": "main process"}, from_zero=True),
-)
-# Not drawn: a second way to count steps, a number told in words, the price of a probe.
-LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
-
-# Options that `schedule.resolve` fills in: what they became was mostly not chosen.
+# Options that `schedule.resolve` fills in: their values were mostly not chosen by the user.
 WORKED_OUT = (
     "patch_size", "hard_share_start", "hard_share_end", "secondary_mask_ratio", "decoder_dim",
     "decoder_depth", "decoder_heads", "precision",
 )  # fmt: skip
 
-VIEWS = {
-    "predicted": "predicted loss",
-    "actual": "actual loss",
-    "mask": "mask",
-    "reconstruction": "reconstruction",
-}
-SMALL = 64  # images up to this side are kept without loss, their pixels shown sharp
 NAMED = 20  # unreadable images that are listed
 
 
@@ -135,12 +53,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     options = _options(run.config_file)
     steps = {line["step"] for line in metrics}
     moments = read_moments(run.moments, steps | {0})
-    charts, values = _charts(metrics)
+    charts, values = charts_section(metrics)
     parts = [
         _head(folder, options, metrics, sessions),
         _problems(folder, metrics, sessions),
         "<h2>What it finds hard, while it trains</h2>",
-        _moments(moments, options),
+        moments_section(moments, options),
         "<h2>Curves</h2>",
         charts,
         _evaluations(folder),
@@ -152,9 +70,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _sessions(sessions, run.config_file),
         data_block("curves", values),
     ]
-    style = f"{STYLE}\n{curves.STYLE}"
+    style = f"{asset('report.css')}\n{asset('chart.css')}"
     path = out or run.report
-    write_text(path, page(f"hpm: {folder}", "\n".join(parts), curves.SCRIPT, style))
+    write_text(path, page(f"hpm: {folder}", "\n".join(parts), asset("chart.js"), style))
     return path
 
 
@@ -236,110 +154,6 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
     )
 
 
-def _moments(moments: list[Moment], options: dict[str, Any]) -> str:
-    """A row per held-out image, a column per moment, and a way to switch what is shown."""
-    if not moments:
-        reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
-        return f"<p>No pictures: {reason}.</p>"
-    last = moments[-1]
-    views = [name for name in VIEWS if getattr(last, name) is not None]
-    switch = "".join(
-        f'<input type="radio" name="view" id="view-{name}"{" checked" * (place == 0)}>'
-        f'<label for="view-{name}">{VIEWS[name]}</label>'
-        for place, name in enumerate(views)
-    )
-    height, width = last.images.shape[1:3]
-    photos = [_photo(image) for image in last.images]
-    style = [f".frame {{ aspect-ratio: {width} / {height}; }}"]
-    style += [f".p{row} {{ background-image: url({uri}); }}" for row, uri in enumerate(photos)]
-    style += [
-        f"#view-{name}:checked ~ .scroll .{name} {{ display: block; }}"
-        f"#view-{name}:focus-visible + label {{ outline: 2px solid var(--second); }}"
-        f"#view-{name}:checked + label {{ border-color: var(--accent); color: var(--accent); }}"
-        for name in views
-    ]
-    rows = "".join(
-        f'<tr><th scope="row"><div class="frame"><i class="photo p{row}" role="img" '
-        f'aria-label="held-out image {row + 1}"></i></div></th>'
-        + "".join(f"<td>{_cell(moment, views, row)}</td>" for moment in moments)
-        + "</tr>"
-        for row in range(len(last.images))
-    )
-    heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
-    smooth = "" if max(height, width) > SMALL else " sharp"
-    about = (
-        "Each row is an image that is held out; each column a moment of the training. Bright is "
-        "hard, each map on its own scale; hidden patches are grey. The actual loss is the mean "
-        "over random masks"
-    )
-    about += ", the predicted one the teacher's, who sees all." if "predicted" in views else "."
-    return (
-        f"<p>{about}</p>"
-        f"<style>{''.join(style)}</style>"
-        f'<div class="moments{smooth}" style="--columns:{len(moments) + 1}">{switch}'
-        f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></div>"
-    )
-
-
-def _cell(moment: Moment, views: list[str], row: int) -> str:
-    """All views of one image at one moment, one over the other; the page shows one of them."""
-    if row >= len(moment.images):
-        return ""
-    about = f"of image {row + 1} at step {moment.step}"
-    shown = []
-    for name in views:
-        values = getattr(moment, name)
-        if values is None:
-            continue
-        alt = f'alt="{VIEWS[name]} {about}"'
-        if name == "mask":
-            hidden = values[row][..., None] * np.array([128, 128, 128, 255], np.uint8)
-            shown.append(
-                f'<i class="view mask photo p{row}"><img class="map" {alt} '
-                f'src="{image_uri(hidden)}"></i>'
-            )
-        elif name == "reconstruction":
-            shown.append(f'<img class="view {name}" {alt} src="{_photo(values[row])}">')
-        else:
-            uri = image_uri(colours(values[row]))
-            shown.append(f'<img class="view map {name}" {alt} src="{uri}">')
-    return f'<div class="frame">{"".join(shown)}</div>'
-
-
-def _photo(image: np.ndarray) -> str:
-    """A data URI: small images without loss, larger ones as JPEG, a tenth of the size."""
-    return image_uri(image, "PNG" if max(image.shape) <= SMALL else "JPEG")
-
-
-def _charts(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """All metrics that there are, and what the script needs of them."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name not in LEFT_OUT:
-                points.setdefault(name, []).append((line["step"], float(value)))
-    known = {name for chart in CHARTS for name in chart.names}
-    others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
-    last_step = max((line["step"] for line in metrics), default=0)
-    cards, values = [], []
-    for chart in [*CHARTS, *sorted(others)]:
-        drawn = [
-            make_curve(called, points[name])
-            for name, called in chart.names.items()
-            if name in points
-        ]
-        drawn = [curve for curve in drawn if curve.steps]
-        if drawn:
-            card, numbers = draw_chart(chart.title, chart.about, drawn, last_step, chart.from_zero)
-            cards.append(card)
-            values.append(numbers)
-    if not cards:
-        return "<p>Nothing is measured yet.</p>", values
-    hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
-    return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
-
-
 def _evaluations(folder: Path) -> str:
     """What `hpm eval` has measured of this run; nothing where that is nothing."""
     rows = ""
@@ -375,7 +189,7 @@ def _usage(folder: Path) -> str:
 
 
 def _configuration(options: dict[str, Any]) -> str:
-    """The options that were set, then those that are as they would be anyway."""
+    """The options that were set, then all others."""
     defaults = json.loads(
         json.dumps(
             {
@@ -392,8 +206,8 @@ def _configuration(options: dict[str, Any]) -> str:
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
-        f"{_table(chosen)}\n<details><summary>{len(rest)} more, as by default or as follows from "
-        f"these</summary>{_table(rest)}</details>"
+        f"{_table(chosen)}\n<details><summary>{counted(len(rest), 'more option')}, default or "
+        f"derived</summary>{_table(rest)}</details>"
     )
 
 
@@ -445,36 +259,5 @@ def _options(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         options = None
     if not isinstance(options, dict):
-        raise UserError(f"{path} is damaged: mend it")
+        raise UserError(f"{path} is damaged: repair it, or restore it from a copy")
     return options
-
-
-STYLE = """
-.tiles { display: flex; flex-wrap: wrap; gap: 0.75rem 2rem; margin: 1rem 0; }
-.tiles div { display: flex; flex-direction: column; }
-.tiles b { font-size: 1.4rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tiles span { color: var(--faint); font-size: 0.9rem; }
-.problems { border-color: var(--warning); }
-.problems h3 { margin: 0; }
-.moments input { position: absolute; opacity: 0; pointer-events: none; }
-.moments label {
-  display: inline-block; margin: 0 0.4rem 0.6rem 0; padding: 0.3rem 0.8rem; cursor: pointer;
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-}
-.moments { position: relative; }
-.moments table { table-layout: fixed; min-width: calc(var(--columns) * 4.2rem); width: 100%;
-  max-width: calc(var(--columns) * 9rem); }
-.moments th, .moments td { padding: 0 0 4px 4px; border: 0; }
-.moments th:first-child { position: sticky; left: 0; z-index: 1; padding: 0 4px 4px 0;
-  background: var(--paper); }
-.moments tbody tr { border: 0; }
-.moments thead th { font-size: 0.8rem; font-weight: 400; color: var(--faint); }
-.frame { position: relative; background: var(--line); overflow: hidden; border-radius: 3px; }
-.frame .photo, .frame img { position: absolute; inset: 0; width: 100%; height: 100%; }
-.photo { background-size: 100% 100%; }
-.sharp .photo, .sharp img { image-rendering: pixelated; }
-.frame .view { display: none; }
-.names th { white-space: nowrap; font-weight: 400; color: var(--faint); }
-.sessions { margin-top: 1rem; } .sessions th, .sessions td { white-space: nowrap; }
-details { margin: 0.5rem 0; }
-""".strip()

@@ -30,7 +30,15 @@ from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.show.command import cannot, check_shares, hard_share, mines, open_trained
-from hpm.show.figures import MASKED, TITLES, as_rgb, head_pixels, picture, pixels, unable
+from hpm.show.figures import (
+    MASKED,
+    TITLES,
+    as_rgb,
+    head_pixels,
+    picture,
+    pixels,
+    unavailable_panels,
+)
 from hpm.show.gallery import SHARP, value_range
 from hpm.show.options import PANELS, ViewConfig
 from hpm.show.page import image_uri
@@ -55,7 +63,7 @@ class Viewer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def page(self) -> str:
-        reasons, config = unable(self.trained), self.trained.config
+        reasons, config = unavailable_panels(self.trained), self.trained.config
         height, width = self.trained.encoder.image_size
         channels = self.trained.encoder.channels
         about = {
@@ -141,7 +149,7 @@ def view(config: ViewConfig) -> None:
         raise UserError(f"num_masks is {config.num_masks}; it must be at least 1")
     trained = open_trained(config.run, config.device)
     viewer = Viewer(trained, *_examples(config.data, trained), config.num_masks)
-    reasons = unable(trained)
+    reasons = unavailable_panels(trained)
     if reasons:
         print(cannot(reasons))
     server = make_server(viewer, config.port)
@@ -258,7 +266,7 @@ def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
     of_run = trained.config.data if trained.config and trained.folder else ""
     for candidate in [data] if data is not None else [of_run, "demo"]:
         try:
-            splits = open_source(candidate) if candidate else None
+            splits = open_source(candidate, trusted=data is not None) if candidate else None
         except UserError:
             if data is not None:
                 raise

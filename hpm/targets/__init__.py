@@ -1,1 +1,1 @@
-"""What is reconstructed; one file each."""
+"""What the reconstructor predicts for each patch: a file per target, found by name."""

@@ -1,51 +1,92 @@
-"""What a target is."""
+"""What a target is: the base class of all targets, built-in or not."""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpm.core.config import PretrainConfig
+
 Images = Float[Tensor, "batch channels *size"]
-
 Patches = Float[Tensor, "batch patches values"]
-
 PatchLoss = Float[Tensor, "batch hidden"]
-
 Ids = Int[Tensor, "batch hidden"]
 
-EPS = 1e-6
+
+@dataclass(frozen=True)
+class TargetInputs:
+    """What a target is told about the images and the model when it is built.
+
+    Args:
+        patch_size: pixels of a patch along each axis.
+        grid: patches along each axis.
+        channels: of the images.
+        embed_dim: width of the encoder, and so of the teacher's features.
+        mean, std: [C], by which the images are normalised.
+        device: where the images will be.
+        fetch: whether a model may be downloaded; False where its name comes from a file.
+    """
+
+    patch_size: tuple[int, ...]
+    grid: tuple[int, ...]
+    channels: int
+    embed_dim: int
+    mean: Float[Tensor, " channels"]
+    std: Float[Tensor, " channels"]
+    device: torch.device
+    fetch: bool = True
+
+    def to_pixels(self, images: Images) -> Images:
+        """Normalised images -> images with values in [0, 1]."""
+        shape = (-1,) + (1,) * len(self.grid)
+        return images * self.std.view(shape) + self.mean.view(shape)
 
 
-@runtime_checkable
-class Target(Protocol):
-    """What the training step needs of a target.
+class Target(ABC):
+    """What the reconstructor predicts for each patch, and how far off a prediction is.
 
-    dim: values per patch that the reconstructor predicts. needs_teacher: whether the teacher's
-    features of the whole image, [B 1+N D], are passed in.
+    A target is computed once per batch, without gradients. Its patch loss is what the student
+    minimises, and what the predictor learns to rank.
+
+    A subclass sets `dim`, the number of values per patch that the reconstructor predicts, and
+    `needs_teacher` where it is computed from the teacher's features of the whole image. Arguments
+    of its constructor after the first are set by `--target-options name=value`; they are converted
+    to the types of their annotations.
     """
 
     dim: int
-    needs_teacher: bool
+    needs_teacher: bool = False
+    # Options of the config that belong to this target; others refuse them.
+    config_options: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Normalised images -> target of every patch, [B N P]."""
-        ...
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        """Raises UserError where the target cannot work with these options."""
+        return  # most targets work with all of them
 
-    def patch_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """[B M P] each -> [B M]."""
-        ...
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> Target:
+        """The target of a checked config; `options` are those of `--target-options`."""
+        return cls(inputs, **options)  # type: ignore[call-arg]
 
-    def ranked_by(self, patch_loss: Tensor, images: Tensor, hidden_ids: Tensor) -> Tensor:
-        """The losses [B M] whose order the predictor learns."""
-        ...
+    @abstractmethod
+    def __call__(
+        self, images: Images, features: Float[Tensor, "batch tokens dim"] | None = None
+    ) -> Tensor:
+        """Normalised images -> the target of every patch, [B N values].
 
+        features: the teacher's, of the whole image, where the target needs them.
+        """
 
-class _RankedByLoss:
-    """The predictor ranks by the patch loss itself."""
-
-    needs_teacher = False
+    @abstractmethod
+    def patch_loss(self, prediction: Patches, target: Tensor) -> PatchLoss:
+        """The error of each hidden patch: [B M dim] and [B M values] -> [B M]."""
 
     def ranked_by(self, patch_loss: PatchLoss, images: Images, hidden_ids: Ids) -> PatchLoss:
+        """The losses [B M] whose order the predictor learns (default: the patch loss)."""
         return patch_loss

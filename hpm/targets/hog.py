@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hpm.core.config import PretrainConfig
 from hpm.mining.losses import squared_error
 from hpm.models.patches import patchify
-from hpm.targets.base import Images, Patches, PatchLoss, _RankedByLoss
+from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
 
 HOG_BINS = 9
 
 HOG_CELL = 8  # pixels
 
 
-class HogTarget(_RankedByLoss):
+class HogTarget(Target):
     """Histograms of oriented gradients (MaskFeat): of every channel, nine directions in cells of 8
     pixels (of the patch, where 8 does not divide it), each histogram of unit length."""
 
@@ -26,6 +28,10 @@ class HogTarget(_RankedByLoss):
         # How many cells a patch has along each axis.
         self.per_patch = tuple(p // c for p, c in zip(patch_size, self.cells, strict=True))
         self.dim = math.prod(self.per_patch) * channels * HOG_BINS
+
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> HogTarget:
+        return cls(inputs.patch_size, inputs.channels)
 
     def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
         height, width = self.cells

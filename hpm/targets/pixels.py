@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from hpm.core.config import RankingSignal
+from hpm.core.config import PretrainConfig, RankingSignal
 from hpm.mining.losses import squared_error
 from hpm.models.patches import gather_patches, patchify
-from hpm.targets.base import EPS, Ids, Images, Patches, PatchLoss, _RankedByLoss
+from hpm.targets.base import Ids, Images, Patches, PatchLoss, Target, TargetInputs
+
+EPS = 1e-6  # of the variance, for patches of one colour
 
 
-class PixelTarget(_RankedByLoss):
+class PixelTarget(Target):
     """Pixels of the patch, raw or standardised within it (MAE); HPM's targets.
 
     Whichever is reconstructed, the predictor may rank by the loss in the other: they differ by the
     variance of the patch.
     """
+
+    config_options: ClassVar = ("ranking_signal",)
 
     def __init__(
         self,
@@ -31,6 +35,11 @@ class PixelTarget(_RankedByLoss):
         self.dim = math.prod(patch_size) * channels
         by_normalized = {"target": normalized, "pixels": False, "normalized_pixels": True}
         self.by_normalized = by_normalized[ranking_signal]
+
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> PixelTarget:
+        normalized = config.target == "normalized_pixels"
+        return cls(inputs.patch_size, inputs.channels, normalized, config.ranking_signal)
 
     def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
         name: Literal["normalized_pixels", "pixels"] = (

@@ -1,121 +1,62 @@
-"""Discrete tokens of patches: a codebook learned by k-means (`hpm tokenize`), the nearest code."""
+"""Tokens of a codebook."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from hpm.core.errors import UserError
-from hpm.core.files import read_tensors, write_tensors
-from hpm.core.progress import track
-from hpm.models.patches import patchify
-from hpm.targets.frozen_model import FrozenModel, load_frozen
-
-Vectors = Float[Tensor, "batch patches dim"]
-
-ROWS_AT_A_TIME = 8192
-
-STILL = 1e-4  # relative gain of a round of k-means below which it has converged
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError, counted
+from hpm.mining.losses import token_cross_entropy
+from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
+from hpm.targets.codebook import Codebook, load_codebook
 
 
-@dataclass
-class Codebook:
-    """Codes [K D], and of what: `pixels` of patches of a size, or features of a frozen model."""
+class TokenTarget(Target):
+    """The number of the nearest code of a codebook (as in BEiT), predicted by cross-entropy."""
 
-    codes: Float[Tensor, "codes dim"]
-    of: str
-    patch_size: tuple[int, int]
-    channels: int
-    frozen: FrozenModel | None = None
+    config_options: ClassVar = ("codebook",)
 
-    def to(self, device: torch.device) -> Codebook:
-        self.codes = self.codes.to(device)
-        if self.frozen is not None:
-            self.frozen.to(device)
-        return self
+    def __init__(self, codebook: Codebook, inputs: TargetInputs):
+        self.codebook, self.inputs, self.dim = codebook, inputs, len(codebook.codes)
 
-    def vectors(
-        self, pixels: Float[Tensor, "batch channels height width"], grid: tuple[int, ...]
-    ) -> Vectors:
-        """What is compared with the codes, of images with values in [0, 1]."""
-        if self.frozen is not None:
-            features = self.frozen(pixels, (grid[0], grid[1]))
-            return torch.nn.functional.normalize(features, dim=-1)
-        # Without its mean: a code is a shape and a contrast, not a brightness.
-        patches = patchify(pixels, self.patch_size)
-        return patches - patches.mean(-1, keepdim=True)
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        if config.codebook is None:
+            raise UserError("target tokens needs --codebook: hpm tokenize makes one")
+        if not Path(config.codebook).expanduser().is_file():
+            raise UserError(f"codebook {config.codebook}: no such file; hpm tokenize makes one")
 
-    def nearest(self, vectors: Vectors) -> Int[Tensor, "batch patches"]:
-        """The number of the nearest code of each patch."""
-        return nearest_code(vectors.flatten(0, 1), self.codes)[0].view(vectors.shape[:2])
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> TokenTarget:
+        assert config.codebook is not None
+        codebook = load_codebook(config.codebook).to(inputs.device)
+        made_for = (codebook.patch_size, codebook.channels)
+        if codebook.frozen is not None and inputs.channels not in (1, 3):
+            raise UserError(
+                f"codebook {config.codebook} is of features of a model of grey or RGB images, but "
+                f"channels is {inputs.channels}: tokenize --of pixels"
+            )
+        if codebook.frozen is None and made_for != (inputs.patch_size, inputs.channels):
+            raise UserError(
+                f"codebook {config.codebook} is of patches of {list(codebook.patch_size)} pixels "
+                f"and {counted(codebook.channels, 'channel')}, but patch_size is "
+                f"{list(inputs.patch_size)} and channels {inputs.channels}: tokenize with those"
+            )
+        return cls(codebook, inputs)
 
-    def save(self, path: Path) -> None:
-        about = {"kind": "hpm codebook", "of": self.of, "channels": self.channels}
-        write_tensors(path, {"codes": self.codes}, about | {"patch_size": list(self.patch_size)})
+    def __call__(
+        self, images: Images, features: Tensor | None = None
+    ) -> Int[Tensor, "batch patches 1"]:
+        vectors = self.codebook.vectors(self.inputs.to_pixels(images), self.inputs.grid)
+        # In full precision: rounded distances would often name another code.
+        device_type = "cpu" if images.is_meta else images.device.type  # meta: no autocast
+        with torch.autocast(device_type, enabled=False):
+            return self.codebook.nearest(vectors)[..., None]
 
-
-def load_codebook(path: str) -> Codebook:
-    """Raises UserError where the file is none, or names a model that is not on disk."""
-    tensors, about = read_tensors(Path(path).expanduser())
-    if about.get("kind") != "hpm codebook":
-        raise UserError(f"{path} is no codebook: make one by hpm tokenize DATA --out {path}")
-    frozen = load_frozen(about["of"], fetch=False) if about["of"] != "pixels" else None
-    height, width = about["patch_size"]
-    return Codebook(tensors["codes"], about["of"], (height, width), about["channels"], frozen)
-
-
-def kmeans(
-    vectors: Float[Tensor, "vectors dim"], k: int, rounds: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "codes dim"], float]:
-    """Lloyd's algorithm from a k-means++ start: (codes, inertia).
-
-    The inertia is the sum of squared distances to the nearest code. A code that loses all of its
-    vectors moves to the one that is furthest from any code.
-    """
-    codes = _spread_start(vectors, k, generator)
-    before = math.inf
-    for _ in track(range(rounds), "k-means"):
-        nearest, distances = nearest_code(vectors, codes)
-        inertia = distances.double().sum().item()
-        if inertia > before * (1 - STILL):
-            break
-        before = inertia
-        sums = torch.zeros_like(codes).index_add_(0, nearest, vectors)
-        counts = torch.bincount(nearest, minlength=k)
-        codes = sums / counts.clamp(min=1)[:, None]
-        empty = (counts == 0).nonzero().flatten()
-        codes[empty] = vectors[distances.topk(len(empty)).indices]
-    return codes, nearest_code(vectors, codes)[1].double().sum().item()
-
-
-def _spread_start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each code is drawn with a chance in proportion to
-    the squared distance to those before."""
-    first = int(torch.randint(len(vectors), (1,), generator=generator))
-    codes = [vectors[first]]
-    distances = (vectors - codes[0]).square().sum(1)
-    for _ in range(k - 1):
-        reach = distances.double().cumsum(0)
-        place = float(torch.rand(1, generator=generator)) * reach[-1]
-        codes.append(vectors[torch.searchsorted(reach, place).clamp(max=len(vectors) - 1)])
-        distances = torch.minimum(distances, (vectors - codes[-1]).square().sum(1))
-    return torch.stack(codes)
-
-
-def nearest_code(
-    vectors: Float[Tensor, "vectors dim"], codes: Float[Tensor, "codes dim"]
-) -> tuple[Int[Tensor, " vectors"], Float[Tensor, " vectors"]]:
-    """(number of the nearest code, squared distance to it) of each vector."""
-    ids, distances = [], []
-    lengths = codes.square().sum(1)
-    for part in vectors.split(ROWS_AT_A_TIME):
-        squared = lengths - 2 * part @ codes.T
-        least, nearest = squared.min(1)
-        ids.append(nearest)
-        distances.append((least + part.square().sum(1)).clamp(min=0))
-    return torch.cat(ids), torch.cat(distances)
+    def patch_loss(self, prediction: Patches, target: Int[Tensor, "batch patches 1"]) -> PatchLoss:
+        return token_cross_entropy(prediction, target[..., 0])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
 from hpm.core.errors import UserError, counted, nearest
 from hpm.core.options import check_rules
+from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
-from hpm.models.architecture import SIZES, resolve_model
+from hpm.mining.units import unit_grid
+from hpm.models.architecture import SIZES, Architecture, resolve_model
+from hpm.targets.registry import check_target, find_target
 from hpm.training.trackers import check_tracker
 
 MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
@@ -23,7 +24,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     architecture = resolve_model(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
-    _check_target(config)
+    check_target(config)
     if config.batch_size and config.batch_size % config.accumulate:
         raise UserError(
             f"accumulate {config.accumulate} does not divide batch_size {config.batch_size}"
@@ -57,7 +58,7 @@ def _check_model(config: PretrainConfig) -> None:
         raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
     if config.init:
         raise UserError("pretrained and init are two different starts: pass one of them")
-    from hpm.models.timm_encoder import check_weights
+    from hpm.models.timm_models import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
 
@@ -68,7 +69,7 @@ def _check_timm_input(config: PretrainConfig) -> None:
             f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
             f"imagenet or measured, or --model {TIMM}NAME"
         )
-    from hpm.models.timm_encoder import timm_input
+    from hpm.models.timm_models import timm_input
 
     channels = timm_input(config.model.removeprefix(TIMM)).channels
     if config.channels != channels:
@@ -78,7 +79,7 @@ def _check_timm_input(config: PretrainConfig) -> None:
         )
 
 
-def _check_sizes(architecture: dict[str, Any]) -> None:
+def _check_sizes(architecture: Architecture) -> None:
     for image, patch in sizes_of(architecture):
         if patch < 1 or image < 1:
             raise UserError("image_size and patch_size must be at least 1 pixel")
@@ -93,21 +94,25 @@ def _check_sizes(architecture: dict[str, Any]) -> None:
                 f"the nearest that fits is --image-size {fitting}"
             )
     widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
-    if "model" not in architecture:  # timm's own fit
+    if architecture.model is None:  # timm's own fit
         widths.insert(0, ("embed_dim", "num_heads"))
+    numbers = architecture.to_json()
     for dim, heads in widths:
-        width, number = architecture[dim], architecture[heads]
+        width, number = numbers[dim], numbers[heads]
         if number < 1 or width % max(number, 1) or width % 4:
             raise UserError(f"{dim} {width} must be a multiple of 4 and of {heads} {number}")
 
 
-def sizes_of(architecture: dict[str, Any]) -> list[tuple[int, int]]:
+def sizes_of(architecture: Architecture) -> list[tuple[int, int]]:
     """(pixels of the image, pixels of a patch) along each axis."""
-    return list(zip(architecture["image_size"], architecture["patch_size"], strict=True))
+    return list(zip(architecture.image_size, architecture.patch_size, strict=True))
 
 
-def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
-    patches = math.prod(image // patch for image, patch in sizes_of(architecture))
+def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
+    grid = tuple(image // patch for image, patch in sizes_of(architecture))
+    patches = math.prod(grid)
+    if config.mask not in BUILT_IN:
+        find_mask(config.mask)
     visible = int(patches * (1 - config.mask_ratio))
     if visible in (0, patches):
         lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
@@ -115,7 +120,7 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
             f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
             f"pass a {mend} --mask-ratio, or smaller patches"
         )
-    by_teacher = config.mine_by == "teacher"
+    by_teacher = not config.mines_by_memory
     if config.mask in MINED_BY_LOSS and config.predictor_loss == "none" and by_teacher:
         raise UserError(
             f"mask {config.mask} needs a loss predictor, but predictor_loss is none: "
@@ -123,8 +128,15 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
         )
     if config.mask == "attention" and not by_teacher:
         raise UserError(
-            "mask attention mines by the teacher's attention, but mine_by is memory: leave it out"
+            "mask attention mines by the teacher's attention, but mine_by is "
+            f"{config.mine_by}: leave it out"
         )
+    if config.mining_temperature and config.mask not in HARD_SHARES:
+        raise UserError(
+            f"mining_temperature is {config.mining_temperature:g}, but mask {config.mask} mines "
+            "nothing: leave it out, or pass --mask easy_to_hard"
+        )
+    _check_mask_unit(config, grid)
     _check_small_teacher(config, architecture)
     if config.mask == "attention" and config.model.startswith(TIMM):
         raise UserError(
@@ -132,10 +144,10 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
             f"{config.model}: pass another --mask, or --model vit_small"
         )
     if config.mask == "uniform":
-        grid = [image // patch for image, patch in sizes_of(architecture)]
-        if any(size % 2 for size in grid):
+        if any(size // config.mask_unit % 2 for size in grid):
+            of_units = "" if config.mask_unit == 1 else f" of units of {config.mask_unit}"
             raise UserError(
-                f"mask uniform needs an even grid, but image_size and patch_size make "
+                f"mask uniform needs an even grid{of_units}, but image_size and patch_size make "
                 f"{grid[0]} x {grid[1]} patches: pass another --image-size"
             )
         if config.mask_ratio != 0.75:
@@ -143,56 +155,43 @@ def _check_mask(config: PretrainConfig, architecture: dict[str, Any]) -> None:
                 f"mask uniform leaves one patch of four, but mask_ratio is {config.mask_ratio}: "
                 "pass --mask-ratio 0.75, or another --mask"
             )
+    if config.mask not in BUILT_IN:
+        units = unit_grid(grid, config.mask_unit)
+        check_strategy(config.mask, units, -(-(patches - visible) // config.mask_unit ** len(grid)))
 
 
-def _check_small_teacher(config: PretrainConfig, architecture: dict[str, Any]) -> None:
+def _check_mask_unit(config: PretrainConfig, grid: tuple[int, ...]) -> None:
+    unit, shape = config.mask_unit, " x ".join(map(str, grid))
+    if any(size % unit for size in grid):
+        raise UserError(
+            f"mask_unit {unit} does not divide the {shape} patches that image_size and patch_size "
+            "make: pass another --mask-unit or --image-size"
+        )
+    if unit > 1 and all(size == unit for size in grid):
+        raise UserError(
+            f"mask_unit {unit} makes one unit of all {shape} patches: pass a smaller one"
+        )
+
+
+def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> None:
     scale = config.teacher_scale
     if scale == 1:
         return
     reasons = {
-        "mine_by is memory": config.mine_by == "memory",
+        f"mine_by is {config.mine_by}": config.mines_by_memory,
         "mask is attention": config.mask == "attention",
         "teacher_view is masked": config.teacher_view == "masked",
-        "target is teacher, which takes its features of the whole image":
-            config.target == "teacher",
+        f"target is {config.target}, which takes the teacher's features of the whole image":
+            find_target(config.target).needs_teacher,
         f"model is {config.model}": "hiera" in config.model,
     }  # fmt: skip
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")
-    height, width = architecture["image_size"]
-    rows, columns = architecture["patch_size"]
+    height, width = architecture.image_size
+    rows, columns = architecture.patch_size
     if small_image_size((height, width), (rows, columns), scale) == (height, width):
         raise UserError(
             f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "
             "they are: pass a smaller one"
-        )
-
-
-def _check_target(config: PretrainConfig) -> None:
-    for option, target in (("target_model", "frozen"), ("codebook", "tokens")):
-        value = getattr(config, option)
-        if config.target == target and value is None:
-            mend = "hpm tokenize makes one" if option == "codebook" else "such as timm/NAME"
-            raise UserError(f"target {target} needs --{option.replace('_', '-')}: {mend}")
-        if config.target != target and value is not None:
-            raise UserError(
-                f"{option} is {value}, but target is {config.target}: pass --target {target}"
-            )
-    if config.codebook is not None and not Path(config.codebook).expanduser().is_file():
-        raise UserError(f"codebook {config.codebook}: no such file; hpm tokenize makes one")
-    if config.target == "frozen" and config.channels not in (1, 3):
-        raise UserError(
-            f"target frozen takes grey or RGB images, but channels is {config.channels}: "
-            "pass another --target"
-        )
-    if config.target == "teacher" and config.ema_horizon_end.strip() in ("1 step", "1 steps"):
-        raise UserError(
-            "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it the "
-            "student: pass a longer one"
-        )
-    if config.ranking_signal != "target" and "pixels" not in config.target:
-        raise UserError(
-            f"ranking_signal {config.ranking_signal} is a loss in pixels, but target is "
-            f"{config.target}: leave it out, or pass --target pixels"
         )

@@ -8,11 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hpm.core import distributed
 from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError
+from hpm.core.files import StateDict, write_tensors
+from hpm.training.sessions import read_lines
+from hpm.weights.checkpoint import list_checkpoints
+from hpm.weights.run_folder import Run
 
 LOSSES = ("reconstruction_loss", "predictor_loss")
 READINGS = 20  # before a checkpoint that its losses are compared with
 NEAR = 2.0  # times the median of those
+
+
+def not_finite_error(
+    files: Run, step: int, tensors: StateDict, config: PretrainConfig
+) -> UserError:
+    """Save the tensors of the step for a replay. The error says where they are, which checkpoint is
+    still good, and what to change."""
+    file = files.folder / f"not_finite_step_{step:08d}_rank_{distributed.rank()}.safetensors"
+    write_tensors(file, tensors, {"batch_of_step": step})
+    checkpoints = list_checkpoints(files.checkpoints)
+    judged = judge_checkpoints(checkpoints, read_lines(files.folder / "metrics.jsonl"))
+    return UserError(
+        f"the loss is not finite at step {step}; {judged}; its batch: {file}; {advice(config)}"
+    )
 
 
 def judge_checkpoints(checkpoints: Sequence[Path], metrics: Sequence[dict[str, Any]]) -> str:

@@ -169,16 +169,16 @@ def resolve(
     normalize = config.normalize
     if normalize == "auto":
         normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"
-    height, width = architecture["patch_size"]
+    height, width = architecture.patch_size
     return dataclasses.replace(
         config,
         patch_size=(height, width),
         hard_share_start=config.hard_shares[0],
         hard_share_end=config.hard_shares[1],
         secondary_mask_ratio=secondary_mask_ratio(config),
-        decoder_dim=architecture["decoder_dim"],
-        decoder_depth=architecture["decoder_depth"],
-        decoder_heads=architecture["decoder_heads"],
+        decoder_dim=architecture.need_decoders().decoder_dim,
+        decoder_depth=architecture.need_decoders().decoder_depth,
+        decoder_heads=architecture.need_decoders().decoder_heads,
         batch_size=batch_size,
         base_lr=base_lr,
         precision=precision,
@@ -187,6 +187,6 @@ def resolve(
 
 
 def _has_timm_channels(config: PretrainConfig) -> bool:
-    from hpm.models.timm_encoder import timm_input
+    from hpm.models.timm_models import timm_input
 
     return timm_input(config.model.removeprefix(TIMM)).channels == config.channels

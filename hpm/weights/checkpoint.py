@@ -5,7 +5,6 @@ A checkpoint is one safetensors file: the tensors under `model.`, `teacher.`, `o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpm.core.errors import UserError, counted
-from hpm.core.files import State, check_meta, read_tensors, write_tensors
+from hpm.core.errors import UserError
+from hpm.core.files import StateDict, check_meta, read_tensors, write_tensors
 
 
 @dataclass
@@ -22,11 +21,11 @@ class Checkpoint:
     """Everything that a run needs to go on."""
 
     path: Path
-    model: State
-    teacher: State
-    optimizer: State
-    memory: State
-    rng: State
+    model: StateDict
+    teacher: StateDict
+    optimizer: StateDict
+    memory: StateDict
+    rng: StateDict
     meta: dict[str, Any]  # step, config, architecture, statistics, what could not be read ...
 
 
@@ -72,9 +71,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint whole. Raises UserError where the file is not one, or is damaged."""
-    tensors, meta = read_tensors(path)
+    return parse_checkpoint(path, *read_tensors(path))
+
+
+def parse_checkpoint(path: Path, tensors: StateDict, meta: dict[str, Any]) -> Checkpoint:
+    """Take the tensors and the JSON of a checkpoint apart. Raises UserError where it is not one."""
     check_meta(path, meta)
-    parts: dict[str, State] = {
+    parts: dict[str, StateDict] = {
         "model": {}, "teacher": {}, "optimizer": {}, "memory": {}, "rng": {},
     }  # fmt: skip
     for name, tensor in tensors.items():
@@ -104,7 +107,7 @@ def restore(
         torch.cuda.set_rng_state(checkpoint.rng["cuda"])
 
 
-def load_exactly(module: nn.Module, state: State, path: Path) -> None:
+def load_exactly(module: nn.Module, state: StateDict, path: Path) -> None:
     """Load a state of the same names and shapes; UserError names the first that differs."""
     problems = compare(module, state)
     if problems:
@@ -117,49 +120,7 @@ def differ(problems: list[str]) -> str:
     return "1 tensor differs" if len(problems) == 1 else f"{len(problems)} tensors differ"
 
 
-def load_initial(
-    model: nn.Module, state: State, path: Path, partial: bool, unused: Sequence[str] = ()
-) -> str:
-    """Start from other weights: says how many tensors matched; refuses a partial load unless asked.
-
-    unused: further tensors of the file, to be named as left over.
-
-    A backbone file, whose names lack the `encoder.` in front, is an encoder without decoders.
-    """
-    own = model.state_dict()
-    if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
-        state = {f"encoder.{name}": tensor for name, tensor in state.items()}
-    matching = {n: t for n, t in state.items() if n in own and own[n].shape == t.shape}
-    summary = f"{len(matching)} of {counted(len(own), 'tensor')} matched {path} "
-    summary += f"({_by_part(own, matching)})"
-    left = [*unused, *[name for name in state if name not in matching]]
-    summary += f", {len(left)} left over: {_some(left)}" if left else ""
-    if not matching:
-        raise UserError(f"init: {summary}; it holds no weights of such a model")
-    if len(matching) < len(own):
-        missing = [n for n in own if n not in matching]
-        summary += f", {len(missing)} not, the first {missing[0]}"
-        if not partial:
-            raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
-    model.load_state_dict(matching, strict=False)
-    return summary
-
-
-def _by_part(own: State, matching: State) -> str:
-    """How many tensors of each part matched: `encoder 52 of 52, predictor none of 16`."""
-    counts: dict[str, list[int]] = {}
-    for name in own:
-        count = counts.setdefault(name.partition(".")[0], [0, 0])
-        count[0] += name in matching
-        count[1] += 1
-    return ", ".join(f"{part} {n or 'none'} of {total}" for part, (n, total) in counts.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def compare(module: nn.Module, state: State) -> list[str]:
+def compare(module: nn.Module, state: StateDict) -> list[str]:
     """What differs between a module's tensors and a state, a line each."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]

@@ -1,107 +1,40 @@
-"""The run folder, and what can be read back from it (or from one of its files)."""
+"""What a file of weights is: ours, or another library's."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hpm.core.config import TIMM, PretrainConfig, pair
+from hpm.core.config import TIMM
 from hpm.core.errors import UserError
-from hpm.core.files import (
-    TORCH_SUFFIXES,
-    read_tensors,
-    write_tensors,
-    write_text,
-)
-from hpm.core.options import make_config
+from hpm.core.files import TORCH_SUFFIXES, StateDict, read_tensors, read_torch_file
 from hpm.core.random_state import random_state_kept
-from hpm.core.version import __version__
-from hpm.mining.miner import Miner, make_miner
-from hpm.models.build import build_encoder, build_model, resized_encoder
-from hpm.models.encoder import Encoder
-from hpm.models.mim import MaskedImageModel
-from hpm.targets.base import Target
-from hpm.targets.make import make_target
 from hpm.weights.backbone import Backbone
-from hpm.weights.checkpoint import load_checkpoint, load_exactly
+from hpm.weights.contents import Contents
+from hpm.weights.format import ReadableFormat
+from hpm.weights.formats import READABLE
+from hpm.weights.own import read_own, save_backbone
+from hpm.weights.renaming import unwrap
 from hpm.weights.run_folder import Run
-from hpm.weights.third_party import Imported, import_model, import_timm
+from hpm.weights.shapes import check_metadata, complete, read_metadata
+from hpm.weights.timm import pretrained
+from hpm.weights.trained import Trained, build
 
-# What describes an encoder; the first and last only of timm's.
-ENCODER_KEYS = (
-    "model", "image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads",
-    "class_token",
-)  # fmt: skip
+__all__ = ["Backbone", "Trained", "load", "load_encoder", "resolve", "save_backbone"]
 
-
-@dataclass
-class Trained:
-    """A trained encoder, how its input is normalised, and, where they were kept (in a checkpoint,
-    not in a backbone file), the whole model and its teacher."""
-
-    name: str
-    architecture: dict[str, Any]
-    mean: list[float]
-    std: list[float]
-    encoder: Encoder
-    model: MaskedImageModel | None = None
-    teacher: MaskedImageModel | None = None
-    config: PretrainConfig | None = None
-    folder: Path | None = None
-    step: int | None = None  # of the training, where it is known
-    target: Target | None = None  # of a run that is in training; see `find_target`
-    miner: Miner | None = None  # likewise; see `find_miner`
-    notes: list[str] = field(default_factory=list)  # what was assumed of weights that are not ours
-
-    def find_target(self, device: torch.device) -> Target:
-        """What the model was trained to reconstruct. UserError where a part of it is not here."""
-        assert self.config is not None
-        if self.target is None:
-            # The config comes from a file, so that nothing it names is fetched.
-            self.target = make_target(
-                self.config, self.architecture, self.mean, self.std, device, fetch=False
-            )
-        return self.target
-
-    def find_miner(self) -> Miner:
-        """What mined in training, or would go on to; without a memory, which a file of weights has
-        of the training images alone."""
-        assert self.config is not None and self.teacher is not None
-        if self.miner is None:
-            self.miner = make_miner(self.config, self.architecture, self.teacher)
-        return self.miner
-
-    def backbone(
-        self,
-        pool: str = "mean",
-        teacher: bool = False,
-        image_size: int | tuple[int, int] | None = None,
-    ) -> Backbone:
-        encoder = self.encoder
-        if teacher:
-            if self.teacher is None:
-                raise UserError(f"{self.name} holds a backbone only, no teacher")
-            encoder = self.teacher.encoder
-        if image_size is not None:
-            encoder = resized_encoder(self.architecture, encoder.state_dict(), pair(image_size))
-        return Backbone(encoder, self.mean, self.std, pool)
-
-
-def save_backbone(
-    path: Path, encoder: Encoder, architecture: dict[str, Any], mean: list[float],
-    std: list[float],
-) -> None:  # fmt: skip
-    """Write `backbone.safetensors` (timm's names) and the JSON that describes it."""
-    about = {name: architecture[name] for name in ENCODER_KEYS if name in architecture}
-    about |= {"mean": mean, "std": std, "kind": "hpm encoder", "hpm": __version__}
-    if "model" not in architecture:
-        about |= {"layer_norm_eps": 1e-6}
-    write_tensors(path, encoder.state_dict(), about)
-    write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+# Keys of state dicts in a PyTorch file, in order of preference; "" is the file itself.
+STUDENT_KEYS = ("state_dict", "model", "")
+TEACHER_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema")
+# Beginnings of names that a plain Vision Transformer with decoders has.
+KNOWN_PARTS = (
+    "encoder.",
+    "decoder_embed.",
+    "mask_token",
+    "decoder_pos_embed",
+    "reconstructor.",
+    "predictor.",
+)
 
 
 def load_encoder(
@@ -120,45 +53,105 @@ def load_encoder(
 
 
 def load(path: str | Path) -> Trained:
-    """Read a run folder (its latest checkpoint, else its backbone), a checkpoint, a backbone, or
-    weights of others (see `hpm.weights.third_party`); `timm/NAME`: timm's own weights."""
+    """Build the encoder, and the whole model where it is there, of whatever `resolve` finds.
+
+    Raises UserError where the file is not recognised, or its tensors do not fit.
+    """
+    contents = resolve(path)
+    require_recognised(contents)
+    if contents.architecture is None:
+        complete(contents)
+    return build(contents)
+
+
+def resolve(path: str | Path, convert: bool = True) -> Contents:
+    """Read weights, and find out what they are.
+
+    Args:
+        path: a run folder (its latest checkpoint, or else its backbone), a checkpoint, a backbone,
+            a file in one of the formats of `READABLE`, a folder of Hugging Face's, or `timm/NAME`
+            for timm's own weights.
+        convert: False leaves another library's tensors under their own names.
+
+    Raises:
+        UserError: where there is no such file, or it cannot be read.
+    """
     name, path = str(path), Path(path).expanduser()
-    if not path.exists() and name.startswith(TIMM):
-        return _of_others(name, import_timm(name))
     if not path.exists():
-        raise UserError(f"{path}: no such run folder or file")
-    run = Run(path)
+        if name.startswith(TIMM):
+            return pretrained(name)
+        raise UserError(f"{path}: no such {'file' if path.suffix else 'run folder or file'}")
     if path.is_dir() and not (path / "config.json").exists():
+        run = Run(path)
         file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)
         if file is None:
             raise UserError(f"{path}: holds no checkpoint and no backbone.safetensors")
-        trained = load(file)
-        trained.name, trained.folder = str(path), path
-        return trained
+        contents = resolve(file)
+        contents.name, contents.folder = str(path), path
+        return contents
     if path.is_dir() or path.suffix in TORCH_SUFFIXES:
-        return _of_others(str(path), import_model(path))
-    tensors, meta = read_tensors(path)
-    if meta.get("kind") == "hpm encoder":
-        encoder = build_encoder(meta)
-        load_exactly(encoder, tensors, path)
-        return Trained(str(path), meta, meta["mean"], meta["std"], encoder)
-    if "step" not in meta:
-        return _of_others(str(path), import_model(path))
-    checkpoint = load_checkpoint(path)
-    if "architecture" not in checkpoint.meta:
-        raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
-    meta, architecture = checkpoint.meta, checkpoint.meta["architecture"]
-    model, teacher = build_model(architecture), build_model(architecture)
-    load_exactly(model, checkpoint.model, path)
-    load_exactly(teacher, checkpoint.teacher, path)
-    return Trained(
-        str(path), architecture, meta["mean"], meta["std"], model.encoder, model, teacher,
-        make_config(PretrainConfig, meta["config"]), step=meta["step"],
-    )  # fmt: skip
+        return _other_library(path, _read_states(path), convert)
+    tensors, metadata = read_tensors(path)
+    return read_own(path, tensors, metadata) or _other_library(path, {"": tensors}, convert)
 
 
-def _of_others(name: str, found: Imported) -> Trained:
-    return Trained(
-        name, found.architecture, found.mean, found.std, found.encoder, found.model,
-        found.teacher, found.config, notes=found.notes,
-    )  # fmt: skip
+def recognise(names: Iterable[str]) -> ReadableFormat | None:
+    """The format whose tensors have these names, or None."""
+    bare = {unwrap(name) for name in names}
+    return next((known for known in READABLE if known.matches(bare)), None)
+
+
+def require_recognised(contents: Contents) -> None:
+    """Raises UserError, which lists the known formats, where a file has none of them."""
+    if not contents.recognised:
+        known = "; ".join(known.description for known in READABLE)
+        raise UserError(
+            f"{contents.path}: not a checkpoint of hpm pretrain, nor {known} (its tensors are "
+            f"named {', '.join(list(contents.student)[:3])} ...)"
+        )
+
+
+def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> Contents:
+    """The contents of a file that is not ours, under our names if it is recognised."""
+    found = next(states[key] for key in (*STUDENT_KEYS, *TEACHER_KEYS, *states) if key in states)
+    known = recognise(found) if convert else None
+    if known is None:
+        return Contents(str(path), path, found)
+    student, unused = known.to_ours(found)
+    unknown = [name for name in student if not name.startswith(KNOWN_PARTS)]
+    if unknown:
+        raise UserError(
+            f"{path}: {known.description}, but of another architecture: it has {unknown[0]}, "
+            "which a plain Vision Transformer with a class token does not have"
+        )
+    teacher_key = next((key for key in TEACHER_KEYS if key in states), None)
+    contents = Contents(
+        str(path),
+        path,
+        student,
+        known.to_ours(states[teacher_key])[0] if teacher_key else None,
+        format=known,
+        unused=unused,
+        metadata=read_metadata(path),
+    )
+    used = len(found) - len(unused)
+    contents.notes.append(
+        f"{path}: {known.description}; {used} of its {len(found)} tensors are used"
+    )
+    if unused:
+        contents.notes.append(f"left over: {', '.join(unused[:5])}{' ...' * (len(unused) > 5)}")
+    check_metadata(contents)
+    return contents
+
+
+def _read_states(path: Path) -> dict[str, StateDict]:
+    """The state dicts of a PyTorch file under their keys, or that of a folder under ""."""
+    if not path.is_dir():
+        return read_torch_file(path)
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"{path}: holds no model.safetensors and no pytorch_model.bin")
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= read_tensors(file)[0]
+    return {"": tensors}

@@ -12,11 +12,12 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from hpm.core.errors import UserError, one_line
-from hpm.core.files import State, write_tensors, write_text
+from hpm.core.files import StateDict, write_tensors, write_text
 from hpm.core.version import __version__
 from hpm.data.arrays import UnreadableImage, is_deep
 from hpm.data.joint import whole_image
 from hpm.data.loader import normalize
+from hpm.models.architecture import Architecture
 from hpm.models.build import resized_encoder
 from hpm.models.segmenter import LinearSegmenter, UPerNetSegmenter, sliding_window
 from hpm.models.upernet import resize
@@ -36,7 +37,7 @@ class SegmentationModel(nn.Module):
 
     Args:
         segmenter: its encoder's image_size is that of the windows.
-        architecture: the encoder's, as JSON.
+        architecture: the encoder's.
         classes: names, K of them.
         mean, std: of each channel, full scale being 1.
         stride: pixels from one window to the next.
@@ -48,7 +49,7 @@ class SegmentationModel(nn.Module):
     def __init__(
         self,
         segmenter: Segmenter,
-        architecture: dict[str, Any],
+        architecture: Architecture,
         classes: list[str],
         mean: list[float],
         std: list[float],
@@ -110,7 +111,7 @@ class SegmentationModel(nn.Module):
         return {
             "kind": KIND,
             **head,
-            "architecture": self.architecture,
+            "architecture": self.architecture.encoder().to_json(),
             "image_size": self.image_size,
             "stride": self.stride,
             "classes": self.classes,
@@ -120,10 +121,11 @@ class SegmentationModel(nn.Module):
         }
 
     @classmethod
-    def from_file(cls, path: Path, tensors: State, about: dict[str, Any]) -> SegmentationModel:
+    def from_file(cls, path: Path, tensors: StateDict, about: dict[str, Any]) -> SegmentationModel:
         """Built from what `save` wrote, in evaluation mode."""
         side, classes = about["image_size"], about["classes"]
-        encoder = resized_encoder(about["architecture"], None, (side, side))
+        architecture = Architecture.from_json(about["architecture"], path)
+        encoder = resized_encoder(architecture, None, (side, side))
         segmenter: Segmenter
         if about["head"] == "upernet":
             segmenter = UPerNetSegmenter(
@@ -133,7 +135,7 @@ class SegmentationModel(nn.Module):
             segmenter = LinearSegmenter(encoder, len(classes))
         load_exactly(segmenter, tensors, path)
         settings = (about[name] for name in ("mean", "std", "stride"))
-        return cls(segmenter, about["architecture"], classes, *settings).eval()
+        return cls(segmenter, architecture, classes, *settings).eval()
 
     def _loaded(self, picture: Any) -> tuple[Tensor, tuple[int, int]]:
         """A picture as it is loaded, and its (height, width)."""

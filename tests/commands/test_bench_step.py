@@ -10,44 +10,98 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_refused, run_here, run_hpm
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hpm.commands import bench_step as bench
+from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.config import PretrainConfig
 from hpm.models.architecture import resolve_model
-from hpm.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model=vit_nano", "--image-size=32", "--patch-size=8", "--batch-size=4",
          "--repeats=1", "--steps-each=1", "--device=cpu"]  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["vit_nano", "vit_tiny"])
-@pytest.mark.parametrize("predictor_loss", ["relative", "none"])
-def test_multiply_adds_are_those_that_pytorch_counts(model, predictor_loss):
-    config = PretrainConfig(
-        "x", "y", model=model, image_size=64, patch_size=8, predictor_loss=predictor_loss
+def block(tokens, dim, outputs=None):
+    """Multiply-adds of a Transformer block: keys and values of all tokens; queries, attention,
+    projection and MLP of the outputs alone."""
+    outputs = tokens if outputs is None else outputs
+    return 2 * tokens * dim**2 + 2 * outputs * tokens * dim + 10 * outputs * dim**2
+
+
+def decoder(patches, hidden, values, dim=64, depth=2):
+    last = block(1 + patches, dim, hidden) + hidden * dim * values
+    return (depth - 1) * block(1 + patches, dim) + last
+
+
+def encoder(visible, pixels=192, dim=96, depth=4, decoder_dim=64):
+    """With the projection to the decoders."""
+    return (
+        visible * pixels * dim + depth * block(1 + visible, dim) + (1 + visible) * dim * decoder_dim
     )
-    architecture = resolve_model(config)
-    student = build_model(architecture).double()  # whose products are PyTorch's own
-    images, ids = torch.randn(2, 3, 64, 64).double(), torch.arange(64).expand(2, -1)
 
-    def counted(run):
-        plain = sdpa_kernel(SDPBackend.MATH)  # whose products are all counted
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
-            run()
-        return counter.get_total_flops() / 2 / 2  # of two images; a multiply-add is two
 
-    forward = counted(lambda: student(images, ids[:, :16], ids[:, 16:]))
-    predictor = predictor_loss != "none"
-    ours = bench.forward_multiply_adds(architecture, 0.75, predictor)
-    assert ours == pytest.approx(forward, rel=0.01)
-    if predictor:
-        teacher = counted(lambda: student.predict_loss(images))
-        ours = bench.forward_multiply_adds(architecture, 0.75, True, whole=True)
-        assert ours == pytest.approx(teacher, rel=0.01)
+def multiply_adds(**options):
+    config = PretrainConfig("x", "y", model="vit_nano", image_size=64, patch_size=8, **options)
+    return step_multiply_adds(resolve_model(config), config)
+
+
+def test_multiply_adds_against_formulas():
+    """vit_nano, 64 patches, 48 hidden: what the student learns, and what each way of mining adds,
+    by the operations of the layers (to 2 %: a backward pass has no gradient of the images)."""
+    student = 3 * (encoder(16) + decoder(64, 48, 192))
+    plain = multiply_adds(mask="random", predictor_loss="none")
+    assert plain == pytest.approx(student, rel=0.02)
+    learning = multiply_adds(mask="random")  # the predictor learns, and nothing is mined
+    assert learning == pytest.approx(student + 3 * decoder(64, 48, 1), rel=0.02)
+
+    full = encoder(64) + decoder(64, 64, 1)
+    masked = encoder(16) + decoder(64, 48, 1)
+    small = encoder(16) + decoder(16, 16, 1)
+    for options, teacher in (
+        ({}, full),
+        ({"teacher_view": "masked"}, 2 * masked),  # two masks hide every patch once
+        ({"teacher_scale": 0.5}, small),
+        ({"mine_every": 4}, full / 4),
+        ({"mine_by": "memory"}, 0),
+    ):
+        extra = multiply_adds(**options) - learning
+        assert extra == pytest.approx(teacher, rel=0.02), options
+    # A ratio of 5/16 hides 20 of 64 patches: four masks.
+    few = 3 * (encoder(44) + decoder(64, 20, 192) + decoder(64, 20, 1))
+    found = multiply_adds(teacher_view="masked", mask_ratio=0.3125)
+    assert found == pytest.approx(few + 4 * (encoder(44) + decoder(64, 20, 1)), rel=0.02)
+
+
+def test_features_of_the_teacher_count_in_the_steps_between():
+    """A target of features asks the encoder in every step; every second one, the predictor too."""
+    values = 96
+    learning = 3 * (encoder(16) + decoder(64, 48, values) + decoder(64, 48, 1))
+    whole = encoder(64)
+    config = PretrainConfig(
+        "x", "y", model="vit_nano", image_size=64, patch_size=8, target="teacher", mine_every=2
+    )
+    architecture = resolve_model(config) | {"target_dim": values}
+    expected = learning + whole + decoder(64, 64, 1) / 2
+    assert step_multiply_adds(architecture, config) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_view": "masked"}, {"teacher_scale": 0.5},
+                                     {"mine_every": 2}, {"mine_by": "memory"}])  # fmt: skip
+def test_the_step_that_is_timed_is_the_one_that_is_counted(options, tmp_path):
+    """The teacher runs in a timed turn as often as the miner of a training asks it."""
+    config = BenchConfig(
+        model="vit_nano", image_size=32, patch_size=8, batch_size=4, device="cpu", **options
+    )
+    state = bench.run_state(config, {}, tmp_path / "run", torch.device("cpu"))
+    calls = []
+    state.miner.model.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    bench._run_turn(state, bench.noise_batch(state))
+    state.log.close()
+    expected = {"teacher_view": 2, "mine_by": 0}
+    assert len(calls) == expected.get(next(iter(options), ""), 1)
+    size = 16 if "teacher_scale" in options else 32
+    assert all(images.shape[-1] == size for images, *_ in calls)
 
 
 def test_the_papers_sizes():
@@ -55,8 +109,7 @@ def test_the_papers_sizes():
     hpm_config = PretrainConfig("x", "y", model="vit_base")
     mae_config = PretrainConfig("x", "y", model="vit_base", mask="random", predictor_loss="none")
     hpm, mae = (
-        bench.step_multiply_adds(resolve_model(config), config)
-        for config in (hpm_config, mae_config)
+        step_multiply_adds(resolve_model(config), config) for config in (hpm_config, mae_config)
     )
     assert mae == pytest.approx(29e9, rel=0.03) and hpm == pytest.approx(68e9, rel=0.03)
 
@@ -80,9 +133,9 @@ def test_no_reading_is_the_first_of_its_turn(monkeypatch):
     """A method's first step after the other one's runs with cold caches: it takes longer."""
     now, last = [0.0], [None]
 
-    def step(state, batch, number, num_hard, mark):
-        now[0] += 1 if last[0] is state else 10
-        last[0] = state
+    def step(run, batch, number, num_hard):
+        now[0] += 1 if last[0] is run else 10
+        last[0] = run
 
     monkeypatch.setattr(bench, "train_step", step)
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_hpm
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,7 +18,7 @@ import hpm
 from hpm.core.extras import need
 from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
-from hpm.weights import formats
+from hpm.weights.formats import WRITABLE
 from hpm.weights.resolve import load, save_backbone
 from hpm.weights.run_folder import Run
 
@@ -49,10 +49,11 @@ def close(theirs, ours):
     assert (theirs - ours).abs().max() < 1e-5
 
 
-def backbone_of(architecture, path, channels=3, model=None):
+def backbone_of(shape, path, channels=3, model=None):
     """A random backbone file of another geometry."""
     from hpm.models.build import build_encoder
 
+    architecture = architecture_of(shape)
     encoder = build_encoder(architecture, seed=0)
     save_backbone(path, encoder, architecture, [0.5] * channels, [0.25] * channels)
     return path
@@ -221,7 +222,7 @@ def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
     close(names["pooled"], hpm.load_encoder(path)(images)[0])
     before = sorted(os.listdir(tmp_path))
     for to, out in (("hf", "hf"), ("torchvision", "y.safetensors")):
-        with pytest.raises(hpm.UserError, match="no place for what timm/hiera_tiny_224"):
+        with pytest.raises(hpm.UserError, match="cannot express timm/hiera_tiny_224"):
             hpm.export(path, to, tmp_path / out)
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -263,14 +264,14 @@ def test_what_is_refused(tmp_path, changes, options, reason):
 def test_feature_targets_have_no_decoder_for_hugging_face(finished_run, tmp_path, monkeypatch):
     trained = load(finished_run.folder)
     trained.config.target = "hog"
-    monkeypatch.setattr(sys.modules["hpm.commands.export"], "load", lambda run: trained)
+    monkeypatch.setattr("hpm.commands.export.load", lambda run: trained)
     with pytest.raises(hpm.UserError, match="reconstructs pixels, but the target of this run is"):
         hpm.export(finished_run.folder, "hf", tmp_path / "hf", with_decoder=True)
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors"])
 def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to):
-    kind, out = type(formats.FORMATS[to]), tmp_path / "new" / "x.safetensors"
+    kind, out = type(WRITABLE[to]), tmp_path / "new" / "x.safetensors"
     right = kind.outputs
     monkeypatch.setattr(
         kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()}
@@ -465,14 +466,15 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
 
 
 def test_names_survive_the_way_there_and_back(finished_run):
-    from hpm.weights.names import recognise, to_hugging_face, to_ours
+    from hpm.weights.hugging_face import HuggingFaceMae, to_hugging_face
+    from hpm.weights.resolve import recognise
 
     model = load(finished_run.folder).model
     left = ("predictor.", "predictor_embed.")
     state = {n: t for n, t in model.state_dict().items() if not n.startswith(left)}
     theirs = to_hugging_face(state)
-    assert recognise(theirs) == "hf_mae"
-    back, left_over = to_ours("hf_mae", theirs)
+    assert type(recognise(theirs)) is HuggingFaceMae
+    back, left_over = HuggingFaceMae().to_ours(theirs)
     assert not left_over and back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 

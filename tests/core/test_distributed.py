@@ -44,15 +44,17 @@ def test_two_processes_give_the_losses_of_one(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_remember_what_one_does(image_folder, tmp_path):
-    options = tiny_arguments(log_every=1, accumulate=2, mine_by="memory", steps=12)
+@pytest.mark.parametrize("mine_by", ["memory", "progress"])
+def test_two_processes_remember_what_one_does(mine_by, image_folder, tmp_path):
+    options = tiny_arguments(log_every=1, accumulate=2, mine_by=mine_by, steps=12)
     found = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         result = run_torchrun("pretrain", image_folder, "--out", out, *options, processes=processes)
         assert result.returncode == 0, result.stderr
         tensors, _ = read_tensors(Run(out).latest_checkpoint())
-        found.append((losses(out)[-1]["reconstruction_loss"], tensors["memory.found"]))
+        memory = torch.cat([t for name, t in tensors.items() if name.startswith("memory.")])
+        found.append((losses(out)[-1]["reconstruction_loss"], memory))
     (one, memory), (two, same_memory) = found
     assert two == pytest.approx(one, rel=1e-3)
     torch.testing.assert_close(same_memory, memory, atol=5e-3, rtol=5e-3)
@@ -188,15 +190,15 @@ def test_a_mistake_is_told_once(image_folder, tmp_path):
 
 ONE_RANK_FAILS = """
 import sys
-from hpm import cli, distributed, pretrain
+from hpm import cli, pretraining as module
+from hpm.core import distributed
 from hpm.core.errors import UserError
 
-def fail(state, *_):
-    if distributed.rank() == 1 and state.step == 0:
+def fail(run, *_):
+    if distributed.rank() == 1 and run.step == 0:
         raise {error}
-    return step(state, *_)
+    return step(run, *_)
 
-module = sys.modules["hpm.pretrain"]
 step = module.train_step
 module.train_step = fail
 sys.exit(cli.main())
@@ -224,7 +226,8 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
 MAIN_ALONE = """
 import sys, time
 from datetime import timedelta
-from hpm import cli, distributed
+from hpm import cli, pretraining as module
+from hpm.core import distributed
 
 distributed.TIMEOUT = timedelta(seconds=20)
 
@@ -232,15 +235,13 @@ def slow(*_):
     if distributed.is_main():
         {what}
 
-import hpm.pretrain
-module = sys.modules["hpm.pretrain"]
 module.{function} = slow
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["look", "evaluate", "refresh_report"])
+@pytest.mark.parametrize("function", ["picture_held_out", "evaluate", "refresh_report"])
 def test_the_others_wait_for_what_the_main_process_does_alone(function, image_folder, tmp_path):
     """Longer than any exchange may take."""
     program = tmp_path / "program.py"

@@ -18,7 +18,7 @@ from hpm.core import lock
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from hpm import lock
+from hpm.core import lock
 
 lock.acquire(Path(sys.argv[1]))
 if os.fork() == 0:
@@ -80,7 +80,7 @@ def test_the_lock_is_held_while_training_and_no_longer(image_folder, tmp_path, m
         seen.append(is_free(out))
         raise hpm.UserError("something")
 
-    monkeypatch.setattr(sys.modules["hpm.pretrain"], "train_step", fail)
+    monkeypatch.setattr(sys.modules["hpm.pretraining"], "train_step", fail)
     with pytest.raises(hpm.UserError, match="something"):
         hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
     assert seen == [False] and is_free(out)

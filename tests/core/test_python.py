@@ -62,17 +62,17 @@ tiny = dict(model="vit_nano", image_size=16, patch_size=4, batch_size=8, decoder
 
 def interrupted():
     import os, signal
-    from hpm.training.state import State
-    save = State.save
-    def save_and_stop(state):
-        save(state)
+    from hpm.training.run import PretrainingRun
+    save = PretrainingRun.save
+    def save_and_stop(run):
+        save(run)
         os.kill(os.getpid(), signal.SIGTERM)
-    State.save = save_and_stop
+    PretrainingRun.save = save_and_stop
     try:
         hpm.pretrain(data, out=out / "run", steps=6, **tiny)
     except hpm.Interrupted:
         pass
-    State.save = save
+    PretrainingRun.save = save
 
 calls = {
     "an interrupted run": interrupted,

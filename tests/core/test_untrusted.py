@@ -12,8 +12,8 @@ from hpm.core.files import read_tensors, write_tensors
 from hpm.show import view
 from hpm.show.command import show
 from hpm.show.options import ShowConfig, ViewConfig
+from hpm.targets.codebook import load_codebook
 from hpm.targets.frozen_model import load_frozen
-from hpm.targets.tokens import load_codebook
 from hpm.weights.resolve import load
 
 NAMES = (

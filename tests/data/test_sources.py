@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ from helpers import write_images
 from PIL import Image
 
 from hpm.core.errors import UserError
+from hpm.core.plugins import installed_plugins
+from hpm.data.loader import evaluation_batches
 from hpm.data.paths import Paths
-from hpm.data.sources import Subset, hold_out, object_mask, open_source
+from hpm.data.sources import ENTRY_POINTS, Subset, hold_out, object_mask, open_source
 
 
 def test_class_folders(image_folder):
@@ -173,3 +176,100 @@ def test_paths_are_held_compactly():
         paths[4]
     assert len(pickle.dumps(Paths(["x" * 50] * 1000))) < 62 * 1000
     assert list(Paths([])) == []
+
+
+OWN = """
+import numpy as np
+from PIL import Image
+
+from hpm.data.sources import Splits
+
+
+class Squares:
+    name, labels, classes = "squares", None, []
+
+    def __init__(self, count=8):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def open(self, index):
+        return Image.new("RGB", (20, 20), (10 * index, 0, 0))
+
+    def read(self, index):
+        return None
+
+    def is_deep(self):
+        return False
+
+    def path(self, index):
+        return f"square {index}"
+
+
+def splits():
+    return Splits(Squares(), Squares(3))
+
+
+def empty():
+    return Squares(0)
+
+
+def fails():
+    raise KeyError("gone")
+
+
+def incomplete():
+    return [1, 2]
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_sources(tmp_path, monkeypatch):
+    """A module of the user's own on the Python path."""
+    (tmp_path / "own_sources.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_sources"
+    sys.modules.pop("own_sources", None)
+
+
+def test_a_source_of_ones_own(own_sources):
+    assert len(open_source(f"{own_sources}:Squares").train) == 8
+    splits = open_source(f"{own_sources}:splits")
+    assert (len(splits.train), len(splits.test)) == (8, 3)
+    (batch,) = evaluation_batches(splits.test, (16, 16), 3, 4)
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("empty", "has no images"),
+        ("fails", "failed: KeyError: 'gone'"),
+        ("incomplete", "list lacks name, labels, classes, open"),
+        ("number", "not a function"),
+        ("square", "own_sources has no 'square'"),
+    ],
+)
+def test_a_source_of_ones_own_that_cannot_be_used(own_sources, function, words):
+    with pytest.raises(UserError, match=words):
+        open_source(f"{own_sources}:{function}")
+
+
+def test_a_name_from_a_file_is_not_imported(own_sources):
+    with pytest.raises(UserError, match="no such folder or file"):
+        open_source(f"{own_sources}:Squares", trusted=False)
+    assert own_sources not in sys.modules
+
+
+def test_a_source_of_an_installed_package(own_sources, tmp_path, monkeypatch):
+    about = tmp_path / "squares-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\nsquares = own_sources:Squares\n")
+    installed_plugins.cache_clear()
+    assert len(open_source("squares").train) == 8
+    installed_plugins.cache_clear()

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import hpm
 from hpm.core.files import read_tensors, write_tensors
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.patches import interpolate_positions
 
-ARCHITECTURE = {
-    "image_size": [16, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 32, "depth": 2,
-    "num_heads": 2,
-}  # fmt: skip
+ARCHITECTURE = Architecture(
+    image_size=(16, 16), patch_size=(4, 4), channels=3, embed_dim=32, depth=2, num_heads=2
+)
 OPTIONS = {"epochs": 6, "batch_size": 12, "workers": 0}
 PLAIN = {"mixup": 0, "cutmix": 0, "rand_augment": "none", "random_erase": 0, "base_lr": 4e-2}
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 import hpm
 from hpm.core.files import read_tensors
-from hpm.mining.memory import DOUBT, KEPT, HardnessMemory, overlaps
+from hpm.mining.memory import DECAY, PRIOR_WEIGHT, HardnessMemory, overlaps
 
 WHOLE = [0.0, 1.0, 0.0, 1.0]
 edge_pairs = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda e: abs(e[0] - e[1]) > 0.05)
@@ -30,10 +32,10 @@ def test_overlaps(edges, count):
     assert found.sum(1).numpy() == pytest.approx(abs(edges[1] - edges[0]) / count, abs=1e-6)
 
 
-def naive_write(found, crop, ids, hardness, grid):
+def naive_write(found, crop, ids, hardness, grid, decay=DECAY):
     """One image, cell by cell."""
     rows, columns = grid
-    total, weight = KEPT * found[0], KEPT * found[1]
+    total, weight = decay * found[0], decay * found[1]
     for patch, value in zip(ids, hardness):
         i, j = divmod(int(patch), columns)
         for y in range(rows):
@@ -58,7 +60,7 @@ def naive_read(found, crop, grid):
                     total += share * found[0, y, x]
                     weight += share * found[1, y, x]
                     area += share
-            values[i, j] = total / area / (weight / area + DOUBT)
+            values[i, j] = total / area / (weight / area + PRIOR_WEIGHT)
     return values.ravel()
 
 
@@ -99,7 +101,7 @@ def test_what_was_found_in_a_view_is_read_in_it(seed, crop):
     memory.write(torch.arange(2), crops, torch.arange(16).expand(2, -1), hardness)
     found = memory.read(torch.arange(2), crops)
     standardised = (hardness - hardness.mean()) / hardness.std(correction=0)
-    torch.testing.assert_close(found, standardised / (1 + DOUBT), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(found, standardised / (1 + PRIOR_WEIGHT), atol=5e-3, rtol=5e-3)
     views = torch.tensor([[top, bottom, left, right]] * 2)
     seen = memory.read(torch.arange(2), views).view(2, 4, 4)
     mirrored = memory.read(torch.arange(2), views[:, [0, 1, 3, 2]]).view(2, 4, 4)
@@ -132,6 +134,7 @@ def test_an_image_that_is_twice_in_a_batch_learns_from_both():
 
 OPTIONS = {
     "memory": {"mine_by": "memory"},
+    "progress": {"mine_by": "progress", "predictor_loss": "none"},
     "memory without a predictor": {"mine_by": "memory", "predictor_loss": "none"},
     "every second step": {"mine_every": 2},
     "half-resolution teacher": {"teacher_scale": 0.5},
@@ -142,7 +145,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=() if n in ("memory", "all of it") else pytest.mark.slow)
+        pytest.param(n, marks=() if n in ("progress", "all of it") else pytest.mark.slow)
         for n in OPTIONS
     ],
 )
@@ -159,6 +162,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(name, image_folder, tmp_
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     assert not differing
     assert ("memory.found" in first) == (name != "half-resolution teacher")
+    assert ("memory.slow" in first) == (name == "progress")
     losses = [line["reconstruction_loss"] for line in whole.metrics() if "grad_norm" in line]
     assert np.isfinite(losses).all()
 
@@ -176,19 +180,19 @@ def test_the_memory_hides_where_losses_were_high(tmp_path):
     from hpm.core.config import PretrainConfig
     from hpm.core.options import make_config
     from hpm.pretraining import train_step
-    from hpm.training.state import State
+    from hpm.training.build import build_run
 
     options = TINY | {"data": str(tmp_path / "images"), "out": str(tmp_path / "run")}
     options |= {"holdout": 0, "mine_by": "memory", "predictor_loss": "none", "target": "pixels"}
     options |= {"mask_ratio": 0.5, "steps": 24, "flip": "both", "batch_size": 16}
-    state = State(make_config(PretrainConfig, options), torch.device("cpu"))
+    state = build_run(make_config(PretrainConfig, options), torch.device("cpu"))
     noisy_hidden, noisy = 0, 0
     for step, batch in enumerate(state.batches()):
         done = train_step(state, batch, step, num_hard=0 if step < 16 else 4)
         if step >= 16:
             patches = batch.images.unfold(2, 4, 4).unfold(3, 4, 4).float()
             is_noisy = patches.std((1, 4, 5)).flatten(1) > 20
-            chosen = torch.zeros_like(is_noisy).scatter_(1, done.hidden_ids, True)
+            chosen = torch.zeros_like(is_noisy).scatter_(1, done.tensors["hidden_ids"], True)
             noisy_hidden += int((is_noisy & chosen).sum())
             noisy += int(is_noisy.sum())
     state.log.close()
@@ -208,14 +212,14 @@ def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     architecture = resolve_model(config)
     student = build_model(architecture, seed=1)
     teacher = Teacher(student)
-    miner = SmallTeacher(teacher.model, build_model(architecture | {"image_size": [16, 32]}))
+    miner = SmallTeacher(teacher.model, build_model(replace(architecture, image_size=(16, 32))))
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1).add_(0.01)
     teacher.update(student, 0.5)  # the small one follows
     images = torch.randn(3, 3, 32, 64)
     found = miner.predicted_losses(images)
-    apart = build_model(architecture | {"image_size": [16, 32]})
+    apart = build_model(replace(architecture, image_size=(16, 32)))
     weights = dict(teacher.model.state_dict())
     for name in ("encoder.pos_embed", "decoder_pos_embed"):
         # The fixed ones of the decoders do not change with the student's.
@@ -233,6 +237,14 @@ def test_the_small_teacher_is_the_teacher_on_shrunk_images():
     ("options", "words"),
     [
         (["--mine-by=memory", "--mask=attention"], ["mine_by", "attention"]),
+        (["--mine-by=progress", "--mask=attention"], ["mine_by is progress", "attention"]),
+        (["--mine-by=progress", "--teacher-scale=0.5"], ["mine_by is progress", "leave it out"]),
+        (["--mining-temperature=1", "--mask=random"], ["mask random mines nothing"]),
+        (["--mining-temperature=-1"], ["mining_temperature is -1", "negative"]),
+        (["--mask-unit=3"], ["mask_unit 3 does not divide the 4 x 4 patches", "--image-size"]),
+        (["--mask-unit=4"], ["one unit of all 4 x 4 patches", "smaller"]),
+        (["--mask-unit=0"], ["mask_unit is 0"]),
+        (["--mask=uniform", "--mask-unit=2", "--image-size=24"], ["even grid of units of 2"]),
         (["--mine-every=0"], ["mine_every is 0"]),
         (["--teacher-scale=0"], ["teacher_scale is 0"]),
         (["--teacher-scale=0.9"], ["4 x 4 patches", "smaller"]),

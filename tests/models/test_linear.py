@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hpm.models.linear import ONEDNN, Linear, linear
+from hpm.models import linear as module
+from hpm.models.linear import ONEDNN, Linear, OneDnnLinear, linear
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,3 +48,27 @@ def test_other_types_and_the_compiler_take_the_plain_way():
 def test_this_build_has_the_kernel():
     """Where a future PyTorch has it no more, the plain way still works; but let us know."""
     assert ONEDNN is not None
+
+
+def test_without_the_kernel_the_plain_way_is_taken(monkeypatch):
+    """Bitwise `F.linear`, forward and backward; the kernel's own function is never entered."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 7, 5, requires_grad=True), Linear(5, 6)
+    by_kernel = layer(x)
+    assert type(by_kernel.grad_fn).__name__ == "OneDnnLinearBackward"
+    monkeypatch.setattr(module, "ONEDNN", None)
+    monkeypatch.setattr(OneDnnLinear, "apply", lambda *_: pytest.fail("the kernel was called"))
+    plain = layer(x)
+    assert torch.equal(plain, F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(plain, by_kernel, atol=1e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(plain.square().sum(), [x, layer.weight, layer.bias])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("build", ["without oneDNN", "without the operator"])
+def test_a_build_without_the_kernel(build, monkeypatch):
+    if build == "without oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert module._onednn() is None

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hpm
+from hpm.models.architecture import Architecture
 from hpm.models.build import resized_encoder
 from hpm.models.pyramid import blocks_to_read, doublings, rescaling
 from hpm.models.segmenter import (
@@ -62,10 +63,9 @@ def test_feature_maps_are_the_tokens_between_blocks(name):
 
 def test_feature_maps_of_other_sizes_equal_those_of_an_encoder_built_for_them():
     small = nano((32, 32))
-    found = {
-        "image_size": (32, 32), "patch_size": (16, 16), "channels": 3, "embed_dim": 32, "depth": 2,
-        "num_heads": 2,
-    }  # fmt: skip
+    found = Architecture(
+        image_size=(32, 32), patch_size=(16, 16), channels=3, embed_dim=32, depth=2, num_heads=2
+    )
     large = resized_encoder(found, small.state_dict(), (64, 96))
     images = torch.randn(1, 3, 64, 96)
     assert torch.equal(small.feature_maps(images, [1])[0], large.feature_maps(images, [1])[0])

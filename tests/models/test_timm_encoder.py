@@ -18,17 +18,13 @@ from hpm.mining.draw import noise
 from hpm.mining.masking import hide_top
 from hpm.models.architecture import nearest_size, resolve_model
 from hpm.models.build import build_classifier, build_encoder
+from hpm.models.hiera import HieraEncoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import patchify, unpatchify
-from hpm.models.timm_encoder import (
-    HieraEncoder,
-    TimmEncoder,
-    pretrained_weights,
-    timm_encoder,
-    timm_shape,
-)
+from hpm.models.timm_encoder import TimmEncoder, pretrained_weights, timm_encoder
+from hpm.models.timm_models import timm_shape
+from hpm.training.build import build_run
 from hpm.training.optim import layer_decay_groups, parameter_groups
-from hpm.training.state import State
 from hpm.weights.checkpoint import load_checkpoint
 
 timm = need("timm", "timm", "these tests")
@@ -186,14 +182,13 @@ def architecture(name, image_size=32, **options):
 def test_the_architecture_is_known_before_the_model_is_built():
     before = torch.get_rng_state()
     found = architecture("vit_tiny_patch16_224", channels=4)
-    assert found | {"decoder_dim": 128, "class_token": True} == found
-    assert (found["embed_dim"], found["depth"], found["num_heads"]) == (192, 12, 3)
-    assert (found["image_size"], found["patch_size"]) == ([32, 32], [16, 16])
-    assert found["model"] == "timm/vit_tiny_patch16_224"
-    json.dumps(found)
+    assert found.decoders.decoder_dim == 128 and found.class_token
+    assert (found.embed_dim, found.depth, found.num_heads) == (192, 12, 3)
+    assert (found.image_size, found.patch_size) == ((32, 32), (16, 16))
+    assert found.model == "timm/vit_tiny_patch16_224"
     hiera = architecture("hiera_tiny_224", 64)
-    assert (hiera["embed_dim"], hiera["patch_size"]) == (768, [32, 32])
-    assert "num_heads" not in hiera and not hiera["class_token"]
+    assert (hiera.embed_dim, hiera.patch_size) == (768, (32, 32))
+    assert hiera.num_heads is None and not hiera.class_token
     assert nearest_size(200).embed_dim == 192 and nearest_size(2000).embed_dim == 1280
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -303,13 +298,13 @@ def test_pretrained_weights_are_fitted(name, tmp_path):
 
 def test_a_run_begins_with_pretrained_weights(monkeypatch, tmp_path, image_folder):
     marked = build_encoder(architecture("vit_tiny_patch16_224"), 5).state_dict()
-    monkeypatch.setattr("hpm.training.state.pretrained_weights", lambda encoder: marked)
+    monkeypatch.setattr("hpm.training.build.pretrained_weights", lambda encoder: marked)
     config = PretrainConfig(
         str(image_folder), str(tmp_path / "run"),
         **TINY | {"model": "timm/vit_tiny_patch16_224", "image_size": 32, "patch_size": None,
                   "pretrained": True},
     )  # fmt: skip
-    state = State(config, torch.device("cpu"))
+    state = build_run(config, torch.device("cpu"))
     state.log.close()
     for name, tensor in state.model.encoder.state_dict().items():
         assert torch.equal(tensor, marked[name])
@@ -339,7 +334,7 @@ def test_fine_tuning(name, image_size, resized):
     decay = {p: g["weight_decay"] for g in groups for p in g["params"]}
     trained = dict(classifier.named_parameters())
     assert set(scale) == {p for p in trained.values() if p.requires_grad}
-    depth = found["depth"]
+    depth = found.depth
     for key, parameter in trained.items():
         if key.startswith("encoder.blocks."):
             assert scale[parameter] == 0.5 ** (depth - int(key.split(".")[2]))
@@ -430,7 +425,7 @@ def test_from_end_to_end(name, tmp_path, monkeypatch):
     # Another run begins with all of its weights, or with those of the backbone.
     init, partial = (run.folder, False) if has_class_token else (run.backbone, True)
     given = options | {"init": str(init), "init_partial": partial}
-    state = State(PretrainConfig(data, str(tmp_path / "from"), **given), torch.device("cpu"))
+    state = build_run(PretrainConfig(data, str(tmp_path / "from"), **given), torch.device("cpu"))
     state.log.close()
     for key, tensor in state.model.encoder.state_dict().items():
         assert torch.equal(tensor, first.model[f"encoder.{key}"])

@@ -21,10 +21,10 @@ from hpm.show.figures import (
     pixels,
     principal_colours,
     reconstruct,
-    unable,
+    unavailable_panels,
 )
-from hpm.targets.make import make_target
 from hpm.targets.pixels import PixelTarget
+from hpm.targets.registry import make_target
 from hpm.weights.resolve import Trained, load
 
 IMAGES = torch.randint(
@@ -43,7 +43,7 @@ def trained(**changes):
     architecture = resolve_model(config)
     mean, std = [0.5] * config.channels, [0.25] * config.channels
     target = make_target(config, architecture, mean, std, torch.device("cpu"))
-    architecture |= {"target_dim": target.dim}
+    architecture = architecture.with_target_dim(target.dim)
     model = build_model(architecture).eval()
     return Trained("x", architecture, mean, std, model.encoder, model, model, config)
 
@@ -67,7 +67,7 @@ def test_the_reconstruction_is_pasted_into_the_visible_part(finished_run):
 
 def test_what_a_whole_model_shows(finished_run):
     trained = load(finished_run.folder)
-    assert unable(trained) == {}
+    assert unavailable_panels(trained) == {}
     shown = picture(trained, IMAGES, torch.arange(3), hard_share=0.5, panels=PANELS)
     assert shown.panels == list(PANELS)
     assert shown.mask.sum(1).tolist() == [12, 12, 12]
@@ -173,7 +173,7 @@ def test_channels_shape_and_targets():
     """Seven channels, not square, and a target that is no pixels."""
     whole = trained(image_size=(16, 24), channels=7, target="hog", predictor_loss="none",
                     mask="random")  # fmt: skip
-    assert unable(whole) == {
+    assert unavailable_panels(whole) == {
         "predicted": "it has no loss predictor",
         "reconstruction": "its target is hog, not pixels",
     }
@@ -188,7 +188,7 @@ def test_channels_shape_and_targets():
 
 def test_a_backbone_shows_features_only(finished_run):
     backbone = load(finished_run.backbone)
-    assert set(unable(backbone)) == {"actual", "predicted", "mask", "reconstruction"}
+    assert set(unavailable_panels(backbone)) == {"actual", "predicted", "mask", "reconstruction"}
     shown = picture(backbone, IMAGES, torch.arange(3), 0.0, panels=PANELS)
     assert shown.panels == ["image", "pca", "attention"]
     whole = picture(load(finished_run.folder), IMAGES, torch.arange(3), 0.0, panels=PANELS)
@@ -198,9 +198,11 @@ def test_a_backbone_shows_features_only(finished_run):
 def test_encoders_of_timm():
     need("timm", "timm", "the test")
     plain = trained(model="timm/vit_tiny_patch16_224", image_size=32, patch_size=16, mask="random")
-    assert unable(plain) == {"attention": "encoders of timm do not tell their attention"}
+    assert unavailable_panels(plain) == {
+        "attention": "encoders of timm do not tell their attention"
+    }
     hiera = trained(model="timm/hiera_tiny_224", image_size=64, patch_size=32, mask="random")
-    assert unable(hiera) == {"attention": "its encoder has no class token"}
+    assert unavailable_panels(hiera) == {"attention": "its encoder has no class token"}
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     shown = picture(hiera, images, torch.arange(2), 0.0, panels=PANELS)
     assert shown.panels == ["image", "actual", "predicted", "mask", "reconstruction", "pca"]
@@ -209,7 +211,7 @@ def test_encoders_of_timm():
 def test_a_frozen_target_that_is_not_there(finished_run):
     whole = load(finished_run.folder)
     whole.config.target, whole.config.target_model, whole.target = "frozen", "/nowhere", None
-    reasons = unable(whole)
+    reasons = unavailable_panels(whole)
     assert set(reasons) == {"actual", "reconstruction"} and "/nowhere" in reasons["actual"]
     shown = picture(whole, IMAGES, torch.arange(3), 0.5)
     assert shown.panels == ["image", "predicted", "mask"]

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 import hpm
 from hpm.cli import main
 from hpm.show import monitor as watch
-from hpm.show import report
 from hpm.show.options import ReportConfig
 from hpm.show.report import run_report, write_report
 from hpm.training.sessions import read_sessions
@@ -60,8 +59,8 @@ def test_it_is_written_while_the_run_trains(image_folder, tmp_path, monkeypatch)
     steps = []
     real = watch.refresh_report
     monkeypatch.setattr(
-        import_module("hpm.pretrain"), "refresh_report",
-        lambda state: (steps.append(state.step), real(state)),
+        import_module("hpm.pretraining"), "refresh_report",
+        lambda run: (steps.append(run.step), real(run)),
     )  # fmt: skip
     pretrain(image_folder, tmp_path / "run", eval_every="3 steps", checkpoint_every="4 steps")
     assert steps == [3, 4, 6, 8]
@@ -248,7 +247,7 @@ def test_by_finger(browser, finished_run):
 def test_every_view_is_a_part_of_a_moment():
     from hpm.show.moments import Moment
 
-    assert set(report.VIEWS) <= set(Moment.__dataclass_fields__)
+    assert set(report_figures.VIEWS) <= set(Moment.__dataclass_fields__)
 
 
 def test_it_lists_all_evaluations(run_folder, image_folder):

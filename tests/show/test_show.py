@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_hpm
+from helpers import architecture_of, assert_refused, run_hpm
 from PIL import Image
 from published import SHAPE, published
 from safetensors.torch import save_file
@@ -53,7 +53,7 @@ def test_every_kind_of_file(finished_run, image_folder, tmp_path, capsys, kind):
         file, panels, expected = tmp_path / "timm.safetensors", 3, no_decoders
         hpm.export(finished_run.folder, to="safetensors", out=file)
     else:
-        model = build_model(SHAPE | {"with_predictor": kind == "hpm"}, 1)
+        model = build_model(architecture_of(SHAPE | {"with_predictor": kind == "hpm"}), 1)
         state = published(model)
         if kind == "mae_encoder":
             state = {n: t for n, t in state.items() if not n.startswith(("decoder", "mask_token"))}

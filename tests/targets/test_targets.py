@@ -12,10 +12,10 @@ from hpm.core.config import PretrainConfig
 from hpm.core.extras import need
 from hpm.mining.losses import squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, patchify
-from hpm.targets.features import TeacherTarget
 from hpm.targets.frozen_model import of_hugging_face, of_timm
 from hpm.targets.hog import HogTarget, hog
 from hpm.targets.pixels import PixelTarget
+from hpm.targets.teacher import TeacherTarget
 from hpm.training.checks import check_pretrain
 
 
@@ -188,7 +188,10 @@ def test_a_frozen_model_that_is_nowhere(tmp_path, image_folder, monkeypatch):
         ({"target": "frozen", "target_model": "timm/x", "channels": 4}, "takes grey or RGB"),
         ({"target_model": "x"}, "target_model is x, but target is"),
         ({"target": "teacher", "ema_horizon_end": "1 steps"}, "target teacher needs a teacher"),
-        ({"target": "hog", "ranking_signal": "pixels"}, "ranking_signal pixels .* target is hog"),
+        (
+            {"target": "hog", "ranking_signal": "pixels"},
+            "ranking_signal is pixels, but target is hog: leave",
+        ),
         ({"mask": "hardest", "predictor_loss": "none"}, "mask hardest needs a loss predictor"),
         ({"secondary_mask_ratio": 1.0}, "secondary_mask_ratio is 1.0"),
         ({"predictor_dim": 30}, "predictor_dim 30 must be a multiple of 4"),

@@ -13,10 +13,10 @@ from helpers import run_hpm, tiny_arguments
 
 STEPS = """
 import json, sys, torch
-from hpm.bench import noise_batch
+from hpm.commands.bench_step import noise_batch
 from hpm.core.config import PretrainConfig
-from hpm.pretrain import train_step
-from hpm.training.state import State
+from hpm.pretraining import train_step
+from hpm.training.build import build_run
 
 out, device, compiled, way = sys.argv[1:]
 config = PretrainConfig(
@@ -24,7 +24,7 @@ config = PretrainConfig(
     decoder_dim=32, decoder_depth=1, base_lr=1e-2, holdout=0, normalize="imagenet",
     compile=compiled, device=device, **json.loads(way),
 )
-state = State(config, torch.device(device))
+state = build_run(config, torch.device(device))
 batch = noise_batch(state)
 batch = batch.pin_memory() if device == "cuda" else batch
 """
@@ -47,7 +47,7 @@ torch.cuda.set_sync_debug_mode("error")
 for step in range(4, 8):
     done = train_step(state, batch, step, num_hard=3)
 torch.cuda.set_sync_debug_mode("default")
-assert done.losses[0].isfinite().item()
+assert done.losses["reconstruction_loss"].isfinite().item()
 """
 
 WAYS = [{}, {"teacher_scale": 0.5}, {"mine_by": "memory", "predictor_loss": "none"}]
@@ -93,7 +93,7 @@ REAL_RUN_AND_BENCHMARK = """
 import json, sys, tempfile, torch
 from pathlib import Path
 import hpm
-from hpm import bench
+from hpm.commands import bench_step as bench
 from hpm.commands.options import BenchConfig
 
 graphs, compile_with = [], torch.compile
@@ -112,7 +112,7 @@ with tempfile.TemporaryDirectory() as folder:
     graphs.clear()
     torch.compiler.reset()
     config = BenchConfig(**options)
-    state = bench.run_state(config, {}, Path(folder) / "bench", torch.device("cpu"))
+    state = bench.build_bench_run(config, {}, Path(folder) / "bench", torch.device("cpu"))
     for step in range(2):
         bench.train_step(state, bench.noise_batch(state), step, num_hard=2)
     state.log.close()

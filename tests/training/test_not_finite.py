@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import hpm
 from hpm.core.config import PretrainConfig
 from hpm.training.not_finite import advice, judge_checkpoints
+from hpm.training.run import PretrainingRun
 from hpm.training.sessions import read_sessions
-from hpm.training.state import State
 
 
 def readings(*losses, every=10):
@@ -59,10 +59,10 @@ def test_only_what_is_not_already_so_is_advised(options, said, not_said):
 
 def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
     """The sixth step, in the line, in the file of its batch and in the report."""
-    to_device = State.to_device
+    to_device = PretrainingRun.to_device
     monkeypatch.setattr(
-        State, "to_device",
-        lambda state, images: to_device(state, images) * (math.nan if state.step == 5 else 1),
+        PretrainingRun, "to_device",
+        lambda run, images: to_device(run, images) * (math.nan if run.step == 5 else 1),
     )  # fmt: skip
     with pytest.raises(hpm.UserError) as stopped:
         hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)

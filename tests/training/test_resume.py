@@ -10,7 +10,7 @@ import hpm
 from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors, write_tensors
 from hpm.core.options import make_config
-from hpm.training.state import State
+from hpm.training.build import build_run
 from hpm.weights.run_folder import Run
 
 OPTIONS = TINY | {"holdout": 0, "init": "first/backbone.safetensors"}
@@ -40,7 +40,7 @@ def here(begun, tmp_path, monkeypatch):
 
 def go_on(**changes):
     options = {"data": "photos", "out": "run", "init_partial": True} | OPTIONS | changes
-    return State(make_config(PretrainConfig, options), torch.device("cpu")).step
+    return build_run(make_config(PretrainConfig, options), torch.device("cpu")).step
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,11 @@ def test_epochs_that_are_as_many_steps(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         hpm.pretrain(**given | {"steps": 6})
     del given["steps"]
-    assert State(make_config(PretrainConfig, given | {"epochs": 2}), torch.device("cpu")).step == 4
+    assert (
+        build_run(make_config(PretrainConfig, given | {"epochs": 2}), torch.device("cpu")).step == 4
+    )
     with pytest.raises(hpm.UserError, match="holds another run"):
-        State(make_config(PretrainConfig, given | {"epochs": 3}), torch.device("cpu"))
+        build_run(make_config(PretrainConfig, given | {"epochs": 3}), torch.device("cpu"))
 
 
 def test_data_that_moved(here):

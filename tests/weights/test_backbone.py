@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import architecture_of
 from PIL import Image
 
 import hpm
@@ -23,7 +24,7 @@ def backbone(**changes):
     moments = (
         (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.2] * channels)
     )
-    return Backbone(build_encoder(architecture, 0), *moments).eval()
+    return Backbone(build_encoder(architecture_of(architecture), 0), *moments).eval()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_an_image_of_one_brightness_is_no_mistake(level):
 
 
 def test_data_in_units_of_its_own_is_not_doubted():
-    encoder = Backbone(build_encoder(SHAPE, 0), [280.0] * 3, [10.0] * 3)
+    encoder = Backbone(build_encoder(architecture_of(SHAPE), 0), [280.0] * 3, [10.0] * 3)
     warm = encoder.normalize(torch.full((1, 3, 16, 16), 300.0) + torch.rand(1, 3, 16, 16), 1)
     assert warm.min() > 1.5 and encoder(warm)[0].isfinite().all()
 

@@ -8,14 +8,16 @@ import sys
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, architecture_of
 from safetensors.torch import load_file, save_file
 
 import hpm
 from hpm.core.errors import UserError
+from hpm.core.files import write_atomically
 from hpm.models.build import build_model
 from hpm.training.optim import adamw
 from hpm.weights import checkpoint
+from hpm.weights.initialise import load_initial
 from hpm.weights.resolve import load
 
 SMALL = {
@@ -26,7 +28,7 @@ SMALL = {
 
 
 def trained(seed=0):
-    model = build_model(SMALL, seed)
+    model = build_model(architecture_of(SMALL), seed)
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.05)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -46,7 +48,7 @@ def test_everything_comes_back(tmp_path):
     path = save(tmp_path, 7, model, optimizer)
     expected = torch.rand(3)
     other, other_optimizer = trained(seed=1)
-    teacher = build_model(SMALL, 2)
+    teacher = build_model(architecture_of(SMALL), 2)
     saved = checkpoint.load_checkpoint(path)
     checkpoint.restore(saved, other, teacher, other_optimizer)
     assert saved.meta["step"] == 7
@@ -78,7 +80,7 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match="no space left; make room"):
-        checkpoint.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
 
 
@@ -108,14 +110,14 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 import hpm
-from hpm import checkpoint
+from hpm.core import files
 
 def save_file(tensors, path, header):
     Path(path).write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_file = save_file
-checkpoint.write_tensors(Path(sys.argv[1]), {"x": torch.zeros(10)}, {})
+files.save_file = save_file
+files.write_tensors(Path(sys.argv[1]), {"x": torch.zeros(10)}, {})
 """
 
 
@@ -167,34 +169,34 @@ def test_pickled_code_under_a_harmless_name(tmp_path):
 
 def test_a_checkpoint_of_another_architecture(tmp_path):
     path = save(tmp_path, 1, *trained())
-    other = build_model(SMALL | {"depth": 2})
+    other = build_model(architecture_of(SMALL | {"depth": 2}))
     saved = checkpoint.load_checkpoint(path)
     with pytest.raises(UserError, match=r"another architecture \(encoder.blocks.1.norm1.weight"):
         checkpoint.load_exactly(other, saved.model, path)
-    wider = build_model(SMALL | {"embed_dim": 32})
+    wider = build_model(architecture_of(SMALL | {"embed_dim": 32}))
     with pytest.raises(UserError, match=r"\(1, 1, 16\) instead of \(1, 1, 32\)"):
         checkpoint.load_exactly(wider, saved.model, path)
 
 
 def test_initial_weights(tmp_path):
-    source = build_model(SMALL, seed=1)
-    target = build_model(SMALL, seed=2)
+    source = build_model(architecture_of(SMALL), seed=1)
+    target = build_model(architecture_of(SMALL), seed=2)
     everything = source.state_dict()
-    summary = checkpoint.load_initial(target, everything, tmp_path, partial=False)
+    summary = load_initial(target, everything, tmp_path, partial=False)
     assert summary.startswith(f"{len(everything)} of {len(everything)} tensors matched")
     for a, b in zip(source.parameters(), target.parameters(), strict=True):
         assert torch.equal(a, b)
 
     backbone = source.encoder.state_dict()
-    fresh = build_model(SMALL, seed=3)
+    fresh = build_model(architecture_of(SMALL), seed=3)
     with pytest.raises(UserError, match="not, the first mask_token; pass --init-partial"):
-        checkpoint.load_initial(fresh, backbone, tmp_path, partial=False)
-    summary = checkpoint.load_initial(fresh, backbone, tmp_path, partial=True)
+        load_initial(fresh, backbone, tmp_path, partial=False)
+    summary = load_initial(fresh, backbone, tmp_path, partial=True)
     assert f"{len(backbone)} of {len(everything)} tensors matched" in summary
     assert torch.equal(fresh.encoder.cls_token, source.encoder.cls_token)
 
     with pytest.raises(UserError, match="holds no weights of such a model"):
-        checkpoint.load_initial(fresh, {"other": torch.zeros(1)}, tmp_path, partial=True)
+        load_initial(fresh, {"other": torch.zeros(1)}, tmp_path, partial=True)
 
 
 def test_a_safetensors_file_of_something_else(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hpm
-from hpm.targets.tokens import kmeans, load_codebook, nearest_code
+from hpm.targets.codebook import kmeans, load_codebook, nearest_code
 
 
 @given(st.integers(1, 50), st.integers(1, 8), st.integers(0, 100))

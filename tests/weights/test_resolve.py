@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_here, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_here, run_hpm
 from published import SHAPE, published
 from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
@@ -17,11 +17,16 @@ import hpm
 from hpm.core.errors import UserError
 from hpm.core.extras import need
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder, build_model
 from hpm.models.patches import patchify, resample_projection
-from hpm.weights import third_party as imports
-from hpm.weights.names import recognise
-from hpm.weights.resolve import load, save_backbone
+from hpm.weights.contents import Contents
+from hpm.weights.hugging_face import HuggingFaceViT
+from hpm.weights.initialise import initialise
+from hpm.weights.published import PublishedHpm, PublishedMae
+from hpm.weights.resolve import load, recognise, resolve, save_backbone
+from hpm.weights.shapes import derive_architecture
+from hpm.weights.timm import Timm
 
 timm = need("timm", "timm", "the test")
 transformers = need("transformers", "hf", "the test")
@@ -29,6 +34,14 @@ transformers = need("transformers", "hf", "the test")
 # One head of 64 in the encoder, one of 32 in the decoders: what is assumed of bare files.
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4))
 IDS = torch.arange(4).expand(2, -1), torch.arange(4, 16).expand(2, -1)
+
+
+def model_of(shape, seed=0):
+    return build_model(architecture_of(shape), seed)
+
+
+def encoder_of(shape, seed=None):
+    return build_encoder(architecture_of(shape), seed)
 
 
 def close(a, b):
@@ -44,7 +57,7 @@ def same_model(trained, model, teacher=None):
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("key", ["state_dict", "model", ""])
 def test_published_hpm(tmp_path, prefix, key):
-    model, teacher = build_model(SHAPE, 1), build_model(SHAPE, 2)
+    model, teacher = model_of(SHAPE, 1), model_of(SHAPE, 2)
     state = {prefix + name: tensor for name, tensor in published(model).items()}
     ema = {prefix + name: tensor for name, tensor in published(teacher).items()}
     content = {key: state, "ema_state_dict": ema, "epoch": 799} if key else state
@@ -56,18 +69,18 @@ def test_published_hpm(tmp_path, prefix, key):
     text = "; ".join(trained.notes)
     assert f"a published checkpoint of Hard Patches Mining; {len(state)} of its" in text
     assert "1 head (assumed)" in text and "ImageNet's mean and deviation (assumed)" in text
-    assert ("the student stands in" in text) == (not key)
+    assert ("the student is used in its place" in text) == (not key)
     assert trained.config.target == "normalized_pixels"
 
 
 def test_a_file_of_the_teacher_alone(tmp_path):
-    model = build_model(SHAPE, 1)
+    model = model_of(SHAPE, 1)
     torch.save({"ema_state_dict": published(model)}, tmp_path / "hpm.pth")
     same_model(load(tmp_path / "hpm.pth"), model)
 
 
 def test_mae(tmp_path):
-    model = build_model(SHAPE | {"with_predictor": False}, 1)
+    model = model_of(SHAPE | {"with_predictor": False}, 1)
     torch.save({"model": published(model)}, tmp_path / "mae.pth")
     trained = load(tmp_path / "mae.pth")
     same_model(trained, model)
@@ -112,7 +125,7 @@ def test_hugging_face(tmp_path, kind, suffix):
     for path in (tmp_path, next(p for p in tmp_path.iterdir() if p.suffix == f".{suffix}")):
         trained = load(path)
         close(trained.backbone().eval()(IMAGES)[1], tokens[:, 1:])
-        assert trained.mean == [0.1, 0.2, 0.3] and trained.architecture["num_heads"] == 4
+        assert trained.mean == [0.1, 0.2, 0.3] and trained.architecture.num_heads == 4
         assert not any("assumed" in note for note in trained.notes)
 
 
@@ -157,20 +170,18 @@ def test_names_of_either_version_of_transformers():
         "vit.layers.0.mlp.fc1.bias": torch.zeros(16),
         "vit.layers.0.mlp.fc2.bias": torch.zeros(4),
     }
-    from hpm.weights.names import to_ours
-
-    (a, _), (b, _) = to_ours("hf_vit", old), to_ours("hf_vit", new)
+    (a, _), (b, _) = HuggingFaceViT().to_ours(old), HuggingFaceViT().to_ours(new)
     assert a.keys() == b.keys()
     assert a["encoder.blocks.0.attn.qkv.weight"][:, 0].tolist() == [1] * 4 + [2] * 4 + [3] * 4
     assert {f"encoder.blocks.0.{n}" for n in ("attn.proj.weight", "mlp.fc1.bias")} < a.keys()
 
 
 def test_recognise():
-    ours = build_model(SHAPE)
+    ours = model_of(SHAPE)
     names = published(ours)
-    assert recognise(names) == "hpm"
-    assert recognise(n for n in names if "losspred" not in n) == "mae"
-    assert recognise(f"module.{n}" for n in names if "decoder" not in n) == "timm"
+    assert type(recognise(names)) is PublishedHpm
+    assert type(recognise(n for n in names if "losspred" not in n)) is PublishedMae
+    assert type(recognise(f"module.{n}" for n in names if "decoder" not in n)) is Timm
     assert recognise(["conv1.weight", "layer1.0.conv1.weight"]) is None
     assert recognise([]) is None
 
@@ -184,16 +195,16 @@ def test_golden_weights(tmp_path):
     shape = golden.numbers["config"]
     weights = {n.removeprefix("weights."): t for n, t in tensors.items() if "weights." in n[:8]}
     torch.save({"state_dict": weights}, tmp_path / "hpm.pth")
-    with pytest.raises(UserError, match=r"heads share its width of 48 cannot be told.*hpm\.json"):
+    with pytest.raises(UserError, match=r"unknown \(width 48\): add .*num_heads.*hpm\.json"):
         load(tmp_path / "hpm.pth")
     about = {"num_heads": shape["num_heads"], "decoder_heads": shape["decoder_num_heads"]}
     (tmp_path / "hpm.json").write_text(json.dumps(about))
-    fresh = build_model(
+    fresh = model_of(
         SHAPE | {"image_size": [shape["img_size"]] * 2, "patch_size": [shape["patch_size"]] * 2}
         | {n: shape[n] for n in ("embed_dim", "depth", "num_heads", "decoder_depth")}
         | {"decoder_dim": shape["decoder_embed_dim"], "decoder_heads": shape["decoder_num_heads"]}
     )  # fmt: skip
-    said = imports.initialise(fresh, tmp_path / "hpm.pth", partial=False)
+    said = initialise(fresh, tmp_path / "hpm.pth", partial=False)
     assert f"init: {len(weights)} of {len(weights)} tensors matched" in said
     order = tensors["mask"].long().argsort(dim=1, stable=True)
     hidden = int(tensors["mask"][0].sum())
@@ -205,13 +216,13 @@ def test_golden_weights(tmp_path):
 
 
 def test_starting_from_another_image_and_patch_size(tmp_path):
-    source = build_encoder(SHAPE, 1)
+    source = encoder_of(SHAPE, 1)
     torch.save({"model": source.state_dict()}, tmp_path / "vit.pth")
-    target = build_model(SHAPE | {"image_size": [32, 64], "patch_size": [8, 8]}, 2)
+    target = model_of(SHAPE | {"image_size": [32, 64], "patch_size": [8, 8]}, 2)
     before = target.mask_token.clone()
     with pytest.raises(UserError, match="pass --init-partial"):
-        imports.initialise(target, tmp_path / "vit.pth", partial=False)
-    said = imports.initialise(target, tmp_path / "vit.pth", partial=True)
+        initialise(target, tmp_path / "vit.pth", partial=False)
+    said = initialise(target, tmp_path / "vit.pth", partial=True)
     for words in (
         "encoder 30 of 30", "reconstructor none of 16", "predictor none of 16",
         "encoder.pos_embed resampled from 4 x 4 to 4 x 8 patches",
@@ -229,16 +240,16 @@ def test_starting_from_another_image_and_patch_size(tmp_path):
 
 
 def test_starting_from_a_teacher(tmp_path):
-    model, teacher = build_model(SHAPE, 1), build_model(SHAPE, 2)
+    model, teacher = model_of(SHAPE, 1), model_of(SHAPE, 2)
     torch.save(
         {"state_dict": published(model), "ema_state_dict": published(teacher)}, tmp_path / "x.pth"
     )
-    fresh = build_model(SHAPE, 3)
-    imports.initialise(fresh, tmp_path / "x.pth", partial=False, teacher=True)
+    fresh = model_of(SHAPE, 3)
+    initialise(fresh, tmp_path / "x.pth", partial=False, teacher=True)
     assert torch.equal(fresh.encoder.cls_token, teacher.encoder.cls_token)
     torch.save({"state_dict": published(model)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds no teacher: leave --init-teacher out"):
-        imports.initialise(fresh, tmp_path / "x.pth", partial=False, teacher=True)
+        initialise(fresh, tmp_path / "x.pth", partial=False, teacher=True)
 
 
 def test_resampled_projections():
@@ -250,7 +261,7 @@ def test_resampled_projections():
 
 
 def test_positions_that_were_learned_stay(tmp_path):
-    source = build_encoder(SHAPE, 1)
+    source = encoder_of(SHAPE, 1)
     torch.nn.init.normal_(source.pos_embed)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     encoder = load(tmp_path / "vit.safetensors").encoder
@@ -261,31 +272,33 @@ def test_positions_that_were_learned_stay(tmp_path):
 def test_another_number_of_heads_is_refused(tmp_path):
     config = transformers.ViTConfig(**HF | {"hidden_size": 64})
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    model = build_model(SHAPE)
+    model = model_of(SHAPE)
     with pytest.raises(UserError, match="has 4 attention heads, but the model 1"):
-        imports.initialise(model, tmp_path, partial=True)
+        initialise(model, tmp_path, partial=True)
 
 
 def test_weights_under_the_model_s_own_names_still_start_it(tmp_path):
-    source = build_model(SHAPE, 1)
+    source = model_of(SHAPE, 1)
     torch.save({"model": state_of(source)}, tmp_path / "own.pth")
-    said = imports.initialise(build_model(SHAPE, 2), tmp_path / "own.pth", partial=False)
+    said = initialise(model_of(SHAPE, 2), tmp_path / "own.pth", partial=False)
     assert "66 of 66 tensors matched" in said
     hiera = {"model": "timm/hiera_tiny_224", "image_size": [64, 64], "patch_size": [32, 32]}
-    target = build_model(SHAPE | hiera, 2)
+    target = model_of(SHAPE | hiera, 2)
     save_file(state_of(target.encoder), tmp_path / "hiera.safetensors")
-    said = imports.initialise(target, tmp_path / "hiera.safetensors", partial=True)
+    said = initialise(target, tmp_path / "hiera.safetensors", partial=True)
     count = len(target.encoder.state_dict())
     assert f"encoder {count} of {count}" in said
     torch.save({"conv.weight": torch.ones(3)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="no weights of such a model"):
-        imports.initialise(target, tmp_path / "x.pth", partial=True)
+        initialise(target, tmp_path / "x.pth", partial=True)
 
 
 def test_a_huge_vit_has_sixteen_heads(tmp_path):
-    state = {n: torch.empty(1, 1, 1, 1) for n in ("blocks.0.x", "patch_embed.proj.weight")}
-    weights = imports.Weights(tmp_path, "timm", state, None, [], {})
-    assert imports._heads(weights, "num_heads", 1280, 32) == 16
+    state = {f"encoder.blocks.{number}.x": torch.empty(1) for number in range(32)}
+    state["encoder.patch_embed.proj.weight"] = torch.empty(1280, 3, 14, 14)
+    state["encoder.pos_embed"] = torch.empty(1, 257, 1280)
+    contents = Contents("x", tmp_path, state, format=Timm())
+    assert derive_architecture(contents).num_heads == 16
 
 
 # What is wrong with a file, and what is said.
@@ -313,14 +326,14 @@ def spread(path):
 
 
 def many_blocks(path):
-    state = state_of(build_encoder(SHAPE))
+    state = state_of(encoder_of(SHAPE))
     state |= {f"blocks.{n}.x": torch.zeros(1) for n in range(10, 60)}
     torch.save({"model": state}, path)
 
 
 def one_changed(name, change):
     def write(path):
-        state = state_of(build_encoder(SHAPE))
+        state = state_of(encoder_of(SHAPE))
         state[name] = change(state[name])
         torch.save({"model": state}, path)
 
@@ -329,7 +342,7 @@ def one_changed(name, change):
 
 def one_more(name):
     def write(path):
-        torch.save({"model": state_of(build_encoder(SHAPE)) | {name: torch.ones(64)}}, path)
+        torch.save({"model": state_of(encoder_of(SHAPE)) | {name: torch.ones(64)}}, path)
 
     return write
 
@@ -348,8 +361,8 @@ def one_more(name):
         (one_more("reg_token"), "it has reg_token, which a plain"),
         (one_more("blocks.0.ls1.gamma"), r"blocks\.0\.ls1\.gamma is not known"),
         (one_changed("blocks.1.mlp.fc1.weight", lambda t: t[:5]), r"\(5, 64\) instead of"),
-        (one_changed("patch_embed.proj.weight", lambda t: t.flatten(1)), "has no such shape"),
-        (one_changed("pos_embed", lambda t: t[:, :-1]), "16 positions are not those of a class"),
+        (one_changed("patch_embed.proj.weight", lambda t: t.flatten(1)), "or of another shape"),
+        (one_changed("pos_embed", lambda t: t[:, :-1]), "16 positions are not a class token"),
         (one_changed("pos_embed", lambda t: t[..., :6]), "pos_embed is"),
         (lambda path: torch.save({"conv.weight": torch.ones(3)}, path), "named conv.weight"),
     ],
@@ -357,7 +370,7 @@ def one_more(name):
 def test_what_is_refused(tmp_path, write, words):
     path = tmp_path / "weights.pth"
     write(path)
-    for read in (load, lambda path: imports.initialise(build_model(SHAPE), path, True)):
+    for read in (load, lambda path: initialise(model_of(SHAPE), path, True)):
         if read is not load and re.search(
             "blocks|instead|positions|pos_embed|shape|another architecture|conv", words
         ):
@@ -370,7 +383,7 @@ def test_what_is_refused(tmp_path, write, words):
 
 @pytest.mark.parametrize("size", [10, 1000, -10])
 def test_a_truncated_file(tmp_path, size):
-    torch.save({"model": published(build_model(SHAPE))}, tmp_path / "x.pth")
+    torch.save({"model": published(model_of(SHAPE))}, tmp_path / "x.pth")
     content = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(content[:size])
     with pytest.raises(UserError, match="truncated or not a weights file|pickled code"):
@@ -389,18 +402,18 @@ def test_a_safetensors_header_that_promises_too_much(tmp_path):
 @pytest.mark.parametrize(
     ("about", "words"),
     [
-        ({"num_heads": 7}, "cannot be told"),
+        ({"num_heads": 7}, r"unknown \(width 64\): add .*num_heads"),
         ({"num_heads": "many"}, "num_heads cannot be 'many'"),
-        ({"image_size": [10**9, 10**9]}, "does not go with its 17 positions"),
-        ({"image_size": [-16, -16]}, "does not go with"),
+        ({"image_size": [10**9, 10**9]}, "does not match its 17 positions"),
+        ({"image_size": [-16, -16]}, "does not match"),
         ({"image_size": "big"}, "image_size cannot be 'big'"),
-        ({"hidden_act": "silu"}, "its activation is silu"),
+        ({"hidden_act": "silu"}, "its activation is silu; only gelu"),
         ({"mean": [0.5], "std": [1]}, "do not fit 3 channels"),
         ({"mean": [0, 0, 0], "std": [0, 1, 1]}, "do not fit 3 channels"),
     ],
 )
 def test_a_json_that_does_not_fit(tmp_path, about, words):
-    torch.save(state_of(build_encoder(SHAPE)), tmp_path / "x.pth")
+    torch.save(state_of(encoder_of(SHAPE)), tmp_path / "x.pth")
     (tmp_path / "x.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=words):
         load(tmp_path / "x.pth")
@@ -410,8 +423,10 @@ def test_a_json_that_does_not_fit(tmp_path, about, words):
 
 
 def test_seven_channels_want_their_normalisation(tmp_path):
-    torch.save(state_of(build_encoder(SHAPE | {"channels": 7})), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="how images of 7 channels were normalised cannot be told"):
+    torch.save(state_of(encoder_of(SHAPE | {"channels": 7})), tmp_path / "x.pth")
+    with pytest.raises(
+        UserError, match='the normalisation of its 7 channels is unknown: add ."mean"'
+    ):
         load(tmp_path / "x.pth")
     (tmp_path / "x.json").write_text(json.dumps({"mean": [0.5] * 7, "std": [0.2] * 7}))
     assert load(tmp_path / "x.pth").mean == [0.5] * 7
@@ -431,7 +446,7 @@ def test_a_folder_of_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def hpm_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("published") / "hpm.pth"
-    torch.save({"state_dict": published(build_model(SHAPE, 1))}, path)
+    torch.save({"state_dict": published(model_of(SHAPE, 1))}, path)
     return path
 
 
@@ -455,7 +470,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
 
 
 def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
-    save_file(state_of(build_encoder(SHAPE)), tmp_path / "vit.safetensors")
+    save_file(state_of(encoder_of(SHAPE)), tmp_path / "vit.safetensors")
     result = run_hpm(
         "show", tmp_path / "vit.safetensors", image_folder, "--panels", "image,reconstruction",
         "--out", tmp_path / "figure.png",
@@ -471,7 +486,7 @@ def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
 def test_pretraining_from_a_published_file(hpm_file, image_folder, tmp_path):
     """By the heads that our smallest model has, in another patch size."""
     shape = SHAPE | {"embed_dim": 96, "depth": 4, "num_heads": 3, "image_size": [32, 32]}
-    torch.save({"state_dict": published(build_model(shape, 1))}, tmp_path / "nano.pth")
+    torch.save({"state_dict": published(model_of(shape, 1))}, tmp_path / "nano.pth")
     options = TINY | {"steps": 1, "decoder_heads": 1, "init": str(tmp_path / "nano.pth")}
     run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **options)
     log = (run.folder / "train.log").read_text()
@@ -479,10 +494,10 @@ def test_pretraining_from_a_published_file(hpm_file, image_folder, tmp_path):
 
 
 def test_our_own_backbone_at_another_size(tmp_path):
-    source = build_encoder(SHAPE, 1)
-    save_backbone(tmp_path / "x.safetensors", source, SHAPE, [0.5] * 3, [0.5] * 3)
-    target = build_model(SHAPE | {"image_size": [24, 24]}, 2)
-    said = imports.initialise(target, tmp_path / "x.safetensors", partial=True)
+    source = encoder_of(SHAPE, 1)
+    save_backbone(tmp_path / "x.safetensors", source, architecture_of(SHAPE), [0.5] * 3, [0.5] * 3)
+    target = model_of(SHAPE | {"image_size": [24, 24]}, 2)
+    said = initialise(target, tmp_path / "x.safetensors", partial=True)
     assert "encoder 30 of 30" in said and "from 4 x 4 to 6 x 6 patches" in said
 
 
@@ -493,11 +508,12 @@ SMALL = "timm/test_vit.r160_in1k"
 def timms_weights(monkeypatch):
     """Random weights in the place of timm's, which are on the network."""
     encoder = build_encoder(
-        {"model": SMALL, "image_size": [160, 160], "patch_size": [16, 16], "channels": 3}, seed=7
-    )
-    monkeypatch.setattr(
-        "hpm.weights.third_party.pretrained_weights", lambda wanted: encoder.state_dict()
-    )
+        Architecture(
+            model=SMALL, image_size=(160, 160), patch_size=(16, 16), channels=3, embed_dim=64,
+            depth=8,
+        ), seed=7,
+    )  # fmt: skip
+    monkeypatch.setattr("hpm.weights.timm.pretrained_weights", lambda wanted: encoder.state_dict())
     return encoder.eval()
 
 
@@ -555,7 +571,7 @@ def test_images_are_normalised_as_timms_weights_want_it(
     image_folder, tmp_path, monkeypatch, options, expected
 ):
     monkeypatch.setattr(
-        "hpm.training.state.pretrained_weights", lambda encoder: encoder.state_dict()
+        "hpm.training.build.pretrained_weights", lambda encoder: encoder.state_dict()
     )
     sizes = {"image_size": 32, "patch_size": 16, "steps": 1, "model": SMALL}
     run = hpm.pretrain(
@@ -576,3 +592,34 @@ def test_bad_normalisation():
 
     refused("of timm's models, but model is vit_tiny", model="vit_tiny")
     refused("has 3 channels, but channels is 1", model=SMALL, channels=1)
+
+
+# What `resolve` alone says.
+
+
+def test_one_answer_for_ours_and_others(finished_run, hpm_file):
+    """The same fields, whatever it was read from."""
+    run = resolve(finished_run.folder)
+    file = resolve(finished_run.latest_checkpoint())
+    assert (run.folder, run.path, file.folder) == (finished_run.folder, file.path, None)
+    assert run.architecture == file.architecture and run.step == 8
+    assert run.config.mask == "easy_to_hard"
+    assert run.student.keys() == run.teacher.keys() == load(run.path).model.state_dict().keys()
+    backbone = resolve(finished_run.backbone)
+    assert backbone.architecture == run.architecture.encoder() and backbone.teacher is None
+    assert all(torch.equal(t, run.student[name]) for name, t in backbone.student.items())
+    published_file = resolve(hpm_file)
+    assert published_file.recognised and published_file.architecture is None
+    assert {"encoder.cls_token", "predictor.head.bias"} <= published_file.student.keys()
+    assert "blocks.0.attn.qkv.weight" in resolve(hpm_file, convert=False).student
+
+
+def test_a_run_starts_from_a_run_folder(finished_run):
+    """As it loads from one: by its latest checkpoint."""
+    trained = load(finished_run.folder)
+    model = build_model(trained.architecture, seed=9)
+    said = initialise(model, finished_run.folder, partial=False)
+    assert str(finished_run.latest_checkpoint()) in said
+    assert torch.equal(model.mask_token, trained.model.mask_token)
+    initialise(model, finished_run.folder, partial=False, teacher=True)
+    assert torch.equal(model.mask_token, trained.teacher.mask_token)

@@ -1,0 +1,119 @@
+"""Augmentation of fine-tuning: timm's RandAugment, random erasing, mixup and CutMix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hpm.core.errors import UserError
+from hpm.core.extras import need
+from hpm.data.loader import Key, MakeView, TrainingViews
+from hpm.data.sources import Source
+from hpm.data.transforms import View, augmented_view
+from hpm.evals.finetune import Options
+
+
+@dataclass(frozen=True)
+class FinetuneViews:
+    """Random crop, flip and RandAugment by timm, the same for the same (seed, epoch, index)."""
+
+    size: tuple[int, int]
+    channels: int
+    seed: int
+    transform: Callable[[Image.Image], Any]
+
+    def __call__(self, source: Source, key: Key) -> tuple[View, None]:
+        seed_everything(self.seed, *key)
+        return augmented_view(source.open(key[1]), self.channels, self.transform), None
+
+
+def seed_everything(*key: int) -> None:
+    """Seed all generators that timm draws from."""
+    words = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])  # noqa: NPY002
+    torch.manual_seed(words[2])
+
+
+class Augmentation:
+    """The views that a fine-tuning trains on, and the loss of a batch, mixed and erased by timm."""
+
+    def __init__(
+        self,
+        config: Options,
+        mean: Tensor,
+        channels: int,
+        size: tuple[int, int],
+        num_classes: int,
+    ):
+        """mean: of each channel [C], full scale being 1, on the device. size: (height, width)."""
+        self.mean = mean
+        data = need("timm.data", "finetune", "fine-tuning")
+        erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
+        self.config, self.num_classes = config, num_classes
+        self.channels = channels
+        self.views: MakeView
+        if config.rand_augment == "none":
+            self.views = TrainingViews(
+                size, self.channels, config.seed, config.crop_scale, config.flip, 1
+            )
+        else:
+            self.views = FinetuneViews(size, self.channels, config.seed, self._transform(size))
+        self.erase = None
+        if config.random_erase > 0:
+            device = str(self.mean.device)
+            self.erase = erasing.RandomErasing(config.random_erase, mode="pixel", device=device)
+        self.mix = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self.mix = data.Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )  # fmt: skip
+
+    def _transform(self, size: tuple[int, int]) -> Callable[[Image.Image], Any]:
+        """Crop, flip and RandAugment."""
+        config, mean = self.config, self.mean
+        factory = need("timm.data.transforms_factory", "finetune", "fine-tuning")
+        colours = mean.expand(3) if self.channels == 1 else mean
+        try:
+            transform = factory.transforms_imagenet_train(
+                size,
+                scale=config.crop_scale,
+                hflip=0.5 if config.flip in (True, "horizontal", "both") else 0.0,
+                vflip=0.5 if config.flip in ("vertical", "both") else 0.0,
+                color_jitter=None,
+                auto_augment=config.rand_augment,
+                interpolation="bicubic",
+                mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
+                normalize=False,
+            )
+        except (AssertionError, KeyError, ValueError):
+            raise UserError(
+                f"rand_augment is '{config.rand_augment}', which timm cannot read: write it as "
+                "rand-m9-mstd0.5-inc1, or none"
+            ) from None
+        # The last transform turns the image into a tensor; ours are turned where all others are.
+        transform.transforms.pop()
+        return transform
+
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, autocast: Callable[[], Any]
+    ) -> Tensor:
+        """Cross-entropy of a batch of normalised images, erased and mixed."""
+        smoothing = self.config.label_smoothing
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+            smoothing = 0.0  # it is in the mixed labels already
+        with autocast():
+            logits = model(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

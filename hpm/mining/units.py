@@ -1,0 +1,52 @@
+"""Units of k patches along each axis, which are mined and hidden as a whole."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def unit_grid(grid: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """Units along each axis. Raises ValueError where they do not divide the grid."""
+    if any(size % unit for size in grid):
+        raise ValueError(f"units of {unit} patches along each axis do not divide a grid of {grid}")
+    return tuple(size // unit for size in grid)
+
+
+def unit_of_patches(
+    grid: tuple[int, ...], unit: int, device: torch.device | None = None
+) -> Int[Tensor, " patches"]:
+    """The unit of each patch; units and patches in raster order."""
+    units = unit_grid(grid, unit)
+    found = torch.arange(math.prod(units), device=device).view(units)
+    for axis in range(len(grid)):
+        found = found.repeat_interleave(unit, dim=axis)
+    return found.flatten()
+
+
+def mean_of_units(
+    values: Float[Tensor, "batch patches"], grid: tuple[int, ...], unit: int
+) -> Float[Tensor, "batch units"]:
+    """Mean over the patches of each unit."""
+    split = [length for size in unit_grid(grid, unit) for length in (size, unit)]
+    within = [2 + 2 * axis for axis in range(len(grid))]
+    return values.reshape(-1, *split).mean(within).flatten(1)
+
+
+def unit_by_unit(
+    priority: Float[Tensor, "batch units"],
+    noise: Float[Tensor, "batch patches"],
+    grid: tuple[int, ...],
+    unit: int,
+) -> Float[Tensor, "batch patches"]:
+    """Priority of each patch: by the rank of its unit, and within a unit by noise in [0, 1).
+
+    Hiding the top M patches then hides whole units. If M is not a multiple of a unit's size, the
+    last unit is hidden in part.
+    """
+    rank = priority.argsort(dim=1, descending=True).argsort(dim=1)  # 0 is hidden first
+    # Half the noise: ranks differ by 1, and the sum must not round up to the next rank.
+    return 0.5 * noise - rank[:, unit_of_patches(grid, unit, priority.device)]

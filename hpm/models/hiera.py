@@ -1,0 +1,128 @@
+"""timm's Hieras as encoders that run on a subset of their mask units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpm.models.encoder import Encoder
+from hpm.models.patches import grid_size
+from hpm.models.timm_models import create_model, mask_unit, resample_positions
+from hpm.models.vit import run_block
+
+
+class HieraEncoder(Encoder):
+    """Hiera (Ryali et al. 2023, arXiv 2306.00989): a hierarchical encoder whose patches, for us,
+    are its mask units, 32 pixels wide in the standard models.
+
+    A mask unit begins as 8 by 8 tokens and ends as one. Attention is within units at first and
+    among all of them later, so hidden units are left out throughout. There are no prefix tokens.
+    Arguments and errors as of TimmEncoder; the size of the mask units is the model's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: Sequence[int] = (224, 224),
+        patch_size: Sequence[int] | None = None,
+        channels: int = 3,
+        drop_path: float = 0.0,
+        pretrained: bool = False,
+        **timm_options: Any,
+    ):
+        super().__init__()
+        options = {"img_size": tuple(image_size), "in_chans": channels} | timm_options
+        model = create_model(name, pretrained, drop_path_rate=drop_path, **options)
+        self.name = name
+        self.image_size = tuple(image_size)
+        self.patch_size = mask_unit(model)
+        if patch_size is not None and tuple(patch_size) != self.patch_size:
+            raise ValueError(f"the mask units are of {self.patch_size} pixels, not {patch_size}")
+        if model.mu_size != prod(model.q_stride) ** model.q_pool:
+            raise ValueError(f"the mask units of {name} do not end as one token")
+        self.grid = grid_size(self.image_size, self.patch_size)
+        self.num_patches = prod(self.grid)
+        self.channels = channels
+        self.embed_dim = model.num_features
+        self.num_prefix_tokens = 0
+        self.has_class_token = False
+        self.unit_tokens = model.mask_unit_size
+        self.stage_ends = model.stage_ends
+
+        self.patch_embed = model.patch_embed
+        self.pos_embed = model.pos_embed
+        self.pos_embed_win = model.pos_embed_win
+        self.unroll = model.unroll
+        self.reroll = model.reroll
+        self.blocks = model.blocks
+        self.norm = model.head.norm
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        visible_ids: Int[Tensor, "batch visible"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Normalised images -> one token per visible mask unit (default: all), normed."""
+        x = self._embed(images, visible_ids)
+        for block in self.blocks:
+            x = run_block(block, x, self.checkpoint_activations)
+        return self.norm(x)
+
+    def pyramid(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> list[Float[Tensor, "batch _ _ _"]]:
+        """Feature maps [B C H W] of all stages, finest first, as detection heads want them.
+
+        They are as large as the image divided by 4, 8, 16 and 32, in the standard models.
+        """
+        x, maps = self._embed(images, None), []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in self.stage_ends:
+                maps.append(self.reroll(x, number).permute(0, 3, 1, 2))
+        return maps
+
+    def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
+        """Weights of the same encoder on another grid, positions resampled (as by timm).
+
+        Those with positions within windows have global ones of fixed size, which are resampled as
+        the model runs.
+        """
+        if self.pos_embed_win is not None or grid == self.grid:
+            return weights
+        before, after = (
+            tuple(g * u for g, u in zip(sides, self.unit_tokens, strict=True))
+            for sides in (grid, self.grid)
+        )
+        return weights | {"pos_embed": resample_positions(weights["pos_embed"], before, after, 0)}
+
+    def _embed(
+        self, images: Tensor, visible_ids: Tensor | None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """Tokens of the visible units with their positions, in the order that the blocks expect."""
+        if visible_ids is None:
+            return self.unroll(self.patch_embed(images) + self._positions())
+        # The first convolution looks over the borders of the units: hidden pixels are blanked.
+        visible = images.new_zeros(len(images), self.num_patches).scatter_(1, visible_ids, 1)
+        x = self.patch_embed(images, mask=visible.reshape(-1, 1, *self.grid))
+        x = self.unroll(x + self._positions())
+        # Unrolled, the tokens of a unit are far apart: [B tokens-of-a-unit units D].
+        x = x.reshape(len(x), -1, self.num_patches, x.shape[-1])
+        index = visible_ids[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
+        return x.gather(2, index).flatten(1, 2)
+
+    def _positions(self) -> Float[Tensor, "1 tokens dim"]:
+        """One for each token; or (Bolya et al. 2023, arXiv 2311.05613) the sum of a coarse global
+        map and of one that is the same in every unit."""
+        assert self.pos_embed is not None
+        if self.pos_embed_win is None:
+            return self.pos_embed
+        within = self.pos_embed_win.tile(1, 1, *self.grid)
+        size = within.shape[-2:]
+        overall = F.interpolate(self.pos_embed, size, mode="bicubic", antialias=True)
+        return (overall + within).flatten(2).transpose(1, 2)

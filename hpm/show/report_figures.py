@@ -1,0 +1,196 @@
+"""The pictures of a report: the metrics as curves, and what the model finds hard over time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpm.show.curves import draw_chart, make_curve
+from hpm.show.moments import Moment
+from hpm.show.page import colours, image_uri
+
+
+class Chart(NamedTuple):
+    """A title, a line that explains it, the metrics that it shows and what they are called."""
+
+    title: str
+    about: str
+    names: dict[str, str]
+    from_zero: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Reconstruction loss",
+        "Error of the hidden patches. It may rise when harder patches are hidden.",
+        {"reconstruction_loss": "training"},
+    ),
+    Chart(
+        "Predictor loss",
+        "How well the predictor orders pairs of hidden patches; 0.693 is chance (relative loss).",
+        {"predictor_loss": "training"},
+    ),
+    Chart(
+        "Ranking accuracy",
+        "Share of pairs of hidden patches in the right order; 0.5 is chance.",
+        {
+            "ranking_accuracy": "training",
+            "held_out/ranking_accuracy": "held out",
+            "held_out/mining_accuracy": "held out, teacher",
+        },
+    ),
+    Chart(
+        "Rank correlation, held out",
+        "Spearman's, between predicted and actual losses of an image's patches; 0 is chance. The "
+        "teacher sees whole images; its predictions choose the hard patches.",
+        {"held_out/rank_correlation": "student", "held_out/mining_correlation": "teacher"},
+    ),
+    Chart(
+        "Hard patches on objects, held out",
+        "Share of the quarter of patches predicted to be hardest that lies on objects.",
+        {"held_out/hard_on_objects": "hardest", "held_out/chance_on_objects": "all patches"},
+        from_zero=True,
+    ),
+    Chart(
+        "Probes of the features",
+        "Top-1 in % on the labelled images, features frozen.",
+        {"probe/linear": "linear", "probe/knn": "kNN"},
+    ),
+    Chart(
+        "Hard share",
+        "Share of the hidden patches that are mined; the others are hidden by chance.",
+        {"hard_share": "mined"},
+        from_zero=True,
+    ),
+    Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
+    Chart("EMA decay", "How much of itself the teacher keeps in a step.", {"ema_decay": "teacher"}),
+    Chart(
+        "Gradient norm",
+        "Before it is clipped; spikes are steps that did not go well.",
+        {"grad_norm": "training"},
+        from_zero=True,
+    ),
+    Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
+    Chart(
+        "Data wait",
+        "Share of the time spent waiting for images: more --workers help where it is high.",
+        {"data_wait": "main process"},
+        from_zero=True,
+    ),
+    Chart("Memory", "Peak in GB.", {"memory_gb": "main process"}, from_zero=True),
+)
+# Not drawn: other ways to count steps, and numbers that the report gives in words.
+LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
+
+VIEWS = {
+    "predicted": "predicted loss",
+    "actual": "actual loss",
+    "mask": "mask",
+    "reconstruction": "reconstruction",
+}
+SMALL = 64  # images up to this side are kept without loss, their pixels shown sharp
+
+
+def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """All metrics that there are, and what the script needs of them."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                points.setdefault(name, []).append((line["step"], float(value)))
+    known = {name for chart in CHARTS for name in chart.names}
+    others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
+    last_step = max((line["step"] for line in metrics), default=0)
+    cards, values = [], []
+    for chart in [*CHARTS, *sorted(others)]:
+        drawn = [
+            make_curve(called, points[name])
+            for name, called in chart.names.items()
+            if name in points
+        ]
+        drawn = [curve for curve in drawn if curve.steps]
+        if drawn:
+            card, numbers = draw_chart(chart.title, chart.about, drawn, last_step, chart.from_zero)
+            cards.append(card)
+            values.append(numbers)
+    if not cards:
+        return "<p>Nothing is measured yet.</p>", values
+    hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
+    return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
+
+
+def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
+    """A row per held-out image, a column per moment, and a way to switch what is shown."""
+    if not moments:
+        reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
+        return f"<p>No pictures: {reason}.</p>"
+    last = moments[-1]
+    views = [name for name in VIEWS if getattr(last, name) is not None]
+    switch = "".join(
+        f'<input type="radio" name="view" id="view-{name}"{" checked" * (place == 0)}>'
+        f'<label for="view-{name}">{VIEWS[name]}</label>'
+        for place, name in enumerate(views)
+    )
+    height, width = last.images.shape[1:3]
+    photos = [_photo(image) for image in last.images]
+    style = [f".frame {{ aspect-ratio: {width} / {height}; }}"]
+    style += [f".p{row} {{ background-image: url({uri}); }}" for row, uri in enumerate(photos)]
+    style += [
+        f"#view-{name}:checked ~ .scroll .{name} {{ display: block; }}"
+        f"#view-{name}:focus-visible + label {{ outline: 2px solid var(--second); }}"
+        f"#view-{name}:checked + label {{ border-color: var(--accent); color: var(--accent); }}"
+        for name in views
+    ]
+    rows = "".join(
+        f'<tr><th scope="row"><div class="frame"><i class="photo p{row}" role="img" '
+        f'aria-label="held-out image {row + 1}"></i></div></th>'
+        + "".join(f"<td>{_cell(moment, views, row)}</td>" for moment in moments)
+        + "</tr>"
+        for row in range(len(last.images))
+    )
+    heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
+    smooth = "" if max(height, width) > SMALL else " sharp"
+    about = (
+        "Each row is an image that is held out; each column a moment of the training. Bright is "
+        "hard, each map on its own scale; hidden patches are grey. The actual loss is the mean "
+        "over random masks"
+    )
+    about += ", the predicted one the teacher's, who sees all." if "predicted" in views else "."
+    return (
+        f"<p>{about}</p>"
+        f"<style>{''.join(style)}</style>"
+        f'<div class="moments{smooth}" style="--columns:{len(moments) + 1}">{switch}'
+        f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></div>"
+    )
+
+
+def _cell(moment: Moment, views: list[str], row: int) -> str:
+    """All views of one image at one moment, one over the other; the page shows one of them."""
+    if row >= len(moment.images):
+        return ""
+    about = f"of image {row + 1} at step {moment.step}"
+    shown = []
+    for name in views:
+        values = getattr(moment, name)
+        if values is None:
+            continue
+        alt = f'alt="{VIEWS[name]} {about}"'
+        if name == "mask":
+            hidden = values[row][..., None] * np.array([128, 128, 128, 255], np.uint8)
+            shown.append(
+                f'<i class="view mask photo p{row}"><img class="map" {alt} '
+                f'src="{image_uri(hidden)}"></i>'
+            )
+        elif name == "reconstruction":
+            shown.append(f'<img class="view {name}" {alt} src="{_photo(values[row])}">')
+        else:
+            uri = image_uri(colours(values[row]))
+            shown.append(f'<img class="view map {name}" {alt} src="{uri}">')
+    return f'<div class="frame">{"".join(shown)}</div>'
+
+
+def _photo(image: np.ndarray) -> str:
+    """A data URI: small images without loss, larger ones as JPEG, a tenth of the size."""
+    return image_uri(image, "PNG" if max(image.shape) <= SMALL else "JPEG")

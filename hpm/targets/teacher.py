@@ -1,0 +1,41 @@
+"""Features of the EMA teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError
+from hpm.mining.losses import normalized_squared_error
+from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
+
+
+class TeacherTarget(Target):
+    """The features that the EMA teacher gives the patch, seeing the whole image."""
+
+    needs_teacher = True
+
+    def __init__(self, dim: int, num_patches: int):
+        self.dim, self.num_patches = dim, num_patches
+
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        if config.ema_horizon_end.strip() in ("1 step", "1 steps"):
+            raise UserError(
+                "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it "
+                "the student: pass a longer one"
+            )
+
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> TeacherTarget:
+        return cls(inputs.embed_dim, math.prod(inputs.grid))
+
+    def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
+        assert features is not None
+        return features[:, -self.num_patches :]
+
+    def patch_loss(self, prediction: Patches, target: Patches) -> PatchLoss:
+        return normalized_squared_error(prediction, target)

@@ -1,0 +1,232 @@
+"""Build a pre-training from its config: images, settings, folder, models, optimiser, log.
+
+Each step takes what the ones before it returned, so that their order cannot be mistaken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpm.core import distributed
+from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
+from hpm.core.errors import counted
+from hpm.data.fingerprint import fingerprint
+from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD, measure_statistics
+from hpm.data.sources import Source, hold_out, open_source
+from hpm.data.unreadable import UnreadableImages
+from hpm.mining.memory import HardnessMemory
+from hpm.mining.miner import make_miner
+from hpm.mining.teacher import Teacher
+from hpm.models.architecture import Architecture, resolve_model
+from hpm.models.build import build_model
+from hpm.models.hiera import HieraEncoder
+from hpm.models.mim import MaskedImageModel
+from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
+from hpm.models.timm_models import timm_input
+from hpm.targets.registry import make_target
+from hpm.training.log import RunLog
+from hpm.training.optim import adamw
+from hpm.training.resume import claim
+from hpm.training.run import PretrainingRun, TrainingImages
+from hpm.training.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
+from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
+from hpm.weights.initialise import initialise
+from hpm.weights.run_folder import Run
+
+
+def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
+    """The run of a config, at the latest checkpoint of its folder if there is one.
+
+    Raises UserError where the folder, the data or the weights do not fit the config.
+    """
+    images = open_images(config)
+    files = Run(Path(config.out))
+    config = settle(config, images, files, device)
+    checkpoint, notes = claim_folder(files, config, images)
+    schedule = make_schedule(config, len(images.source))
+    architecture = resolve_model(config)
+    if checkpoint:
+        mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
+    else:
+        mean, std = channel_statistics(config, images.source, architecture)
+    target = make_target(config, architecture, mean, std, device)
+    architecture = architecture.with_target_dim(target.dim)
+
+    model = build_model(architecture, config.seed).to(device)
+    if not checkpoint:
+        notes += first_weights(config, model)
+    teacher = Teacher(model)
+    memory = make_memory(config, images.source, model, device)
+    optimizer = adamw(model, config.peak_lr, config.betas, config.weight_decay)
+    if checkpoint:
+        restore(checkpoint, model, teacher.model, optimizer, memory)
+
+    compiled = compiles(config, device)
+    for part in (model.encoder, model.reconstructor, model.predictor):
+        if part is not None:
+            part.checkpoint_activations = config.checkpoint_activations
+    # Only the training step runs what is compiled, always on one shape. Figures, measures and
+    # probes take the modules themselves: their other shapes would compile it anew.
+    student = distributed.data_parallel(_compile(model, compiled))
+    eager_miner = make_miner(config, architecture, teacher.model, memory, target.needs_teacher)
+    predict_loss = _compile(eager_miner.model.predict_loss, compiled)
+    miner = dataclasses.replace(eager_miner, predict_loss=predict_loss)
+
+    meta: dict[str, Any] = checkpoint.meta if checkpoint else {}
+    step = meta.get("step", 0)
+    known = {int(index): text for index, text in meta.get("unreadable", {}).items()}
+    run = PretrainingRun(
+        config=config,
+        schedule=schedule,
+        architecture=architecture,
+        images=images,
+        files=files,
+        device=device,
+        mean=mean,
+        std=std,
+        model=model,
+        teacher=teacher,
+        target=target,
+        memory=memory,
+        optimizer=optimizer,
+        student=student,
+        miner=miner,
+        eager_miner=eager_miner,
+        log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config),
+        unreadable=UnreadableImages(images.source, config.max_unreadable, known),
+        step=step,
+        best_probe=meta.get("best_probe", {}),
+        probe_seconds=meta.get("probe_seconds", 0.0),
+    )
+    if checkpoint:
+        notes.append(f"going on from {checkpoint.path}, step {step}")
+    _introduce(run, notes, resumed=checkpoint is not None)
+    return run
+
+
+def open_images(config: PretrainConfig) -> TrainingImages:
+    """The images to train on and those to measure on."""
+    splits = open_source(config.data)
+    train, held_out = splits.train, None
+    if config.holdout > 0 and splits.test is not None:
+        count = min(config.holdout, len(splits.test))
+        held_out = hold_out(splits.test, count, config.seed)[1]
+    elif config.holdout > 0 and (count := min(config.holdout, len(splits.train) // 10)):
+        train, held_out = hold_out(splits.train, count, config.seed)
+    found = distributed.main_first(lambda: fingerprint(splits.train))
+    return TrainingImages(train, held_out, splits.test is not None, found)
+
+
+def settle(
+    config: PretrainConfig, images: TrainingImages, files: Run, device: torch.device
+) -> PretrainConfig:
+    """The config, its open options replaced by what they mean here. An interrupted run keeps the
+    learning rate that it began with."""
+    if config.base_lr is None:
+        config = dataclasses.replace(config, base_lr=distributed.from_main(files.base_lr()))
+    return resolve(config, len(images.source), device, distributed.world_size())
+
+
+def claim_folder(
+    files: Run, config: PretrainConfig, images: TrainingImages
+) -> tuple[Checkpoint | None, list[str]]:
+    """Lock the folder; (its latest checkpoint, lines for the log)."""
+    note = distributed.main_first(
+        lambda: claim(files, config, len(images.source), images.fingerprint)
+    )
+    latest = distributed.from_main(files.latest_checkpoint())
+    return load_checkpoint(latest) if latest else None, [note] if note else []
+
+
+def channel_statistics(
+    config: PretrainConfig, source: Source, architecture: Architecture
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, full scale being 1."""
+    if config.normalize == "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    if config.normalize == "timm":
+        trained_on = timm_input(config.model.removeprefix(TIMM))
+        return trained_on.mean, trained_on.std
+    height, width = architecture.image_size
+    min_side = min(architecture.patch_size)
+    return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
+
+
+def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:
+    """Load the weights that a new run starts from, where it names some; lines for the log."""
+    if config.init:
+        return [initialise(model, config.init, config.init_partial, config.init_teacher)]
+    if config.pretrained:
+        _load_pretrained(model)
+        return [f"pretrained: the encoder has timm's weights of {config.model}"]
+    return []
+
+
+def _load_pretrained(model: MaskedImageModel) -> None:
+    """timm's weights, fetched by one process; the others then find them on the disk."""
+    encoder = model.encoder
+    assert isinstance(encoder, (TimmEncoder, HieraEncoder))
+
+    def load() -> None:
+        encoder.load_state_dict(pretrained_weights(encoder))
+
+    distributed.main_first(load)
+    if not distributed.is_main():
+        load()
+
+
+def make_memory(
+    config: PretrainConfig, source: Source, model: MaskedImageModel, device: torch.device
+) -> HardnessMemory | None:
+    """Where something is to be remembered: losses, or what the teacher predicted."""
+    if config.mask not in HARD_SHARES or (config.mine_by, config.mine_every) == ("teacher", 1):
+        return None
+    progress = config.mine_by == "progress"
+    return HardnessMemory(len(source), model.encoder.grid, device, progress)
+
+
+def compiles(config: PretrainConfig, device: torch.device) -> bool:
+    """Whether student and teacher are compiled."""
+    return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
+
+
+def _compile(part: Any, compiled: bool) -> Any:
+    """A module or function, compiled where that is asked for."""
+    return torch.compile(part, dynamic=False) if compiled else part
+
+
+def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
+    """The first lines of the log."""
+    config, total, count = run.config, run.schedule.total, len(run.images.source)
+    lines = [_introduction(run)]
+    lines += [] if resumed else few_steps(config, total, count)
+    lines += few_images(count)
+    lines += long_warmup(config.warmup, run.schedule.warmup, total)
+    lines += notes
+    for line in lines:
+        run.log.info(line)
+
+
+def _introduction(run: PretrainingRun) -> str:
+    config, images = run.config, run.images
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    held_out = len(images.held_out) if images.held_out else 0
+    fewer = ""
+    if held_out < config.holdout:
+        fewer = f" (fewer than the {config.holdout} of --holdout: "
+        fewer += "the split has no more)" if images.has_split else "at most a tenth of them)"
+    memory = run.memory.nbytes / 1e6 if run.memory else 0
+    return (
+        f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
+        f"{counted(len(images.source), 'image')} of {images.source.name}, {held_out} held out"
+        f"{fewer}, {counted(run.schedule.total, 'step')} of "
+        f"{counted(config.global_batch_size, 'image')} "
+        f"({run.schedule.epochs:.4g} epochs), base lr {config.base_lr:g}, {run.device}, "
+        f"{config.precision}, "
+        f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"
+        + (f", memory of hardness {memory:.3g} MB" if memory else "")
+    )

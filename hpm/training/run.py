@@ -1,0 +1,278 @@
+"""A pre-training at the step where it stands; `hpm.training.build.build_run` makes one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpm.core import distributed
+from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.errors import UserError
+from hpm.data.cache import make_cache
+from hpm.data.fingerprint import Fingerprint
+from hpm.data.loader import (
+    Batch,
+    StepSampler,
+    TrainingViews,
+    normalize,
+    num_workers,
+    training_loader,
+)
+from hpm.data.sources import Source
+from hpm.data.unreadable import UnreadableImages
+from hpm.mining.masking import hard_share
+from hpm.mining.memory import HardnessMemory
+from hpm.mining.miner import Miner, Seen
+from hpm.mining.teacher import Teacher
+from hpm.models.architecture import Architecture
+from hpm.models.mim import MaskedImageModel
+from hpm.targets.base import Target
+from hpm.training.log import RunLog
+from hpm.training.loop import StepResult, autocast, counted_batches
+from hpm.training.not_finite import not_finite_error
+from hpm.training.schedule import Schedule
+from hpm.weights.checkpoint import save_checkpoint, write_checkpoint
+from hpm.weights.resolve import Trained, save_backbone
+from hpm.weights.run_folder import Run
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """The images of a run.
+
+    source: those that are trained on. held_out: those that are measured on. has_split: whether the
+    data have a split of their own for that. fingerprint: by which the data are known again.
+    """
+
+    source: Source
+    held_out: Source | None
+    has_split: bool
+    fingerprint: Fingerprint
+
+
+@dataclass
+class PretrainingRun:
+    """Everything that a pre-training works with, and how far it is: a `Training` of the loop.
+
+    Args:
+        config: resolved, so that no option is left open.
+        schedule: its durations in steps.
+        architecture: of the model.
+        images: to train on, and to measure on.
+        files: the run folder.
+        mean, std: of each channel, full scale being 1.
+        model: the student.
+        teacher: its EMA.
+        target: what is reconstructed.
+        memory: what is remembered about each image's patches, where something is.
+        optimizer: of the student.
+        student: the model as the training step runs it: compiled, where that was asked for, and
+            its gradients averaged over the processes.
+        miner: as the training step runs it, likewise compiled.
+        eager_miner: the same for figures and measures, whose shapes would compile it anew.
+        log: where numbers and messages go.
+        unreadable: images that could not be read.
+        step: optimiser steps done.
+        best_probe: step and top-1 in percent of the best probe so far.
+        probe_seconds: spent in probes.
+    """
+
+    config: PretrainConfig
+    schedule: Schedule
+    architecture: Architecture
+    images: TrainingImages
+    files: Run
+    device: torch.device
+    mean: list[float]
+    std: list[float]
+    model: MaskedImageModel
+    teacher: Teacher
+    target: Target
+    memory: HardnessMemory | None
+    optimizer: torch.optim.Optimizer
+    student: nn.Module
+    miner: Miner
+    eager_miner: Miner
+    log: RunLog
+    unreadable: UnreadableImages
+    step: int = 0
+    best_probe: dict[str, float] = field(default_factory=dict)
+    probe_seconds: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.global_batch_size
+
+    @property
+    def log_every(self) -> int:
+        return self.config.log_every
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        height, width = self.architecture.image_size
+        return height, width
+
+    @property
+    def num_hidden(self) -> int:
+        """How many patches are hidden, M."""
+        return self.miner.num_hidden
+
+    @cached_property
+    def mean_and_std(self) -> Tensor:
+        """[2 C], on the device."""
+        return torch.tensor([self.mean, self.std], device=self.device)
+
+    @property
+    def trained(self) -> Trained:
+        """The model as it is now, for measures and figures."""
+        return Trained(
+            self.config.out,
+            self.architecture,
+            self.mean,
+            self.std,
+            self.model.encoder,
+            self.model,
+            self.teacher.model,
+            self.config,
+            target=self.target,
+            miner=self.eager_miner,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of each batch, from the present step to the last."""
+        config, source = self.config, self.images.source
+        views = TrainingViews(
+            self.image_size,
+            config.channels,
+            config.seed,
+            config.crop_scale,
+            config.flip,
+            min(self.architecture.patch_size),
+        )
+        views.cache = make_cache(config.cache, source, partial(views.decoded, source))
+        if views.cache:
+            self.log.info("decoded images are kept in memory (--cache)")
+        sampler = StepSampler(
+            len(source),
+            config.global_batch_size,
+            self.schedule.total,
+            config.seed,
+            self.step,
+            distributed.rank(),
+            distributed.world_size(),
+            config.repeat_augment,
+        )
+        loader = training_loader(
+            source, views, sampler, num_workers(config.workers), self.device.type == "cuda"
+        )
+        per_process = config.global_batch_size // distributed.world_size()
+        return counted_batches(loader, self.unreadable, per_process)
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """A batch's images [B C H W] -> normalised float32 on the device."""
+        images = images.to(self.device, non_blocking=True)
+        return normalize(images, *self.mean_and_std)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return autocast(self.device, self.config.precision)
+
+    def seen(self, batch: Batch) -> Seen | None:
+        """Which images a batch shows and where in them, on the device, where that is remembered."""
+        if self.memory is None:
+            return None
+        assert batch.crops is not None, "training views come with their crops"
+        return Seen(
+            batch.indices.to(self.device, non_blocking=True),
+            batch.crops.to(self.device, non_blocking=True),
+        )
+
+    def num_hard(self, step: int) -> int:
+        """How many of the hidden patches are mined in a 0-based step: int(M alpha)."""
+        config = self.config
+        if config.mask not in HARD_SHARES:
+            return 0
+        progress = self.schedule.hard_share_progress(step)
+        alpha = hard_share(progress, *config.hard_shares, config.hard_share_schedule)
+        return int(self.num_hidden * alpha)
+
+    def describe(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
+        """The schedules of the last step, for the log; the losses, for the progress bar."""
+        step = self.step - 1
+        values = {
+            "learning_rate": self.schedule.learning_rate(step),
+            "ema_decay": self.schedule.ema_decay(step),
+            "hard_share": self.num_hard(step) / self.num_hidden,
+            "epoch": self.step / self.schedule.steps_per_epoch,
+        }
+        status = f"loss {means['reconstruction_loss']:.4f}"
+        if "ranking_accuracy" in means:
+            status += f"  ranking {means['ranking_accuracy']:.3f}"
+        return values, status
+
+    def not_finite(self, batch: Batch, result: StepResult) -> UserError:
+        """Keeps the batch; the error says where, and which checkpoint is still good."""
+        tensors = {"images": batch.images, "indices": batch.indices} | result.tensors
+        return not_finite_error(self.files, self.step, tensors, self.config)
+
+    def saves(self, steps_done: int) -> bool:
+        return self.schedule.saves(steps_done)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        distributed.main_first(
+            lambda: save_checkpoint(
+                self.files.checkpoints,
+                self.model,
+                self.teacher.model,
+                self.optimizer,
+                self._meta(),
+                self.config.keep_checkpoints,
+                self.memory,
+            )
+        )
+
+    def save_best(self) -> None:
+        """Write the checkpoint that the probe found best; it is never pruned."""
+        distributed.main_first(
+            lambda: write_checkpoint(
+                self.files.best_checkpoint,
+                self.model,
+                self.teacher.model,
+                self.optimizer,
+                self._meta(),
+                self.memory,
+            )
+        )
+
+    def save_backbone(self) -> None:
+        """Write the backbone of a finished run, once."""
+        if not self.files.backbone.exists():
+            save_backbone(
+                self.files.backbone, self.model.encoder, self.architecture, self.mean, self.std
+            )
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "architecture": self.architecture.to_json(),
+            "mean": self.mean,
+            "std": self.std,
+            "num_images": len(self.images.source),
+            "fingerprint": self.images.fingerprint,
+            "unreadable": self.unreadable.problems,
+            "best_probe": self.best_probe,
+            "probe_seconds": self.probe_seconds,
+        }

@@ -1,0 +1,47 @@
+"""What a file of weights holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpm.core.config import PretrainConfig
+from hpm.core.files import StateDict
+from hpm.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from hpm.weights.format import ReadableFormat
+
+
+@dataclass
+class Contents:
+    """The tensors of a file of weights, and what is known about them.
+
+    Tensors have our names, those of `MaskedImageModel`, unless `recognised` is False.
+    """
+
+    name: str  # as the user gave it
+    path: Path  # the file or folder that was read
+    student: StateDict
+    teacher: StateDict | None = None
+    architecture: Architecture | None = None  # None until it is derived from the shapes
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    config: PretrainConfig | None = None  # None: no training of ours, or a backbone alone
+    step: int | None = None
+    folder: Path | None = None  # the run's
+    format: ReadableFormat | None = None  # None: ours, or not recognised
+    unused: list[str] = field(default_factory=list)  # names in the file
+    metadata: dict[str, Any] = field(default_factory=dict)  # the JSON beside another library's file
+    notes: list[str] = field(default_factory=list)  # what was found, and what was assumed
+
+    @property
+    def recognised(self) -> bool:
+        return self.architecture is not None or self.format is not None
+
+
+def size_text(size: Sequence[int]) -> str:
+    """`16 x 16`"""
+    return " x ".join(map(str, size))

@@ -1,0 +1,59 @@
+"""Renaming tensors by rules, and joining or splitting queries, keys and values.
+
+Our names are those of `MaskedImageModel`: the encoder's are timm's under `encoder.`, beside them
+`reconstructor.` and `predictor.` with what the two decoders share.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from hpm.core.files import StateDict
+
+Rules = tuple[tuple[str, str], ...]  # (regular expression, replacement)
+
+# What training scripts, torch.compile and larger models put before every name.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|vit)\.)+")
+
+
+def unwrap(name: str) -> str:
+    """A name without the prefixes of wrapping modules."""
+    return WRAPPERS.sub("", name)
+
+
+def rename(name: str, rules: Rules) -> str:
+    """Apply every rule that matches, one after another."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def join_qkv(state: StateDict) -> StateDict:
+    """Put queries, keys and values into one tensor, as ours are; a missing bias becomes zeros."""
+    joined = {name: t for name, t in state.items() if not re.search(r"\.attn\.[qkv]\.", name)}
+    for name in state:
+        if ".attn.q." in name:
+            parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+            if all(part in state for part in parts):
+                joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
+                    [state[part] for part in parts]
+                )
+    for name, tensor in list(joined.items()):
+        if name.endswith(".attn.qkv.weight"):
+            bias = name.removesuffix("weight") + "bias"
+            joined.setdefault(bias, tensor.new_zeros(len(tensor)))
+    return joined
+
+
+def split_qkv(state: StateDict) -> StateDict:
+    """Undo `join_qkv`."""
+    split: StateDict = {}
+    for name, tensor in state.items():
+        if ".attn.qkv." not in name:
+            split[name] = tensor
+            continue
+        for part, third in zip("qkv", tensor.chunk(3), strict=True):
+            split[name.replace(".attn.qkv.", f".attn.{part}.")] = third
+    return split

@@ -1,0 +1,150 @@
+"""A trained encoder, and the whole model where a file holds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hpm.core.config import PretrainConfig, pair
+from hpm.core.errors import UserError
+from hpm.core.files import StateDict
+from hpm.mining.miner import Miner, make_miner
+from hpm.models.architecture import Architecture
+from hpm.models.build import build_encoder, build_model, resized_encoder
+from hpm.models.encoder import Encoder
+from hpm.models.mim import MaskedImageModel
+from hpm.targets.base import Target
+from hpm.targets.registry import make_target
+from hpm.weights.backbone import Backbone
+from hpm.weights.checkpoint import compare, differ, load_exactly
+from hpm.weights.contents import Contents
+
+Built = TypeVar("Built", bound=nn.Module)
+
+
+@dataclass
+class Trained:
+    """A trained encoder, how its input is normalised, and, where they were kept (in a checkpoint,
+    not in a backbone file), the whole model and its teacher."""
+
+    name: str
+    architecture: Architecture
+    mean: list[float]
+    std: list[float]
+    encoder: Encoder
+    model: MaskedImageModel | None = None
+    teacher: MaskedImageModel | None = None
+    config: PretrainConfig | None = None
+    folder: Path | None = None
+    step: int | None = None  # of the training, where it is known
+    target: Target | None = None  # of a run that is in training; see `find_target`
+    miner: Miner | None = None  # likewise; see `find_miner`
+    notes: list[str] = field(
+        default_factory=list
+    )  # what was assumed about other libraries' weights
+
+    def find_target(self, device: torch.device) -> Target:
+        """What the model was trained to reconstruct. UserError where a part of it is not here."""
+        assert self.config is not None
+        if self.target is None:
+            # The config comes from a file, so that nothing it names is fetched.
+            self.target = make_target(
+                self.config, self.architecture, self.mean, self.std, device, fetch=False
+            )
+        return self.target
+
+    def find_miner(self) -> Miner:
+        """What mined in training, or would go on to; without a memory, which a file of weights has
+        of the training images alone."""
+        assert self.config is not None and self.teacher is not None
+        if self.miner is None:
+            self.miner = make_miner(self.config, self.architecture, self.teacher)
+        return self.miner
+
+    def backbone(
+        self,
+        pool: str = "mean",
+        teacher: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> Backbone:
+        encoder = self.encoder
+        if teacher:
+            if self.teacher is None:
+                raise UserError(f"{self.name} holds a backbone only, no teacher")
+            encoder = self.teacher.encoder
+        if image_size is not None:
+            encoder = resized_encoder(self.architecture, encoder.state_dict(), pair(image_size))
+        return Backbone(encoder, self.mean, self.std, pool)
+
+
+def build(contents: Contents) -> Trained:
+    """Build the models of a file whose architecture is known.
+
+    Raises UserError where its tensors are not those of this architecture.
+    """
+    architecture, path = contents.architecture, contents.path
+    assert architecture and contents.mean and contents.std
+    model = teacher = None
+    if architecture.decoders is None:
+        state = encoder_state(contents.student)
+        encoder = _filled(lambda: build_encoder(architecture, seed=0), state, path, architecture)
+    else:
+        model = _filled(lambda: build_model(architecture), contents.student, path, architecture)
+        encoder = model.encoder
+        if contents.teacher is None:
+            teacher = copy.deepcopy(model)
+            contents.notes.append("the file has no teacher: the student is used in its place")
+        else:
+            teacher = _filled(
+                lambda: build_model(architecture), contents.teacher, path, architecture
+            )
+    return Trained(
+        contents.name,
+        architecture,
+        contents.mean,
+        contents.std,
+        encoder,
+        model,
+        teacher,
+        contents.config,
+        contents.folder,
+        contents.step,
+        notes=contents.notes,
+    )
+
+
+def encoder_state(state: StateDict) -> StateDict:
+    """The encoder's tensors, without `encoder.` in front."""
+    prefix = "encoder."
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def _filled(
+    make: Callable[[], Built], state: StateDict, path: Path, architecture: Architecture
+) -> Built:
+    """A module with these weights. UserError names the first that is missing or of another shape.
+
+    Our own models are compared before anything is allocated: names alone may claim any number of
+    blocks. timm's are not, as they may compute buffers that no file holds.
+    """
+    if architecture.model is not None:
+        module = make()
+        load_exactly(module, state, path)
+        return module
+    try:
+        with torch.device("meta"):
+            module = make()
+    except ValueError as error:
+        raise UserError(f"{path}: of another architecture ({error})") from None
+    problems = compare(module, state)
+    if problems:
+        raise UserError(f"{path}: of another architecture ({problems[0]}; {differ(problems)})")
+    whole = {name: tensor.float().contiguous() for name, tensor in state.items()}
+    module.load_state_dict(whole, assign=True)
+    return module
