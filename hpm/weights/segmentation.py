@@ -89,7 +89,7 @@ class SegmentationModel(nn.Module):
         return normalize(image[None].to(self.mean.device), self.mean, self.std)
 
     def predict(self, picture: Any) -> UInt8[np.ndarray, "height width"]:
-        """The class of each pixel, numbers into `classes`, of a picture as `preprocess` takes it."""
+        """The class of each pixel of a picture (see `preprocess`): numbers into `classes`."""
         image, size = self._loaded(picture)
         return self.labels(image, size).cpu().numpy()
 
