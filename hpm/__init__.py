@@ -16,8 +16,10 @@ from hpm.core.version import __version__
 
 if TYPE_CHECKING:
     from hpm.commands.export import export
+    from hpm.commands.predict import predict
     from hpm.evals import evaluate
     from hpm.pretraining import pretrain
+    from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
     from hpm.weights.run_folder import Run
 
@@ -27,12 +29,14 @@ _LAZY = {
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
     "load_encoder": "hpm.weights.resolve",
+    "load_model": "hpm.weights.finetuned",
+    "predict": "hpm.commands.predict",
     "pretrain": "hpm.pretraining",
 }
 
 __all__ = [
     "Interrupted", "Run", "UserError", "__version__", "evaluate", "export", "load_encoder",
-    "pretrain",
+    "load_model", "predict", "pretrain",
 ]  # fmt: skip
 
 

@@ -26,12 +26,12 @@ MakeSample = Callable[[Source, Key], tuple[Tensor, Any]]
 class DenseBatch:
     """images: [B C H W], or a list of [C H W] where they may differ in size; uint8, or float32 of
     deep images, 255 being full scale. targets: of segmentation, labels uint8 [B H W] or a list of
-    [H W]; of detection, a list of Objects. indices: int64 [B], which samples they are. unreadable:
-    (index, what is wrong) of each sample that another one had to stand in for, or that is
-    missing."""
+    [H W]; of detection, a list of Objects; of images alone, a list of (height, width). indices:
+    int64 [B], which samples they are. unreadable: (index, what is wrong) of each sample that
+    another one had to stand in for, or that is missing."""
 
     images: Tensor | list[Tensor]
-    targets: Tensor | list[Tensor] | list[Objects]
+    targets: Tensor | list[Tensor] | list[Objects] | list[tuple[int, int]]
     indices: Tensor
     unreadable: list[tuple[int, str]]
     mistake: str | None = None  # in the annotations; the loader raises it
@@ -57,10 +57,14 @@ class DenseBatch:
         images: Any
         targets: Any
         images, targets = (
-            x.pin_memory() if isinstance(x, Tensor) else [one.pin_memory() for one in x]
+            x.pin_memory() if isinstance(x, Tensor) else [_pinned(one) for one in x]
             for x in (self.images, self.targets)
         )
         return replace(self, images=images, targets=targets)
+
+
+def _pinned(value: Any) -> Any:
+    return value if isinstance(value, tuple) else value.pin_memory()
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,22 @@ def step_learning_rate(
     return peak * factor ** sum(step >= milestone for milestone in milestones)
 
 
+def polynomial_rate(
+    step: float,
+    total_steps: float,
+    warmup_steps: float,
+    peak: float,
+    power: float = 1.0,
+    start: float = 0.0,
+    minimum: float = 0.0,
+) -> float:
+    """Linear warm-up from `start` to `peak`, then (1 - progress)^power down to `minimum`."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
+    return minimum + (peak - minimum) * (1 - progress) ** power
+
+
 def ema_decay(step: float, horizon_start: float, horizon_end: float, ramp_steps: float) -> float:
     """Teacher's decay, rising linearly over the first `ramp_steps` between two horizons.
 
