@@ -169,15 +169,17 @@ class DemoConfig:
 
 @dataclass
 class PredictConfig:
-    """Write the predictions of a fine-tuned model for a folder of images: masks as PNG."""
+    """Write the predictions of a fine-tuned model for a folder of images: masks as PNG, or
+    objects as COCO's JSON."""
 
     model: str
     """Fine-tuned model: its file, or a folder that holds one, such as a run folder."""
     images: str
     """Folder of images, searched recursively, or one image."""
     out: str
-    """Folder to write: PNG masks with a palette, named as the images, and classes.txt. Existing
-    files are not overwritten."""
+    """Folder to write: of a segmenter, PNG masks with a palette, named as the images, and
+    classes.txt; of a detector, results.json (or the .json file to write). Existing files are not
+    overwritten."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1)
     """Stop if more than this fraction of the images cannot be read."""
     workers: int | None = option(None, at_least=0)

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from hpm.commands.options import PredictConfig
+from hpm.commands.predict_objects import results_file, write_objects
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.files import write_atomically, write_text
@@ -24,6 +25,7 @@ from hpm.data.loader import num_workers
 from hpm.data.palette import class_colours
 from hpm.data.sources import FileSource, Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.weights.detection import DetectionModel
 from hpm.weights.finetuned import load_model
 from hpm.weights.segmentation import SegmentationModel
 
@@ -33,18 +35,19 @@ Report = Callable[[str], None]
 def predict(
     model: str | Path, images: str | Path, out: str | Path, report: Report = print, **options: Any
 ) -> Path:
-    """Write the predictions of a fine-tuned model for images into a folder.
+    """Write the predictions of a fine-tuned model for images.
 
     A segmenter writes masks: PNG with a palette, each named as its image, at its size, and
-    `classes.txt`.
+    `classes.txt`. A detector writes one file in COCO's JSON (see
+    `hpm.commands.predict_objects.write_objects`).
 
     Args:
         model: what `hpm.load_model` takes.
         images: a folder of images, or one image file.
-        out: the folder, which is made.
+        out: the folder, which is made; of a detector, a .json file or the folder of `results.json`.
         options: those of `PredictConfig`.
 
-    Returns `out`. Raises UserError where something is wrong with the model or the images.
+    Returns the folder or file. Raises UserError where the model or the images are of no use.
     """
     given = {"model": model, "images": images, "out": out} | options
     return run_predict(make_config(PredictConfig, given), report)
@@ -85,6 +88,16 @@ def write_masks(
     return out
 
 
+def write_results(
+    model: DetectionModel, source: FileSource, out: Path, config: PredictConfig, report: Report
+) -> Path:
+    """The objects in all readable images, in one file."""
+    file, side = results_file(out), model.image_size
+    views = WholeImages(model.channels, source.is_deep(), side, longest=side)
+    write_objects(model, source, readable(source, views, config, report), file)
+    return file
+
+
 def readable(
     source: Source, views: WholeImages, config: PredictConfig, report: Report
 ) -> Iterator[tuple[int, Any, tuple[int, int]]]:
@@ -122,4 +135,7 @@ def _mask_files(source: FileSource, out: Path) -> list[Path]:
     return list(files)
 
 
-WRITERS: dict[type, Callable[..., Path]] = {SegmentationModel: write_masks}
+WRITERS: dict[type, Callable[..., Path]] = {
+    SegmentationModel: write_masks,
+    DetectionModel: write_results,
+}

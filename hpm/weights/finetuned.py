@@ -31,6 +31,9 @@ def load_model(path: str | Path) -> Any:
         mask = model.predict("street.jpg")                 # uint8 [H W], numbers into model.classes
         logits = model(model.preprocess("street.jpg"))     # [1 K h w]
 
+        model = hpm.load_model("runs/first/evals/detect_coco/trained")
+        found = model.predict("street.jpg")                # boxes, scores, classes, masks
+
     path: the file, or a folder that holds one such file, however deep (so a run folder as well).
     Raises UserError where there is none or more than one, or where the file is damaged.
     """

@@ -130,6 +130,15 @@ def test_what_was_trained_can_be_loaded_and_used(on_demo, tmp_path):
     again = model.predict(path)
     assert torch.equal(again.boxes, found.boxes) and torch.equal(again.masks, found.masks)
 
+    results = tmp_path / "results.json"
+    result = run_here("predict", out, path, "--out", results, "--workers=0", "--device=cpu")
+    assert result.returncode == 0 and str(results) in result.stdout
+    content = json.loads(results.read_text())
+    boxes = torch.tensor([row["bbox"] for row in content["annotations"]])
+    torch.testing.assert_close(boxes[:, :2], found.boxes[:, :2])
+    assert content["images"] == [{"id": 0, "file_name": "picture.png", "height": 70, "width": 100}]
+    assert_refused(run_here("predict", out, path, "--out", results), "exists")
+
 
 def test_resumed_equals_straight_through(finished_run, tmp_path, monkeypatch):
     """Stopped after two of four steps: the same command ends at the same weights, bitwise."""

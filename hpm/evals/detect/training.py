@@ -154,7 +154,8 @@ class DetectorTraining:
         losses: list[dict[str, Tensor]] = []
         for part in accumulated(self.parallel, batch.parts(options.accumulate)):
             images = [self.model.normalize(image) for image in part.images]
-            objects = [each.to(self.device) for each in part.targets]
+            targets: Any = part.targets  # of detection, Objects
+            objects = [each.to(self.device) for each in targets]
             with autocast(self.device, options.precision):
                 found = self.parallel(images, objects)
             loss = torch.stack(list(found.values())).sum()
