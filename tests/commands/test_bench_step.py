@@ -81,7 +81,7 @@ def test_features_of_the_teacher_count_in_the_steps_between():
     config = PretrainConfig(
         "x", "y", model="vit_nano", image_size=64, patch_size=8, target="teacher", mine_every=2
     )
-    architecture = resolve_model(config) | {"target_dim": values}
+    architecture = resolve_model(config).with_target_dim(values)
     expected = learning + whole + decoder(64, 64, 1) / 2
     assert step_multiply_adds(architecture, config) == pytest.approx(expected, rel=0.02)
 
@@ -93,7 +93,7 @@ def test_the_step_that_is_timed_is_the_one_that_is_counted(options, tmp_path):
     config = BenchConfig(
         model="vit_nano", image_size=32, patch_size=8, batch_size=4, device="cpu", **options
     )
-    state = bench.run_state(config, {}, tmp_path / "run", torch.device("cpu"))
+    state = bench.build_bench_run(config, {}, tmp_path / "run", torch.device("cpu"))
     calls = []
     state.miner.model.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     bench._run_turn(state, bench.noise_batch(state))
@@ -157,7 +157,7 @@ def test_memory_is_that_of_a_method_alone(monkeypatch):
 
 
 def test_bad_benchmarks():
-    assert_refused(run_here("bench"), "name a benchmark: step, data")
+    assert_refused(run_here("bench"), "name a benchmark: hpm bench step|data")
     assert_refused(run_here("bench", "step", *SMALL, "--repeats=0"), "repeats")
     assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 

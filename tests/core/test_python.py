@@ -61,8 +61,6 @@ tiny = dict(model="vit_nano", image_size=16, patch_size=4, batch_size=8, decoder
             decoder_depth=1, workers=0, holdout=8, log_every=1, checkpoint_every="2 steps")
 
 def interrupted():
-    import os, signal
-    from hpm.training.run import PretrainingRun
     save = PretrainingRun.save
     def save_and_stop(run):
         save(run)
@@ -74,6 +72,15 @@ def interrupted():
         pass
     PretrainingRun.save = save
 
+seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
+drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())
+seeds()
+expected = drawn()
+seeds()
+hpm.pretrain  # imported here
+assert drawn() == expected, "the import"
+import os, signal
+from hpm.training.run import PretrainingRun
 calls = {
     "an interrupted run": interrupted,
     "going on": lambda: hpm.pretrain(data, out=out / "run", steps=6, **tiny),
@@ -81,10 +88,6 @@ calls = {
     "load_encoder": lambda: hpm.load_encoder(run, image_size=32),
     "export": lambda: hpm.export(run, "safetensors", out / "a.safetensors"),
 }
-seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
-drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())
-seeds()
-expected = drawn()
 changed = []
 for name, call in calls.items():
     seeds()
@@ -126,7 +129,7 @@ def test_an_option_of_another_type_is_told_which_it_must_be(option, value, reaso
 
 
 def test_a_list_of_any_length():
-    with pytest.raises(hpm.UserError, match="k cannot be 5: it must be a list"):
+    with pytest.raises(hpm.UserError, match="k cannot be '5': it must be a list"):
         make_config(knn.Options, {"run": "x", "data": "y", "k": 5})
 
 

@@ -475,7 +475,7 @@ def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
         "show", tmp_path / "vit.safetensors", image_folder, "--panels", "image,reconstruction",
         "--out", tmp_path / "figure.png",
     )  # fmt: skip
-    assert_refused(result, "holds a backbone only")
+    assert_refused(result, "has a backbone only")
     options = {"workers": 0, "device": "cpu"}
     with pytest.raises(UserError, match="backbone only"):
         hpm.evaluate(
