@@ -349,7 +349,7 @@ def test_the_model_card(evaluated, tmp_path):
         assert words in body, words
     assert str(Path(evaluated.folder).parent) not in body.partition("## Training")[2]
     assert "![" in body and (out / "figure.png").stat().st_size > 0
-    assert body.count("| knn") == 1 and any("leaves out" in line and "3" in line for line in said)
+    assert body.count("| knn") == 1 and any("left out" in line and "3" in line for line in said)
 
 
 def test_the_card_shows_what_was_measured_on_these_weights(evaluated, tmp_path):
