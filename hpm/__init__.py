@@ -32,9 +32,15 @@ _LAZY = {
 }
 
 __all__ = [
-    "Interrupted", "Run", "UserError", "__version__", "evaluate", "export", "load_encoder",
+    "Interrupted",
+    "Run",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_encoder",
     "pretrain",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

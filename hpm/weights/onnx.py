@@ -44,11 +44,16 @@ class Onnx(WritableFormat):
                 # What the exporter has to say of its own insides helps nobody here.
                 warnings.simplefilter("ignore")
                 torch.onnx.export(
-                    _FromPixels(_expressible(source.backbone)).eval(), (images,), path,
-                    input_names=["images"], output_names=["pooled", "patches"],
+                    _FromPixels(_expressible(source.backbone)).eval(),
+                    (images,),
+                    path,
+                    input_names=["images"],
+                    output_names=["pooled", "patches"],
                     dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                    dynamo=True, external_data=False, verbose=False,
-                )  # fmt: skip
+                    dynamo=True,
+                    external_data=False,
+                    verbose=False,
+                )
         except torch.onnx.OnnxExporterError as error:
             cause: BaseException = error
             while cause.__cause__ is not None:

@@ -41,9 +41,14 @@ def test_a_path_is_taken_wherever_a_name_is(finished_run, image_folder, tmp_path
     preset = tmp_path / "knn.yaml"
     preset.write_text("temperature: 0.1\n")
     result = hpm.evaluate(
-        "knn", finished_run.folder, image_folder, out=tmp_path / "evals", config=preset,
-        test=image_folder, **options,
-    )  # fmt: skip
+        "knn",
+        finished_run.folder,
+        image_folder,
+        out=tmp_path / "evals",
+        config=preset,
+        test=image_folder,
+        **options,
+    )
     assert result.file.parent == tmp_path / "evals" and result.about["temperature"] == 0.1
     written = hpm.export(finished_run.folder, "safetensors", out=tmp_path / "a.safetensors")
     hpm.load_encoder(written)
