@@ -25,9 +25,15 @@ from hpm.weights.run_folder import Run
 
 # Options that `schedule.resolve` fills in: their values were mostly not chosen by the user.
 WORKED_OUT = (
-    "patch_size", "hard_share_start", "hard_share_end", "secondary_mask_ratio", "decoder_dim",
-    "decoder_depth", "decoder_heads", "precision",
-)  # fmt: skip
+    "patch_size",
+    "hard_share_start",
+    "hard_share_end",
+    "secondary_mask_ratio",
+    "decoder_dim",
+    "decoder_depth",
+    "decoder_heads",
+    "precision",
+)
 
 NAMED = 20  # unreadable images that are listed
 

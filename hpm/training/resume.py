@@ -44,8 +44,9 @@ def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> s
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
     if run.config_file.exists() and latest is not None:
+        before = read_config(run.config_file)
         check_data(run.folder, read_meta(latest), config.data, count, found)
-        check_options(run.folder, read_config(run.config_file), config, count)
+        check_options(run.folder, before, config, count)
         return note
     # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
     header = (

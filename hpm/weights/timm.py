@@ -54,8 +54,10 @@ class Timm(ReadableFormat, WritableFormat):
         """timm's name and everything in which the model differs from it."""
         encoder = source.encoder
         options: dict[str, Any] = {
-            "img_size": encoder.image_size, "in_chans": encoder.channels, "num_classes": 0,
-        }  # fmt: skip
+            "img_size": encoder.image_size,
+            "in_chans": encoder.channels,
+            "num_classes": 0,
+        }
         if isinstance(encoder, HieraEncoder):
             return encoder.name, options
         options["patch_size"] = encoder.patch_size

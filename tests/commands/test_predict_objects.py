@@ -20,9 +20,17 @@ def tiny_model(masks):
         image_size=(64, 64), patch_size=(8, 8), channels=3, embed_dim=32, depth=4, num_heads=2
     )
     shape = DetectorShape(
-        encoder, ["cat", "dog"], [0.5] * 3, [0.2] * 3, masks, window_size=None, channels=16,
-        anchor_scale=2.0, proposals=10, score_threshold=0.0,
-    )  # fmt: skip
+        encoder,
+        ["cat", "dog"],
+        [0.5] * 3,
+        [0.2] * 3,
+        masks,
+        window_size=None,
+        channels=16,
+        anchor_scale=2.0,
+        proposals=10,
+        score_threshold=0.0,
+    )
     return DetectionModel(shape).eval()
 
 

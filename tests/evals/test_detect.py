@@ -25,9 +25,15 @@ from hpm.weights.detection import DetectionModel, DetectorShape
 from hpm.weights.finetuned import load_model
 
 TINY = {
-    "image_size": 32, "steps": 4, "batch_size": 4, "channels": 16, "proposals": 20,
-    "box_batch_size": 8, "workers": 0, "device": "cpu",
-}  # fmt: skip
+    "image_size": 32,
+    "steps": 4,
+    "batch_size": 4,
+    "channels": 16,
+    "proposals": 20,
+    "box_batch_size": 8,
+    "workers": 0,
+    "device": "cpu",
+}
 SHAPE = DetectorShape(
     Architecture(
         image_size=(64, 64), patch_size=(8, 8), channels=3, embed_dim=32, depth=4, num_heads=2
@@ -56,9 +62,10 @@ def write_coco(folder, splits=("train", "val"), count=6, masks=True, change=None
     for split in splits:
         (folder / split).mkdir()
         table = {
-            "images": [], "annotations": [],
+            "images": [],
+            "annotations": [],
             "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
-        }  # fmt: skip
+        }
         for n in range(count):
             pixels = rng.integers(0, 120, (40, 48, 3)).astype(np.uint8)
             x, y, w, h = rng.integers(2, 20), rng.integers(2, 18), rng.integers(8, 24), 16
@@ -67,10 +74,17 @@ def write_coco(folder, splits=("train", "val"), count=6, masks=True, change=None
             x, y, w, h = (int(v) for v in (x, y, w, h))
             polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             table["images"].append({"id": n, "file_name": f"{n}.png", "height": 40, "width": 48})
-            table["annotations"].append({
-                "id": n + 1, "image_id": n, "category_id": 1 + 4 * (n % 2), "bbox": [x, y, w, h],
-                "area": w * h, "iscrowd": 0, "segmentation": polygon if masks else [],
-            })  # fmt: skip
+            table["annotations"].append(
+                {
+                    "id": n + 1,
+                    "image_id": n,
+                    "category_id": 1 + 4 * (n % 2),
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": polygon if masks else [],
+                }
+            )
         if change:
             change(table)
         (folder / f"annotations/instances_{split}.json").write_text(json.dumps(table))
@@ -87,9 +101,15 @@ def on_demo(finished_run, tmp_path_factory):
     """The whole command line, on the built-in images."""
     out = tmp_path_factory.mktemp("detect")
     result = run_hpm(
-        "eval", "detect", finished_run.folder, "demo", "--out", out, "--max-test-images=4",
+        "eval",
+        "detect",
+        finished_run.folder,
+        "demo",
+        "--out",
+        out,
+        "--max-test-images=4",
         *arguments(window_size=2, accumulate=2, precision="bfloat16"),
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     return out, result
 
@@ -181,11 +201,17 @@ def test_options_of_the_test_do_not_train_anew(finished_run, tmp_path):
 def test_random_weights_and_another_run_beside_it(finished_run, tmp_path):
     data, run = str(write_coco(tmp_path / "data")), str(finished_run.folder)
     result = hpm.evaluate(
-        "detect", run, data, out=str(tmp_path / "out"), compare=run, baselines=True,
+        "detect",
+        run,
+        data,
+        out=str(tmp_path / "out"),
+        compare=run,
+        baselines=True,
         **(TINY | {"steps": 2, "figure_images": 0}),
-    )  # fmt: skip
-    names = [f"{b}, {k}" for b in ("trained", "compared", "random weights")
-             for k in ("boxes", "masks")]  # fmt: skip
+    )
+    names = [
+        f"{b}, {k}" for b in ("trained", "compared", "random weights") for k in ("boxes", "masks")
+    ]
     assert list(result.values) == names
     assert set(result.differences) == {"trained, boxes", "trained, masks"}
     assert result.differences["trained, masks"]["detect"]["AP"] == 0  # of the same run
@@ -280,10 +306,15 @@ def test_a_drawing_shows_boxes_masks_names_and_scores():
     from matplotlib.figure import Figure
 
     axis = Figure().subplots()
-    code = to_results(0, Detections(
-        torch.tensor([[2, 3, 12, 8.0]]), torch.tensor([0.75]), torch.tensor([1]),
-        torch.ones(1, 20, 30, dtype=torch.bool),
-    ))  # fmt: skip
+    code = to_results(
+        0,
+        Detections(
+            torch.tensor([[2, 3, 12, 8.0]]),
+            torch.tensor([0.75]),
+            torch.tensor([1]),
+            torch.ones(1, 20, 30, dtype=torch.bool),
+        ),
+    )
     pixels = as_rgb(torch.full((3, 20, 30), 51, dtype=torch.uint8))
     assert pixels == pytest.approx(0.2)
     draw_objects(axis, pixels, code, ["cat", "dog"])
@@ -356,9 +387,14 @@ def test_a_split_without_annotations(finished_run, tmp_path):
 def test_options_that_cannot_work(finished_run, tmp_path, options, words):
     data = write_coco(tmp_path / "data")
     result = run_here(
-        "eval", "detect", finished_run.folder, data, "--out", tmp_path / "out",
+        "eval",
+        "detect",
+        finished_run.folder,
+        data,
+        "--out",
+        tmp_path / "out",
         *arguments(**options),
-    )  # fmt: skip
+    )
     assert_refused(result, words)
 
 
@@ -377,9 +413,13 @@ def test_an_encoder_without_maps_of_one_size(tmp_path):
     """Hiera merges patches on its way: its blocks' grids differ and cannot be interpolated."""
     pytest.importorskip("timm")
     hiera = Architecture(
-        model="timm/hiera_tiny_224", image_size=(224, 224), patch_size=(32, 32), channels=3,
-        embed_dim=768, depth=12,
-    )  # fmt: skip
+        model="timm/hiera_tiny_224",
+        image_size=(224, 224),
+        patch_size=(32, 32),
+        channels=3,
+        embed_dim=768,
+        depth=12,
+    )
     with pytest.raises(hpm.UserError, match="needs a plain ViT"):
         DetectionModel(replace(SHAPE, architecture=hiera))
 
@@ -392,8 +432,10 @@ def test_stopped_by_a_signal_and_gone_on(finished_run, tmp_path):
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
         [sys.executable, "-m", "hpm", *map(str, command), "--out", str(tmp_path / "stopped")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "stopped").rglob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -413,9 +455,16 @@ def test_stopped_by_a_signal_and_gone_on(finished_run, tmp_path):
 def test_two_processes_share_the_work(finished_run, tmp_path):
     data = write_coco(tmp_path / "data", count=7)
     result = torchrun(
-        "-m", "hpm", "eval", "detect", finished_run.folder, data, "--out", tmp_path / "out",
+        "-m",
+        "hpm",
+        "eval",
+        "detect",
+        finished_run.folder,
+        data,
+        "--out",
+        tmp_path / "out",
         *arguments(accumulate=2),
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     [file] = (tmp_path / "out").glob("*.json")
     content = json.loads(file.read_text())
@@ -440,14 +489,37 @@ def test_eight_photographs_are_learned_by_heart(shared_data, tmp_path):
         (data / f"annotations/instances_{split}.json").write_text(json.dumps(table))
         (data / split).symlink_to((pennfudan / "train/images").resolve())
     run = hpm.pretrain(
-        data="demo", out=str(tmp_path / "run"), model="vit_nano", image_size=32, patch_size=8,
-        steps=4, batch_size=8, holdout=8, workers=0, device="cpu",
-    )  # fmt: skip
+        data="demo",
+        out=str(tmp_path / "run"),
+        model="vit_nano",
+        image_size=32,
+        patch_size=8,
+        steps=4,
+        batch_size=8,
+        holdout=8,
+        workers=0,
+        device="cpu",
+    )
     result = hpm.evaluate(
-        "detect", str(run.folder), str(data), out=str(tmp_path / "out"), image_size=160,
-        steps=300, batch_size=4, lr=1e-3, layer_decay=1.0, weight_decay=0.05, drop_path=0.0,
-        clip_grad=1.0, scale=(1.0, 1.0), flip=False, channels=64, proposals=100,
-        box_batch_size=32, workers=0, device="cpu",
-    )  # fmt: skip
+        "detect",
+        str(run.folder),
+        str(data),
+        out=str(tmp_path / "out"),
+        image_size=160,
+        steps=300,
+        batch_size=4,
+        lr=1e-3,
+        layer_decay=1.0,
+        weight_decay=0.05,
+        drop_path=0.0,
+        clip_grad=1.0,
+        scale=(1.0, 1.0),
+        flip=False,
+        channels=64,
+        proposals=100,
+        box_batch_size=32,
+        workers=0,
+        device="cpu",
+    )
     assert result.values["trained, boxes"]["detect"]["AP50"] > 90
     assert result.values["trained, masks"]["detect"]["AP50"] > 90

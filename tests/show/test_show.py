@@ -85,8 +85,13 @@ def test_what_is_refused(finished_run, image_folder, tmp_path):
         assert not (tmp_path / out).exists()
 
     backbone = finished_run.backbone
-    refused("cannot show mask", "backbone only", "it can show image, pca, attention",
-            file=backbone, panels=("image", "mask"))  # fmt: skip
+    refused(
+        "cannot show mask",
+        "backbone only",
+        "it can show image, pca, attention",
+        file=backbone,
+        panels=("image", "mask"),
+    )
     refused("hard_share", "no loss predictor", file=backbone, hard_share=0.5)
     refused("mask_ratio", "backbone only", file=backbone, mask_ratio=0.5)
     refused("panels is empty", panels=())
@@ -129,8 +134,16 @@ def test_progress_is_shown_while_reading_and_computing(
 
     for module in ("hpm.show.command", "hpm.show.command.figures"):
         monkeypatch.setattr(f"{module}.track", track)
-    show(ShowConfig(str(finished_run.folder), str(image_folder), str(tmp_path / "a.html"),
-                    images=40, num_masks=1, device="cpu"))  # fmt: skip
+    show(
+        ShowConfig(
+            str(finished_run.folder),
+            str(image_folder),
+            str(tmp_path / "a.html"),
+            images=40,
+            num_masks=1,
+            device="cpu",
+        )
+    )
     assert told == [("reading", 1), ("computing", 3)]
 
 

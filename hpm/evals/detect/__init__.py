@@ -33,8 +33,12 @@ class Options(EvalOptions):
     """Fine-tune the encoder as a detector of objects: Mask R-CNN on ViTDet's feature pyramid."""
 
     no_effect: ClassVar[tuple[str, ...]] = (
-        "out", "workers", "device", "checkpoint_every", "figure_images",
-    )  # fmt: skip
+        "out",
+        "workers",
+        "device",
+        "checkpoint_every",
+        "figure_images",
+    )
 
     data: str
     """Images with boxes and masks of objects: a folder with COCO's JSON
@@ -134,9 +138,13 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         if options.figure_images:
             title = f"{name}, {data.test.name}"
             figures[f"{name.replace(' ', '_')}.png"] = partial(
-                save_figure, model=model, source=data.test, found=found,
-                count=options.figure_images, title=title,
-            )  # fmt: skip
+                save_figure,
+                model=model,
+                source=data.test,
+                found=found,
+                count=options.figure_images,
+                title=title,
+            )
         scores = DetectionScores(found, "boxes")
         yield Measured(f"{name}, boxes", scores=scores, figures=figures)
         if data.test_masks:

@@ -92,9 +92,15 @@ def draw_objects(
         text = classes[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "")
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
         axis.text(
-            max(x, 0), max(y, 0), text, fontsize=7, color="white", va="bottom", bbox=box,
+            max(x, 0),
+            max(y, 0),
+            text,
+            fontsize=7,
+            color="white",
+            va="bottom",
+            bbox=box,
             clip_on=True,
-        )  # fmt: skip
+        )
 
 
 def as_rgb(image: Shaped[Tensor, "channels height width"]) -> Float[np.ndarray, "height width 3"]:

@@ -47,9 +47,19 @@ from hpm.weights.detection import DetectionModel, DetectorShape
 LOG_EVERY = 10
 # Options that a training may go on with other values of.
 FREE = {
-    *OF_THE_TEST, "run", "compare", "out", "workers", "device", "checkpoint_every", "test", "data",
-    "teacher", "crop_share", "max_unreadable",
-}  # fmt: skip
+    *OF_THE_TEST,
+    "run",
+    "compare",
+    "out",
+    "workers",
+    "device",
+    "checkpoint_every",
+    "test",
+    "data",
+    "teacher",
+    "crop_share",
+    "max_unreadable",
+}
 
 
 def check_options(options: Options) -> None:
