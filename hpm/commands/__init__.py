@@ -1,1 +1,1 @@
-"""One file for each verb of the command line that has no folder of its own."""
+"""Commands without a package of their own, one file each."""

@@ -123,8 +123,8 @@ def _labels(config: AblateConfig) -> tuple[str | None, int]:
     splits = open_source(data)
     if splits.train.labels is None and config.labels is None:
         say(
-            f"{data} has no labels: the features are compared by what needs none, not by accuracy; "
-            "--labels names labelled images"
+            f"{data} has no labels: comparing effective rank and similarity of patches instead of "
+            "accuracy; pass labelled images with --labels"
         )
         return None, 0
     labelled = labelled_splits(splits, config.seed)

@@ -16,7 +16,7 @@ from hpm.weights.run_folder import Run
 
 
 def demo(config: DemoConfig) -> Run:
-    """Pre-train, evaluate and draw; run again, it resumes, or only evaluates and draws."""
+    """Pre-train, evaluate and draw. Run it again to resume; a finished run is only evaluated."""
     options = read_preset("demo") | {"out": config.out}
     if config.steps is not None:
         options["steps"] = config.steps
@@ -26,10 +26,10 @@ def demo(config: DemoConfig) -> Run:
     console = Console()
     print_result(result, console)
     console.print(
-        f"\nlook at   {run.report}\n"
-        f"and at    {figure}, {run.figures}/ (the same while it trained)\n"
-        f"curves    tensorboard --logdir {run.folder}\n"
-        f"now yours hpm pretrain FOLDER_OF_IMAGES --out runs/first",
+        f"\nreport:      {run.report}\n"
+        f"figures:     {figure}, {run.figures}/ (during training)\n"
+        f"curves:      tensorboard --logdir {run.folder}\n"
+        f"your images: hpm pretrain FOLDER_OF_IMAGES --out runs/first",
         highlight=False,
     )
     return run

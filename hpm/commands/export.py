@@ -93,7 +93,7 @@ def _export(config: ExportConfig, report: Report) -> Path:
             _publish(Path(folder), out)
     except OSError as error:
         raise disk_error(out, error) from None
-    report(f"the same outputs as ours, to {difference:.1e} (largest difference, random images)")
+    report(f"outputs agree with ours to {difference:.1e} (largest difference on random images)")
     report(f"written to {out}; to load it:\n\n{written.code(source, out)}\n")
     if config.push:
         report(f"uploaded to {_push(config, source, out, written, report)}")
@@ -111,12 +111,12 @@ def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
         ours = written.our_outputs(source, images)
         for name, theirs in written.outputs(source, path, images).items():
             if theirs.shape != ours[name].shape:
-                raise UserError(f"the exported {name} differ in shape: nothing was written")
+                raise UserError(f"the exported {name} have another shape: nothing was written")
             difference = (theirs - ours[name]).abs().max().item()
             # Written so that NaN is refused.
             if not difference <= TOLERANCE * max(1.0, ours[name].abs().max().item()):
                 raise UserError(
-                    f"the exported model gives other {name} than ours, by {difference:.1e} "
+                    f"the exported model's {name} differ from ours by {difference:.1e} "
                     f"({TOLERANCE:g} is allowed): nothing was written"
                 )
             largest = max(largest, difference)
@@ -127,7 +127,7 @@ def _format(config: ExportConfig) -> WritableFormat:
     if not config.with_decoder:
         return WRITABLE[config.to]
     if config.to not in WRITABLE_WITH_DECODER:
-        raise UserError(f"with_decoder is of --to hf alone, but to is {config.to}")
+        raise UserError(f"with_decoder works only with --to hf, but to is {config.to}")
     return WRITABLE_WITH_DECODER[config.to]
 
 
@@ -135,15 +135,17 @@ def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
     if config.push and not config.licence:
         raise UserError("push needs the licence of the weights: pass --licence (apache-2.0, ...)")
     if config.public and not config.push:
-        raise UserError("public is of --push alone: leave it out, or pass --push USER/NAME")
+        raise UserError("public works only with --push: leave it out, or pass --push USER/NAME")
     if config.with_figure and config.to != "hf" and not config.push:
-        raise UserError("with_figure needs a model card beside it: pass --to hf, or --push")
+        raise UserError("with_figure needs a model card: pass --to hf, or --push")
     if not 0 < config.crop_share <= 1:
         raise UserError(f"crop_share is {config.crop_share}; it must be above 0 and at most 1")
     if config.crop_share != 1 and config.to != "hf":
-        raise UserError("crop_share is of the preprocessing, which --to hf alone has: leave it out")
+        raise UserError(
+            "crop_share works only with --to hf, whose export has preprocessing: leave it out"
+        )
     if config.push and config.push.count("/") != 1:
-        raise UserError(f"push is '{config.push}': name it USER/NAME")
+        raise UserError(f"push is '{config.push}': write USER/NAME")
     if written.suffixes and out.suffix not in written.suffixes:
         raise UserError(f"out is '{config.out}': name a {' or '.join(written.suffixes)} file")
     taken = [out, out.with_suffix(".json")] if config.to == "safetensors" else [out]
@@ -197,6 +199,6 @@ def _say_left_out(count: int, config: ExportConfig, report: Report) -> None:
     if count:
         whose = "teacher" if config.teacher else "student"
         report(
-            f"evaluations that the model card leaves out, as they are not of the {whose}'s weights "
-            f"at this step: {count}"
+            f"evaluations left out of the model card, because they used other weights than the "
+            f"{whose}'s at this step: {count}"
         )

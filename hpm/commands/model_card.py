@@ -66,7 +66,7 @@ def card(
         f"## Use\n\n```python\n{lines}\n```\n\n{_input(source)}",
         f"## Training\n\n{_training(source.trained.config)}",
         f"## Results\n\n{_results(found)}",
-        f"## Licence\n\n{config.licence or 'Not stated: the one who exports gives --licence.'}",
+        f"## Licence\n\n{config.licence or 'Not stated.'}",
         f"Made by hpm {__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -92,7 +92,7 @@ def _front_matter(source: ExportSource, config: ExportConfig) -> str:
 
 
 def _method(source: ExportSource, config: ExportConfig) -> str:
-    """What it is, and no more of how it came to be than the run tells."""
+    """Architecture and training, as far as the run records them."""
     shape, encoder, trained = source.architecture, source.encoder, source.trained
     name = shape.model or "Vision Transformer"
     text = (
@@ -101,7 +101,7 @@ def _method(source: ExportSource, config: ExportConfig) -> str:
         f"{counted(encoder.channels, 'channel')}. "
     )
     if trained.notes:
-        # The name alone: where it lay is nobody's business.
+        # The file name only, because its path may be private.
         found = trained.notes[0].removeprefix(f"{trained.name}: ")
         return f"{text}Not trained by hpm: converted from {Path(trained.name).name}, {found}."
     text += "Pre-trained without labels by masked image modelling"
@@ -121,12 +121,12 @@ def _is_hpm(config: PretrainConfig | None) -> bool:
 
 def _input(source: ExportSource) -> str:
     mean, std = ([round(v, 5) for v in m] for m in (source.trained.mean, source.trained.std))
-    return f"Normalisation, of pixels whose full scale is 1: mean {mean}, deviation {std}."
+    return f"Normalise pixels in [0, 1] with mean {mean} and standard deviation {std}."
 
 
 def _training(config: PretrainConfig | None) -> str:
     if config is None or not config.data:
-        return "Unknown: the file does not tell."
+        return "Unknown: the file has no training options."
     length = counted(config.steps, "step") if config.steps else counted(config.epochs, "epoch")
     rows = {
         "data": Path(config.data).name,

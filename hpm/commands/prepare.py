@@ -111,13 +111,13 @@ def _check_folder(out: Path, config: PrepareConfig) -> None:
         begun = json.loads((out / PREPARING).read_text())
     except (OSError, ValueError):
         raise UserError(
-            f"{out} exists and was not made by hpm prepare: name another --out"
+            f"{out} exists and was not made by hpm prepare: choose another --out"
         ) from None
     for name, value in _settings(config).items():
         if begun.get(name) != value:
             raise UserError(
-                f"{out} was begun with {name} {begun.get(name)}, not {value}: name another --out, "
-                "or give the same options"
+                f"{out} was started with {name} {begun.get(name)}, not {value}: choose another "
+                "--out, or pass the same options"
             )
 
 
@@ -127,8 +127,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         before = json.loads(file.read_text())["images"]
         if before != settings["images"]:
             raise UserError(
-                f"{settings['data']} has {settings['images']} images, but {out} was begun with "
-                f"{before}: name another --out"
+                f"{settings['data']} has {settings['images']} images, but {out} was started with "
+                f"{before}: choose another --out"
             )
         return
     write_text(file, json.dumps(settings, indent=2) + "\n")

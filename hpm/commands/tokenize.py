@@ -39,11 +39,11 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
     check_rules(config)
     if config.of != "pixels" and config.channels not in (1, 3):
         raise UserError(
-            f"of {config.of} takes grey or RGB images, but channels is {config.channels}: pass "
+            f"{config.of} takes grey or RGB images, but channels is {config.channels}: pass "
             "--of pixels"
         )
     if distributed.world_size() > 1:
-        raise UserError("tokenize runs in one process: leave torchrun out")
+        raise UserError("tokenize runs in one process: do not use torchrun")
     device = pick_device(config.device)
     frozen = load_frozen(config.of) if config.of != "pixels" else None
     codebook = Codebook(torch.empty(0, 1), config.of, patch, config.channels, frozen).to(device)

@@ -1,1 +1,1 @@
-"""What everything rests on: options, errors, files, processes."""
+"""Foundations: options, errors, files, processes."""

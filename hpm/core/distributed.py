@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: the only file that knows of them."""
+"""Several processes started by torchrun. No other file depends on torch.distributed."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _patient: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
-    """Number of this process among all."""
+    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def processes_here() -> int:
-    """How many of them share this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
@@ -50,7 +50,7 @@ def is_main() -> bool:
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this process's device."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but PyTorch sees no GPU: pass --device cpu")
+        raise UserError("device is cuda, but PyTorch sees no GPU: pass --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -185,7 +185,7 @@ def main_first(action: Callable[[], Done]) -> Done:
 
 
 def part_of(count: int) -> Tensor:
-    """Which of `count` items are this process's: every n-th one, so that all get alike many."""
+    """The items of this process among `count`: every n-th one."""
     return torch.arange(rank(), count, world_size())
 
 
@@ -226,5 +226,5 @@ def rows_to_main(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def _counts(values: Tensor) -> list[int]:
-    """How many rows each process has."""
+    """Number of rows in each process."""
     return concatenate(torch.tensor([len(values)], device=values.device)).tolist()

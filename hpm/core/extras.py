@@ -1,4 +1,4 @@
-"""Optional libraries, imported where they are used; a missing one is one clear line."""
+"""Optional libraries, imported where they are used. A missing one is a one-line error."""
 
 from __future__ import annotations
 

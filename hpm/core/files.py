@@ -68,12 +68,12 @@ def remove_stale(*folders: Path) -> None:
 
 
 def disk_error(path: Path, error: Exception) -> UserError:
-    """One clear line for a file that could not be written."""
+    """A one-line error for a file that could not be written."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or re.search(r"os error (28|122|27)\b|No space|File too large", str(error)):
         return UserError(
             f"{path} could not be written: no space left; make room, then run the same command "
-            "again: what is whole already is kept"
+            "again: complete files are kept"
         )
     reason = why(error) if isinstance(error, OSError) else one_line(error)
     return UserError(f"{path} could not be written: {reason}")
@@ -133,8 +133,8 @@ def read_torch_file(path: Path) -> dict[str, StateDict]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: holds pickled code (or is damaged), which is never run{_which_code(error)}; "
-            "convert it to safetensors where you trust it"
+            f"{path}: contains pickled code, which is not run, or is damaged{_which_code(error)}; "
+            "convert it to safetensors if you trust it"
         ) from error
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -149,7 +149,7 @@ def read_torch_file(path: Path) -> dict[str, StateDict]:
 
 
 def _refuse_packed(path: Path) -> None:
-    """PyTorch stores its archives unpacked: one that is not may grow to any size."""
+    """Refuse compressed archives, which may unpack to any size; PyTorch does not compress."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -166,7 +166,7 @@ def _tensors(content: Any, path: Path) -> StateDict:
     for name, tensor in state.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise _unreadable(path, ValueError(f"{name} is no plain tensor"))
+            raise _unreadable(path, ValueError(f"{name} is not a plain tensor"))
     return state
 
 
@@ -181,7 +181,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _which_code(error: pickle.UnpicklingError) -> str:
-    """What PyTorch refused to run, where it says so."""
+    """What PyTorch refused to run, if the error says so."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found[1]})" if found else ""
 
@@ -192,7 +192,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
 
 
 def _check_access(path: Path) -> None:
-    """safetensors says of every file that cannot be opened that it is not there."""
+    """Raise the real reason, because safetensors reports every file as missing."""
     try:
         with open(path, "rb"):
             pass

@@ -1,5 +1,4 @@
-"""The Hugging Face hub: weights from its cache on disk, else fetched; a folder uploaded; else one
-clear line."""
+"""The Hugging Face hub: load weights from its cache or the network, and upload folders."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ SECONDS = 3.0
 def fetched(
     name: str, extra: str, load: Callable[[], Loaded], only_by: str | None = None
 ) -> Loaded:
-    """What `load` returns. Raises UserError where the weights are neither here nor to be had.
+    """What `load` returns. Raises UserError if the weights are neither on disk nor available.
 
     only_by: the command by which the user fetches the weights; given where only a file of weights
     names them. Then they are taken from the disk, and the network is left alone.
@@ -36,15 +35,15 @@ def fetched(
         where = f"it was looked for in {constants.HF_HUB_CACHE}"
         if only_by:
             raise UserError(
-                f"{name} is not on disk ({where}), and what only a file names is not fetched: "
-                f"fetch it with {only_by}"
+                f"{name} is not on disk ({where}), and models that only a file names are not "
+                f"downloaded: download it with {only_by}"
             ) from None
         if constants.HF_HUB_OFFLINE:
             why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
         else:
             why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {one_line(error, 160)}"
         raise UserError(
-            f"{name} {why}; fetch it where there is a network, or name a local folder"
+            f"{name} {why}; download it on a machine with a network, or pass a local folder"
         ) from None
     finally:
         constants.HF_HUB_OFFLINE = before
@@ -64,12 +63,12 @@ def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(path, one_line(error)) from error
     if not isinstance(content, dict):
-        raise _damaged(path, "it holds no dictionary")
+        raise _damaged(path, "it has no dictionary")
     return content
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is damaged ({why}): mend it, or fetch the model again")
+    return UserError(f"{path} is damaged ({why}): repair it, or download the model again")
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:

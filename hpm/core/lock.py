@@ -12,7 +12,7 @@ from pathlib import Path
 from hpm.core.errors import UserError, why
 
 FILE = ".lock"
-# What file systems say that have no such locks.
+# Errors of file systems without locks.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
 
 _held: dict[Path, int] = {}  # folder -> open file
@@ -40,8 +40,8 @@ def acquire(folder: Path) -> str | None:
         os.close(file)
         if error.errno in NO_LOCKS:
             return (
-                f"warning: the file system of {folder} has no locks ({why(error)}): nothing keeps "
-                "a second run out of this folder"
+                f"warning: the file system of {folder} has no locks ({why(error)}): a second "
+                "run could write to this folder"
             )
         raise UserError(
             f"{folder} is in use by another run{f' ({holder})' if holder else ''}: wait for it, "
@@ -55,15 +55,15 @@ def acquire(folder: Path) -> str | None:
 
 
 def release(folder: Path) -> None:
-    """Let others have the folder, if this process holds its lock. The file stays: another process
-    may have opened it already."""
+    """Release the lock if this process holds it. The lock file stays, because another process may
+    have opened it already."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
         os.close(file)
 
 
 def _forget() -> None:
-    """A fork shares the lock with its parent, which a loading process must not outlive it with."""
+    """Release inherited locks in a forked worker, which may outlive its parent."""
     for file in _held.values():
         os.close(file)
     _held.clear()

@@ -31,7 +31,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for the values of an option, beyond their type."""
+    """Constraints on the value of an option, in addition to its type."""
 
     at_least: float | None = None
     above: float | None = None
@@ -59,7 +59,7 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
 @dataclass(frozen=True)
 class Described:
-    """An option as the help and the parser need it."""
+    """An option, as the parser and the help use it."""
 
     name: str
     hint: Any
@@ -177,7 +177,7 @@ def _check_bounds(name: str, value: float, rules: Rules) -> None:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """The value as its type wants it. Raises UserError with what would fit."""
+    """Convert a value to its type. Raises UserError that says what would fit."""
     for kind in _alternatives(hint):
         try:
             return _convert_to(value, kind)
@@ -191,7 +191,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def describe_type(hint: Any) -> str:
-    """What fits a type, in words: `a number`, `a whole number or a list such as [1, 2]`."""
+    """A type in words: `a number`, `a whole number or a list such as [1, 2]`."""
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     kinds = [kind for kind in _alternatives(hint) if kind is not types.NoneType]
     return " or ".join(
@@ -205,7 +205,7 @@ def describe_type(hint: Any) -> str:
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """The members of a union; literals before text, since text fits whatever else."""
+    """The members of a union. Text comes last, because any value converts to it."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = list(typing.get_args(hint)) if union else [hint]
     return sorted(kinds, key=lambda kind: (kind is types.NoneType, kind is str))
@@ -218,7 +218,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 
 
 def _convert_to(value: Any, kind: Any) -> Any:
-    """The value as one type. ValueError or TypeError where it does not fit."""
+    """Convert a value to one type. Raises ValueError or TypeError if it does not fit."""
     is_text = isinstance(value, str)
     if kind is types.NoneType:
         if value is None or (is_text and value.lower() in ("null", "none")):
@@ -263,8 +263,8 @@ def _convert_to_any(value: Any, hint: Any) -> Any:
 
 
 def lay_over(preset: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options on top of those of a preset. Steps and epochs are two ways to give one length:
-    that of the options replaces either of the preset. Raises UserError where they give both."""
+    """Override the options of a preset. Steps or epochs replace whichever of the two the preset
+    has. Raises UserError if the options have both."""
     if None not in (options.get("steps"), options.get("epochs")):
         raise UserError(
             f"steps is {options['steps']} and epochs is {options['epochs']}: pass only one of them"
@@ -293,5 +293,5 @@ def read_preset(name: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{name} holds no options: write one `name: value` per line")
+        raise UserError(f"{name} has no options: write one `name: value` per line")
     return values

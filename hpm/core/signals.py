@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was told to stop and has saved its state; `signal_number` says by which signal."""
+    """The run was stopped by `signal_number` and has saved its state."""
 
     def __init__(self, signal_number: int):
         super().__init__("stopped and saved; the same command goes on from here")
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Which signal asked the run to stop, 0 for none."""
+    """The signal that asked the run to stop; 0 for none."""
 
     received = 0
 

@@ -46,7 +46,7 @@ for _name in ("PIL", "tifffile"):
 
 
 class UnreadableImage(Exception):
-    """The image cannot be decoded, is not of the wanted channels, or is too small to be of use."""
+    """The image cannot be decoded, has the wrong number of channels, or is too small."""
 
 
 @contextmanager
@@ -97,7 +97,7 @@ class ArrayImage:
 
     def _check_size(self) -> None:
         if self.dtype.kind not in "biuf":
-            raise UnreadableImage(f"elements of type {self.dtype} are no pixels")
+            raise UnreadableImage(f"values of type {self.dtype} cannot be pixels")
         # As many values as the largest image that Pillow opens, so that a broken or hostile header
         # does not fill the memory.
         limit = 2 * 4 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
@@ -108,12 +108,14 @@ class ArrayImage:
         with reading((Exception,)):
             array = self.load()
         if array.shape != self.shape:
-            raise UnreadableImage(f"{_times(array.shape)} values, not {_times(self.shape)} as told")
+            raise UnreadableImage(
+                f"{_times(array.shape)} values, but its header says {_times(self.shape)}"
+            )
         if array.dtype.kind == "f":
             # Of the whole image: whether it is readable must not depend on the crop.
             low, high = float(array.min()), float(array.max())
             if not -LARGEST < low <= high < LARGEST:  # false for NaN, too
-                raise UnreadableImage("some pixels are NaN, infinite or out of all bounds")
+                raise UnreadableImage("some pixels are NaN, infinite or out of range")
         return array
 
 

@@ -76,14 +76,12 @@ def _parsed(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}{where}: not valid JSON; write it anew or download it again") from (
-            None
-        )
+        raise UserError(f"{file}{where}: not valid JSON; write or download it again") from (None)
     for part in PARTS:
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise UserError(f"{file}: no list '{part}'; COCO's JSON has {', '.join(PARTS)}")
         if not all(isinstance(row, dict) for row in content[part]):
-            raise UserError(f"{file}: '{part}' holds something other than objects")
+            raise UserError(f"{file}: '{part}' has entries that are not objects")
     if not content["images"]:
         raise UserError(f"{file}: it names no images")
     return content
@@ -96,7 +94,7 @@ def _by_id(file: Path, rows: Sequence[dict[str, Any]], what: str) -> dict[int, d
         if type(number) is not int:
             raise UserError(f"{file}: the id of a {what} is {number!r}, not a whole number")
         if number in found:
-            raise UserError(f"{file}: two of '{what}' have the id {number}")
+            raise UserError(f"{file}: '{what}' has two entries with the id {number}")
         found[number] = row
     return found
 

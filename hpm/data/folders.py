@@ -1,4 +1,4 @@
-"""Image files in a folder and below it, and which of its files are not to be taken for images."""
+"""Image files in a folder and its subfolders; other files are counted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def images_of(folder: Path) -> Path:
     beside = [inside[name].name for name in ANNOTATION_NAMES if name in inside]
     if images is None or not beside:
         return folder
-    say_once(f"{folder}: takes the images in {images.name}, not those in {', '.join(beside)}")
+    say_once(f"{folder}: reading the images in {images.name}, not those in {', '.join(beside)}")
     return images
 
 

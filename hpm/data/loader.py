@@ -142,7 +142,7 @@ class Views(Dataset):
         channels = getattr(make_view, "channels", 0)
         if loses_alpha(source.open, len(source), channels):
             say_once(
-                f"{source.name}: transparency (a fourth band) of its images is left out, as "
+                f"{source.name}: transparency (a fourth channel) is dropped because "
                 f"channels is {channels}; --channels 4 keeps it"
             )
 

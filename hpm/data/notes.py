@@ -1,4 +1,4 @@
-"""What is said about the data on stderr, once."""
+"""Messages about the data, each printed once to stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _said: set[str] = set()
 
 
 def say_once(text: str) -> None:
-    """A line by the main process, however often the data are opened."""
+    """Print a line in the main process, once per text."""
     if text not in _said:
         _said.add(text)
         if distributed.is_main():

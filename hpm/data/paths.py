@@ -1,4 +1,4 @@
-"""Paths of many files, in little memory."""
+"""A compact list of file paths."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def _open_folder(path: Path) -> Splits:
     if (path / "dataset_dict.json").exists():
         return _open_saved(path)
     if (path / PREPARING).exists():
-        raise UserError(f"{path}: hpm prepare has not finished it; run the same command again")
+        raise UserError(f"{path}: hpm prepare has not finished; run the same command again")
     if (path / "state.json").exists():
         return Splits(ArrowSource(str(path), path))
     files = sorted(path.rglob("*.parquet"))
@@ -262,7 +262,7 @@ def _open_saved(path: Path) -> Splits:
         names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = one_line(error)
-        raise UserError(f"{path}: dataset_dict.json names no splits ({reason})") from error
+        raise UserError(f"{path}: dataset_dict.json has no splits ({reason})") from error
     train = next((n for n in names if n.lower().startswith(TRAIN_NAMES)), None)
     test = next((n for wanted in TEST_NAMES for n in names if n.lower().startswith(wanted)), None)
     if train is None:
@@ -321,7 +321,7 @@ def _open_list(path: Path) -> FileSource:
         paths.append(image)
         names.append(label)
     if not paths:
-        raise UserError(f"{path}: the list names no image")
+        raise UserError(f"{path}: the list is empty")
     if all(n is None for n in names):
         return FileSource(str(path), paths, root=path.parent)
     if None in names:

@@ -1,4 +1,4 @@
-"""Images inside of files that hold many, in the layout of Hugging Face: parquet, or Arrow.
+"""Images in parquet or Arrow files, in Hugging Face's layout.
 
 A row holds `image: {bytes, path}`, perhaps `label: int`.
 """
@@ -96,7 +96,7 @@ class ArrowSource(TableSource):
             info = json.loads((folder / "dataset_info.json").read_text())
             files = [folder / entry["filename"] for entry in state["_data_files"]]
             if not files:
-                raise UserError(f"{folder}: holds no images")
+                raise UserError(f"{folder}: it has no images")
             self.files = files
             tables = []
             for file in files:
@@ -132,7 +132,7 @@ def _check_columns(where: Path, schema: Any) -> None:
         raise UserError(f"{where}: no column 'image' (it has {', '.join(schema.names)})")
     image = schema.field("image").type
     if pyarrow.types.is_struct(image) and "bytes" not in [f.name for f in image]:
-        raise UserError(f"{where}: column 'image' holds no field 'bytes'")
+        raise UserError(f"{where}: column 'image' has no field 'bytes'")
 
 
 def _label_names(metadata: dict[bytes, bytes]) -> list[str]:

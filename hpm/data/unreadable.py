@@ -1,4 +1,4 @@
-"""Images that cannot be read: named once each, and too many of them stop the work."""
+"""Unreadable images: each is named once; too many are an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that load images: how they start, and how they end."""
+"""Starting and stopping the processes that load images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class WorkerLoader(DataLoader):
             size = f" ({shutil.disk_usage(SHARED).total / 1e6:.0f} MB)" if SHARED.exists() else ""
             raise UserError(
                 f"{SHARED}{size} is too small for {counted(self.num_workers, 'loading worker')}: "
-                "pass fewer --workers (0 needs none of it), or enlarge it (in a container: "
+                "pass fewer --workers (0 does not use it), or enlarge it (in a container: "
                 "docker run --shm-size=8g)"
             ) from None
 

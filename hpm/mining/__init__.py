@@ -1,1 +1,1 @@
-"""Which patches are hard, which are hidden, and how the student learns to tell."""
+"""Mining: which patches are hard, which are hidden, and the losses that teach it."""

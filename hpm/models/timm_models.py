@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -107,7 +108,7 @@ def timm_module(name: str) -> str:
     if name not in known:
         hint = nearest(f"{PREFIX}{name}", [f"{PREFIX}{n}" for n in known])
         raise UserError(f"model is '{PREFIX}{name}', which timm does not have{hint}")
-    module = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    module = _defining_module(timm.model_entrypoint(architecture)).rpartition(".")[2]
     if module not in SUPPORTED:
         raise UserError(
             f"{PREFIX}{name} cannot run on a part of its patches alone: "
@@ -115,6 +116,19 @@ def timm_module(name: str) -> str:
             f"{PREFIX}vit_small_patch16_224 or {PREFIX}hiera_tiny_224"
         )
     return module
+
+
+def _defining_module(entrypoint: Callable[..., Any]) -> str:
+    """The module of timm that defines the class of a model.
+
+    That is the module of the entry point, unless the user registered the model with
+    `timm.models.register_model`.
+    """
+    if entrypoint.__module__.startswith("timm."):
+        return entrypoint.__module__
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        bases = type(entrypoint()).__mro__
+    return next((b.__module__ for b in bases if b.__module__.startswith("timm.")), "")
 
 
 def mask_unit(model: Any) -> tuple[int, ...]:

@@ -1,1 +1,1 @@
-"""What people look at: figures, reports, pages."""
+"""Figures, reports and web pages."""

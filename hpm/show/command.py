@@ -139,7 +139,7 @@ def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
     for panel in config.panels:
         if panel in reasons:
             raise UserError(
-                f"panels: {config.run} cannot show {panel}: {reasons[panel]}; it can show "
+                f"panels: {config.run} cannot show {panel}: {reasons[panel]}; available: "
                 f"{', '.join(able)}"
             )
     return config.panels

@@ -1,4 +1,4 @@
-"""What a trained file shows of images: panels, computed and drawn.
+"""Panels that show what a model makes of images, computed and drawn.
 
 image, actual loss, predicted loss, mask, reconstruction, principal components of the features, and
 the attention of the class token.
@@ -71,7 +71,7 @@ def unavailable_panels(trained: Trained) -> dict[Panel, str]:
     """The panels that a file cannot show, and why."""
     reasons: dict[Panel, str] = {}
     if trained.model is None or trained.teacher is None or trained.config is None:
-        reasons |= dict.fromkeys(MASKED, "it holds a backbone only, no decoders")
+        reasons |= dict.fromkeys(MASKED, "it has a backbone only, no decoders")
     else:
         if trained.teacher.predictor is None:
             reasons["predicted"] = "it has no loss predictor"
@@ -84,7 +84,7 @@ def unavailable_panels(trained: Trained) -> dict[Panel, str]:
     if not trained.encoder.has_class_token:
         reasons["attention"] = "its encoder has no class token"
     elif type(trained.encoder).with_attention is Encoder.with_attention:
-        reasons["attention"] = "encoders of timm do not tell their attention"
+        reasons["attention"] = "attention of timm encoders is not available"
     return reasons
 
 

@@ -17,17 +17,17 @@ from hpm.show.figures import TITLES, Picture, head_pixels, pixels
 from hpm.show.options import Panel
 from hpm.show.page import asset, image_uri, page
 
-# What a reader who has not read the manual has to know.
+# Explanations for readers who have not read the documentation.
 MEANING: dict[Panel, str] = {
-    "image": "what the model is given.",
-    "actual": "how badly each patch is predicted when it is hidden. Bright is hard; each map runs "
-    "from its lowest to its highest value; grey was never hidden.",
-    "predicted": "the same, as the teacher foresees it from the whole image.",
+    "image": "the input of the model.",
+    "actual": "the reconstruction loss of each patch when it is hidden. Bright is high; each map "
+    "is scaled to its own range; grey patches were never hidden.",
+    "predicted": "the loss that the teacher predicts from the whole image.",
     "mask": "grey patches are hidden.",
-    "reconstruction": "the hidden patches as the model predicts them from the others. Where it "
-    "learned from normalised patches, brightness and contrast of each are the true ones.",
-    "pca": "the three main directions of the patches' features as red, green and blue: patches of "
-    "one colour are alike to the model.",
+    "reconstruction": "the hidden patches, predicted from the visible ones. Models of normalised "
+    "pixels do not predict brightness and contrast; the true ones are shown.",
+    "pca": "the first three principal components of the patch features as red, green and blue: "
+    "patches of similar colour have similar features.",
     "attention": "which patches the class token attends to in the last block, mean over heads.",
 }
 SHARP = 128  # pixels below which an image is drawn without smoothing

@@ -1,4 +1,4 @@
-"""`report.html`: what a run learned, on one page that opens offline."""
+"""`report.html`: the results of a run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     parts = [
         _head(folder, options, metrics, sessions),
         _problems(folder, metrics, sessions),
-        "<h2>What it finds hard, while it trains</h2>",
+        "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options),
         "<h2>Curves</h2>",
         charts,
@@ -66,7 +66,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _usage(folder),
         "<h2>Configuration</h2>",
         _configuration(options),
-        "<h2>Where it ran</h2>",
+        "<h2>Sessions</h2>",
         _sessions(sessions, run.config_file),
         data_block("curves", values),
     ]
@@ -105,7 +105,7 @@ def _head(
         for name, title in (
             ("reconstruction_loss", "reconstruction loss"),
             ("ranking_accuracy", "ranking accuracy"),
-            ("held_out/ranking_accuracy", "the same, held out"),
+            ("held_out/ranking_accuracy", "ranking accuracy, held out"),
             ("probe/linear", "linear probe, %"),
             ("images_per_second", "images per second"),
         )
@@ -115,7 +115,7 @@ def _head(
     return (
         f"<h1>{escape(str(folder))}</h1>\n<p>{escape('; '.join(facts))}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")} from the run folder; '
-        "<code>hpm report RUN</code> writes it again.</p>\n"
+        "<code>hpm report RUN</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'
     )
 

@@ -206,7 +206,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self._is_ours():
-            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to this machine alone")
+            self._refuse(
+                HTTPStatus.FORBIDDEN, "this server accepts requests from this machine only"
+            )
         elif urlsplit(self.path).path != "/":
             self._refuse(HTTPStatus.NOT_FOUND, "there is only the page /")
         else:
@@ -218,11 +220,13 @@ class Handler(BaseHTTPRequestHandler):
         # Read before any answer: who is still sending may never see one.
         body = self.rfile.read(int(length)) if known and int(length) <= LIMIT else b""
         if not self._is_ours():
-            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own page alone")
+            self._refuse(
+                HTTPStatus.FORBIDDEN, "this server accepts requests from its own page only"
+            )
         elif url.path != "/show":
             self._refuse(HTTPStatus.NOT_FOUND, "post images to /show")
         elif not known:
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "a Content-Length is needed")
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is required")
         elif int(length) > LIMIT:
             message = f"this image has more than {LIMIT // 2**20} MB"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
@@ -253,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is for the address."""
+        """Do not log requests to the terminal."""
 
 
 def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
@@ -291,4 +295,4 @@ def _number(settings: dict[str, str], name: str, default: float) -> float:
     try:
         return float(text) if text else default
     except ValueError:
-        raise UserError(f"{name} is '{text}', which is no number") from None
+        raise UserError(f"{name} is '{text}', which is not a number") from None

@@ -12,9 +12,9 @@ from hpm.show.page import asset, data_block, page
 
 def view_page(about: dict[str, Any]) -> str:
     """The page for a model, as `Viewer.page` describes it."""
-    lines = [f"The model takes {about['input']}; the centre of an image is cut to that shape."]
+    lines = [f"The model takes {about['input']}; images are cropped to their centre."]
     if about["features_only"]:
-        lines.append("This file shows features only.")
+        lines.append("These weights show features only.")
     if about["not_shown"]:
         lines.append(f"{about['not_shown'][:1].upper()}{about['not_shown'][1:]}.")
     legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in about["panels"])

@@ -1,1 +1,1 @@
-"""How a training goes on: its state, schedule, optimiser, log."""
+"""Training: state, schedules, optimiser, logging, resuming."""

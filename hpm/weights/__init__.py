@@ -1,1 +1,1 @@
-"""Files of weights: run folders, checkpoints, backbones, and other libraries' formats."""
+"""Weights: run folders, checkpoints, backbone files, and formats of other libraries."""

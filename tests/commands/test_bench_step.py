@@ -157,7 +157,7 @@ def test_memory_is_that_of_a_method_alone(monkeypatch):
 
 
 def test_bad_benchmarks():
-    assert_refused(run_here("bench"), "hpm bench step")
+    assert_refused(run_here("bench"), "name a benchmark: step, data")
     assert_refused(run_here("bench", "step", *SMALL, "--repeats=0"), "repeats")
     assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 

@@ -69,7 +69,7 @@ def test_timm(finished_run, ours, tmp_path):
     said = []
     out = hpm.export(finished_run.folder, "timm", tmp_path / "x.safetensors", said.append)
     assert os.listdir(tmp_path) == ["x.safetensors"] and out == tmp_path / "x.safetensors"
-    assert "the same outputs as ours, to" in said[0]
+    assert "outputs agree with ours to" in said[0]
     names = pasted(said, images=IMAGES)
     close(names["pooled"], ours[0])
     close(names["patches"], ours[1])
@@ -240,11 +240,11 @@ def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
         ({}, {"to": "tim", "out": "x"}, "did you mean 'timm'"),
         ({}, {"to": "timm", "out": "x.safetensors", "teacher": True}, "backbone only, no teacher"),
         ({}, {"to": "hf", "out": "x", "with_decoder": True}, "backbone only, no decoder"),
-        ({}, {"to": "timm", "out": "x.safetensors", "with_decoder": True}, "of --to hf alone"),
+        ({}, {"to": "timm", "out": "x.safetensors", "with_decoder": True}, "only with --to hf"),
         ({}, {"to": "hf", "out": "x", "push": "me/it"}, "pass --licence"),
-        ({}, {"to": "hf", "out": "x", "push": "it", "licence": "mit"}, "name it USER/NAME"),
+        ({}, {"to": "hf", "out": "x", "push": "it", "licence": "mit"}, "write USER/NAME"),
         ({}, {"to": "timm", "out": "run.safetensors"}, "exists: choose another --out"),
-        ({}, {"to": "hf", "out": "x", "public": True}, "public is of --push alone"),
+        ({}, {"to": "hf", "out": "x", "public": True}, "public works only with --push"),
         ({}, {"to": "timm", "out": "x.safetensors", "with_figure": True}, "needs a model card"),
         ({}, {"to": "hf", "out": "x", "with_figure": True}, "has no figures: leave it out"),
         ({}, {"to": "hf", "out": "x", "crop_share": 0.5}, "square images alone"),
@@ -276,10 +276,10 @@ def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to
     monkeypatch.setattr(
         kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()}
     )  # fmt: skip
-    with pytest.raises(hpm.UserError, match=r"other pooled than ours, by 1.0e-03 \(1e-05"):
+    with pytest.raises(hpm.UserError, match=r"pooled differ from ours by 1.0e-03 \(1e-05"):
         hpm.export(finished_run.folder, to, out)
     monkeypatch.setattr(kind, "outputs", lambda *a: {"patches": right(*a)["patches"] * torch.nan})
-    with pytest.raises(hpm.UserError, match="other patches than ours, by nan"):
+    with pytest.raises(hpm.UserError, match="patches differ from ours by nan"):
         hpm.export(finished_run.folder, to, out)
 
     def fail(*arguments):

@@ -101,7 +101,7 @@ def test_it_goes_on_where_it_was_stopped(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="begun with size 32, not 16"):
         prepare(config(photos, out, size=16))
     (photos / "train/cat/9.jpg").unlink()
-    with pytest.raises(UserError, match="name another --out"):
+    with pytest.raises(UserError, match="choose another --out"):
         prepare(config(photos, out))
 
 

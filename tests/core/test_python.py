@@ -145,7 +145,7 @@ def test_errors_give_their_reasons(finished_run, tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits"')
     from hpm.data.sources import _open_saved
 
-    with pytest.raises(hpm.UserError, match=r"names no splits \(.*delimiter"):
+    with pytest.raises(hpm.UserError, match=r"has no splits \(.*delimiter"):
         _open_saved(tmp_path)
     from hpm.core.hub import read_json
 

@@ -66,13 +66,13 @@ def test_what_a_checkpoint_names_is_not_fetched(
         path = checkpoint(target="frozen", target_model=name)
     show(ShowConfig(path, str(image_folder), str(tmp_path / "fig.png"), images=2, device="cpu"))
     said = capsys.readouterr().out
-    assert "what only a file names is not fetched: fetch it with" in said
+    assert "models that only a file names are not downloaded: download it with" in said
     assert said.count("\n") == 1
-    with pytest.raises(hpm.UserError, match=f"is not on disk.*fetch it with.*{command}"):
+    with pytest.raises(hpm.UserError, match=f"is not on disk.*download it with.*{command}"):
         hpm.evaluate("hardness", path, str(image_folder), workers=0, device="cpu")
     trained = view.open_trained(path, "cpu")
     viewer = view.Viewer(trained, *view._examples("demo", trained), 2)
-    assert "not fetched" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
+    assert "not downloaded" in viewer.page() and "error" not in viewer.answer({"example": "0"}, b"")
     hpm.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
 
 

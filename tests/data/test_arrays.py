@@ -182,7 +182,7 @@ def header(shape, descr="'|u1'", version=b"\1\0"):
         (npy(np.full((7, 9, 9), np.inf)), "NaN, infinite"),
         (npy(np.full((7, 9, 9), 1e200)), "NaN, infinite"),
         (npy(np.full((7, 9, 9), None)), "allow_pickle=False|Python objects"),
-        (npy(np.full((7, 9, 9), "a")), "elements of type <U1 are no pixels"),
+        (npy(np.full((7, 9, 9), "a")), "values of type <U1 cannot be pixels"),
         (npy(np.full((7, 9, 9), 1j)), "no pixels"),
         (npy(np.zeros((7, 9, 9), [("a", "u1")])), "no pixels"),
         (header("(7, 99999999999, 99999999999)"), ""),
@@ -322,7 +322,7 @@ def test_statistics_of_any_unit(tmp_path, scale, offset):
     assert std == pytest.approx(values.std((0, 2, 3)).tolist(), rel=1e-3)
     (batch,) = evaluation_batches(source, (8, 8), 7, 8)
     assert [problem for _, problem in batch.unreadable] == [
-        "some pixels are NaN, infinite or out of all bounds"
+        "some pixels are NaN, infinite or out of range"
     ]
     ours = normalize(batch.images, torch.tensor(mean), torch.tensor(std))
     assert ours.mean((0, 2, 3)).abs().max() < 1e-2 and (ours.std((0, 2, 3)) - 1).abs().max() < 1e-2

@@ -75,7 +75,7 @@ def test_transparency_that_is_left_out_is_said_once(mode, tmp_path, capsys):
     for _ in range(2):
         list(training_loader(source, EvaluationViews((8, 8), 3), [[(0, 0), (0, 1)]], 0, False))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "transparency (a fourth band)" in said[0]
+    assert len(said) == 1 and "transparency (a fourth channel)" in said[0]
     list(training_loader(source, EvaluationViews((8, 8), 4), [[(0, 0)]], 0, False))
     assert not capsys.readouterr().err
 
@@ -90,7 +90,7 @@ def test_a_band_of_a_tiff_that_is_left_out_is_said_once(kind, tmp_path, capsys):
     for _ in range(2):
         list(training_loader(source, EvaluationViews((8, 8), 3), [[(0, 0), (0, 1)]], 0, False))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "(a fourth band)" in said[0] and "--channels 4 keeps it" in said[0]
+    assert len(said) == 1 and "(a fourth channel)" in said[0] and "--channels 4 keeps it" in said[0]
 
 
 def test_opaque_images_are_not_mentioned(image_folder, capsys):

@@ -136,7 +136,7 @@ def test_cifar10(shared_data):
     [
         (lambda p: p / "nowhere", "no such folder or file"),
         (lambda p: p, "no images in this folder"),
-        (lambda p: _write(p / "list.txt", b""), "names no image"),
+        (lambda p: _write(p / "list.txt", b""), "the list is empty"),
         (lambda p: _write(p / "list.txt", b"\xff\xfe\x00"), "text list"),
         (lambda p: _write(p / "a.parquet", b"PAR1"), "not readable parquet"),
     ],

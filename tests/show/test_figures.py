@@ -198,9 +198,7 @@ def test_a_backbone_shows_features_only(finished_run):
 def test_encoders_of_timm():
     need("timm", "timm", "the test")
     plain = trained(model="timm/vit_tiny_patch16_224", image_size=32, patch_size=16, mask="random")
-    assert unavailable_panels(plain) == {
-        "attention": "encoders of timm do not tell their attention"
-    }
+    assert unavailable_panels(plain) == {"attention": "attention of timm encoders is not available"}
     hiera = trained(model="timm/hiera_tiny_224", image_size=64, patch_size=32, mask="random")
     assert unavailable_panels(hiera) == {"attention": "its encoder has no class token"}
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)

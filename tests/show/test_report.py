@@ -112,7 +112,7 @@ def test_the_command_writes_it_again(run_folder, tmp_path, capsys):
     (run_folder / "metrics.jsonl").unlink()
     other = tmp_path / "other.html"
     assert main(["report", str(run_folder), "--out", str(other)]) == 0
-    assert "Nothing is measured yet" in other.read_text()
+    assert "No measurements yet" in other.read_text()
 
 
 def test_what_is_no_run_is_refused(run_folder, tmp_path):

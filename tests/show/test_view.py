@@ -336,8 +336,8 @@ def test_a_backbone_says_that_it_shows_features_only(browser, finished_run):
     with serving(finished_run.backbone) as server:
         driven = Driven(browser, server)
         assert list(driven.pictures()) == ["image", "pca", "attention"]
-        assert driven.page.get_by_text("This file shows features only.").is_visible()
-        assert driven.page.get_by_text("it holds a backbone only").is_visible()
+        assert driven.page.get_by_text("These weights show features only.").is_visible()
+        assert driven.page.get_by_text("it has a backbone only").is_visible()
         assert not driven.page.locator("#mask_ratio").count()
         driven.drop("mine.png", png())
         assert list(driven.pictures("mine.png")) == ["image", "pca", "attention"]

@@ -154,7 +154,7 @@ class Evil:
 def test_pickled_code_is_refused_and_not_run(tmp_path, suffix):
     path, trap = tmp_path / f"weights{suffix}", tmp_path / "trap"
     torch.save({"model": Evil(str(trap))}, path)
-    with pytest.raises(UserError, match="holds pickled code"):
+    with pytest.raises(UserError, match="contains pickled code"):
         checkpoint.read_tensors(path)
     assert not trap.exists()
 

@@ -352,11 +352,11 @@ def one_more(name):
     [
         (lambda path: path.write_bytes(b""), "truncated or not a weights file"),
         (lambda path: path.write_bytes(b"PK\3\4" + bytes(100)), "truncated or not a weights"),
-        (lambda path: torch.save({"model": Evil()}, path), "holds pickled code"),
+        (lambda path: torch.save({"model": Evil()}, path), "contains pickled code"),
         (lambda path: torch.save({"epoch": 3}, path), "no tensors in it"),
         (lambda path: torch.save(torch.zeros(3), path), "no tensors in it"),
         (bomb, "would unpack to 0.01"),
-        (spread, "x is no plain tensor"),
+        (spread, "x is not a plain tensor"),
         (many_blocks, "of another architecture|conv"),
         (one_more("reg_token"), "it has reg_token, which a plain"),
         (one_more("blocks.0.ls1.gamma"), r"blocks\.0\.ls1\.gamma is not known"),
