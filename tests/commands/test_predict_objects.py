@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detecting import tiny_model
 from PIL import Image
 
 import hpm
@@ -10,28 +11,6 @@ from hpm.commands.predict_objects import results_file, write_objects
 from hpm.data.detection import has_masks, objects, open_detection
 from hpm.data.joint import WholeImages
 from hpm.data.sources import FileSource
-from hpm.models.architecture import Architecture
-from hpm.weights.detection import DetectionModel, DetectorShape
-
-
-def tiny_model(masks):
-    torch.manual_seed(0)
-    encoder = Architecture(
-        image_size=(64, 64), patch_size=(8, 8), channels=3, embed_dim=32, depth=4, num_heads=2
-    )
-    shape = DetectorShape(
-        encoder,
-        ["cat", "dog"],
-        [0.5] * 3,
-        [0.2] * 3,
-        masks,
-        window_size=None,
-        channels=16,
-        anchor_scale=2.0,
-        proposals=10,
-        score_threshold=0.0,
-    )
-    return DetectionModel(shape).eval()
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -41,7 +20,7 @@ def test_results_can_be_opened_as_a_data_set(tmp_path, masks):
     for path, size in zip(paths, [(40, 60), (70, 30)]):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-    model = tiny_model(masks)
+    model = tiny_model(masks=masks, proposals=10, score_threshold=0.0)
     source = FileSource("images", paths, root=tmp_path / "images")
     views = WholeImages(3, size=64, longest=64)
     images = [(index, *views(source, (0, index))) for index in range(2)]

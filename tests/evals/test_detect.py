@@ -3,11 +3,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from detecting import TINY, arguments, write_coco
 from helpers import assert_refused, run_here, run_hpm
 from jobs import torchrun
 from PIL import Image
@@ -20,80 +20,8 @@ from hpm.evals.detect import Options
 from hpm.evals.detect.figure import as_rgb, draw_objects
 from hpm.evals.detect.testing import DetectionScores, Found
 from hpm.evals.detect.training import DetectorTraining
-from hpm.models.architecture import Architecture
-from hpm.weights.detection import DetectionModel, DetectorShape
+from hpm.weights.detection import DetectionModel
 from hpm.weights.finetuned import load_model
-
-TINY = {
-    "image_size": 32,
-    "steps": 4,
-    "batch_size": 4,
-    "channels": 16,
-    "proposals": 20,
-    "box_batch_size": 8,
-    "workers": 0,
-    "device": "cpu",
-}
-SHAPE = DetectorShape(
-    Architecture(
-        image_size=(64, 64), patch_size=(8, 8), channels=3, embed_dim=32, depth=4, num_heads=2
-    ),
-    classes=["cat", "dog"],
-    mean=[0.5, 0.4, 0.3],
-    std=[0.2, 0.3, 0.25],
-    masks=True,
-    window_size=None,
-    channels=16,
-    anchor_scale=2.0,
-    proposals=30,
-    score_threshold=0.05,
-)
-
-
-def arguments(**changes):
-    options = TINY | changes
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-def write_coco(folder, splits=("train", "val"), count=6, masks=True, change=None):
-    """Noise with a bright rectangle in each image, of two classes."""
-    rng = np.random.default_rng(0)
-    (folder / "annotations").mkdir(parents=True)
-    for split in splits:
-        (folder / split).mkdir()
-        table = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": 1, "name": "cat"}, {"id": 5, "name": "dog"}],
-        }
-        for n in range(count):
-            pixels = rng.integers(0, 120, (40, 48, 3)).astype(np.uint8)
-            x, y, w, h = rng.integers(2, 20), rng.integers(2, 18), rng.integers(8, 24), 16
-            pixels[y : y + h, x : x + w] += 100
-            Image.fromarray(pixels).save(folder / split / f"{n}.png")
-            x, y, w, h = (int(v) for v in (x, y, w, h))
-            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            table["images"].append({"id": n, "file_name": f"{n}.png", "height": 40, "width": 48})
-            table["annotations"].append(
-                {
-                    "id": n + 1,
-                    "image_id": n,
-                    "category_id": 1 + 4 * (n % 2),
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                    "segmentation": polygon if masks else [],
-                }
-            )
-        if change:
-            change(table)
-        (folder / f"annotations/instances_{split}.json").write_text(json.dumps(table))
-    return folder
-
-
-def tiny_model(**changes):
-    torch.manual_seed(0)
-    return DetectionModel(replace(SHAPE, **changes)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -245,46 +173,6 @@ def test_a_fifth_is_held_out_where_there_is_one_split(finished_run, tmp_path):
     assert result.about["train_images"] == 8 and result.about["test_images"] == 2
 
 
-@pytest.mark.parametrize("window_size", [None, 3])
-def test_an_image_alone_is_found_as_in_a_batch(window_size):
-    """Whatever the others' sizes: padding reaches to one square always."""
-    model = tiny_model(window_size=window_size, score_threshold=0.0)
-    rng = np.random.default_rng(1)
-    sizes = [(64, 64), (20, 64), (64, 33), (51, 64)]
-    images = [torch.from_numpy(rng.integers(0, 256, (3, *s), dtype=np.uint8)) for s in sizes]
-    together = model.detect(images, sizes)
-    for image, size, expected in zip(images, sizes, together):
-        [alone] = model.detect([image], [size])
-        assert len(alone.boxes) > 0
-        torch.testing.assert_close(alone.boxes, expected.boxes, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(alone.scores, expected.scores, atol=1e-5, rtol=1e-4)
-        assert (alone.masks != expected.masks).float().mean() < 1e-3
-
-
-def test_detections_are_in_the_pixels_of_the_file():
-    """What is found in an image of 64x32 that was 128x32: twice as far to the right, no lower."""
-    model = tiny_model(score_threshold=0.0)
-    image = torch.randint(0, 256, (3, 32, 64), dtype=torch.uint8)
-    [seen], [found] = model.detect([image], [(32, 64)]), model.detect([image], [(32, 128)])
-    torch.testing.assert_close(found.boxes, seen.boxes * torch.tensor([2.0, 1, 2, 1]))
-    assert found.masks.shape[1:] == (32, 128)
-    inside = found.boxes[0].round().int().tolist()
-    outside = found.masks[0].clone()
-    outside[max(0, inside[1] - 2) : inside[3] + 2, max(0, inside[0] - 2) : inside[2] + 2] = False
-    assert not outside.any()
-
-
-def test_saved_and_loaded(tmp_path):
-    model = tiny_model(window_size=2, masks=False)
-    model.save(tmp_path / "detector.safetensors")
-    loaded = load_model(tmp_path)
-    image = model.preprocess(np.full((30, 50, 3), 200, np.uint8))
-    assert image.shape == (3, 38, 64)
-    torch.testing.assert_close(image[:, 0, 0], (200 / 255 - model.mean) / model.std)
-    [one], [two] = model([image]), loaded([image])
-    assert torch.equal(one.boxes, two.boxes) and torch.equal(one.scores, two.scores)
-
-
 def test_average_precision_of_perfect_detections():
     source = open_detection("demo").test
     rows = []
@@ -335,93 +223,6 @@ def test_the_preset_is_vitdets():
     assert options.milestones == ("163889 steps", "177546 steps")
     assert (options.weight_decay, options.layer_decay, options.drop_path) == (0.1, 0.7, 0.1)
     assert options.window_size == 14 and options.anchor_scale * 4 == 32
-
-
-def faulty(**changes):
-    return lambda table: table["annotations"][0].update(changes)
-
-
-def drop_annotations(table):
-    table["annotations"] = []
-
-
-MISTAKES = [
-    (faulty(bbox=[40, 3, 20, 5]), "outside"),
-    (faulty(bbox=[2, 3, 0, 5]), "empty"),
-    (faulty(bbox=[2, 3, -8, 5]), "negative"),
-    (faulty(category_id=3), "category 3"),
-    (lambda table: table["images"][0].update(file_name="gone.png"), "lacks"),
-    (lambda table: table["images"][0].update(width=47), "48x40 pixels, but its annotations"),
-    (lambda table: table.pop("annotations"), "no list 'annotations'"),
-    (drop_annotations, "annotated object"),
-]
-
-
-@pytest.mark.parametrize(("change", "words"), MISTAKES, ids=[words for _, words in MISTAKES])
-def test_bad_annotations(finished_run, tmp_path, change, words):
-    data = write_coco(tmp_path / "data", change=change)
-    out = tmp_path / "out"
-    result = run_here(
-        "eval", "detect", finished_run.folder, data, "--out", out, *arguments(steps=1)
-    )
-    assert_refused(result, words)
-    assert not list(out.rglob("detector.safetensors"))
-
-
-def test_a_split_without_annotations(finished_run, tmp_path):
-    data = write_coco(tmp_path / "data")
-    (data / "annotations/instances_val.json").unlink()
-    result = run_here("eval", "detect", finished_run.folder, data, "--out", tmp_path / "out")
-    assert_refused(result, "val", "annotations")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"image_size": 40}, "the nearest that fits is 32"),
-        ({"crop_share": 0.9}, "crop-share"),
-        ({"milestones": "half"}, "milestones: 'half' is not a duration"),
-        ({"accumulate": 9}, "9 or more can"),
-    ],
-)
-def test_options_that_cannot_work(finished_run, tmp_path, options, words):
-    data = write_coco(tmp_path / "data")
-    result = run_here(
-        "eval",
-        "detect",
-        finished_run.folder,
-        data,
-        "--out",
-        tmp_path / "out",
-        *arguments(**options),
-    )
-    assert_refused(result, words)
-
-
-def test_other_categories_in_the_test_images(finished_run, tmp_path):
-    data = write_coco(tmp_path / "data")
-    other = write_coco(
-        tmp_path / "other", change=lambda table: table["categories"][0].update(name="horse")
-    )
-    result = run_here(
-        "eval", "detect", finished_run.folder, data, "--test", other, "--out", tmp_path / "out"
-    )
-    assert_refused(result, "horse", "cat")
-
-
-def test_an_encoder_without_maps_of_one_size(tmp_path):
-    """Hiera merges patches on its way: its blocks' grids differ and cannot be interpolated."""
-    pytest.importorskip("timm")
-    hiera = Architecture(
-        model="timm/hiera_tiny_224",
-        image_size=(224, 224),
-        patch_size=(32, 32),
-        channels=3,
-        embed_dim=768,
-        depth=12,
-    )
-    with pytest.raises(hpm.UserError, match="needs a plain ViT"):
-        DetectionModel(replace(SHAPE, architecture=hiera))
 
 
 @pytest.mark.slow
