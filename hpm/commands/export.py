@@ -18,7 +18,7 @@ from hpm.core.errors import UserError
 from hpm.core.files import disk_error
 from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
-from hpm.weights.format import ExportSource, WritableFormat
+from hpm.weights.export_format import ExportSource, WritableFormat
 from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
 from hpm.weights.resolve import load
 
