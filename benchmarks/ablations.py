@@ -19,15 +19,38 @@ from results import machine, write_section
 FOLDER = Path(__file__).parent
 DATA = FOLDER / ".." / ".." / "shared" / "data" / "flowers"
 ABLATIONS = {
-    "masks": ["--vary", "mask=easy_to_hard,random,easiest,hard_to_easy,hardest,moderate",
-              "--target", "pixels"],
+    "masks": [
+        "--vary",
+        "mask=easy_to_hard,random,easiest,hard_to_easy,hardest,moderate",
+        "--target",
+        "pixels",
+    ],
     "targets": ["--vary", "target=pixels,normalized_pixels,hog,teacher", "--mask", "random"],
-}  # fmt: skip
+}
 COMMON = [
-    "--model", "vit_nano", "--image-size", "64", "--patch-size", "8", "--batch-size", "64",
-    "--base-lr", "4e-3", "--epochs", "6", "--holdout", "64", "--eval-every", "100%",
-    "--checkpoint-every", "50%", "--keep-checkpoints", "1", "--workers", "0",
-]  # fmt: skip
+    "--model",
+    "vit_nano",
+    "--image-size",
+    "64",
+    "--patch-size",
+    "8",
+    "--batch-size",
+    "64",
+    "--base-lr",
+    "4e-3",
+    "--epochs",
+    "6",
+    "--holdout",
+    "64",
+    "--eval-every",
+    "100%",
+    "--checkpoint-every",
+    "50%",
+    "--keep-checkpoints",
+    "1",
+    "--workers",
+    "0",
+]
 
 
 def main() -> None:

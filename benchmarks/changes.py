@@ -92,9 +92,10 @@ CHANGES: dict[str, Undo] = {
     "the last block's outputs alone": lambda state: patch.object(Decoder, "forward", every_output),
     "AdamW in one pass": loop_of_adamw,
     "the teacher's average in one pass": parameter_by_parameter,
-    "masks of the whole batch at once":
-        lambda state: patch.object(miner, "make_mask", image_by_image),
-}  # fmt: skip
+    "masks of the whole batch at once": lambda state: patch.object(
+        miner, "make_mask", image_by_image
+    ),
+}
 
 
 def main() -> None:
@@ -130,10 +131,13 @@ def main() -> None:
     rows = [["as it is", f"{1e3 * statistics.median(now):.1f}", "1"]]
     for name, before in seconds.items():
         ratios = [b / a for a, b in zip(now, before, strict=True)]
-        rows.append([
-            f"without: {name}", f"{1e3 * statistics.median(before):.1f}",
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"without: {name}",
+                f"{1e3 * statistics.median(before):.1f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            ]
+        )
     results = table(["", "ms", "times as long"], rows)
     write_section(
         f"changes {chosen.size}",

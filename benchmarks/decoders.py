@@ -62,9 +62,12 @@ def decoders() -> tuple[dict[str, Decode], list[str]]:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             scale = reduction((width, height), least_size(SIZE, SCALE[0]))
             return simplejpeg.decode_jpeg(
-                data, "RGB", min_width=-(-width // scale), min_height=-(-height // scale),
+                data,
+                "RGB",
+                min_width=-(-width // scale),
+                min_height=-(-height // scale),
                 min_factor=scale,
-            )  # fmt: skip
+            )
 
         found["simplejpeg"] = lambda data: simplejpeg.decode_jpeg(data, "RGB")
         found["simplejpeg, reduced"] = reduced
@@ -208,17 +211,23 @@ def main() -> None:
         f"{chosen.rounds} rounds in turns. "
         + (f"Not here: {'; '.join(missing)}." if missing else ""),
         *measure(
-            files, chosen.rounds,
-            (f"Decoding {len(files)} photographs of {pixels / 1e6:.2f} megapixels:",
-             f"The same, a random crop, and its resize to {SIZE[0]} x {SIZE[1]}:"),
+            files,
+            chosen.rounds,
+            (
+                f"Decoding {len(files)} photographs of {pixels / 1e6:.2f} megapixels:",
+                f"The same, a random crop, and its resize to {SIZE[0]} x {SIZE[1]}:",
+            ),
         ),
         *measure(
-            large, chosen.rounds,
-            (f"Decoding {len(large)} of them enlarged to {ENLARGED[0]} x {ENLARGED[1]}:",
-             f"The same, a random crop, and its resize to {SIZE[0]} x {SIZE[1]}:"),
+            large,
+            chosen.rounds,
+            (
+                f"Decoding {len(large)} of them enlarged to {ENLARGED[0]} x {ENLARGED[1]}:",
+                f"The same, a random crop, and its resize to {SIZE[0]} x {SIZE[1]}:",
+            ),
         ),
         differences(files),
-    ]  # fmt: skip
+    ]
     write_section("decoders", "\n\n".join(lines))
 
 

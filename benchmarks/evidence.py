@@ -112,8 +112,15 @@ class Job:
             elif protocol != "objects" and not list(out.glob("*.json")):
                 options = {"test": data / test, "out": out, "baselines": "false", "workers": 0}
                 options |= {"k": "[20]"} if protocol == "knn" else {}
-                yield ["-m", "hpm", "eval", protocol, str(self.run), str(data / "train.parquet"),
-                       *as_arguments(options)]  # fmt: skip
+                yield [
+                    "-m",
+                    "hpm",
+                    "eval",
+                    protocol,
+                    str(self.run),
+                    str(data / "train.parquet"),
+                    *as_arguments(options),
+                ]
 
     def results(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -158,8 +165,9 @@ class Experiment:
             for seed in self.seeds:
                 jobs += [
                     self.job(method, settings[method], seed)
-                    for method in methods if settings[method] is not None
-                ]  # fmt: skip
+                    for method in methods
+                    if settings[method] is not None
+                ]
         if all(job.key in self.known for job in jobs):  # the costliest measure comes last
             jobs += [self.attentive_job(m, s) for m in METHODS for s in self.seeds]
         return [job for job in dict.fromkeys(jobs) if job.key not in self.known]
@@ -197,8 +205,10 @@ class Experiment:
             if any(job.key not in self.known for job in jobs):
                 return jobs, None
             first = self.known[self.tuning_job(method, setting).key]["linear"]
-            found = [(self.known[job.key]["linear"], other)
-                     for job, other in zip(jobs, others, strict=True)]  # fmt: skip
+            found = [
+                (self.known[job.key]["linear"], other)
+                for job, other in zip(jobs, others, strict=True)
+            ]
             top, other = max(found, key=lambda pair: pair[0])
             setting = other if top > first else setting
         return [], setting
@@ -237,10 +247,18 @@ class Experiment:
         self, method: str, setting: dict[str, Any], seed: int, epochs: int
     ) -> tuple[tuple[str, Any], ...]:
         options = {
-            "model": self.chosen.model, "image_size": 64, "patch_size": 8, "batch_size": 128,
-            "holdout": 0, "workers": 0, "keep_checkpoints": 1, "log_every": 50, "cache": "true",
-            "target": "normalized_pixels", "checkpoint_every": "5%",
-        }  # fmt: skip
+            "model": self.chosen.model,
+            "image_size": 64,
+            "patch_size": 8,
+            "batch_size": 128,
+            "holdout": 0,
+            "workers": 0,
+            "keep_checkpoints": 1,
+            "log_every": 50,
+            "cache": "true",
+            "target": "normalized_pixels",
+            "checkpoint_every": "5%",
+        }
         options |= METHODS[method] | setting | {"seed": seed, "epochs": epochs}
         if self.chosen.smoke:
             options |= {"batch_size": 64}
@@ -293,11 +311,13 @@ class Experiment:
     def report(self) -> None:
         """Write the section of RESULTS.md and the figure, as far as the work has come."""
         found = {
-            method: {seed: self.known[key] | self.known.get(f"{key} / attentive", {})
-                     for seed in self.seeds
-                     if (key := f"{method} / seed {seed}") in self.known}
+            method: {
+                seed: self.known[key] | self.known.get(f"{key} / attentive", {})
+                for seed in self.seeds
+                if (key := f"{method} / seed {seed}") in self.known
+            }
             for method in METHODS
-        }  # fmt: skip
+        }
         rows, gains = [], []
         for method, by_seed in found.items():
             if not by_seed:
@@ -309,15 +329,21 @@ class Experiment:
             pairs = sorted(set(by_seed) & set(found["MAE"]))
             if method != "MAE" and pairs:
                 cells = [
-                    interval([by_seed[s][m] - found["MAE"][s][m] for s in pairs
-                              if m in by_seed[s] and m in found["MAE"][s]])
+                    interval(
+                        [
+                            by_seed[s][m] - found["MAE"][s][m]
+                            for s in pairs
+                            if m in by_seed[s] and m in found["MAE"][s]
+                        ]
+                    )
                     for m in MEASURES
-                ]  # fmt: skip
+                ]
                 gains.append([f"{TITLES.get(method, method)} less MAE", str(len(pairs)), *cells])
         tuning = [
             [*key.split(" / ")[1:], f"{values['linear']:.1f}"]
-            for key, values in sorted(self.known.items()) if key.startswith("tuning")
-        ]  # fmt: skip
+            for key, values in sorted(self.known.items())
+            if key.startswith("tuning")
+        ]
         total = len(METHODS) * len(self.seeds)
         done = sum(len(by_seed) for by_seed in found.values())
         figure = FOLDER / "evidence.png"
@@ -329,10 +355,11 @@ class Experiment:
             f"runs of tuning so far, {self.known.get('hours', 0):.1f} process hours beside other "
             "work.",
             "### Protocol, fixed before the first run",
-            PROTOCOL.format(rows=f"{self.chosen.rows:,}", model=self.chosen.model,
-                            epochs=self.epochs).strip(),
+            PROTOCOL.format(
+                rows=f"{self.chosen.rows:,}", model=self.chosen.model, epochs=self.epochs
+            ).strip(),
             "### Results",
-        ]  # fmt: skip
+        ]
         if rows:
             draw(found, figure)
             parts += [
@@ -417,9 +444,14 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
         pixels = normalize(batch.images, torch.tensor(trained.mean), torch.tensor(trained.std))
         target = trained.find_target(torch.device("cpu"))
         maps = loss_maps(
-            trained.model, trained.find_miner(), pixels, Draw(0, 0, torch.from_numpy(ids)), target,
-            trained.config.mask_ratio, num_masks,
-        )  # fmt: skip
+            trained.model,
+            trained.find_miner(),
+            pixels,
+            Draw(0, 0, torch.from_numpy(ids)),
+            target,
+            trained.config.mask_ratio,
+            num_masks,
+        )
         count = trained.find_miner().num_hidden // 2
         for name, values in (("mined", maps.predicted), ("hardest", maps.actual)):
             top = values.nan_to_num(nan=-torch.inf).topk(count, dim=1).indices
@@ -431,19 +463,26 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
 def object_rows(objects: list[dict]) -> list[list[str]]:
     chance = f"{100 * statistics.mean(o['chance'] for o in objects):.1f}"
     return [
-        [f"{100 * progress:.0f} %",
-         *[spread([100 * o[name][i] for o in objects]) for name in ("mined", "hardest")], chance]
+        [
+            f"{100 * progress:.0f} %",
+            *[spread([100 * o[name][i] for o in objects]) for name in ("mined", "hardest")],
+            chance,
+        ]
         for i, progress in enumerate(objects[0]["progress"])
-    ]  # fmt: skip
+    ]
 
 
 def measure_ratio(experiment: Experiment) -> None:
     """How many times as long as MAE's a step of HPM takes, in turns, by `hpm bench step`."""
     file = experiment.out / "step.json"
     options = {
-        "model": experiment.chosen.model, "image_size": 64, "patch_size": 8, "batch_size": 128,
-        "repeats": 15, "json": file,
-    }  # fmt: skip
+        "model": experiment.chosen.model,
+        "image_size": 64,
+        "patch_size": 8,
+        "batch_size": 128,
+        "repeats": 15,
+        "json": file,
+    }
     subprocess.run(
         [sys.executable, "-m", "hpm", "bench", "step", *as_arguments(options)], check=True
     )
@@ -486,15 +525,23 @@ def draw(found: dict[str, dict[int, dict]], file: Path) -> None:
     arms = [method for method in METHODS if found[method]]
     figure = Figure(figsize=(10, 1.2 + 0.45 * len(arms)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    shown = {m: title for m, title in MEASURES.items()
-             if all(m in values for arm in arms for values in found[arm].values())}  # fmt: skip
+    shown = {
+        m: title
+        for m, title in MEASURES.items()
+        if all(m in values for arm in arms for values in found[arm].values())
+    }
     panels = figure.subplots(1, len(shown), sharey=True)
     for panel, (measure, title) in zip(panels, shown.items(), strict=True):
         for row, method in enumerate(arms):
             for seed, values in found[method].items():
                 if method != "MAE" and seed in found["MAE"]:
-                    panel.plot([found["MAE"][seed][measure], values[measure]], [0, row], lw=0.5,
-                               color="0.8", zorder=0)  # fmt: skip
+                    panel.plot(
+                        [found["MAE"][seed][measure], values[measure]],
+                        [0, row],
+                        lw=0.5,
+                        color="0.8",
+                        zorder=0,
+                    )
                 panel.plot(values[measure], row, "o", ms=4, color="#4477aa")
             mean = statistics.mean(values[measure] for values in found[method].values())
             panel.plot([mean, mean], [row - 0.3, row + 0.3], color="k")
@@ -530,8 +577,9 @@ def main() -> None:
         measure_ratio(experiment)
     elif not chosen.report:
         if "commit" not in experiment.known:
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                    cwd=FOLDER)  # fmt: skip
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=FOLDER
+            )
             experiment.keep("commit", commit.stdout.strip()[:12] or "unknown")
         done = experiment.run(time.time() + 60 * chosen.minutes)
         print("done" if done else "time is up: the same command goes on from here")

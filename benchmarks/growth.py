@@ -63,10 +63,12 @@ def measure(options: dict) -> dict:
     patches = state.model.encoder.num_patches
     total = step_multiply_adds(architecture, state.config) * state.config.global_batch_size
     return {
-        "seconds": statistics.median(seconds), "memory_gb": memory_gb(device) - before,
-        "patches": patches, "multiply_adds": total,
+        "seconds": statistics.median(seconds),
+        "memory_gb": memory_gb(device) - before,
+        "patches": patches,
+        "multiply_adds": total,
         "parameters": sum(p.numel() for p in state.model.parameters()),
-    }  # fmt: skip
+    }
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
@@ -82,8 +84,11 @@ def draw(found: dict[str, list[dict]], file: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 
-    axes_of = {"image size": "patches of an image", "batch": "images of a batch",
-               "model": "parameters, M"}  # fmt: skip
+    axes_of = {
+        "image size": "patches of an image",
+        "batch": "images of a batch",
+        "model": "parameters, M",
+    }
     figure, panels = pyplot.subplots(2, 3, figsize=(10, 5), layout="constrained")
     for column, (name, points) in enumerate(found.items()):
         xs = [x_of(name, point) for point in points]
@@ -93,8 +98,14 @@ def draw(found: dict[str, list[dict]], file: Path) -> None:
             # What exactly proportional and squared growth from the first point would be.
             for power, style in ((1, ":"), (2, "--")):
                 line = [ys[0] * (x / xs[0]) ** power for x in xs]
-                panel.loglog(xs, line, style, color="#bbbbbb", zorder=0,
-                             label="proportional" if power == 1 else "squared")  # fmt: skip
+                panel.loglog(
+                    xs,
+                    line,
+                    style,
+                    color="#bbbbbb",
+                    zorder=0,
+                    label="proportional" if power == 1 else "squared",
+                )
             panel.set_ylim(min(ys) / 1.6, max(ys) * 2.5)
             panel.set_xticks(xs, [f"{x:g}" for x in xs])
             panel.xaxis.set_minor_locator(NullLocator())
@@ -133,10 +144,15 @@ def main() -> None:
     sections = []
     for name, points in found.items():
         rows = [
-            [", ".join(f"{k} {v}" for k, v in p["options"].items()), str(p["patches"]),
-             f"{p['multiply_adds'] / 1e9:.1f}", f"{p['seconds']:.3f}", f"{p['memory_gb']:.3f}"]
+            [
+                ", ".join(f"{k} {v}" for k, v in p["options"].items()),
+                str(p["patches"]),
+                f"{p['multiply_adds'] / 1e9:.1f}",
+                f"{p['seconds']:.3f}",
+                f"{p['memory_gb']:.3f}",
+            ]
             for p in points
-        ]  # fmt: skip
+        ]
         xs = [x_of(name, p) for p in points]
         sections.append(
             table([name, "patches", "multiply-adds, G", "step, s", "memory, GB"], rows)

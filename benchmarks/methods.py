@@ -39,14 +39,25 @@ PROTOCOLS = {"knn": "kNN, k = 20", "linear": "linear probe", "finetune": "fine-t
 TUNING_SEED = 100  # none of those that are reported
 
 COMMON = {
-    "model": "vit_nano", "batch_size": 64, "holdout": 64, "eval_every": "100%",
-    "log_every": 20, "workers": 0, "keep_checkpoints": 1,
-}  # fmt: skip
+    "model": "vit_nano",
+    "batch_size": 64,
+    "holdout": 64,
+    "eval_every": "100%",
+    "log_every": 20,
+    "workers": 0,
+    "keep_checkpoints": 1,
+}
 # At this scale the strong augmentation of the full recipe only slows learning down.
 FINETUNE = {
-    "epochs": 10, "batch_size": 64, "base_lr": 4e-3, "mixup": 0, "cutmix": 0,
-    "rand_augment": "none", "random_erase": 0, "crop_scale": "[0.2,1.0]",
-}  # fmt: skip
+    "epochs": 10,
+    "batch_size": 64,
+    "base_lr": 4e-3,
+    "mixup": 0,
+    "cutmix": 0,
+    "rand_augment": "none",
+    "random_erase": 0,
+    "crop_scale": "[0.2,1.0]",
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,13 @@ class Dataset:
 DATASETS = {
     "flowers": Dataset("flowers", "flowers/train", {"image_size": 64, "patch_size": 8}, 20, {}),
     "cifar10": Dataset(
-        "cifar10", "cifar10/train-00000-of-00001.parquet", {"image_size": 32, "patch_size": 4}, 2,
+        "cifar10",
+        "cifar10/train-00000-of-00001.parquet",
+        {"image_size": 32, "patch_size": 4},
+        2,
         {"train_share": 0.1},
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -113,10 +127,15 @@ class Experiment:
     def tuning(self) -> list[Job]:
         """tuning: every method with every setting, at half of the length"""
         return [
-            self._pretrain(self._tuning_run(method, setting), METHODS[method] | setting,
-                           TUNING_SEED, max(1, self.epochs // 2))
-            for setting in settings() for method in METHODS
-        ]  # fmt: skip
+            self._pretrain(
+                self._tuning_run(method, setting),
+                METHODS[method] | setting,
+                TUNING_SEED,
+                max(1, self.epochs // 2),
+            )
+            for setting in settings()
+            for method in METHODS
+        ]
 
     def tuning_probes(self) -> list[Job]:
         """tuning: a linear probe of each, on a part of the training labels"""
@@ -129,20 +148,24 @@ class Experiment:
         return [
             self._pretrain(
                 self.out / "timing" / f"{method}_{turn}_{copy}",
-                METHODS[method] | self.best(method)
+                METHODS[method]
+                | self.best(method)
                 | {"holdout": 0, "hard_share_start": 0.25, "log_every": 5, "steps": 40},
-                TUNING_SEED, 1,
+                TUNING_SEED,
+                1,
             )
             for turn, method, copy in product(range(3), METHODS, range(self.side_by_side))
-        ]  # fmt: skip
+        ]
 
     def pretraining(self) -> list[Job]:
         """training: every method at its best setting, over the seeds"""
         return [
-            self._pretrain(self._run(arm, seed), METHODS[arm.method] | self.best(arm.method),
-                           seed, arm.epochs)
-            for seed in self.seeds for arm in self.arms()
-        ]  # fmt: skip
+            self._pretrain(
+                self._run(arm, seed), METHODS[arm.method] | self.best(arm.method), seed, arm.epochs
+            )
+            for seed in self.seeds
+            for arm in self.arms()
+        ]
 
     def evaluation(self) -> list[Job]:
         """evaluation: kNN, linear probe and fine-tuning, on the test split"""
@@ -232,10 +255,13 @@ class Experiment:
                 *[gain(found[one][p], found[other].get(p, [])) for p in PROTOCOLS],
             ]
             for one, other in (
-                ("predictor", "MAE"), ("HPM", "predictor"), ("HPM", "MAE"),
-                ("HPM", "predictor, HPM's time"), ("HPM", "MAE, HPM's time"),
+                ("predictor", "MAE"),
+                ("HPM", "predictor"),
+                ("HPM", "MAE"),
+                ("HPM", "predictor, HPM's time"),
+                ("HPM", "MAE, HPM's time"),
             )
-        ]  # fmt: skip
+        ]
         tuned = [
             [f"{s['base_lr']:g}, {s['target']}", *[f"{self.tuned(m, s):.1f}" for m in METHODS]]
             for s in settings()

@@ -36,10 +36,19 @@ WAYS: dict[str, dict] = {
     "memory, no predictor": {"mine_by": "memory", "predictor_loss": "none"},
 }
 COMMON = {
-    "model": "vit_nano", "image_size": 64, "patch_size": 8, "batch_size": 64, "holdout": 64,
-    "base_lr": 8e-3, "target": "pixels", "eval_every": "100%", "log_every": 20,
-    "checkpoint_every": "50%", "keep_checkpoints": 1, "workers": 0,
-}  # fmt: skip
+    "model": "vit_nano",
+    "image_size": 64,
+    "patch_size": 8,
+    "batch_size": 64,
+    "holdout": 64,
+    "base_lr": 8e-3,
+    "target": "pixels",
+    "eval_every": "100%",
+    "log_every": 20,
+    "checkpoint_every": "50%",
+    "keep_checkpoints": 1,
+    "workers": 0,
+}
 PROTOCOLS = {"knn": "kNN, k = 20", "linear": "linear probe"}
 FEATURES = "trained, patch mean"
 SIZES: dict[str, dict] = {

@@ -31,9 +31,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = run_options(benchmark, chosen.steps)
         run = hpm.pretrain(
-            chosen.data, out=f"{folder}/run", holdout=chosen.holdout, workers=chosen.workers,
+            chosen.data,
+            out=f"{folder}/run",
+            holdout=chosen.holdout,
+            workers=chosen.workers,
             **options,
-        )  # fmt: skip
+        )
         report = speeds(run.metrics(), chosen.steps) | {"held_out": chosen.holdout}
     chosen.report.write_text(json.dumps(report | {"options": options}, indent=2) + "\n")
     step = benchmark["methods"]["HPM"]["images_per_second"]

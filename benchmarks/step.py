@@ -16,10 +16,18 @@ from rich.console import Console
 from hpm.commands.bench_step import print_report
 
 SIZES = {
-    "vit_tiny": ["--model", "vit_tiny", "--image-size", "64", "--patch-size", "8",
-                 "--batch-size", "64"],
+    "vit_tiny": [
+        "--model",
+        "vit_tiny",
+        "--image-size",
+        "64",
+        "--patch-size",
+        "8",
+        "--batch-size",
+        "64",
+    ],
     "vit_base": ["--model", "vit_base", "--batch-size", "8"],
-}  # fmt: skip
+}
 
 
 def as_options(words: list[str]) -> dict[str, str | int]:

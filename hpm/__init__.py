@@ -8,6 +8,7 @@ result = hpm.evaluate("linear", "runs/first", "flowers/")
 from __future__ import annotations
 
 import importlib
+import random
 from typing import TYPE_CHECKING, Any
 
 from hpm.core.errors import UserError
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from hpm.pretraining import pretrain
     from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
-    from hpm.weights.run_folder import Run
+    from hpm.weights.run import Run
 
 # What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
 _LAZY = {
-    "Run": "hpm.weights.run_folder",
+    "Run": "hpm.weights.run",
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
     "load_encoder": "hpm.weights.resolve",
@@ -35,15 +36,25 @@ _LAZY = {
 }
 
 __all__ = [
-    "Interrupted", "Run", "UserError", "__version__", "evaluate", "export", "load_encoder",
-    "load_model", "predict", "pretrain",
-]  # fmt: skip
+    "Interrupted",
+    "Run",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "export",
+    "load_encoder",
+    "load_model",
+    "predict",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'hpm' has no attribute '{name}'")
+    state = random.getstate()  # libraries draw from it while they are imported
     value = getattr(importlib.import_module(_LAZY[name]), name)
+    random.setstate(state)
     globals()[name] = value
     return value
 

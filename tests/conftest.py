@@ -26,9 +26,14 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A browser of a test talks to nobody.
 BROWSER_ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 SHARED_DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 

@@ -20,10 +20,13 @@ class Job:
     def __init__(self, *command):
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)], stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+            [sys.executable, *map(str, command)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", MARK: self.mark},
-        )  # fmt: skip
+        )
 
     def members(self) -> list[int]:
         """Processes of the job that are alive."""

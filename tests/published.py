@@ -32,10 +32,17 @@ def our_state(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 SHAPE = {
-    "image_size": [16, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 64, "depth": 2,
-    "num_heads": 1, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 1,
+    "image_size": [16, 16],
+    "patch_size": [4, 4],
+    "channels": 3,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 1,
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 1,
     "with_predictor": True,
-}  # fmt: skip
+}
 
 
 def published(model):

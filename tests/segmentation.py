@@ -17,10 +17,18 @@ LINEAR = {
     "device": "cpu",
 }
 UPERNET = {
-    "head": "upernet", "image_size": 32, "steps": 6, "batch_size": 4, "workers": 0, "device": "cpu",
-    "warmup": "1 steps", "checkpoint_every": "2 steps", "peak_lr": 1e-3, "channels": 16,
+    "head": "upernet",
+    "image_size": 32,
+    "steps": 6,
+    "batch_size": 4,
+    "workers": 0,
+    "device": "cpu",
+    "warmup": "1 steps",
+    "checkpoint_every": "2 steps",
+    "peak_lr": 1e-3,
+    "channels": 16,
     "figure_images": 0,
-}  # fmt: skip
+}
 
 
 def write_scenes(root, train=24, val=6, side=40):

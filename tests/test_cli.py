@@ -108,11 +108,20 @@ def test_options_that_cannot_work(image_folder, tmp_path, monkeypatch, capsys, c
 
 
 def test_unknown_option_verb_and_preset(image_folder, tmp_path):
-    refused(image_folder, tmp_path, "unknown option '--mask-rato'; did you mean '--mask-ratio'",
-            extra=["--mask-rato", "0.5"])  # fmt: skip
+    refused(
+        image_folder,
+        tmp_path,
+        "unknown option '--mask-rato'; did you mean '--mask-ratio'",
+        extra=["--mask-rato", "0.5"],
+    )
     assert_refused(run_here("pretrian", image_folder), "no verb 'pretrian'", "'pretrain'")
-    refused(image_folder, tmp_path, "no preset or file 'vit_base_in1'", "'vit_base_in1k'",
-            extra=["--config", "vit_base_in1"])  # fmt: skip
+    refused(
+        image_folder,
+        tmp_path,
+        "no preset or file 'vit_base_in1'",
+        "'vit_base_in1k'",
+        extra=["--config", "vit_base_in1"],
+    )
     (tmp_path / "mine.yaml").write_text("mask_rato: 0.5\n")
     refused(image_folder, tmp_path, "mask_rato", extra=["--config", tmp_path / "mine.yaml"])
     assert_refused(run_here("pretrain", image_folder), "--out must be given")
@@ -200,9 +209,13 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
 
     out = tmp_path / "run"
     result = run_hpm(
-        "pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0),
+        "pretrain",
+        image_folder,
+        "--out",
+        out,
+        *tiny_arguments(holdout=0),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )  # fmt: skip
+    )
     assert_refused(result, "no space left; make room, then run the same command again")
     assert not list((out / "checkpoints").iterdir())
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
@@ -227,8 +240,14 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
 def test_eval_and_show(finished_run, image_folder, tmp_path):
     result = run_hpm("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
     assert result.returncode == 0, result.stderr
-    for words in ("trained", "random weights", "raw pixels", "k = 5", "ranking accuracy",
-                  "rank correlation"):  # fmt: skip
+    for words in (
+        "trained",
+        "random weights",
+        "raw pixels",
+        "k = 5",
+        "ranking accuracy",
+        "rank correlation",
+    ):
         assert words in result.stdout
     figure = tmp_path / "fig.png"
     result = run_hpm("show", finished_run.folder, image_folder, "--out", figure)
@@ -251,8 +270,10 @@ def test_demo(tmp_path):
                 numbers = [float(n) for n in re.findall(r"\d+\.\d", line)]
                 best[name] = max([*numbers, best.get(name, 0)])
     assert best["trained"] > best["random weights"] + 5
-    hard, chance = map(int, re.search(r"(\d+) % lies on objects \((\d+) %", result.stdout.replace(
-        "\n", " ")).groups())  # fmt: skip
+    hard, chance = map(
+        int,
+        re.search(r"(\d+) % lies on objects \((\d+) %", result.stdout.replace("\n", " ")).groups(),
+    )
     assert hard > 1.5 * chance
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000
 

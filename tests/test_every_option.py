@@ -19,11 +19,23 @@ from hpm.models.patches import patchify, unpatchify
 from hpm.models.vit import VisionTransformer
 
 SMALL = {
-    "data": "demo", "model": "vit_nano", "image_size": 32, "patch_size": 8, "batch_size": 16,
-    "steps": 200, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2, "base_lr": 3e-2,
-    "workers": 0, "holdout": 0, "log_every": 10, "checkpoint_every": "100%",
-    "hard_share_start": 0.25, "device": "cpu",
-}  # fmt: skip
+    "data": "demo",
+    "model": "vit_nano",
+    "image_size": 32,
+    "patch_size": 8,
+    "batch_size": 16,
+    "steps": 200,
+    "decoder_dim": 32,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+    "base_lr": 3e-2,
+    "workers": 0,
+    "holdout": 0,
+    "log_every": 10,
+    "checkpoint_every": "100%",
+    "hard_share_start": 0.25,
+    "device": "cpu",
+}
 
 
 def losses(out, **options):
@@ -51,9 +63,10 @@ def test_every_target_trains(target, tmp_path):
     if target == "tokens":
         options["codebook"] = str(tmp_path / "codebook.safetensors")
         tokenize(
-            TokenizeConfig("demo", options["codebook"], codes=16, image_size=32, patch_size=8,
-                           images=100)
-        )  # fmt: skip
+            TokenizeConfig(
+                "demo", options["codebook"], codes=16, image_size=32, patch_size=8, images=100
+            )
+        )
     if target == "teacher":
         # The teacher starts as the student: only later is there something to catch up with.
         found = losses(tmp_path / "run", target=target, mask="random")
@@ -67,9 +80,13 @@ def test_features_of_a_frozen_model_are_learned(tmp_path):
     transformers = need("transformers", "hf", "x")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+    )
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").write_text("{}")
     model = str(tmp_path / "vit")
@@ -113,8 +130,9 @@ def test_what_is_hidden_stays_hidden(mask):
     assert not torch.equal(images, others)
     for one, other in zip(
         model(images, visible_ids, hidden_ids, covered_ids),
-        model(others, visible_ids, hidden_ids, covered_ids), strict=True,
-    ):  # fmt: skip
+        model(others, visible_ids, hidden_ids, covered_ids),
+        strict=True,
+    ):
         assert torch.equal(one, other)
     # And without the cover, what was beneath it is seen.
     seen = model(others, visible_ids, hidden_ids)[0]

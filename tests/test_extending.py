@@ -58,8 +58,12 @@ def shortened(pretrain, words):
 
 def test_every_part_is_there():
     assert list(SECTIONS) == [
-        "A mask", "A target", "An encoder", "An evaluation", "A data source",
-    ]  # fmt: skip
+        "A mask",
+        "A target",
+        "An encoder",
+        "An evaluation",
+        "A data source",
+    ]
     assert all(len(files) == len(commands) == 1 for files, commands in SECTIONS.values())
 
 

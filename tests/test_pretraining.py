@@ -45,8 +45,15 @@ def assert_same_weights(a, b):
 def test_the_run_folder(finished_run):
     folder = finished_run.folder
     names = {path.name for path in folder.iterdir()}
-    assert {"config.yaml", "train.log", "metrics.jsonl", "checkpoints", "figures",
-            "backbone.safetensors", "backbone.json"} <= names  # fmt: skip
+    assert {
+        "config.yaml",
+        "train.log",
+        "metrics.jsonl",
+        "checkpoints",
+        "figures",
+        "backbone.safetensors",
+        "backbone.json",
+    } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["patch_size"] == [4, 4] and config["precision"] == "float32"
@@ -58,8 +65,16 @@ def test_the_run_folder(finished_run):
     assert 0 <= last["held_out/ranking_accuracy"] <= 1
     assert -1 <= last["held_out/rank_correlation"] <= 1
     first = metrics[0]
-    assert {"predictor_loss", "ranking_accuracy", "grad_norm", "learning_rate", "hard_share",
-            "images_per_second", "data_wait", "memory_gb"} <= set(first)  # fmt: skip
+    assert {
+        "predictor_loss",
+        "ranking_accuracy",
+        "grad_norm",
+        "learning_rate",
+        "hard_share",
+        "images_per_second",
+        "data_wait",
+        "memory_gb",
+    } <= set(first)
 
 
 def test_the_backbone_is_the_encoder(finished_run):
@@ -75,8 +90,13 @@ def test_the_backbone_is_the_encoder(finished_run):
     about = json.loads(finished_run.backbone.with_suffix(".json").read_text())
     assert about["image_size"] == [16, 16] and len(about["mean"]) == 3
     names = set(load_file(finished_run.backbone))
-    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
-            "norm.weight"} <= names  # fmt: skip
+    assert {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "norm.weight",
+    } <= names
 
 
 def test_what_is_not_as_asked_for_is_in_the_log(image_folder, tmp_path):
@@ -148,9 +168,15 @@ def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_
 def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
     options = {"steps": 60, "checkpoint_every": "100%", "eval_every": "100%", "log_every": 1}
     arguments = [
-        sys.executable, "-m", "hpm", "pretrain", str(image_folder), "--out",
-        str(tmp_path / "run"), *tiny_arguments(**options),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "hpm",
+        "pretrain",
+        str(image_folder),
+        "--out",
+        str(tmp_path / "run"),
+        *tiny_arguments(**options),
+    ]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -317,9 +343,12 @@ def test_a_probe_while_training(tmp_path, image_folder):
     test split."""
     options = TINY | {"steps": 8, "keep_checkpoints": 1}
     run = hpm.pretrain(
-        data=str(image_folder), out=str(tmp_path / "run"), probe=str(image_folder),
-        probe_every="2 steps", **options,
-    )  # fmt: skip
+        data=str(image_folder),
+        out=str(tmp_path / "run"),
+        probe=str(image_folder),
+        probe_every="2 steps",
+        **options,
+    )
     probes = [line for line in run.metrics() if "probe/knn" in line]
     assert [line["step"] for line in probes] == [2, 4, 6, 8]
     for line in probes:
@@ -391,9 +420,12 @@ def test_repeated_views_get_masks_of_their_own(image_folder, tmp_path, mine_by, 
     monkeypatch.setattr(pretraining, "train_step", watched)
     options = TINY | {"steps": 4, "checkpoint_every": "100%", "accumulate": 2}
     hpm.pretrain(
-        data=str(image_folder), out=str(tmp_path / "run"), repeat_augment=2, mine_by=mine_by,
+        data=str(image_folder),
+        out=str(tmp_path / "run"),
+        repeat_augment=2,
+        mine_by=mine_by,
         **options,
-    )  # fmt: skip
+    )
     for batch, result in seen:
         assert torch.equal(batch.indices[0::2], batch.indices[1::2])
         hidden = result.tensors["hidden_ids"].sort(1).values

@@ -99,9 +99,12 @@ class _Bare:
             if colours not in ("CMYK", "YCCK"):
                 scale = reduction((width, height), least)
                 pixels: np.ndarray = simplejpeg.decode_jpeg(
-                    data, COLOURS[channels], min_width=-(-width // scale),
-                    min_height=-(-height // scale), min_factor=scale,
-                )  # fmt: skip
+                    data,
+                    COLOURS[channels],
+                    min_width=-(-width // scale),
+                    min_height=-(-height // scale),
+                    min_factor=scale,
+                )
                 return pixels.transpose(2, 0, 1)
         image = self.source.open(index) if data is None else open_image(io.BytesIO(data))
         return decode(image, channels, least).array
@@ -160,9 +163,12 @@ def _memory(pids: list[int]) -> float | None:
 
 
 def _report(
-    config: BenchDataConfig, source: Source, bare: _Bare, rates: dict[int, list[float]],
+    config: BenchDataConfig,
+    source: Source,
+    bare: _Bare,
+    rates: dict[int, list[float]],
     memory: dict[int, float | None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All numbers, by name."""
     phases = {name: statistics.median(seconds) for name, seconds in bare.phases.items()}
     rounds = list(zip(bare.phases["decode"], bare.phases["resize"], strict=True))
@@ -231,22 +237,28 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"{counted(report['images'], 'image')} of {report['data']}, "
         f"views of {height} x {width}, batches of {report['batch_size']}, "
         f"{counted(report['cores'], 'core')}, JPEG by {report['decoder']}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for title in ("", "images/s", "best", "of bare, %", "MB per worker"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     table.add_row(
-        "bare libraries, one process", f"{bare['images_per_second']:.0f}", f"{bare['best']:.0f}",
-        "100", "",
-    )  # fmt: skip
+        "bare libraries, one process",
+        f"{bare['images_per_second']:.0f}",
+        f"{bare['best']:.0f}",
+        "100",
+        "",
+    )
     for number, found in report["workers"].items():
         memory = found["memory_mb"]
         table.add_row(
-            counted(number, "worker"), f"{found['images_per_second']:.0f}",
-            f"{found['best']:.0f}", f"{100 * found['share_of_bare']:.0f}",
+            counted(number, "worker"),
+            f"{found['images_per_second']:.0f}",
+            f"{found['best']:.0f}",
+            f"{100 * found['share_of_bare']:.0f}",
             "" if memory is None else f"{memory:.0f}",
-        )  # fmt: skip
+        )
     console.print(table)
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in bare["ms"].items())
     console.print(f"ms per image: {parts}", highlight=False)

@@ -34,10 +34,13 @@ from hpm.training.run import PretrainingRun
 PHASES = ("teacher", "mining", "forward", "backward", "optimiser", "EMA")
 METHODS: dict[str, dict[str, Any]] = {
     "MAE": {
-        "mask": "random", "predictor_loss": "none", "teacher_scale": 1.0, "mining_temperature": 0.0,
+        "mask": "random",
+        "predictor_loss": "none",
+        "teacher_scale": 1.0,
+        "mining_temperature": 0.0,
     },
     "HPM": {},
-}  # fmt: skip
+}
 # What a step is measured without: nothing is loaded, evaluated, or kept.
 STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
 HARD_SHARE = 0.25  # as half-way through a training: the teacher runs
@@ -198,9 +201,12 @@ def matrix_product_flops(device: torch.device) -> float:
 
 
 def _report(
-    config: BenchConfig, measured: dict[str, Measured], product: float, device: torch.device,
+    config: BenchConfig,
+    measured: dict[str, Measured],
+    product: float,
+    device: torch.device,
     run: PretrainingRun,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All numbers, by name."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((value for name, value in PEAKS.items() if name in chip), None)
@@ -232,10 +238,12 @@ def _report(
         "peak_tflops": peak,
         "methods": methods,
         "hpm_to_mae": {
-            "median": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+            "median": statistics.median(ratios),
+            "low": min(ratios),
+            "high": max(ratios),
             "operations": measured["HPM"].multiply_adds / measured["MAE"].multiply_adds,
         },
-    }  # fmt: skip
+    }
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -246,8 +254,9 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"{report['precision']}, {'compiled' if report['compiled'] else 'eager'}, on "
         f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
         f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in report["methods"]:
@@ -258,10 +267,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         ("step, ms", [f"{m['step_ms']:.1f} ± {m['step_ms_spread']:.1f}" for m in found]),
         *[(f"  {p}, ms", [f"{m['phases_ms'][p]:.2f}" for m in found]) for p in PHASES],
         ("peak memory, GB", [f"{m['memory_gb']:.2f}" for m in found]),
-        ("multiply-adds per image, G",
-         [f"{m['multiply_adds_per_image'] / 1e9:.3g}" for m in found]),
+        (
+            "multiply-adds per image, G",
+            [f"{m['multiply_adds_per_image'] / 1e9:.3g}" for m in found],
+        ),
         ("of the matrix product, %", [f"{100 * m['share_of_matrix_product']:.0f}" for m in found]),
-    ]  # fmt: skip
+    ]
     if report["peak_tflops"]:
         peak = f"of {report['peak_tflops']:.0f} TFLOP/s, %"
         rows.append((peak, [f"{100 * m['share_of_peak']:.1f}" for m in found]))

@@ -305,9 +305,13 @@ def _describe(folder: Path, source: Source, files: list[str]) -> None:
     if source.labels is not None:
         features["label"] = {"names": source.classes, "_type": "ClassLabel"}
     state: dict[str, Any] = {
-        "_data_files": [{"filename": file} for file in files], "_fingerprint": "hpm-prepare",
-        "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
-        "_output_all_columns": False, "_split": folder.name,
-    }  # fmt: skip
+        "_data_files": [{"filename": file} for file in files],
+        "_fingerprint": "hpm-prepare",
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
     write_text(folder / "dataset_info.json", json.dumps({"features": features}, indent=2) + "\n")
     write_text(folder / "state.json", json.dumps(state, indent=2) + "\n")

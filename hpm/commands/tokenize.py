@@ -60,9 +60,12 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
 
 
 def _sample(
-    codebook: Codebook, source: Source, size: tuple[int, int], config: TokenizeConfig,
+    codebook: Codebook,
+    source: Source,
+    size: tuple[int, int],
+    config: TokenizeConfig,
     generator: torch.Generator,
-) -> Float[Tensor, "vectors dim"]:  # fmt: skip
+) -> Float[Tensor, "vectors dim"]:
     """Patches of random images; of each image as many as PATCHES allows."""
     chosen = torch.randperm(len(source), generator=generator)[: config.images].sort().values
     grid = tuple(s // p for s, p in zip(size, codebook.patch_size, strict=True))

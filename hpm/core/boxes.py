@@ -105,8 +105,10 @@ def _sample(
     )
     # The boxes on top of each other are one grid: [1, boxes * rows, columns, 2].
     values = F.grid_sample(
-        image[None], grid.flatten(0, 1)[None].to(image.dtype), padding_mode="border",
+        image[None],
+        grid.flatten(0, 1)[None].to(image.dtype),
+        padding_mode="border",
         align_corners=True,
-    )  # fmt: skip
+    )
     values = values[0].unflatten(1, (len(x), -1)).transpose(0, 1)
     return values * (inside_y[:, None, :, None] & inside_x[:, None, None, :])

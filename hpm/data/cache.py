@@ -19,9 +19,15 @@ from hpm.data.workers import FORKS
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
 LOOKED_AT = 32  # images that tell how large those of a source are
 ENTRY = np.dtype(
-    [("start", "i8"), ("shape", "i4", 3), ("kind", "S3"), ("transparent", "?"),
-     ("interleaved", "?"), ("there", "?")]
-)  # fmt: skip
+    [
+        ("start", "i8"),
+        ("shape", "i4", 3),
+        ("kind", "S3"),
+        ("transparent", "?"),
+        ("interleaved", "?"),
+        ("there", "?"),
+    ]
+)
 
 
 class Cache:
@@ -69,8 +75,13 @@ class Cache:
         self._memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
         with self._lock:  # last, so that nobody reads what is half written
             self._table[index] = (
-                start, array.shape, array.dtype.str, pixels.transparent, interleaved, True,
-            )  # fmt: skip
+                start,
+                array.shape,
+                array.dtype.str,
+                pixels.transparent,
+                interleaved,
+                True,
+            )
 
 
 def make_cache(

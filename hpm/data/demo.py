@@ -130,10 +130,11 @@ def _object(
     low = np.maximum(np.floor((center - radius) * size), 0).astype(int).tolist()
     high = np.minimum(np.ceil((center + radius) * size), size).astype(int).tolist()
     x, y = (
-        ((np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING / size - c)
-        .astype(np.float32)
+        ((np.arange(a * SUPERSAMPLING, b * SUPERSAMPLING) + 0.5) / SUPERSAMPLING / size - c).astype(
+            np.float32
+        )
         for a, b, c in zip(low, high, center, strict=True)
-    )  # fmt: skip
+    )
     x, y = x[None, :], y[:, None]
     shape, texture = SHAPES_AND_TEXTURES[label]
     inside = shape(*_turn(rng, x / radius, y / radius))
@@ -166,8 +167,12 @@ def _shrink(fine: np.ndarray) -> Field:
 
 def _box(inside: np.ndarray, top: int, left: int) -> tuple[int, int, int, int]:
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    return (left + int(columns[0]), top + int(rows[0]),
-            left + int(columns[-1]) + 1, top + int(rows[-1]) + 1)  # fmt: skip
+    return (
+        left + int(columns[0]),
+        top + int(rows[0]),
+        left + int(columns[-1]) + 1,
+        top + int(rows[-1]) + 1,
+    )
 
 
 # Shapes: (u, v) in radii -> True inside. All lie inside the unit disc, and cover half of it or
@@ -271,12 +276,27 @@ def _spokes(u: Field, v: Field) -> np.ndarray:
 Drawing = Callable[[Field, Field], np.ndarray]
 
 SHAPES_AND_TEXTURES: list[tuple[Drawing, Drawing]] = [
-    (_disc, _stripes), (_square, _checks), (_triangle, _dots), (_star, _rings),
-    (_cross, _zigzag), (_ring, _lattice), (_bar, _bricks), (_mushroom, _pluses),
-    (_crescent, _blotches), (_heart, _spokes),
-]  # fmt: skip
+    (_disc, _stripes),
+    (_square, _checks),
+    (_triangle, _dots),
+    (_star, _rings),
+    (_cross, _zigzag),
+    (_ring, _lattice),
+    (_bar, _bricks),
+    (_mushroom, _pluses),
+    (_crescent, _blotches),
+    (_heart, _spokes),
+]
 
 CLASSES: tuple[str, ...] = (
-    "striped disc", "checkered square", "dotted triangle", "ringed star", "zigzag cross",
-    "latticed ring", "bricked bar", "mushroom of pluses", "blotched crescent", "spoked heart",
-)  # fmt: skip
+    "striped disc",
+    "checkered square",
+    "dotted triangle",
+    "ringed star",
+    "zigzag cross",
+    "latticed ring",
+    "bricked bar",
+    "mushroom of pluses",
+    "blotched crescent",
+    "spoked heart",
+)

@@ -115,9 +115,13 @@ def dense_loader(
     stack: images are of one size, and so become one tensor; labels likewise.
     """
     batches = batch_loader(
-        DenseSamples(source, make_sample, stand_in), steps, _stacked if stack else _listed, workers,
-        pin_memory=pin_memory, prefetch_factor=2 if workers else None,
-    )  # fmt: skip
+        DenseSamples(source, make_sample, stand_in),
+        steps,
+        _stacked if stack else _listed,
+        workers,
+        pin_memory=pin_memory,
+        prefetch_factor=2 if workers else None,
+    )
     for batch in batches:
         if batch.mistake:
             raise UserError(batch.mistake)

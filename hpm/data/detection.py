@@ -135,13 +135,16 @@ class DemoObjects(DemoSource):
         boxes = np.concatenate([drawn.boxes[:, :2], drawn.boxes[:, 2:] - drawn.boxes[:, :2]], 1)
         return [
             {
-                "bbox": box, "area": int(mask.sum()), "iscrowd": 0, "segmentation": code,
+                "bbox": box,
+                "area": int(mask.sum()),
+                "iscrowd": 0,
+                "segmentation": code,
                 "class": drawn.label,
             }
             for box, mask, code in zip(
                 boxes.tolist(), drawn.masks, encode_masks(drawn.masks), strict=True
             )
-        ]  # fmt: skip
+        ]
 
     def _drawn(self, index: int) -> demo.DemoImage:
         if self._last is None or self._last[0] != index:

@@ -11,8 +11,17 @@ from hpm.data.arrays import JPEG_SUFFIXES
 from hpm.data.notes import say_once
 
 IMAGE_SUFFIXES = (
-    *JPEG_SUFFIXES, ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
-)  # fmt: skip
+    *JPEG_SUFFIXES,
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".npy",
+)
 # Known, but not read: what they are, by suffix.
 OTHER_KINDS = {
     **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
@@ -27,8 +36,12 @@ HINTS = {
 # Where the images of an annotated data set lie, and what lies beside them.
 ANNOTATED_NAMES = ("images", "jpegimages")
 ANNOTATION_NAMES = (
-    "masks", "annotations", "labels", "segmentationclass", "segmentationobject",
-)  # fmt: skip
+    "masks",
+    "annotations",
+    "labels",
+    "segmentationclass",
+    "segmentationobject",
+)
 
 
 def images_of(folder: Path) -> Path:
@@ -67,9 +80,10 @@ def find_images(root: Path) -> tuple[list[str], Counter[str]]:
         seen.add(real)
         annotated = any(s.lower() in ANNOTATED_NAMES for s in subfolders)
         subfolders[:] = sorted(
-            s for s in subfolders
+            s
+            for s in subfolders
             if not s.startswith(".") and not (annotated and s.lower() in ANNOTATION_NAMES)
-        )  # fmt: skip
+        )
         for file in files:
             if file.startswith("."):
                 continue

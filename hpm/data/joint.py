@@ -132,9 +132,11 @@ class SegmentationTraining(_Views):
         # swapping of channels.
         v2 = _v2()
         steps = [
-            v2.ColorJitter(brightness=0.125), v2.ColorJitter(contrast=0.5),
-            v2.ColorJitter(saturation=0.5), v2.ColorJitter(hue=0.05),
-        ]  # fmt: skip
+            v2.ColorJitter(brightness=0.125),
+            v2.ColorJitter(contrast=0.5),
+            v2.ColorJitter(saturation=0.5),
+            v2.ColorJitter(hue=0.05),
+        ]
         return v2.Compose([v2.RandomApply([step], 0.5) for step in steps])
 
 

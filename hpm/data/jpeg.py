@@ -54,9 +54,12 @@ def decode_jpeg(
             return None
         scale = reduction((width, height), least)
         pixels: np.ndarray = simplejpeg.decode_jpeg(
-            image.data, COLOURS[channels], min_width=-(-width // scale),
-            min_height=-(-height // scale), min_factor=scale,
-        )  # fmt: skip
+            image.data,
+            COLOURS[channels],
+            min_width=-(-width // scale),
+            min_height=-(-height // scale),
+            min_factor=scale,
+        )
     except ValueError:
         return None
     pixels = pixels.transpose(2, 0, 1)

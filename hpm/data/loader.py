@@ -207,20 +207,32 @@ class StepSampler(Sampler[list[Key]]):
 
 
 def training_loader(
-    source: Source, make_view: MakeView, steps: Iterable[Sequence[Key]], workers: int,
-    pin_memory: bool, stand_in: bool = True,
-) -> DataLoader:  # fmt: skip
+    source: Source,
+    make_view: MakeView,
+    steps: Iterable[Sequence[Key]],
+    workers: int,
+    pin_memory: bool,
+    stand_in: bool = True,
+) -> DataLoader:
     """One batch of views per list of keys; see Views for images that cannot be read."""
     return batch_loader(
-        Views(source, make_view, stand_in), steps, _collate, workers, pin_memory=pin_memory,
+        Views(source, make_view, stand_in),
+        steps,
+        _collate,
+        workers,
+        pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-    )  # fmt: skip
+    )
 
 
 def evaluation_batches(
-    source: Source, size: tuple[int, int], channels: int, batch_size: int, workers: int = 0,
+    source: Source,
+    size: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    workers: int = 0,
     crop_share: float = 1.0,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """All readable images once, in order."""
     make_view = EvaluationViews(size, channels, crop_share=crop_share)
     views = Views(source, make_view, stand_in=False)
@@ -238,16 +250,22 @@ def _collate(samples: list[Sample]) -> Batch:
     tensors = [torch.from_numpy(view) for view in views]
     images = default_collate(tensors) if tensors else torch.empty(0, dtype=torch.uint8)
     return Batch(
-        images, torch.tensor(indices, dtype=torch.int64), unreadable,
+        images,
+        torch.tensor(indices, dtype=torch.int64),
+        unreadable,
         torch.tensor(crops, dtype=torch.float32) if crops else None,
         torch.tensor([s.own_id for s in samples if s.view is not None], dtype=torch.int64),
-    )  # fmt: skip
+    )
 
 
 def measure_statistics(
-    source: Source, size: tuple[int, int], channels: int, seed: int, min_side: int = 1,
+    source: Source,
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+    min_side: int = 1,
     count: int = 512,
-) -> tuple[list[float], list[float]]:  # fmt: skip
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, full scale being 1, over `count` random images.
 
     Raises UserError where no image can be read.

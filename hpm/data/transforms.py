@@ -28,8 +28,13 @@ from hpm.data.jpeg import JpegImage, decode_jpeg
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
-    True: (2,), "horizontal": (2,), "vertical": (1,), "both": (2, 1), "none": (), False: (),
-}  # fmt: skip
+    True: (2,),
+    "horizontal": (2,),
+    "vertical": (1,),
+    "both": (2, 1),
+    "none": (),
+    False: (),
+}
 LONGEST = 8  # ratio of the sides, beyond which the ends of an image are left out first
 # Where the first and last row, the first and last column of a view come from, as shares of the
 # image: (top, bottom, left, right), a flipped axis from the larger to the smaller.
@@ -48,8 +53,10 @@ def training_view(
         box = random_crop(rng, pixels.width, pixels.height, crop_scale)
         view = pixels.resized(size, box)
         left, top, right, bottom = box
-        edges = {1: (top / pixels.height, bottom / pixels.height),
-                 2: (left / pixels.width, right / pixels.width)}  # fmt: skip
+        edges = {
+            1: (top / pixels.height, bottom / pixels.height),
+            2: (left / pixels.width, right / pixels.width),
+        }
         flipped = [axis for axis in FLIPPED_AXES[flip] if rng.random() < 0.5]
         for axis in flipped:
             edges[axis] = edges[axis][::-1]
@@ -108,10 +115,11 @@ def _resized_then_cut(pixels: Pixels, size: tuple[int, int], crop_share: float) 
     (rows, columns), most = size, LONGEST
     # Of a very long image only the middle is resized, which would otherwise fill the memory.
     box = _centred(
-        pixels.width, pixels.height,
+        pixels.width,
+        pixels.height,
         min(pixels.width, most * pixels.height * columns / rows),
         min(pixels.height, most * pixels.width * rows / columns),
-    )  # fmt: skip
+    )
     left, top, right, bottom = box
     height, width = resized_size((bottom - top, right - left), size, crop_share)
     top, left = round((height - rows) / 2), round((width - columns) / 2)

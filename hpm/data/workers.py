@@ -58,9 +58,12 @@ class WorkerLoader(DataLoader):
 
 
 def batch_loader(
-    samples: Dataset, steps: Iterable[Sequence[Any]], collate: Callable[[list[Any]], Any],
-    workers: int = 0, **options: Any,
-) -> WorkerLoader:  # fmt: skip
+    samples: Dataset,
+    steps: Iterable[Sequence[Any]],
+    collate: Callable[[list[Any]], Any],
+    workers: int = 0,
+    **options: Any,
+) -> WorkerLoader:
     """One collated batch per list of keys of `samples`.
 
     Workers are forks: they start at once, and share source and cache instead of copying them. No

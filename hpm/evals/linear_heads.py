@@ -90,13 +90,19 @@ class LinearHeads(Heads):
             gradient = error[:, rows].T @ (normed * weights[:, None])
             step = rate * self.peak[rows]
             self._descend(
-                self.weight[rows], gradient, self.weight_velocity[rows],
-                step[:, None], self.weight_decay[rows, None],
-            )  # fmt: skip
+                self.weight[rows],
+                gradient,
+                self.weight_velocity[rows],
+                step[:, None],
+                self.weight_decay[rows, None],
+            )
             self._descend(
-                self.bias[rows], weights @ error[:, rows], self.bias_velocity[rows], step,
+                self.bias[rows],
+                weights @ error[:, rows],
+                self.bias_velocity[rows],
+                step,
                 self.weight_decay[rows],
-            )  # fmt: skip
+            )
 
     def _softmax(self, logits: Tensor) -> Tensor:
         """[batch, heads, classes], in memory that the next step uses again."""

@@ -70,9 +70,13 @@ def loss_maps(
 
 
 def evaluate_losses(
-    trained: Trained, source: Source, device: torch.device, seed: int = 0,
-    report: Callable[[str], None] | None = None, crop_share: float = 1.0,
-) -> dict[str, float]:  # fmt: skip
+    trained: Trained,
+    source: Source,
+    device: torch.device,
+    seed: int = 0,
+    report: Callable[[str], None] | None = None,
+    crop_share: float = 1.0,
+) -> dict[str, float]:
     """Means over all readable images of a source (`report` is told of the others):
     reconstruction_loss, the student's on random masks, which does not depend on what is mined, and
     the measures of `hardness`."""

@@ -202,7 +202,11 @@ def pretrained_weights(
         size = need("timm", "timm", encoder.name).get_pretrained_cfg(encoder.name).input_size[1:]
     with torch.random.fork_rng(devices=[]):
         found = type(encoder)(
-            encoder.name, size, encoder.patch_size, encoder.channels, pretrained=True,
+            encoder.name,
+            size,
+            encoder.patch_size,
+            encoder.channels,
+            pretrained=True,
             **timm_options,
-        )  # fmt: skip
+        )
     return encoder.fit_positions(found.state_dict(), found.grid)

@@ -145,9 +145,11 @@ def _cache(timm: Any, name: str) -> str:
 
 
 def resample_positions(
-    positions: Float[Tensor, "1 tokens dim"], grid: tuple[int, ...], new_grid: tuple[int, ...],
+    positions: Float[Tensor, "1 tokens dim"],
+    grid: tuple[int, ...],
+    new_grid: tuple[int, ...],
     num_prefix: int,
-) -> Float[Tensor, "1 new_tokens dim"]:  # fmt: skip
+) -> Float[Tensor, "1 new_tokens dim"]:
     layers = need("timm.layers", "timm", "resampling positions")
     return layers.resample_abs_pos_embed(
         positions, list(new_grid), list(grid), num_prefix_tokens=num_prefix

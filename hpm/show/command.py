@@ -37,9 +37,16 @@ def show(config: ShowConfig) -> Path:
     share = hard_share(config.hard_share, trained)
     batch, names = _read(config, trained)
     shown = picture(
-        trained, batch.images, batch.indices, share, config.num_masks, config.seed,
-        config.mask_ratio, panels, progress=True,
-    )  # fmt: skip
+        trained,
+        batch.images,
+        batch.indices,
+        share,
+        config.num_masks,
+        config.seed,
+        config.mask_ratio,
+        panels,
+        progress=True,
+    )
     title = f"{config.run} on {config.data}"
     if path.suffix.lower() in PAGES:
         about = [describe_mask(trained.config, config, share)] if trained.config else []

@@ -89,11 +89,14 @@ def draw_chart(
         f"<figcaption>{escape(about)}</figcaption></figure>"
     )
     values = {
-        "right": right, "low": low, "high": high, "step": step,
+        "right": right,
+        "low": low,
+        "high": high,
+        "step": step,
         "curves": [
             {"steps": curve.steps, "values": [_short(v) for v in curve.values]} for curve in curves
         ],
-    }  # fmt: skip
+    }
     return html, values
 
 

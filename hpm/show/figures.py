@@ -89,10 +89,16 @@ def unavailable_panels(trained: Trained) -> dict[Panel, str]:
 
 
 def picture(
-    trained: Trained, images: Tensor, sample_ids: Int[Tensor, " batch"], hard_share: float,
-    num_masks: int = 10, seed: int = 0, mask_ratio: float | None = None,
-    panels: Collection[Panel] = TRAINING, progress: bool = False,
-) -> Picture:  # fmt: skip
+    trained: Trained,
+    images: Tensor,
+    sample_ids: Int[Tensor, " batch"],
+    hard_share: float,
+    num_masks: int = 10,
+    seed: int = 0,
+    mask_ratio: float | None = None,
+    panels: Collection[Panel] = TRAINING,
+    progress: bool = False,
+) -> Picture:
     """What a file shows of a batch's images [B C H W]: of the panels those that it can.
 
     The mask is one that training would draw at this hard share; the actual loss is the mean over
@@ -113,9 +119,15 @@ def picture(
 
 @torch.no_grad()
 def _show(
-    trained: Trained, images: Tensor, sample_ids: Tensor, wanted: set[Panel], hard_share: float,
-    num_masks: int, seed: int, mask_ratio: float | None,
-) -> dict[str, Tensor]:  # fmt: skip
+    trained: Trained,
+    images: Tensor,
+    sample_ids: Tensor,
+    wanted: set[Panel],
+    hard_share: float,
+    num_masks: int,
+    seed: int,
+    mask_ratio: float | None,
+) -> dict[str, Tensor]:
     """Each panel of some images under its name, on the CPU; of the PCA the features."""
     device = _device(trained.encoder)
     normalized = normalize(images, torch.tensor(trained.mean), torch.tensor(trained.std))
@@ -137,9 +149,15 @@ def _show(
 
 
 def _masked(
-    trained: Trained, images: Tensor, sample_ids: Tensor, wanted: set[Panel], hard_share: float,
-    num_masks: int, seed: int, mask_ratio: float | None,
-) -> dict[str, Tensor]:  # fmt: skip
+    trained: Trained,
+    images: Tensor,
+    sample_ids: Tensor,
+    wanted: set[Panel],
+    hard_share: float,
+    num_masks: int,
+    seed: int,
+    mask_ratio: float | None,
+) -> dict[str, Tensor]:
     """The panels that hide patches, or ask how well hidden ones are predicted."""
     model, teacher, config = trained.model, trained.teacher, trained.config
     assert model is not None and teacher is not None and config is not None

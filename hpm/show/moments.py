@@ -63,10 +63,14 @@ def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
             parts = {name: part.numpy() for name, part in read_tensors(files[step])[0].items()}
             moments.append(
                 Moment(
-                    step, parts["images"], parts["mask"], parts["actual"], parts.get("predicted"),
+                    step,
+                    parts["images"],
+                    parts["mask"],
+                    parts["actual"],
+                    parts.get("predicted"),
                     parts.get("reconstruction"),
                 )
-            )  # fmt: skip
+            )
     return moments
 
 

@@ -105,9 +105,15 @@ class Viewer:
             raise UserError(f"seed is {seed:g}; it must lie between 0 and {2**31 - 1}")
         image = self._image(settings, body)
         shown = picture(
-            self.trained, image, torch.zeros(1, dtype=torch.int64), share or 0.0, self.num_masks,
-            int(seed), ratio, PANELS,
-        )  # fmt: skip
+            self.trained,
+            image,
+            torch.zeros(1, dtype=torch.int64),
+            share or 0.0,
+            self.num_masks,
+            int(seed),
+            ratio,
+            PANELS,
+        )
         found = pixels(shown, 0)
         return {
             "panels": [

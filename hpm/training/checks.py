@@ -181,10 +181,11 @@ def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> 
         f"mine_by is {config.mine_by}": config.mines_by_memory,
         "mask is attention": config.mask == "attention",
         "teacher_view is masked": config.teacher_view == "masked",
-        f"target is {config.target}, which takes the teacher's features of the whole image":
-            find_target(config.target).needs_teacher,
+        f"target is {config.target}, which needs features of whole images": find_target(
+            config.target
+        ).needs_teacher,
         f"model is {config.model}": "hiera" in config.model,
-    }  # fmt: skip
+    }
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")

@@ -52,9 +52,13 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, start_step: int, total_steps: int, active: bool,
+        self,
+        folder: Path,
+        start_step: int,
+        total_steps: int,
+        active: bool,
         config: PretrainConfig | None = None,
-    ):  # fmt: skip
+    ):
         self.folder = folder
         self.active = active
         self.total_steps = total_steps
@@ -80,10 +84,15 @@ class RunLog:
                 self._tracker = start_tracker(config.tracker, folder, options, start_step > 0)
         if self.console.is_terminal:
             self._progress = TrainingProgress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=20),
-                MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), console=self.console, transient=True,
-            )  # fmt: skip
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
             self._task = self._progress.add_task(
                 "training", total=total_steps, completed=start_step, status=""
             )

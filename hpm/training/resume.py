@@ -23,7 +23,7 @@ from hpm.core.files import read_meta, remove_stale, write_text
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps
-from hpm.weights.run_folder import Run, read_config
+from hpm.weights.run_folder import RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
@@ -31,7 +31,7 @@ NAMES = (TIMM, "hf/")  # of models, that are no paths
 DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
-def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
     """Take a run folder for a resolved config and that many training images with this fingerprint:
     lock it (see `hpm.core.lock`) and clear it of what killed saves left.
 
@@ -44,8 +44,9 @@ def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> s
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
     if run.config_file.exists() and latest is not None:
+        before = read_config(run.config_file)
         check_data(run.folder, read_meta(latest), config.data, count, found)
-        check_options(run.folder, read_config(run.config_file), config, count)
+        check_options(run.folder, before, config, count)
         return note
     # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
     header = (

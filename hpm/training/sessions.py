@@ -59,17 +59,30 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def begin(folder: Path, step: int, total_steps: int, device: torch.device) -> None:
     """Record that training begins, or goes on, at this step."""
-    _append(folder, {
-        "event": "begin", "time": _now(), "step": step, "total_steps": total_steps,
-        "environment": environment(device),
-    })  # fmt: skip
+    _append(
+        folder,
+        {
+            "event": "begin",
+            "time": _now(),
+            "step": step,
+            "total_steps": total_steps,
+            "environment": environment(device),
+        },
+    )
 
 
 def end(folder: Path, step: int, reason: str, failed: bool = False) -> None:
     """Record that it ended there, why, and whether by an error."""
-    _append(folder, {
-        "event": "end", "time": _now(), "step": step, "reason": reason, "failed": failed,
-    })  # fmt: skip
+    _append(
+        folder,
+        {
+            "event": "end",
+            "time": _now(),
+            "step": step,
+            "reason": reason,
+            "failed": failed,
+        },
+    )
 
 
 def read_sessions(folder: Path) -> list[Session]:

@@ -76,11 +76,15 @@ class WandbTracker(Tracker):
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
         self.library = need("wandb", "wandb", "--tracker wandb")
         self.run = self.library.init(
-            project=os.environ.get("WANDB_PROJECT", "hpm"), name=folder.name, dir=str(folder),
-            id=run_id, resume="allow", config=config,
+            project=os.environ.get("WANDB_PROJECT", "hpm"),
+            name=folder.name,
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+            config=config,
             # Options such as workers may differ when a run goes on; the screen stays ours.
             settings=self.library.Settings(allow_val_change=True, console="off"),
-        )  # fmt: skip
+        )
         self.id = self.run.id
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

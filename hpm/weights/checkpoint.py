@@ -30,9 +30,14 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
-    meta: dict[str, Any], keep: int, memory: nn.Module | None = None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+    keep: int,
+    memory: nn.Module | None = None,
+) -> Path:
     """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
     path = folder / f"step_{meta['step']:08d}.safetensors"
     write_checkpoint(path, model, teacher, optimizer, meta, memory)
@@ -42,9 +47,13 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    path: Path, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer,
-    meta: dict[str, Any], memory: nn.Module | None = None,
-) -> None:  # fmt: skip
+    path: Path,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    meta: dict[str, Any],
+    memory: nn.Module | None = None,
+) -> None:
     """Write everything that training goes on from.
 
     That includes the state of the global random generator. It is the same however often the run was
@@ -78,8 +87,12 @@ def parse_checkpoint(path: Path, tensors: StateDict, meta: dict[str, Any]) -> Ch
     """Take the tensors and the JSON of a checkpoint apart. Raises UserError where it is not one."""
     check_meta(path, meta)
     parts: dict[str, StateDict] = {
-        "model": {}, "teacher": {}, "optimizer": {}, "memory": {}, "rng": {},
-    }  # fmt: skip
+        "model": {},
+        "teacher": {},
+        "optimizer": {},
+        "memory": {},
+        "rng": {},
+    }
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
@@ -87,9 +100,12 @@ def parse_checkpoint(path: Path, tensors: StateDict, meta: dict[str, Any]) -> Ch
 
 
 def restore(
-    checkpoint: Checkpoint, model: nn.Module, teacher: nn.Module | None,
-    optimizer: torch.optim.Optimizer, memory: nn.Module | None = None,
-) -> None:  # fmt: skip
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    memory: nn.Module | None = None,
+) -> None:
     """Put everything back where it was."""
     load_exactly(model, checkpoint.model, checkpoint.path)
     if teacher is not None:

@@ -16,7 +16,8 @@ from hpm.models.hiera import HieraEncoder
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.weights.contents import Contents, size_text
-from hpm.weights.format import ExportSource, Outputs, ReadableFormat, WritableFormat, starts
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
+from hpm.weights.format import ReadableFormat, starts
 
 
 class Timm(ReadableFormat, WritableFormat):
@@ -54,8 +55,10 @@ class Timm(ReadableFormat, WritableFormat):
         """timm's name and everything in which the model differs from it."""
         encoder = source.encoder
         options: dict[str, Any] = {
-            "img_size": encoder.image_size, "in_chans": encoder.channels, "num_classes": 0,
-        }  # fmt: skip
+            "img_size": encoder.image_size,
+            "in_chans": encoder.channels,
+            "num_classes": 0,
+        }
         if isinstance(encoder, HieraEncoder):
             return encoder.name, options
         options["patch_size"] = encoder.patch_size

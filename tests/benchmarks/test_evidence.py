@@ -15,9 +15,22 @@ def test_a_piece_of_the_experiment(shared_data, tmp_path):
     """Stopped and started again; a seed of HPM with its objects comes out."""
     results = tmp_path / "results.json"
     command = [
-        sys.executable, SCRIPT, "--smoke", "--rows", "600", "--epochs", "1", "--side-by-side", "2",
-        "--data", shared_data / "tin100", "--out", tmp_path / "runs", "--results", results,
-    ]  # fmt: skip
+        sys.executable,
+        SCRIPT,
+        "--smoke",
+        "--rows",
+        "600",
+        "--epochs",
+        "1",
+        "--side-by-side",
+        "2",
+        "--data",
+        shared_data / "tin100",
+        "--out",
+        tmp_path / "runs",
+        "--results",
+        results,
+    ]
     for _ in range(8):
         piece = subprocess.run(
             [*command, "--minutes", "1"], capture_output=True, text=True, timeout=280

@@ -18,8 +18,15 @@ from hpm.core.config import PretrainConfig
 from hpm.models.architecture import resolve_model
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--model=vit_nano", "--image-size=32", "--patch-size=8", "--batch-size=4",
-         "--repeats=1", "--steps-each=1", "--device=cpu"]  # fmt: skip
+SMALL = [
+    "--model=vit_nano",
+    "--image-size=32",
+    "--patch-size=8",
+    "--batch-size=4",
+    "--repeats=1",
+    "--steps-each=1",
+    "--device=cpu",
+]
 
 
 def block(tokens, dim, outputs=None):
@@ -81,19 +88,27 @@ def test_features_of_the_teacher_count_in_the_steps_between():
     config = PretrainConfig(
         "x", "y", model="vit_nano", image_size=64, patch_size=8, target="teacher", mine_every=2
     )
-    architecture = resolve_model(config) | {"target_dim": values}
+    architecture = resolve_model(config).with_target_dim(values)
     expected = learning + whole + decoder(64, 64, 1) / 2
     assert step_multiply_adds(architecture, config) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"teacher_view": "masked"}, {"teacher_scale": 0.5},
-                                     {"mine_every": 2}, {"mine_by": "memory"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"teacher_view": "masked"},
+        {"teacher_scale": 0.5},
+        {"mine_every": 2},
+        {"mine_by": "memory"},
+    ],
+)
 def test_the_step_that_is_timed_is_the_one_that_is_counted(options, tmp_path):
     """The teacher runs in a timed turn as often as the miner of a training asks it."""
     config = BenchConfig(
         model="vit_nano", image_size=32, patch_size=8, batch_size=4, device="cpu", **options
     )
-    state = bench.run_state(config, {}, tmp_path / "run", torch.device("cpu"))
+    state = bench.build_bench_run(config, {}, tmp_path / "run", torch.device("cpu"))
     calls = []
     state.miner.model.encoder.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     bench._run_turn(state, bench.noise_batch(state))
@@ -141,8 +156,15 @@ def test_no_reading_is_the_first_of_its_turn(monkeypatch):
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(bench, "matrix_product_flops", lambda device: 1.0)
     monkeypatch.setattr(bench, "_peak_memory", lambda *_: dict.fromkeys(bench.METHODS, 0.0))
-    config = BenchConfig(model="vit_nano", image_size=32, patch_size=8, batch_size=4, repeats=2,
-                         steps_each=2, device="cpu")  # fmt: skip
+    config = BenchConfig(
+        model="vit_nano",
+        image_size=32,
+        patch_size=8,
+        batch_size=4,
+        repeats=2,
+        steps_each=2,
+        device="cpu",
+    )
     for found in bench.bench_step(config)["methods"].values():
         assert found["step_ms"] == 1000 and found["step_ms_spread"] == 0
 
@@ -150,23 +172,34 @@ def test_no_reading_is_the_first_of_its_turn(monkeypatch):
 def test_memory_is_that_of_a_method_alone(monkeypatch):
     monkeypatch.setattr(bench, "METHODS", {"HPM": {}})
     ballast = np.ones(2 * 10**8)  # 1.6 GB in this process
-    config = BenchConfig(model="vit_nano", image_size=32, patch_size=8, batch_size=4, repeats=1,
-                         steps_each=1, device="cpu")  # fmt: skip
+    config = BenchConfig(
+        model="vit_nano",
+        image_size=32,
+        patch_size=8,
+        batch_size=4,
+        repeats=1,
+        steps_each=1,
+        device="cpu",
+    )
     found = bench._peak_memory(config, torch.device("cpu"))
     assert 0.1 < found["HPM"] < ballast.nbytes / 1e9
 
 
 def test_bad_benchmarks():
-    assert_refused(run_here("bench"), "name a benchmark: step, data")
+    assert_refused(run_here("bench"), "name a benchmark: hpm bench step|data")
     assert_refused(run_here("bench", "step", *SMALL, "--repeats=0"), "repeats")
     assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 
 
 def test_the_script_for_a_gpu_runs(tmp_path):
     result = subprocess.run(
-        ["bash", "benchmarks/gpu.sh"], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        ["bash", "benchmarks/gpu.sh"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
         env=os.environ | {"SMALL": "1", "OUT": str(tmp_path), "PYTHON": sys.executable},
-    )  # fmt: skip
+    )
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout
     benchmark = json.loads((tmp_path / "small_eager.json").read_text())["methods"]["HPM"]
     # A real run, with held-out images, beside it; both speeds are printed.

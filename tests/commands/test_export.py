@@ -20,7 +20,7 @@ from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
 from hpm.weights.formats import WRITABLE
 from hpm.weights.resolve import load, save_backbone
-from hpm.weights.run_folder import Run
+from hpm.weights.run import Run
 
 transformers = need("transformers", "hf", "the test")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -60,9 +60,13 @@ def backbone_of(shape, path, channels=3, model=None):
 
 
 OBLONG = {
-    "image_size": [8, 16], "patch_size": [4, 4], "channels": 3, "embed_dim": 16, "depth": 1,
+    "image_size": [8, 16],
+    "patch_size": [4, 4],
+    "channels": 3,
+    "embed_dim": 16,
+    "depth": 1,
     "num_heads": 2,
-}  # fmt: skip
+}
 
 
 def test_timm(finished_run, ours, tmp_path):
@@ -190,9 +194,13 @@ def test_in_a_fresh_process(finished_run, ours, tmp_path):
 
 
 TIMM = {
-    "image_size": [32, 32], "patch_size": [16, 16], "channels": 3, "embed_dim": 192, "depth": 12,
+    "image_size": [32, 32],
+    "patch_size": [16, 16],
+    "channels": 3,
+    "embed_dim": 192,
+    "depth": 12,
     "class_token": True,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -211,9 +219,14 @@ def test_encoders_of_timm(tmp_path, name):
 
 def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
     hiera = {
-        "model": "timm/hiera_tiny_224", "image_size": [64, 64], "patch_size": [32, 32],
-        "channels": 3, "embed_dim": 768, "depth": 12, "class_token": False,
-    }  # fmt: skip
+        "model": "timm/hiera_tiny_224",
+        "image_size": [64, 64],
+        "patch_size": [32, 32],
+        "channels": 3,
+        "embed_dim": 768,
+        "depth": 12,
+        "class_token": False,
+    }
     path = backbone_of(hiera, tmp_path / "run.safetensors")
     said = []
     hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
@@ -273,9 +286,7 @@ def test_feature_targets_have_no_decoder_for_hugging_face(finished_run, tmp_path
 def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to):
     kind, out = type(WRITABLE[to]), tmp_path / "new" / "x.safetensors"
     right = kind.outputs
-    monkeypatch.setattr(
-        kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()}
-    )  # fmt: skip
+    monkeypatch.setattr(kind, "outputs", lambda *a: {n: t + 1e-3 for n, t in right(*a).items()})
     with pytest.raises(hpm.UserError, match=r"pooled differ from ours by 1.0e-03 \(1e-05"):
         hpm.export(finished_run.folder, to, out)
     monkeypatch.setattr(kind, "outputs", lambda *a: {"patches": right(*a)["patches"] * torch.nan})
@@ -349,7 +360,7 @@ def test_the_model_card(evaluated, tmp_path):
         assert words in body, words
     assert str(Path(evaluated.folder).parent) not in body.partition("## Training")[2]
     assert "![" in body and (out / "figure.png").stat().st_size > 0
-    assert body.count("| knn") == 1 and any("leaves out" in line and "3" in line for line in said)
+    assert body.count("| knn") == 1 and any("left out" in line and "3" in line for line in said)
 
 
 def test_the_card_shows_what_was_measured_on_these_weights(evaluated, tmp_path):

@@ -18,9 +18,16 @@ def test_predicted_masks_are_those_that_were_evaluated(head, request, scenes, tm
     out, result = request.getfixturevalue(f"{head}_segmenter")
     images = scenes / "val" / "images"
     predicted = run_here(
-        "predict", model_in(out).parent, images, "--out", tmp_path / "masks", "--workers", 0,
-        "--device", "cpu",
-    )  # fmt: skip
+        "predict",
+        model_in(out).parent,
+        images,
+        "--out",
+        tmp_path / "masks",
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
     assert predicted.returncode == 0, predicted.stderr
     model, test = hpm.load_model(model_in(out)), open_segmentation(str(scenes)).test
     hits = pixels = 0

@@ -93,12 +93,12 @@ def test_it_goes_on_where_it_was_stopped(photos, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(config(photos, out))
     assert len(list(out.rglob("*.arrow"))) == 2 and not list(out.rglob("*.tmp"))
-    with pytest.raises(UserError, match="has not finished it"):
+    with pytest.raises(UserError, match="hpm prepare has not finished"):
         open_source(str(out))
     prepare(config(photos, out))
     assert len(calls) == 8 + 13 + 4 - 6
     assert prepare(config(photos, out)).images == 16 and len(calls) == 19
-    with pytest.raises(UserError, match="begun with size 32, not 16"):
+    with pytest.raises(UserError, match="started with size 32, not 16"):
         prepare(config(photos, out, size=16))
     (photos / "train/cat/9.jpg").unlink()
     with pytest.raises(UserError, match="choose another --out"):

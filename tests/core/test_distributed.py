@@ -10,7 +10,7 @@ from jobs import torchrun
 
 from hpm.core import distributed
 from hpm.core.files import read_tensors
-from hpm.weights.run_folder import Run
+from hpm.weights.run import Run
 
 
 def run_torchrun(*arguments, processes=2):
@@ -79,14 +79,16 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
 
 @pytest.mark.parametrize(
     ("protocol", "options"),
-    [("knn", ["--k=[1,5]"]),
-     ("stats", []),
-     ("attentive", ["--epochs=2"]),
-     pytest.param("attentive", ["--epochs=2", "--cache-gb=1e-9"], marks=pytest.mark.slow),
-     pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
-     pytest.param("linear", ["--epochs=3", "--augment"], marks=pytest.mark.slow),
-     pytest.param("finetune", ["--epochs=2", "--batch-size=12"], marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("knn", ["--k=[1,5]"]),
+        ("stats", []),
+        ("attentive", ["--epochs=2"]),
+        pytest.param("attentive", ["--epochs=2", "--cache-gb=1e-9"], marks=pytest.mark.slow),
+        pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
+        pytest.param("linear", ["--epochs=3", "--augment"], marks=pytest.mark.slow),
+        pytest.param("finetune", ["--epochs=2", "--batch-size=12"], marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):
     """Exactly, but for fine-tuning, whose processes augment on their own."""
     found = {}
@@ -207,9 +209,14 @@ sys.exit(cli.main())
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [("UserError('the disk of this machine is full')", "rank 1: the disk of this machine is full"),
-     pytest.param("RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        (
+            "UserError('the disk of this machine is full')",
+            "rank 1: the disk of this machine is full",
+        ),
+        pytest.param("RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
     """Once, with its rank, and all processes end; nothing is said of the lost connection."""
     program = tmp_path / "program.py"

@@ -35,9 +35,11 @@ def hold():
 
     def start(folder):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", HOLDER, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process

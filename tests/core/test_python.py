@@ -41,9 +41,14 @@ def test_a_path_is_taken_wherever_a_name_is(finished_run, image_folder, tmp_path
     preset = tmp_path / "knn.yaml"
     preset.write_text("temperature: 0.1\n")
     result = hpm.evaluate(
-        "knn", finished_run.folder, image_folder, out=tmp_path / "evals", config=preset,
-        test=image_folder, **options,
-    )  # fmt: skip
+        "knn",
+        finished_run.folder,
+        image_folder,
+        out=tmp_path / "evals",
+        config=preset,
+        test=image_folder,
+        **options,
+    )
     assert result.file.parent == tmp_path / "evals" and result.about["temperature"] == 0.1
     written = hpm.export(finished_run.folder, "safetensors", out=tmp_path / "a.safetensors")
     hpm.load_encoder(written)
@@ -61,8 +66,6 @@ tiny = dict(model="vit_nano", image_size=16, patch_size=4, batch_size=8, decoder
             decoder_depth=1, workers=0, holdout=8, log_every=1, checkpoint_every="2 steps")
 
 def interrupted():
-    import os, signal
-    from hpm.training.run import PretrainingRun
     save = PretrainingRun.save
     def save_and_stop(run):
         save(run)
@@ -74,6 +77,15 @@ def interrupted():
         pass
     PretrainingRun.save = save
 
+seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
+drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())
+seeds()
+expected = drawn()
+seeds()
+hpm.pretrain  # imported here
+assert drawn() == expected, "the import"
+import os, signal
+from hpm.training.run import PretrainingRun
 calls = {
     "an interrupted run": interrupted,
     "going on": lambda: hpm.pretrain(data, out=out / "run", steps=6, **tiny),
@@ -81,10 +93,6 @@ calls = {
     "load_encoder": lambda: hpm.load_encoder(run, image_size=32),
     "export": lambda: hpm.export(run, "safetensors", out / "a.safetensors"),
 }
-seeds = lambda: (random.seed(3), np.random.seed(4), torch.manual_seed(5))
-drawn = lambda: (random.random(), np.random.random(), torch.rand(1).item())
-seeds()
-expected = drawn()
 changed = []
 for name, call in calls.items():
     seeds()
@@ -126,7 +134,7 @@ def test_an_option_of_another_type_is_told_which_it_must_be(option, value, reaso
 
 
 def test_a_list_of_any_length():
-    with pytest.raises(hpm.UserError, match="k cannot be 5: it must be a list"):
+    with pytest.raises(hpm.UserError, match="k cannot be '5': it must be a list"):
         make_config(knn.Options, {"run": "x", "data": "y", "k": 5})
 
 

@@ -93,8 +93,9 @@ def test_an_encoder_of_timm_in_a_checkpoint_needs_no_pretrained_weights(
     tensors, meta = read_tensors(finished_run.latest_checkpoint())
     path = tmp_path / "step_00000008.safetensors"
     architecture = meta["architecture"] | {"model": options["model"]}
-    write_tensors(path, tensors, meta | {"config": meta["config"] | options,
-                                         "architecture": architecture})  # fmt: skip
+    write_tensors(
+        path, tensors, meta | {"config": meta["config"] | options, "architecture": architecture}
+    )
     with pytest.raises(hpm.UserError, match="another architecture"):  # built, and not fetched
         load(path)
 

@@ -41,20 +41,34 @@ def content():
         ],
         "annotations": [
             {
-                "id": 1, "image_id": 7, "category_id": 40, "bbox": [2, 3, 8, 5], "area": 40,
-                "iscrowd": 0, "segmentation": [[2, 3, 10, 3, 10, 8, 2, 8]],
+                "id": 1,
+                "image_id": 7,
+                "category_id": 40,
+                "bbox": [2, 3, 8, 5],
+                "area": 40,
+                "iscrowd": 0,
+                "segmentation": [[2, 3, 10, 3, 10, 8, 2, 8]],
             },
             {
-                "id": 2, "image_id": 7, "category_id": 12, "bbox": [0, 0, 6, 4], "area": 24,
-                "iscrowd": 1, "segmentation": {"size": size, "counts": counts_of(crowd)},
+                "id": 2,
+                "image_id": 7,
+                "category_id": 12,
+                "bbox": [0, 0, 6, 4],
+                "area": 24,
+                "iscrowd": 1,
+                "segmentation": {"size": size, "counts": counts_of(crowd)},
             },
             {
-                "id": 5, "image_id": 3, "category_id": 12, "bbox": [10, 5, 10, 10], "area": 100,
+                "id": 5,
+                "image_id": 3,
+                "category_id": 12,
+                "bbox": [10, 5, 10, 10],
+                "area": 100,
                 "segmentation": encode_masks(code[None])[0],
             },
         ],
         "categories": [{"id": 40, "name": "cat"}, {"id": 12, "name": "dog"}],
-    }  # fmt: skip
+    }
 
 
 def write(root, train=None, val=None, images="{split}", file="annotations/instances_{split}.json"):
@@ -202,7 +216,7 @@ MISTAKES = [
     (lambda t: t["images"].clear(), ["names no images"]),
     (lambda t: t["categories"].clear(), ["no categories"]),
     (lambda t: t.pop("annotations"), ["no list 'annotations'"]),
-    (lambda t: t["annotations"].append(3), ["'annotations' holds"]),
+    (lambda t: t["annotations"].append(3), ["'annotations' has"]),
     (lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]]), ["neither a run-length"]),
     (lambda t: t["annotations"][0].update(segmentation="x"), ["neither a run-length"]),
     (lambda t: t["annotations"][1]["segmentation"].update(size=[9, 9]), ["is of size [9, 9]"]),

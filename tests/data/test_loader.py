@@ -146,8 +146,11 @@ def test_an_unreadable_image_is_passed_over(tmp_path):
     read = list(evaluation_batches(source, (8, 8), 3, batch_size=2))
     assert torch.cat([b.indices for b in read]).tolist() == [0, 1, 4, 5]
     assert torch.cat([b.images[:, 0, 0, 0] for b in read if len(b.images)]).tolist() == [
-        0, 40, 160, 200,
-    ]  # fmt: skip
+        0,
+        40,
+        160,
+        200,
+    ]
     assert [i for b in read for i, _ in b.unreadable] == [2, 3]
 
 

@@ -129,8 +129,9 @@ def test_unreadable_images_are_counted_once():
         unreadable.add(problems)
         unreadable.check(told.append)
     assert told == [
-        "cannot read 3.png (broken), passed over", "cannot read 4.png (gone), passed over"
-    ]  # fmt: skip
+        "cannot read 3.png (broken), passed over",
+        "cannot read 4.png (gone), passed over",
+    ]
     again = UnreadableImages(unreadable.source, 0.2, unreadable.problems)
     again.add([(4, "gone"), (5, "broken")])
     with pytest.raises(hpm.UserError, match="3 of 10 images.*more than max_unreadable 0.2.*--max-"):
@@ -172,9 +173,19 @@ def test_too_many_unreadable_images_stop_an_evaluation(
 
 def test_finetuning_names_what_it_cannot_read(finished_run, damaged, tmp_path):
     hpm.evaluate(
-        "finetune", str(finished_run.folder), str(damaged), max_unreadable=0.5, epochs=1,
-        batch_size=8, rand_augment="none", mixup=0, cutmix=0, workers=0, device="cpu",
-        baselines=False, out=str(tmp_path),
-    )  # fmt: skip
+        "finetune",
+        str(finished_run.folder),
+        str(damaged),
+        max_unreadable=0.5,
+        epochs=1,
+        batch_size=8,
+        rand_augment="none",
+        mixup=0,
+        cutmix=0,
+        workers=0,
+        device="cpu",
+        baselines=False,
+        out=str(tmp_path),
+    )
     (log,) = tmp_path.rglob("train.log")
     assert "cannot read" in log.read_text()

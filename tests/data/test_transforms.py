@@ -13,9 +13,11 @@ from hpm.data.transforms import centred_box, decode, evaluation_view, random_cro
 
 
 @given(
-    width=st.integers(1, 500), height=st.integers(1, 500), low=st.floats(0.05, 1),
+    width=st.integers(1, 500),
+    height=st.integers(1, 500),
+    low=st.floats(0.05, 1),
     seed=st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_crops_lie_within_the_image(width, height, low, seed):
     left, top, right, bottom = random_crop(np.random.default_rng(seed), width, height, (low, 1))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
@@ -50,7 +52,7 @@ def test_16_bits_are_scaled_not_clipped(channels):
 
 @given(
     width=st.integers(1, 60), height=st.integers(1, 60), size=st.tuples(*[st.integers(1, 40)] * 2)
-)  # fmt: skip
+)
 def test_the_evaluation_view_is_that_of_pillow(width, height, size):
     rng = np.random.default_rng(width)
     image = Image.fromarray(rng.integers(64, 192, (height, width, 3), np.uint8))
@@ -62,7 +64,7 @@ def test_the_evaluation_view_is_that_of_pillow(width, height, size):
 
 @given(
     width=st.integers(1, 60), height=st.integers(1, 60), size=st.tuples(*[st.integers(1, 40)] * 2)
-)  # fmt: skip
+)
 def test_the_centred_box_is_the_largest_of_the_shape(width, height, size):
     left, top, right, bottom = centred_box(width, height, size)
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
@@ -131,10 +133,14 @@ def by_pillow(monkeypatch, file, channels, least=None):
 
 
 JPEGS = {
-    "plain": {}, "progressive": {"progressive": True}, "full colour": {"subsampling": 0},
-    "grey": {"mode": "L"}, "CMYK": {"mode": "CMYK"}, "RGB": {"keep_rgb": True},
+    "plain": {},
+    "progressive": {"progressive": True},
+    "full colour": {"subsampling": 0},
+    "grey": {"mode": "L"},
+    "CMYK": {"mode": "CMYK"},
+    "RGB": {"keep_rgb": True},
     **{f"orientation {number}": {"orientation": number} for number in range(1, 9)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -206,9 +212,11 @@ def test_tiny_images():
 
 
 @given(
-    channels=st.integers(1, 6), dtype=st.sampled_from(["u1", "f4"]),
-    size=st.tuples(*[st.integers(1, 40)] * 2), seed=st.integers(0, 99),
-)  # fmt: skip
+    channels=st.integers(1, 6),
+    dtype=st.sampled_from(["u1", "f4"]),
+    size=st.tuples(*[st.integers(1, 40)] * 2),
+    seed=st.integers(0, 99),
+)
 def test_the_order_in_memory_does_not_change_a_view(channels, dtype, size, seed):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (channels, 30, 20)).astype(dtype)
@@ -275,9 +283,11 @@ def test_all_of_the_centre_is_the_view_as_it_always_was():
 
 
 @given(
-    width=st.integers(1, 90), height=st.integers(1, 90), share=st.floats(0.1, 1),
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    share=st.floats(0.1, 1),
     size=st.tuples(*[st.integers(1, 40)] * 2),
-)  # fmt: skip
+)
 def test_a_view_has_its_size_whatever_the_share(width, height, share, size):
     image = Image.fromarray(np.full((height, width, 3), 77, np.uint8))
     view = evaluation_view(image, size, 3, crop_share=share)

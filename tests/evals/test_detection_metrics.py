@@ -19,13 +19,18 @@ def truth(*boxes, category=0, crowd=()):
         "images": [{"id": 0, "height": 200, "width": 200}],
         "annotations": [
             {
-                "id": n + 1, "image_id": 0, "category_id": category, "bbox": list(box),
-                "area": box[2] * box[3], "iscrowd": int(n in crowd), "segmentation": [],
+                "id": n + 1,
+                "image_id": 0,
+                "category_id": category,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": int(n in crowd),
+                "segmentation": [],
             }
             for n, box in enumerate(boxes)
         ],
         "categories": [{"id": 0, "name": "a"}, {"id": 1, "name": "b"}],
-    }  # fmt: skip
+    }
 
 
 def results(*boxes, scores=None, category=0):

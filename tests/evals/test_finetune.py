@@ -26,9 +26,13 @@ PLAIN = {"mixup": 0, "cutmix": 0, "rand_augment": "none", "random_erase": 0, "ba
 def finetuned(finished_run, image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("finetune")
     return out, hpm.evaluate(
-        "finetune", str(finished_run.folder), str(image_folder), out=str(out), baselines=True,
+        "finetune",
+        str(finished_run.folder),
+        str(image_folder),
+        out=str(out),
+        baselines=True,
         **OPTIONS,
-    )  # fmt: skip
+    )
 
 
 def test_table_and_files(finetuned):
@@ -36,8 +40,12 @@ def test_table_and_files(finetuned):
     assert list(result.values) == ["trained", "random weights", "raw pixels (linear)"]
     for values in result.values.values():
         assert set(values["finetune"]) == {
-            "top1", "top1_low", "top1_high", "top5", "mean_per_class",
-        }  # fmt: skip
+            "top1",
+            "top1_low",
+            "top1_high",
+            "top5",
+            "mean_per_class",
+        }
     assert result.file and json.loads(result.file.read_text())["values"] == result.values
     (folder,) = (path for path in out.iterdir() if path.is_dir())
     losses = [
@@ -51,9 +59,13 @@ def test_table_and_files(finetuned):
 def test_it_learns(finished_run, image_folder, tmp_path):
     """Colours tell the classes: without strong augmentation that is quick to learn."""
     result = hpm.evaluate(
-        "finetune", str(finished_run.folder), str(image_folder), out=str(tmp_path),
-        baselines=False, **(OPTIONS | PLAIN | {"epochs": 15}),
-    )  # fmt: skip
+        "finetune",
+        str(finished_run.folder),
+        str(image_folder),
+        out=str(tmp_path),
+        baselines=False,
+        **(OPTIONS | PLAIN | {"epochs": 15}),
+    )
     assert result.values["trained"]["finetune"]["top1"] > 80
 
 
@@ -66,9 +78,13 @@ def test_its_checkpoint_is_no_run(finetuned, image_folder):
 def test_a_finished_one_is_only_tested_again(finished_run, image_folder, finetuned):
     out, result = finetuned
     again = hpm.evaluate(
-        "finetune", str(finished_run.folder), str(image_folder), out=str(out), baselines=True,
+        "finetune",
+        str(finished_run.folder),
+        str(image_folder),
+        out=str(out),
+        baselines=True,
         **OPTIONS,
-    )  # fmt: skip
+    )
     assert again.values == result.values
 
 
@@ -80,8 +96,14 @@ def test_other_weights_in_the_same_folder_are_refused(
     tensors["patch_embed.proj.weight"] *= 2
     write_tensors(tmp_path / "other.safetensors", tensors, meta)
     with pytest.raises(hpm.UserError, match="there weights is .*; choose another --out"):
-        hpm.evaluate("finetune", str(tmp_path / "other.safetensors"), str(image_folder),
-                     out=str(out), baselines=True, **OPTIONS)  # fmt: skip
+        hpm.evaluate(
+            "finetune",
+            str(tmp_path / "other.safetensors"),
+            str(image_folder),
+            out=str(out),
+            baselines=True,
+            **OPTIONS,
+        )
 
 
 def test_random_weights_are_not_trained_unless_asked_for(finished_run, image_folder, tmp_path):
@@ -113,8 +135,10 @@ def test_stopped_and_gone_on_equals_straight_through(finished_run, image_folder,
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
         [sys.executable, "-m", "hpm", *map(str, command), "--out", str(tmp_path / "stopped")],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     checkpoints = tmp_path / "stopped"
     deadline = time.monotonic() + 60
     while not list(checkpoints.rglob("step_*.safetensors")) and time.monotonic() < deadline:
@@ -201,9 +225,15 @@ def test_grey_images(tmp_path):
         data=str(images), out=str(tmp_path / "run"), **(TINY | {"channels": 1, "steps": 2})
     )
     result = hpm.evaluate(
-        "finetune", str(run.folder), str(images), epochs=2, batch_size=8, workers=0,
-        baselines=False, image_size=24,
-    )  # fmt: skip
+        "finetune",
+        str(run.folder),
+        str(images),
+        epochs=2,
+        batch_size=8,
+        workers=0,
+        baselines=False,
+        image_size=24,
+    )
     assert 0 <= result.values["trained"]["finetune"]["top1"] <= 100
 
 

@@ -121,9 +121,11 @@ def splits_of(tmp_path, train, test):
 
 @pytest.mark.parametrize(
     ("train", "test", "words"),
-    [(2, 3, "has 1 class that .*train has not, the first 'class_2'"),
-     (3, 2, "has 1 class that .*val has not, the first 'class_2'")],
-)  # fmt: skip
+    [
+        (2, 3, "has 1 class that .*train has not, the first 'class_2'"),
+        (3, 2, "has 1 class that .*val has not, the first 'class_2'"),
+    ],
+)
 def test_more_classes_in_one_split(tmp_path, train, test, words):
     with pytest.raises(hpm.UserError, match=words):
         labelled_splits(splits_of(tmp_path, train, test), seed=0)
@@ -138,9 +140,12 @@ def test_a_class_of_one_image_cannot_be_held_out(tmp_path):
 def test_evaluate(finished_run, image_folder):
     result = hpm.evaluate("knn", str(finished_run.folder), str(image_folder), k=(1, 5))
     assert set(result.values) == {
-        "trained, class token", "trained, patch mean", "random weights, class token",
-        "random weights, patch mean", "raw pixels",
-    }  # fmt: skip
+        "trained, class token",
+        "trained, patch mean",
+        "random weights, class token",
+        "random weights, patch mean",
+        "raw pixels",
+    }
     for numbers in result.values.values():
         assert set(numbers) == {"k = 1", "k = 5"}
         for measured in numbers.values():
@@ -225,10 +230,16 @@ def test_evaluations_with_other_options_keep_their_own_files(finished_run, image
 
 @pytest.mark.parametrize(
     ("protocol", "options"),
-    [("knn", {"k": (1,)}), ("linear", {"epochs": 1}), ("linear", {"epochs": 1, "augment": True}),
-     ("attentive", {"epochs": 1, "cache_gb": 1e-9}), ("stats", {}), ("hardness", {}),
-     ("finetune", {"epochs": 1, "batch_size": 12})],
-)  # fmt: skip
+    [
+        ("knn", {"k": (1,)}),
+        ("linear", {"epochs": 1}),
+        ("linear", {"epochs": 1, "augment": True}),
+        ("attentive", {"epochs": 1, "cache_gb": 1e-9}),
+        ("stats", {}),
+        ("hardness", {}),
+        ("finetune", {"epochs": 1, "batch_size": 12}),
+    ],
+)
 def test_every_evaluation_sees_that_share(
     finished_run, image_folder, tmp_path, monkeypatch, protocol, options
 ):
@@ -242,9 +253,15 @@ def test_every_evaluation_sees_that_share(
 
     monkeypatch.setattr(loader, "evaluation_view", view)
     result = hpm.evaluate(
-        protocol, str(finished_run.folder), str(image_folder), crop_share=0.5, baselines=False,
-        workers=0, out=str(tmp_path), **options,
-    )  # fmt: skip
+        protocol,
+        str(finished_run.folder),
+        str(image_folder),
+        crop_share=0.5,
+        baselines=False,
+        workers=0,
+        out=str(tmp_path),
+        **options,
+    )
     assert seen == {0.5} and result.about["crop_share"] == 0.5
 
 
@@ -258,9 +275,14 @@ def test_the_share_of_the_centre_is_checked(finished_run, image_folder):
 def test_top_5_of_few_classes_is_not_printed(finished_run, tmp_path, classes, printed):
     images = write_images(tmp_path, classes=classes, per_class=6)
     result = hpm.evaluate(
-        "linear", str(finished_run.folder), str(images), epochs=2, baselines=False, workers=0,
+        "linear",
+        str(finished_run.folder),
+        str(images),
+        epochs=2,
+        baselines=False,
+        workers=0,
         out=str(tmp_path / "out"),
-    )  # fmt: skip
+    )
     assert ("top-5" in str(result)) == printed
     assert result.about["classes"] == classes
 

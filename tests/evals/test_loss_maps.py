@@ -55,8 +55,10 @@ def test_measures_of_perfect_and_of_reversed_predictions():
 def test_patches_that_no_mask_hid_do_not_count():
     actual = torch.tensor([[1.0, 2.0, math.nan, 3.0]])
     predicted = torch.tensor([[1.0, 2.0, -100.0, 3.0]])
-    assert dict(hardness(LossMaps(actual, predicted, predicted), None, (2, 2)))[
-        "ranking_accuracy"] == 1  # fmt: skip
+    assert (
+        dict(hardness(LossMaps(actual, predicted, predicted), None, (2, 2)))["ranking_accuracy"]
+        == 1
+    )
 
 
 def test_loss_maps_are_means_over_masks(finished_run):

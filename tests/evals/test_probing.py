@@ -140,9 +140,13 @@ def test_attention_finds_the_one_patch_that_tells():
 
 @pytest.mark.parametrize(
     ("protocol", "options"),
-    [("linear", {}), ("linear", {"augment": True}), ("attentive", {}),
-     ("attentive", {"cache_gb": 1e-9})],
-)  # fmt: skip
+    [
+        ("linear", {}),
+        ("linear", {"augment": True}),
+        ("attentive", {}),
+        ("attentive", {"cache_gb": 1e-9}),
+    ],
+)
 def test_probes_from_end_to_end(finished_run, image_folder, protocol, options):
     """The colours of `image_folder` tell its classes, so a probe learns them."""
     run, data = str(finished_run.folder), str(image_folder)

@@ -30,9 +30,10 @@ def test_the_linear_head_beats_one_class_everywhere(linear_segmenter, scenes):
     assert list(result.values) == ["trained", "random weights"]
     numbers = result.values["trained"]["segment"]
     assert set(numbers) == {
-        f"{name}{end}" for name in ("mean_iou", "mean_accuracy", "pixel_accuracy")
+        f"{name}{end}"
+        for name in ("mean_iou", "mean_accuracy", "pixel_accuracy")
         for end in ("", "_low", "_high")
-    }  # fmt: skip
+    }
     test = open_segmentation(str(scenes)).test
     labels = np.concatenate([test.label_map(i).ravel() for i in range(len(test))])
     background = 100 * (labels[labels != 255] == 0).mean()
@@ -58,8 +59,9 @@ def test_table_and_files(linear_segmenter):
     with Image.open(figure) as image:
         assert min(image.size) > 300
     assert {file.parent.name for file in out.rglob("segmenter.safetensors")} == {
-        "trained", "random_weights",
-    }  # fmt: skip
+        "trained",
+        "random_weights",
+    }
 
 
 def test_compared_with_another(finished_run, scenes, tmp_path):
@@ -128,8 +130,14 @@ def test_stopped_in_the_middle_equals_straight_through(
 
 @pytest.mark.slow
 def test_upernet_learns(finished_run, scenes, tmp_path):
-    options = UPERNET | {"steps": 150, "batch_size": 8, "peak_lr": 2e-3, "dropout": 0,
-                         "checkpoint_every": "100%", "distort": False}  # fmt: skip
+    options = UPERNET | {
+        "steps": 150,
+        "batch_size": 8,
+        "peak_lr": 2e-3,
+        "dropout": 0,
+        "checkpoint_every": "100%",
+        "distort": False,
+    }
     result = hpm.evaluate(
         "segment", str(finished_run.folder), str(scenes), out=str(tmp_path), **options
     )
@@ -183,8 +191,11 @@ def test_presets_have_the_published_settings():
     )
     for each in (base, large):
         assert (each.head, each.image_size, each.stride, each.scale) == (
-            "upernet", 512, 341, (0.5, 2.0),
-        )  # fmt: skip
+            "upernet",
+            512,
+            341,
+            (0.5, 2.0),
+        )
         assert each.flip and each.distort and (each.steps, each.batch_size) == (160_000, 16)
         assert (each.peak_lr, each.betas, each.weight_decay) == (1e-4, (0.9, 0.999), 0.05)
         assert (each.warmup, each.warmup_lr, each.power, each.min_lr) == ("1500 steps", 1e-6, 1, 0)
@@ -222,7 +233,7 @@ def strange_label(root):
         (lambda root: shutil.rmtree(root / "val/masks"), ["the split val has images but no masks"]),
         (lambda root: shutil.rmtree(root / "train/masks"), ["the split train has images but no"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
     root = broken(scenes, tmp_path, change)
@@ -247,9 +258,14 @@ def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
 )
 def test_wrong_options(options, words, finished_run, scenes, tmp_path):
     result = run_here(
-        "eval", "segment", finished_run.folder, scenes, "--out", tmp_path,
+        "eval",
+        "segment",
+        finished_run.folder,
+        scenes,
+        "--out",
+        tmp_path,
         *arguments(LINEAR | options),
-    )  # fmt: skip
+    )
     assert_refused(result, words)
 
 

@@ -17,8 +17,9 @@ def naive_hidden(noise, predicted_loss, num_hidden, num_hard):
     for row_noise, row_loss in zip(noise.tolist(), predicted_loss.tolist(), strict=True):
         by_loss = sorted(range(len(row_loss)), key=lambda i: -row_loss[i])
         hard = by_loss[:num_hard]
-        others = sorted((i for i in range(len(row_loss)) if i not in hard),
-                        key=lambda i: -row_noise[i])  # fmt: skip
+        others = sorted(
+            (i for i in range(len(row_loss)) if i not in hard), key=lambda i: -row_noise[i]
+        )
         hidden.append(sorted(hard + others[: num_hidden - num_hard]))
     return hidden
 

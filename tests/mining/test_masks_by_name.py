@@ -52,9 +52,14 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_mask_of_its_own_file_trains(folder, image_folder):
     result = run_here(
-        "pretrain", image_folder, "--out", "run", "--mask", "own_masks:stripes",
+        "pretrain",
+        image_folder,
+        "--out",
+        "run",
+        "--mask",
+        "own_masks:stripes",
         *tiny_arguments(steps=2),
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert (folder / "run" / "backbone.safetensors").exists()
     draw = Draw(0, 0, torch.arange(5))

@@ -139,7 +139,7 @@ OPTIONS = {
     "every second step": {"mine_every": 2},
     "half-resolution teacher": {"teacher_scale": 0.5},
     "all of it": {"mine_every": 3, "teacher_scale": 0.5, "predictor_depth": 1, "accumulate": 2},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,10 @@ def test_sets_are_as_frequent_as_plackett_luce_says(temperature, mask):
 
 
 @given(
-    scale=st.floats(1e-3, 1e3), shift=st.floats(-10, 10), num_hard=st.integers(1, NUM_HIDDEN),
-)  # fmt: skip
+    scale=st.floats(1e-3, 1e3),
+    shift=st.floats(-10, 10),
+    num_hard=st.integers(1, NUM_HIDDEN),
+)
 def test_scale_and_offset_of_the_signal_do_not_matter(scale, shift, num_hard):
     signal = torch.randn(4, 16, generator=torch.Generator().manual_seed(num_hard)).double()
     draw = Draw(0, 0, torch.arange(4))

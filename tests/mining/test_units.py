@@ -15,9 +15,9 @@ from hpm.mining.draw import Draw
 from hpm.mining.strategies import BUILT_IN
 from hpm.mining.units import mean_of_units, unit_grid, unit_of_patches
 
-shapes = st.tuples(
-    st.integers(2, 3), st.lists(st.integers(1, 4), min_size=1, max_size=3)
-).filter(lambda shape: math.prod(shape[1]) > 1)  # fmt: skip
+shapes = st.tuples(st.integers(2, 3), st.lists(st.integers(1, 4), min_size=1, max_size=3)).filter(
+    lambda shape: math.prod(shape[1]) > 1
+)
 
 
 @given(shapes, st.integers(0, 100))
@@ -37,10 +37,13 @@ def test_means_as_patch_by_patch(shape, seed):
 
 
 @given(
-    st.sampled_from(BUILT_IN), st.sampled_from([(8, 8), (4, 12), (16, 8)]),
-    st.sampled_from([2, 4]), st.floats(0.1, 0.95), st.floats(0, 1),
+    st.sampled_from(BUILT_IN),
+    st.sampled_from([(8, 8), (4, 12), (16, 8)]),
+    st.sampled_from([2, 4]),
+    st.floats(0.1, 0.95),
+    st.floats(0, 1),
     st.sampled_from([0.0, 1.0]),
-)  # fmt: skip
+)
 def test_whole_units_are_hidden_but_for_the_last(mask, grid, unit, ratio, share, temperature):
     if mask == "uniform":
         grid, unit, ratio = (8, 8), 2, 0.75
@@ -48,9 +51,15 @@ def test_whole_units_are_hidden_but_for_the_last(mask, grid, unit, ratio, share,
     num_hidden = masking.num_hidden_patches(count, ratio)
     signal = torch.randn(4, count)
     _, hidden = masking.make_mask(
-        mask, Draw(1, 0, torch.arange(4)), grid, num_hidden, signal, int(share * num_hidden),
-        temperature, unit,
-    )  # fmt: skip
+        mask,
+        Draw(1, 0, torch.arange(4)),
+        grid,
+        num_hidden,
+        signal,
+        int(share * num_hidden),
+        temperature,
+        unit,
+    )
     is_hidden = masking.to_mask(hidden, count)
     assert (is_hidden.sum(1) == num_hidden).all()
     share_hidden = mean_of_units(is_hidden.float(), grid, unit) * size
@@ -110,9 +119,13 @@ def test_training_hides_units(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(miner, "make_mask", record_mask)
     monkeypatch.setattr(miner, "predicted_losses_masked", record_view)
     hpm.pretrain(
-        data=str(image_folder), out=str(tmp_path / "run"), mask_unit=2, mining_temperature=0.5,
-        teacher_view="masked", **TINY | {"steps": 2, "hard_share_start": 0.5},
-    )  # fmt: skip
+        data=str(image_folder),
+        out=str(tmp_path / "run"),
+        mask_unit=2,
+        mining_temperature=0.5,
+        teacher_view="masked",
+        **TINY | {"steps": 2, "hard_share_start": 0.5},
+    )
     assert len(hidden) >= 4
     for ids in hidden:  # 12 of 16 patches: 3 of 4 units
         units = mean_of_units(masking.to_mask(ids, 16).float(), (4, 4), 2)

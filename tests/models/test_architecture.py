@@ -12,22 +12,53 @@ from hpm.models.build import build_model
 
 # As a checkpoint of 0.1 holds them.
 OURS = {
-    "embed_dim": 96, "depth": 4, "num_heads": 3, "image_size": [32, 64], "patch_size": [8, 8],
-    "channels": 3, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 2,
-    "with_predictor": True, "predictor_dim": 32, "predictor_depth": 2, "predictor_heads": 2,
-    "predictor_head": "scalar", "detach_predictor": True, "with_cover": False, "target_dim": 192,
-}  # fmt: skip
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 3,
+    "image_size": [32, 64],
+    "patch_size": [8, 8],
+    "channels": 3,
+    "decoder_dim": 64,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+    "with_predictor": True,
+    "predictor_dim": 32,
+    "predictor_depth": 2,
+    "predictor_heads": 2,
+    "predictor_head": "scalar",
+    "detach_predictor": True,
+    "with_cover": False,
+    "target_dim": 192,
+}
 TIMMS = {
-    "model": "timm/vit_tiny_patch16_224", "embed_dim": 192, "depth": 12, "num_heads": 3,
-    "patch_size": [16, 16], "class_token": True, "image_size": [32, 32], "channels": 4,
-    "decoder_dim": 128, "decoder_depth": 4, "decoder_heads": 4, "with_predictor": True,
-    "predictor_dim": 128, "predictor_depth": 4, "predictor_heads": 4, "predictor_head": "patch",
-    "detach_predictor": False, "with_cover": True,
-}  # fmt: skip
+    "model": "timm/vit_tiny_patch16_224",
+    "embed_dim": 192,
+    "depth": 12,
+    "num_heads": 3,
+    "patch_size": [16, 16],
+    "class_token": True,
+    "image_size": [32, 32],
+    "channels": 4,
+    "decoder_dim": 128,
+    "decoder_depth": 4,
+    "decoder_heads": 4,
+    "with_predictor": True,
+    "predictor_dim": 128,
+    "predictor_depth": 4,
+    "predictor_heads": 4,
+    "predictor_head": "patch",
+    "detach_predictor": False,
+    "with_cover": True,
+}
 HIERA = {
-    "model": "timm/hiera_tiny_224", "embed_dim": 768, "depth": 12, "patch_size": [32, 32],
-    "class_token": False, "image_size": [64, 64], "channels": 3,
-}  # fmt: skip
+    "model": "timm/hiera_tiny_224",
+    "embed_dim": 768,
+    "depth": 12,
+    "patch_size": [32, 32],
+    "class_token": False,
+    "image_size": [64, 64],
+    "channels": 3,
+}
 
 
 @pytest.mark.parametrize("content", [OURS, TIMMS, HIERA])
@@ -39,9 +70,15 @@ def test_files_are_read_and_written_as_before(content):
 
 def test_what_a_config_makes_is_what_its_checkpoint_holds():
     config = PretrainConfig(
-        "data", "out", model="vit_nano", image_size=(32, 64), patch_size=8, predictor_dim=32,
-        predictor_head="scalar", predictor_detach=True,
-    )  # fmt: skip
+        "data",
+        "out",
+        model="vit_nano",
+        image_size=(32, 64),
+        patch_size=8,
+        predictor_dim=32,
+        predictor_head="scalar",
+        predictor_detach=True,
+    )
     assert resolve_model(config).with_target_dim(192).to_json() == OURS
     timm = PretrainConfig(
         "data", "out", model="timm/vit_tiny_patch16_224", image_size=32, channels=4, mask="uniform"
@@ -63,8 +100,13 @@ def test_files_of_the_first_version():
 def test_the_encoder_of_a_backbone_file():
     about = Architecture.from_json(OURS).encoder().to_json()
     assert list(about) == [
-        "image_size", "patch_size", "channels", "embed_dim", "depth", "num_heads",
-    ]  # fmt: skip
+        "image_size",
+        "patch_size",
+        "channels",
+        "embed_dim",
+        "depth",
+        "num_heads",
+    ]
     described = about | {"mean": [0.5], "std": [0.5], "kind": "hpm encoder", "hpm": "0.1"}
     assert Architecture.from_json(described).to_json() == about
     with pytest.raises(ValueError, match="encoder alone"):

@@ -20,9 +20,12 @@ def tiny_detector(encoder=None, **options):
     """Anchors and numbers of boxes that suit images of 64 pixels."""
     torch.manual_seed(0)
     sizes = {
-        "channels": 16, "anchor_sizes": (8, 16, 32, 48, 64), "rpn_pre_nms_top_n_train": 100,
-        "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 32,
-    }  # fmt: skip
+        "channels": 16,
+        "anchor_sizes": (8, 16, 32, 48, 64),
+        "rpn_pre_nms_top_n_train": 100,
+        "rpn_post_nms_top_n_train": 50,
+        "box_batch_size_per_image": 32,
+    }
     return build_detector(encoder or nano(), 3, **(sizes | options))
 
 

@@ -18,10 +18,17 @@ from hpm.models.vit import Block, VisionTransformer
 
 def small(image_size=(16, 24), patch_size=(4, 8), channels=3, with_predictor=True):
     shape = {
-        "image_size": image_size, "patch_size": patch_size, "channels": channels,
-        "embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1,
-        "decoder_heads": 2, "with_predictor": with_predictor,
-    }  # fmt: skip
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_dim": 16,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        "with_predictor": with_predictor,
+    }
     return build_model(Architecture.from_json(shape))
 
 
@@ -146,18 +153,21 @@ def test_without_predictor():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3),
-     ("vit_huge", 630.8)],
-)  # fmt: skip
+    [
+        ("vit_tiny", 5.5),
+        ("vit_small", 21.7),
+        ("vit_base", 85.8),
+        ("vit_large", 303.3),
+        ("vit_huge", 630.8),
+    ],
+)
 def test_sizes_are_the_usual_ones(name, millions):
     config = PretrainConfig("demo", "out", model=name)
     with torch.device("meta"):
         model = build_model(resolve_model(config))
     parameters = sum(p.numel() for p in model.encoder.parameters())
     assert parameters / 1e6 == pytest.approx(millions, abs=0.2)
-    assert set(SIZES) == {
-        "vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"
-    }  # fmt: skip
+    assert set(SIZES) == {"vit_nano", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
 
 
 def test_the_last_outputs_alone():

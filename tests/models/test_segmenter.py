@@ -83,9 +83,15 @@ def test_encoders_without_maps_say_so():
 
 
 @pytest.mark.parametrize(
-    "patch_size, expected", [(2, [-1, -2, -3, -4]), (8, [1, 0, -1, -2]), (14, [2, 1, 0, -1]),
-                             (16, [2, 1, 0, -1]), (32, [3, 2, 1, 0])]
-)  # fmt: skip
+    "patch_size, expected",
+    [
+        (2, [-1, -2, -3, -4]),
+        (8, [1, 0, -1, -2]),
+        (14, [2, 1, 0, -1]),
+        (16, [2, 1, 0, -1]),
+        (32, [3, 2, 1, 0]),
+    ],
+)
 def test_doublings(patch_size, expected):
     assert doublings(nano((224, 224), patch_size, depth=1)) == expected
 
@@ -295,9 +301,13 @@ def naive_sliding_window(image, window, stride):
 
 
 @given(
-    height=st.integers(1, 13), width=st.integers(1, 13), window=st.integers(1, 6),
-    stride=st.integers(1, 6), batch=st.integers(1, 2), batch_size=st.integers(1, 5),
-)  # fmt: skip
+    height=st.integers(1, 13),
+    width=st.integers(1, 13),
+    window=st.integers(1, 6),
+    stride=st.integers(1, 6),
+    batch=st.integers(1, 2),
+    batch_size=st.integers(1, 5),
+)
 def test_sliding_window_equals_a_naive_loop(height, width, window, stride, batch, batch_size):
     stride = min(stride, window)
     images = torch.randn(batch, 1, height, width)

@@ -243,7 +243,7 @@ def test_prefix_tokens_have_no_decoder_position():
         ({"model": "timm/vit_tiny_patch16_224", "pretrained": True, "init": "x"}, ["one of them"]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused(tmp_path, options, words):
     given = {"image_size": 64} | options
     with pytest.raises(UserError) as refused:
@@ -300,10 +300,16 @@ def test_a_run_begins_with_pretrained_weights(monkeypatch, tmp_path, image_folde
     marked = build_encoder(architecture("vit_tiny_patch16_224"), 5).state_dict()
     monkeypatch.setattr("hpm.training.build.pretrained_weights", lambda encoder: marked)
     config = PretrainConfig(
-        str(image_folder), str(tmp_path / "run"),
-        **TINY | {"model": "timm/vit_tiny_patch16_224", "image_size": 32, "patch_size": None,
-                  "pretrained": True},
-    )  # fmt: skip
+        str(image_folder),
+        str(tmp_path / "run"),
+        **TINY
+        | {
+            "model": "timm/vit_tiny_patch16_224",
+            "image_size": 32,
+            "patch_size": None,
+            "pretrained": True,
+        },
+    )
     state = build_run(config, torch.device("cpu"))
     state.log.close()
     for name, tensor in state.model.encoder.state_dict().items():

@@ -27,8 +27,10 @@ def naive(q, k, v, grid, size, prefix):
 
 @given(
     grid=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
-    size=st.integers(1, 6), prefix=st.integers(0, 2), batch=st.integers(1, 2),
-)  # fmt: skip
+    size=st.integers(1, 6),
+    prefix=st.integers(0, 2),
+    batch=st.integers(1, 2),
+)
 def test_window_attention_equals_a_naive_one(grid, size, prefix, batch):
     tokens = prefix + torch.Size(grid).numel()
     q, k, v = torch.randn(3, batch, 2, tokens, 4).double()

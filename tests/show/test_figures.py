@@ -171,8 +171,9 @@ def test_features_that_do_not_vary_are_grey():
 
 def test_channels_shape_and_targets():
     """Seven channels, not square, and a target that is no pixels."""
-    whole = trained(image_size=(16, 24), channels=7, target="hog", predictor_loss="none",
-                    mask="random")  # fmt: skip
+    whole = trained(
+        image_size=(16, 24), channels=7, target="hog", predictor_loss="none", mask="random"
+    )
     assert unavailable_panels(whole) == {
         "predicted": "it has no loss predictor",
         "reconstruction": "its target is hog, not pixels",

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import hpm
 from hpm.cli import main
 from hpm.show import monitor as watch
+from hpm.show import report_figures
 from hpm.show.options import ReportConfig
 from hpm.show.report import run_report, write_report
 from hpm.training.sessions import read_sessions
@@ -59,9 +60,10 @@ def test_it_is_written_while_the_run_trains(image_folder, tmp_path, monkeypatch)
     steps = []
     real = watch.refresh_report
     monkeypatch.setattr(
-        import_module("hpm.pretraining"), "refresh_report",
+        import_module("hpm.pretraining"),
+        "refresh_report",
         lambda run: (steps.append(run.step), real(run)),
-    )  # fmt: skip
+    )
     pretrain(image_folder, tmp_path / "run", eval_every="3 steps", checkpoint_every="4 steps")
     assert steps == [3, 4, 6, 8]
 
@@ -154,8 +156,13 @@ def long_run(run_folder):
     images = torch.from_numpy((coarse + rng.integers(0, 40, coarse.shape)).astype(np.uint8))
     for step in range(5000, 125_001, 5000):
         maps = torch.rand(8, 14, 14)
-        moment = {"images": images, "reconstruction": images.clone(), "mask": maps > 0.75,
-                  "actual": maps, "predicted": maps.clone()}  # fmt: skip
+        moment = {
+            "images": images,
+            "reconstruction": images.clone(),
+            "mask": maps > 0.75,
+            "actual": maps,
+            "predicted": maps.clone(),
+        }
         file = run_folder / "moments" / f"step_{step:08d}.safetensors"
         save_file(moment, file, {"hpm": "{}"})
     return run_folder

@@ -43,7 +43,7 @@ def test_the_panels_asked_for(finished_run, image_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["checkpoint", "backbone", "export", "mae", "mae_encoder", "hpm"])
 def test_every_kind_of_file(finished_run, image_folder, tmp_path, capsys, kind):
-    no_decoders = "not shown: actual loss, predicted loss, mask, reconstruction (it holds a backb"
+    no_decoders = "not shown: actual loss, predicted loss, mask, reconstruction (it has a backbone"
     expected = ""
     if kind == "checkpoint":
         file, panels = finished_run.latest_checkpoint(), 7
@@ -85,8 +85,13 @@ def test_what_is_refused(finished_run, image_folder, tmp_path):
         assert not (tmp_path / out).exists()
 
     backbone = finished_run.backbone
-    refused("cannot show mask", "backbone only", "it can show image, pca, attention",
-            file=backbone, panels=("image", "mask"))  # fmt: skip
+    refused(
+        "cannot show mask",
+        "backbone only",
+        "available: image, pca, attention",
+        file=backbone,
+        panels=("image", "mask"),
+    )
     refused("hard_share", "no loss predictor", file=backbone, hard_share=0.5)
     refused("mask_ratio", "backbone only", file=backbone, mask_ratio=0.5)
     refused("panels is empty", panels=())
@@ -127,10 +132,18 @@ def test_progress_is_shown_while_reading_and_computing(
         told.append((description, total))
         return steps
 
-    for module in ("hpm.show.command", "hpm.show.command.figures"):
+    for module in ("hpm.show.command", "hpm.show.figures"):
         monkeypatch.setattr(f"{module}.track", track)
-    show(ShowConfig(str(finished_run.folder), str(image_folder), str(tmp_path / "a.html"),
-                    images=40, num_masks=1, device="cpu"))  # fmt: skip
+    show(
+        ShowConfig(
+            str(finished_run.folder),
+            str(image_folder),
+            str(tmp_path / "a.html"),
+            images=40,
+            num_masks=1,
+            device="cpu",
+        )
+    )
     assert told == [("reading", 1), ("computing", 3)]
 
 
@@ -208,7 +221,7 @@ def test_the_page_without_javascript(browser, gallery):
     page = context.new_page()
     page.goto(gallery.as_uri())
     assert page.locator("section img").first.is_visible()
-    assert page.get_by_text("reconstruction").nth(1).is_visible()
+    assert page.locator("section figcaption", has_text="reconstruction").first.is_visible()
     assert not page.get_by_text("Click a picture").is_visible()
     context.close()
 

@@ -105,9 +105,18 @@ def test_what_is_no_image(server, body):
 
 
 @pytest.mark.parametrize(
-    "query", ["mask_ratio=2", "mask_ratio=nan", "mask_ratio=0.99", "mask_ratio=x", "hard_share=-1",
-              "hard_share=inf", "seed=-1", "seed=1e99"],
-)  # fmt: skip
+    "query",
+    [
+        "mask_ratio=2",
+        "mask_ratio=nan",
+        "mask_ratio=0.99",
+        "mask_ratio=x",
+        "hard_share=-1",
+        "hard_share=inf",
+        "seed=-1",
+        "seed=1e99",
+    ],
+)
 def test_settings_that_make_no_mask(server, query):
     name = query.partition("=")[0]
     assert name in show(server, png(), query)["error"]
@@ -360,11 +369,14 @@ def test_a_server_that_is_gone(browser, finished_run):
 def test_ctrl_c_stops_it(finished_run):
     command = [sys.executable, "-m", "hpm", "view", str(finished_run.folder), "--port", "0"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         cwd=Path(__file__).parents[2],
         # Of a shell's background jobs it is ignored, and so of these tests where they are one.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     line = process.stdout.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

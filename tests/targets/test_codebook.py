@@ -54,19 +54,32 @@ def test_tokenize_and_train_on_tokens(image_folder, tmp_path):
     codebook = load_codebook(str(file))
     assert codebook.codes.shape == (12, 48) and codebook.codes.mean(1).abs().max() < 1e-5
     run = hpm.pretrain(
-        data=str(image_folder), out=str(tmp_path / "run"), target="tokens", codebook=str(file),
+        data=str(image_folder),
+        out=str(tmp_path / "run"),
+        target="tokens",
+        codebook=str(file),
         **TINY,
-    )  # fmt: skip
+    )
     losses = [
         line["reconstruction_loss"] for line in run.metrics() if "reconstruction_loss" in line
     ]
     assert losses[0] == pytest.approx(torch.tensor(12.0).log().item(), rel=0.4)
     with pytest.raises(hpm.UserError, match="is of patches of .4, 4. pixels"):
-        hpm.pretrain(data=str(image_folder), out=str(tmp_path / "other"), target="tokens",
-                     codebook=str(file), **(TINY | {"patch_size": 8}))  # fmt: skip
+        hpm.pretrain(
+            data=str(image_folder),
+            out=str(tmp_path / "other"),
+            target="tokens",
+            codebook=str(file),
+            **(TINY | {"patch_size": 8}),
+        )
     with pytest.raises(hpm.UserError, match="is no codebook"):
-        hpm.pretrain(data=str(image_folder), out=str(tmp_path / "other"), target="tokens",
-                     codebook=str(run.backbone), **TINY)  # fmt: skip
+        hpm.pretrain(
+            data=str(image_folder),
+            out=str(tmp_path / "other"),
+            target="tokens",
+            codebook=str(run.backbone),
+            **TINY,
+        )
 
 
 def test_bad_tokenizing(image_folder, tmp_path):

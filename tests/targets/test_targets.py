@@ -52,9 +52,13 @@ def test_hog_equals_that_of_scikit_image():
     rng = np.random.default_rng(0)
     picture = rng.random((32, 48)).astype(np.float32)
     expected = reference(
-        picture, orientations=9, pixels_per_cell=(8, 8), cells_per_block=(1, 1), block_norm="L2",
+        picture,
+        orientations=9,
+        pixels_per_cell=(8, 8),
+        cells_per_block=(1, 1),
+        block_norm="L2",
         feature_vector=False,
-    ).reshape(4, 6, 9)  # fmt: skip
+    ).reshape(4, 6, 9)
     ours = hog(torch.from_numpy(picture)[None, None], (8, 8))[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
@@ -122,9 +126,13 @@ def test_frozen_timm_models():
 def test_frozen_models_of_hugging_face():
     transformers = need("transformers", "hf", "x")
     small = {
-        "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 24, "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     clip = transformers.CLIPModel(
         transformers.CLIPConfig(vision_config=small, text_config={"num_hidden_layers": 1})
     )
@@ -144,15 +152,24 @@ def test_a_frozen_model_from_a_folder(tmp_path, image_folder):
     """Saved by transformers, named by its folder; trained on, resumed, shown."""
     transformers = need("transformers", "hf", "x")
     model = transformers.ViTModel(
-        transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=16, image_size=16, patch_size=8),
-    )  # fmt: skip
+        transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=8,
+        ),
+    )
     model.save_pretrained(tmp_path / "vit")
     (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     run = hpm.pretrain(
-        data=str(image_folder), out=str(tmp_path / "run"), target="frozen",
-        target_model=str(tmp_path / "vit"), **TINY,
-    )  # fmt: skip
+        data=str(image_folder),
+        out=str(tmp_path / "run"),
+        target="frozen",
+        target_model=str(tmp_path / "vit"),
+        **TINY,
+    )
     losses = [
         line["reconstruction_loss"] for line in run.metrics() if "reconstruction_loss" in line
     ]
@@ -165,15 +182,25 @@ def test_a_frozen_model_that_is_nowhere(tmp_path, image_folder, monkeypatch):
     monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     for name in ("timm/vit_tiny_patch16_224", "hf/nobody/nothing"):
         with pytest.raises(hpm.UserError, match="is not on disk .it was looked for in .*hub.* and"):
-            hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), target="frozen",
-                         target_model=name, **TINY)  # fmt: skip
+            hpm.pretrain(
+                data=str(image_folder),
+                out=str(tmp_path / "run"),
+                target="frozen",
+                target_model=name,
+                **TINY,
+            )
     for name, words in (
         ("timm/vit_tinny_patch16_224", "timm has no such model; did you mean 'vit_tiny"),
         ("nowhere", "no such folder; name a folder, timm/NAME or hf/NAME"),
     ):
         with pytest.raises(hpm.UserError, match=words):
-            hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), target="frozen",
-                         target_model=name, **TINY)  # fmt: skip
+            hpm.pretrain(
+                data=str(image_folder),
+                out=str(tmp_path / "run"),
+                target="frozen",
+                target_model=name,
+                **TINY,
+            )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from helpers import TINY, assert_refused, run_hpm, tiny_arguments
 
 import hpm
 from hpm.core.config import PretrainConfig
+from hpm.models.architecture import resolve_model
 from hpm.targets import registry
 from hpm.targets.base import Target
 from hpm.targets.registry import BUILT_IN, check_target, find_target
@@ -62,9 +63,17 @@ def test_a_target_in_a_file_trains_by_its_dotted_name(in_folder, image_folder):
     """Two steps from the command line."""
     out = in_folder / "run"
     result = run_hpm(
-        "pretrain", image_folder, "--out", out, "--target", DOTTED, "--target-options",
-        "scale=2,squared=true", *tiny_arguments(steps=2, log_every=1), cwd=in_folder,
-    )  # fmt: skip
+        "pretrain",
+        image_folder,
+        "--out",
+        out,
+        "--target",
+        DOTTED,
+        "--target-options",
+        "scale=2,squared=true",
+        *tiny_arguments(steps=2, log_every=1),
+        cwd=in_folder,
+    )
     assert result.returncode == 0, result.stderr
     assert "target_options:\n- scale=2\n- squared=true" in (out / "config.yaml").read_text()
     lines = [line for line in hpm.Run(out).metrics() if "reconstruction_loss" in line]
@@ -78,7 +87,7 @@ def test_options_reach_the_target(in_folder):
     with pytest.raises(hpm.UserError, match="option squared cannot be '1': it must be true or fal"):
         check_target(config)
     config.target_options = ("scale=2", "squared=true")
-    architecture = {"patch_size": [4, 4], "image_size": [8, 8], "channels": 3, "embed_dim": 8}
+    architecture = resolve_model(config)
     normalization = [0.0] * 3, [1.0] * 3
     cpu = torch.device("cpu")
     target = registry.make_target(config, architecture, *normalization, cpu)
@@ -89,9 +98,7 @@ def test_options_reach_the_target(in_folder):
 
 
 def test_a_file_of_weights_imports_no_module(in_folder, image_folder):
-    run = hpm.pretrain(
-        data=str(image_folder), out=str(in_folder / "run"), target=DOTTED, **TINY
-    )  # fmt: skip
+    run = hpm.pretrain(data=str(image_folder), out=str(in_folder / "run"), target=DOTTED, **TINY)
     del sys.modules["mean_colour_target"]
     with pytest.raises(hpm.UserError, match="import mean_colour_target first, or install it as an"):
         hpm.evaluate("hardness", str(run.folder), str(image_folder))
@@ -140,9 +147,14 @@ def test_options_of_the_right_target_pass(tmp_path):
 
 def test_pixels_undo_the_normalisation():
     inputs = registry.TargetInputs(
-        (2, 2), (2, 2), 3, 8, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7]),
+        (2, 2),
+        (2, 2),
+        3,
+        8,
+        torch.tensor([0.1, 0.2, 0.3]),
+        torch.tensor([0.5, 0.6, 0.7]),
         torch.device("cpu"),
-    )  # fmt: skip
+    )
     pixels = torch.rand(2, 3, 4, 4)
     normalized = (pixels - inputs.mean.view(3, 1, 1)) / inputs.std.view(3, 1, 1)
     torch.testing.assert_close(inputs.to_pixels(normalized), pixels)

@@ -125,7 +125,14 @@ assert sorted(trained) == sorted(graphs), (trained, graphs)
 def test_a_real_run_compiles_what_the_benchmark_measures(way, image_folder):
     """Figures, measures and probes, whose batches have other shapes, leave the graphs alone."""
     options = {
-        "model": "vit_nano", "image_size": 16, "patch_size": 4, "batch_size": 16, "steps": 4,
-        "decoder_dim": 32, "decoder_depth": 1, "compile": "true", "hard_share_start": 0.25,
-    }  # fmt: skip
+        "model": "vit_nano",
+        "image_size": 16,
+        "patch_size": 4,
+        "batch_size": 16,
+        "steps": 4,
+        "decoder_dim": 32,
+        "decoder_depth": 1,
+        "compile": "true",
+        "hard_share_start": 0.25,
+    }
     run_python(REAL_RUN_AND_BENCHMARK, json.dumps(options | way), "" if way else image_folder)

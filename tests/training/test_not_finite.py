@@ -61,9 +61,10 @@ def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
     """The sixth step, in the line, in the file of its batch and in the report."""
     to_device = PretrainingRun.to_device
     monkeypatch.setattr(
-        PretrainingRun, "to_device",
+        PretrainingRun,
+        "to_device",
         lambda run, images: to_device(run, images) * (math.nan if run.step == 5 else 1),
-    )  # fmt: skip
+    )
     with pytest.raises(hpm.UserError) as stopped:
         hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
     line = str(stopped.value)

@@ -55,8 +55,12 @@ def test_a_worker_that_hangs_does_not_outlive_its_parent(image_folder, tmp_path,
 
 
 OPTIONS = {
-    "steps": 2000, "checkpoint_every": "100%", "log_every": 1, "workers": 2, "holdout": 0,
-}  # fmt: skip
+    "steps": 2000,
+    "checkpoint_every": "100%",
+    "log_every": 1,
+    "workers": 2,
+    "holdout": 0,
+}
 
 
 def has_trained(out):
@@ -102,9 +106,19 @@ def test_a_signal_to_all_of_torchrun_saves(number, image_folder, tmp_path, job):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_fine_tuning_saves_as_well(number, finished_run, image_folder, tmp_path, job):
     command = [
-        "-m", "hpm", "eval", "finetune", finished_run.folder, image_folder, "--out", tmp_path,
-        "--epochs=2000", "--batch-size=12", "--workers=2", "--baselines=false",
-    ]  # fmt: skip
+        "-m",
+        "hpm",
+        "eval",
+        "finetune",
+        finished_run.folder,
+        image_folder,
+        "--out",
+        tmp_path,
+        "--epochs=2000",
+        "--batch-size=12",
+        "--workers=2",
+        "--baselines=false",
+    ]
     run = job(*command)
 
     def trains():

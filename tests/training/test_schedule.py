@@ -29,9 +29,16 @@ def schedule(num_images=1000, world_size=1, **options):
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("40 epochs", 400), ("1 epoch", 10), ("0.5epochs", 5), ("500 steps", 500), ("1 step", 1),
-     ("5%", 10), ("0.8 %", 1.6)],
-)  # fmt: skip
+    [
+        ("40 epochs", 400),
+        ("1 epoch", 10),
+        ("0.5epochs", 5),
+        ("500 steps", 500),
+        ("1 step", 1),
+        ("5%", 10),
+        ("0.8 %", 1.6),
+    ],
+)
 def test_durations(text, steps):
     assert duration_steps(text, total_steps=200, steps_per_epoch=10) == pytest.approx(steps)
 

@@ -161,8 +161,10 @@ def test_mlflow_is_told_the_same(image_folder, tmp_path, fake_mlflow, monkeypatc
     metrics = [m for _, _, options in told for m in options.get("metrics", [])]
     expected = [
         (line["step"], name, value)
-        for line in run.metrics() for name, value in line.items() if name != "step"
-    ]  # fmt: skip
+        for line in run.metrics()
+        for name, value in line.items()
+        if name != "step"
+    ]
     # Speeds are the only numbers that differ between what was logged before and after a stop.
     assert [m[:2] for m in metrics] == [m[:2] for m in expected]
     figures = [arguments[1] for call, arguments, _ in told if call == "log_artifact"]

@@ -13,9 +13,13 @@ from hpm.models.build import build_encoder
 from hpm.weights.backbone import Backbone
 
 SHAPE = {
-    "image_size": (16, 16), "patch_size": (4, 4), "channels": 3, "embed_dim": 32, "depth": 1,
+    "image_size": (16, 16),
+    "patch_size": (4, 4),
+    "channels": 3,
+    "embed_dim": 32,
+    "depth": 1,
     "num_heads": 2,
-}  # fmt: skip
+}
 
 
 def backbone(**changes):
@@ -99,10 +103,13 @@ def test_floating_point_means_normalised():
         expected = encoder(pixels)
         normalised = encoder.normalize(pixels)
         for images in (
-            normalised, normalised.double(), encoder.normalize(pixels / 255, full_scale=1),
-            encoder.normalize(pixels.float()), encoder.normalize(pixels.to(torch.uint16) * 257),
+            normalised,
+            normalised.double(),
+            encoder.normalize(pixels / 255, full_scale=1),
+            encoder.normalize(pixels.float()),
+            encoder.normalize(pixels.to(torch.uint16) * 257),
             pixels.to(torch.uint16) * 257,
-        ):  # fmt: skip
+        ):
             torch.testing.assert_close(encoder(images)[0], expected[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoder(normalised.half())[0], expected[0], rtol=0.02, atol=0.02)
     for wrong, scale in ((pixels / 255, 1), (pixels.float(), 255), (pixels.half(), 255)):

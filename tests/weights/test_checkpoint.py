@@ -21,10 +21,17 @@ from hpm.weights.initialise import load_initial
 from hpm.weights.resolve import load
 
 SMALL = {
-    "image_size": [8, 8], "patch_size": [4, 4], "channels": 3, "embed_dim": 16, "depth": 1,
-    "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2,
+    "image_size": [8, 8],
+    "patch_size": [4, 4],
+    "channels": 3,
+    "embed_dim": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
     "with_predictor": True,
-}  # fmt: skip
+}
 
 
 def trained(seed=0):
@@ -97,9 +104,11 @@ def test_a_disk_that_fills_up(tmp_path):
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "step_00000002.safetensors")],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True,
+        text=True,
+        timeout=60,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-    )  # fmt: skip
+    )
     assert "refused:" in result.stdout and "no space left" in result.stdout, result
     assert checkpoint.list_checkpoints(tmp_path) == [first]
     assert checkpoint.load_checkpoint(first).meta["step"] == 1

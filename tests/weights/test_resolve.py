@@ -88,8 +88,13 @@ def test_mae(tmp_path):
 
 
 TIMM = {
-    "img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 5,
-}  # fmt: skip
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 1,
+    "num_classes": 5,
+}
 
 
 @pytest.mark.parametrize("options", [{}, {"global_pool": "avg"}, {"qkv_bias": False}])
@@ -106,9 +111,14 @@ def test_timm(tmp_path, options):
 
 
 HF = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
-    "image_size": 16, "patch_size": 4, "layer_norm_eps": 1e-6,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 16,
+    "patch_size": 4,
+    "layer_norm_eps": 1e-6,
+}
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
@@ -200,10 +210,11 @@ def test_golden_weights(tmp_path):
     about = {"num_heads": shape["num_heads"], "decoder_heads": shape["decoder_num_heads"]}
     (tmp_path / "hpm.json").write_text(json.dumps(about))
     fresh = model_of(
-        SHAPE | {"image_size": [shape["img_size"]] * 2, "patch_size": [shape["patch_size"]] * 2}
+        SHAPE
+        | {"image_size": [shape["img_size"]] * 2, "patch_size": [shape["patch_size"]] * 2}
         | {n: shape[n] for n in ("embed_dim", "depth", "num_heads", "decoder_depth")}
         | {"decoder_dim": shape["decoder_embed_dim"], "decoder_heads": shape["decoder_num_heads"]}
-    )  # fmt: skip
+    )
     said = initialise(fresh, tmp_path / "hpm.pth", partial=False)
     assert f"init: {len(weights)} of {len(weights)} tensors matched" in said
     order = tensors["mask"].long().argsort(dim=1, stable=True)
@@ -224,10 +235,12 @@ def test_starting_from_another_image_and_patch_size(tmp_path):
         initialise(target, tmp_path / "vit.pth", partial=False)
     said = initialise(target, tmp_path / "vit.pth", partial=True)
     for words in (
-        "encoder 30 of 30", "reconstructor none of 16", "predictor none of 16",
+        "encoder 30 of 30",
+        "reconstructor none of 16",
+        "predictor none of 16",
         "encoder.pos_embed resampled from 4 x 4 to 4 x 8 patches",
         "patch projection resampled from 4 x 4 to 8 x 8 pixels",
-    ):  # fmt: skip
+    ):
         assert words in said, said
     assert torch.equal(target.encoder.norm.weight, source.norm.weight)
     assert torch.equal(target.mask_token, before)
@@ -453,9 +466,7 @@ def hpm_file(tmp_path_factory):
 def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_path):
     said = []
     options = {"workers": 0, "device": "cpu", "baselines": False, "out": str(tmp_path)}
-    result = hpm.evaluate(
-        "knn", str(hpm_file), str(image_folder), said.append, k=(3,), **options
-    )  # fmt: skip
+    result = hpm.evaluate("knn", str(hpm_file), str(image_folder), said.append, k=(3,), **options)
     assert "a published checkpoint of Hard Patches Mining" in said[0] and result.hardness
     shown = run_hpm("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
     assert shown.returncode == 0 and "normalised pixels (assumed)" in shown.stdout, shown.stderr
@@ -472,10 +483,15 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
 def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
     save_file(state_of(encoder_of(SHAPE)), tmp_path / "vit.safetensors")
     result = run_hpm(
-        "show", tmp_path / "vit.safetensors", image_folder, "--panels", "image,reconstruction",
-        "--out", tmp_path / "figure.png",
-    )  # fmt: skip
-    assert_refused(result, "holds a backbone only")
+        "show",
+        tmp_path / "vit.safetensors",
+        image_folder,
+        "--panels",
+        "image,reconstruction",
+        "--out",
+        tmp_path / "figure.png",
+    )
+    assert_refused(result, "has a backbone only")
     options = {"workers": 0, "device": "cpu"}
     with pytest.raises(UserError, match="backbone only"):
         hpm.evaluate(
@@ -509,10 +525,15 @@ def timms_weights(monkeypatch):
     """Random weights in the place of timm's, which are on the network."""
     encoder = build_encoder(
         Architecture(
-            model=SMALL, image_size=(160, 160), patch_size=(16, 16), channels=3, embed_dim=64,
+            model=SMALL,
+            image_size=(160, 160),
+            patch_size=(16, 16),
+            channels=3,
+            embed_dim=64,
             depth=8,
-        ), seed=7,
-    )  # fmt: skip
+        ),
+        seed=7,
+    )
     monkeypatch.setattr("hpm.weights.timm.pretrained_weights", lambda wanted: encoder.state_dict())
     return encoder.eval()
 
@@ -540,8 +561,9 @@ def test_timms_own_weights_wherever_a_run_is_named(
     both.file.unlink()
     out = hpm.export(SMALL, "timm", tmp_path / "x.safetensors", said.append)
     assert load_file(out).keys() == timms_weights.state_dict().keys()
-    result = run_here("show", SMALL, data, "--out", tmp_path / "x.png", "--images", 2,
-                      "--device", "cpu")  # fmt: skip
+    result = run_here(
+        "show", SMALL, data, "--out", tmp_path / "x.png", "--images", 2, "--device", "cpu"
+    )
     assert result.returncode == 0 and (tmp_path / "x.png").exists(), result.stderr
 
 
@@ -561,12 +583,14 @@ def test_timms_own_weights_without_a_network(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"normalize": "timm"}, ([0.5] * 3, [0.5] * 3)),
-     ({"normalize": "imagenet"}, (IMAGENET_MEAN, IMAGENET_STD)),
-     ({"pretrained": True}, ([0.5] * 3, [0.5] * 3)),
-     ({"pretrained": True, "channels": 1}, None),
-     ({}, None)],
-)  # fmt: skip
+    [
+        ({"normalize": "timm"}, ([0.5] * 3, [0.5] * 3)),
+        ({"normalize": "imagenet"}, (IMAGENET_MEAN, IMAGENET_STD)),
+        ({"pretrained": True}, ([0.5] * 3, [0.5] * 3)),
+        ({"pretrained": True, "channels": 1}, None),
+        ({}, None),
+    ],
+)
 def test_images_are_normalised_as_timms_weights_want_it(
     image_folder, tmp_path, monkeypatch, options, expected
 ):

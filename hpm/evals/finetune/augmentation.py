@@ -74,9 +74,11 @@ class Augmentation:
         self.mix = None
         if config.mixup > 0 or config.cutmix > 0:
             self.mix = data.Mixup(
-                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                config.mixup,
+                config.cutmix,
+                label_smoothing=config.label_smoothing,
                 num_classes=num_classes,
-            )  # fmt: skip
+            )
 
     def _transform(self, size: tuple[int, int]) -> Callable[[Image.Image], Any]:
         """Crop, flip and RandAugment."""

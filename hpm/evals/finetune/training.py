@@ -47,9 +47,19 @@ from hpm.training.schedule import long_warmup
 LOG_EVERY = 10
 # How a fine-tuning is run, not what it learns: may differ when it goes on.
 FREE = {
-    "run", "compare", "baselines", "out", "workers", "device", "checkpoint_every", "test", "data",
-    "teacher", "crop_share", "max_unreadable",
-}  # fmt: skip
+    "run",
+    "compare",
+    "baselines",
+    "out",
+    "workers",
+    "device",
+    "checkpoint_every",
+    "test",
+    "data",
+    "teacher",
+    "crop_share",
+    "max_unreadable",
+}
 
 
 def check_finetune(config: Options, architecture: Architecture) -> None:

@@ -26,8 +26,12 @@ class Options(EvalOptions):
     """Semantic segmentation: a linear layer on frozen patch tokens, or UPerNet fine-tuned."""
 
     no_effect: ClassVar[tuple[str, ...]] = (
-        "out", "workers", "device", "checkpoint_every", "figure_images",
-    )  # fmt: skip
+        "out",
+        "workers",
+        "device",
+        "checkpoint_every",
+        "figure_images",
+    )
 
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
