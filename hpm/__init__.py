@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from hpm.pretraining import pretrain
     from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
-    from hpm.weights.run_folder import Run
+    from hpm.weights.run import Run
 
 # What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
 _LAZY = {
-    "Run": "hpm.weights.run_folder",
+    "Run": "hpm.weights.run",
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
     "load_encoder": "hpm.weights.resolve",

@@ -19,8 +19,8 @@ from hpm.core.errors import UserError
 from hpm.core.files import disk_error
 from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
+from hpm.weights.export_format import ExportSource, WritableFormat
 from hpm.weights.finetuned import is_finetuned, load_model
-from hpm.weights.format import ExportSource, WritableFormat
 from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
 from hpm.weights.resolve import load
 from hpm.weights.segmentation import SegmentationModel

@@ -14,7 +14,7 @@ from hpm.core.errors import UserError
 from hpm.core.files import StateDict, write_tensors
 from hpm.training.sessions import read_lines
 from hpm.weights.checkpoint import list_checkpoints
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 LOSSES = ("reconstruction_loss", "predictor_loss")
 READINGS = 20  # before a checkpoint that its losses are compared with
@@ -22,7 +22,7 @@ NEAR = 2.0  # times the median of those
 
 
 def not_finite_error(
-    files: Run, step: int, tensors: StateDict, config: PretrainConfig
+    files: RunFolder, step: int, tensors: StateDict, config: PretrainConfig
 ) -> UserError:
     """Save the tensors of the step for a replay. The error says where they are, which checkpoint is
     still good, and what to change."""

@@ -23,7 +23,7 @@ from hpm.core.files import read_meta, remove_stale, write_text
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps
-from hpm.weights.run_folder import Run, read_config
+from hpm.weights.run_folder import RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
@@ -31,7 +31,7 @@ NAMES = (TIMM, "hf/")  # of models, that are no paths
 DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
-def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
     """Take a run folder for a resolved config and that many training images with this fingerprint:
     lock it (see `hpm.core.lock`) and clear it of what killed saves left.
 

@@ -16,7 +16,7 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.models.hiera import HieraEncoder
 from hpm.weights.backbone import Backbone
-from hpm.weights.format import ExportSource, Outputs, WritableFormat
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
 
 JOB = "export to onnx"
 ONNX_LIMIT = 2 * 10**9  # bytes of a protocol buffer

@@ -26,8 +26,12 @@ class Options(EvalOptions):
     """Semantic segmentation: a linear layer on frozen patch tokens, or UPerNet fine-tuned."""
 
     no_effect: ClassVar[tuple[str, ...]] = (
-        "out", "workers", "device", "checkpoint_every", "figure_images",
-    )  # fmt: skip
+        "out",
+        "workers",
+        "device",
+        "checkpoint_every",
+        "figure_images",
+    )
 
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
@@ -64,7 +68,7 @@ class Options(EvalOptions):
     """Mirror half of the crops."""
     distort: bool = True
     """Change brightness, contrast, saturation and hue at random (images of 1 or 3 channels)."""
-    lr: tuple[float, ...] = option((1e-2, 3e-2, 0.1, 0.3, 1.0), above=0)
+    lr: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), above=0)
     """(linear) Learning rates to try."""
     peak_lr: float = option(1e-4, above=0)
     """(upernet) Learning rate of the head after the warm-up."""

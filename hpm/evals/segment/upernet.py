@@ -47,10 +47,24 @@ if TYPE_CHECKING:
 LOG_EVERY = 10
 # Options that say how it is run or tested, not what it learns: they may differ when it goes on.
 FREE = {
-    "run", "compare", "baselines", "out", "workers", "device", "checkpoint_every", "test", "data",
-    "teacher", "crop_share", "max_unreadable", "stride", "figure_images", "lr", "steps",
+    "run",
+    "compare",
+    "baselines",
+    "out",
+    "workers",
+    "device",
+    "checkpoint_every",
+    "test",
+    "data",
+    "teacher",
+    "crop_share",
+    "max_unreadable",
+    "stride",
+    "figure_images",
+    "lr",
+    "steps",
     "image_size",
-}  # fmt: skip
+}
 
 
 def train_upernet(
