@@ -294,7 +294,7 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 ABOUT = {
     "demo": "pre-train on built-in images, evaluate and draw; minutes on a CPU",
     "pretrain": "pre-train a backbone on a folder of images",
-    "eval": "evaluate a backbone: knn, linear, attentive, finetune, ...",
+    "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
     "show": "draw what a model makes of images: losses, mask, features, attention",
     "view": "try a model on images in the browser",
     "predict": "write the predictions of a fine-tuned model for a folder of images",
