@@ -215,5 +215,5 @@ def test_a_short_training_is_said_with_what_to_change():
     assert "--epochs 38" in line and 37 * 54 < 2000 <= 38 * 54
     assert lines(epochs=38) == []
     (line,) = lines(steps=1)
-    assert "of 1 step is short" in line and line.endswith("pass --steps 2000")
+    assert "1 step is a short training" in line and line.endswith("pass --steps 2000")
     assert lines(steps=1000, data="demo") == []
