@@ -7,7 +7,9 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +80,7 @@ def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[An
         raise UserError(f"name {noun}: hpm {group} {'|'.join(find())} (see hpm {group} --help)")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        kinds = find()
-        width = max(map(len, kinds))
-        lines = [f"  hpm {group} {kind:{width}}  {verb.about}" for kind, verb in kinds.items()]
-        raise HelpWanted("\n".join([*lines, f"\nhpm {group} KIND --help lists its options", ""]))
+        raise HelpWanted(_group_usage(group, find()))
     kinds = find(name)
     if name not in kinds:
         word = noun.partition(" ")[2]
@@ -90,10 +89,26 @@ def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[An
     return kinds[name].run, kinds[name].command(f"hpm {group} {name}").parse(rest)
 
 
+def _group_usage(group: str, kinds: dict[str, Verb]) -> str:
+    head = f"usage: hpm {group} KIND ...   (hpm {group} KIND --help for its options)"
+    listing = _listing({kind: verb.about for kind, verb in kinds.items()})
+    return "\n".join([head, "", *listing, ""])
+
+
 def _usage() -> str:
-    verbs = [f"  {name:9} {about}" for name, about in ABOUT.items()]
     head = "usage: hpm VERB ...   (hpm VERB --help for its options)"
-    return "\n".join([head, "", *verbs, "", "  --version", ""])
+    return "\n".join([head, "", *_listing(ABOUT), "", "  --version", ""])
+
+
+def _listing(entries: dict[str, str]) -> list[str]:
+    """Names and what they stand for, in two columns as wide as the terminal."""
+    width = min(100, shutil.get_terminal_size().columns)
+    indent = max(map(len, entries)) + 4
+    lines = []
+    for name, about in entries.items():
+        first = f"  {name}".ljust(indent)
+        lines += textwrap.wrap(about, width, initial_indent=first, subsequent_indent=" " * indent)
+    return lines
 
 
 @dataclass(frozen=True)
@@ -277,9 +292,9 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 }
 
 ABOUT = {
-    "demo": "pre-train on built-in images, evaluate and draw figures; minutes on a CPU",
+    "demo": "pre-train on built-in images, evaluate and draw; minutes on a CPU",
     "pretrain": "pre-train a backbone on a folder of images",
-    "eval": "evaluate a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
+    "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
     "show": "draw what a model makes of images: losses, mask, features, attention",
     "view": "try a model on images in the browser",
     "predict": "write the predictions of a fine-tuned model for a folder of images",

@@ -38,9 +38,32 @@ def test_help_of_a_verb_of_several_kinds(verb):
 
     result = run_here(verb, "--help")
     assert result.returncode == 0 and not result.stderr
+    assert result.stdout.startswith(f"usage: hpm {verb} KIND ")
+    words = " ".join(result.stdout.split())
     for kind, about in GROUPS[verb][1]().items():
-        (line,) = [line for line in result.stdout.splitlines() if f"hpm {verb} {kind} " in line]
-        assert about.about and about.about in line
+        assert about.about and f"{kind} {about.about}" in words
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["bench", "--help"]])
+def test_help_fits_the_terminal(monkeypatch, arguments):
+    from hpm.cli import understand
+    from hpm.core.parser import HelpWanted
+
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(HelpWanted) as wanted:
+        understand(arguments)
+    assert max(map(len, str(wanted.value).splitlines())) <= 80
+
+
+def test_help_shows_that_a_switch_is_on():
+    from hpm.cli import understand
+    from hpm.core.parser import HelpWanted
+
+    with pytest.raises(HelpWanted) as wanted:
+        understand(["eval", "knn", "--help"])
+    words = " ".join(str(wanted.value).split())
+    assert "and raw pixels (default: true)." in words
+    assert "(default: false)" not in words  # an option that is off needs no default
 
 
 def test_no_line_of_the_help_breaks_off():

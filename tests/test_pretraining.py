@@ -105,7 +105,7 @@ def test_what_is_not_as_asked_for_is_in_the_log(image_folder, tmp_path):
     run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **options)
     log = (run.folder / "train.log").read_text()
     assert "44 images of" in log and "1 step of 8 images" in log and "1 process, into" in log
-    assert "4 held out (fewer than the 128 of --holdout: at most a tenth of them)" in log
+    assert "4 held out (--holdout is 128, but at most a tenth is held out)" in log
     assert "warning: the warm-up of 2 epochs takes 10 steps, but the training has 1" in log
 
 
@@ -149,8 +149,8 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(image_folder, tmp_path
     fresh = pretrain(image_folder, tmp_path / "fresh", steps=2, base_lr=None)
     assert yaml.safe_load(fresh.config_file.read_text())["base_lr"] == default_base_lr(2, 8)
     log = (fresh.folder / "train.log").read_text()
-    assert log.count("a training of 2 steps is short") == 1
-    assert "is short" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
+    assert log.count("2 steps is a short training") == 1
+    assert "a short training" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
 
 
 def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_folder):

@@ -31,7 +31,7 @@ MEASURES = {
     "knn": Measure("kNN", 1, drawn=True),
     "linear": Measure("linear probe", 1, drawn=True),
     "rank": Measure("effective rank", 1, drawn=True),
-    "patch_similarity": Measure("likeness of patches", 3, drawn=True),
+    "patch_similarity": Measure("similarity of patches", 3, drawn=True),
     "ranking_accuracy": Measure("ranking accuracy", 3),
     "mining_accuracy": Measure("mining accuracy", 3),
     "held_out_loss": Measure("held-out loss", 3),

@@ -103,14 +103,14 @@ class MaskOptions:
     hard_share_by: Literal["step", "epoch"] = "step"
     """Update the mined fraction at every step, or once per epoch as in the paper."""
     mining_temperature: float = option(0.0, at_least=0)
-    """0 mines the patches of the highest signal. Above, the mined patches are drawn at random, with
-    probabilities that rise with the signal: the higher the temperature, the less they do."""
+    """0 mines the hardest patches. Above 0, mined patches are sampled, the harder ones with higher
+    probability; the higher the temperature, the more uniform the probabilities."""
     mask_unit: int = option(1, at_least=1)
     """Mine and hide units of so many patches along each axis instead of single patches."""
     mine_by: Literal["teacher", "memory", "progress"] = "teacher"
     """Source of the patch difficulty. teacher: the teacher's predicted loss. memory: the student's
     actual losses on each image in earlier epochs; costs almost nothing and needs no predictor.
-    progress: as memory, but how much the loss has fallen of late."""
+    progress: as memory, but by how much the loss has fallen recently."""
     mine_every: int = option(1, at_least=1)
     """Number of steps between teacher predictions. In between, masks use the latest prediction for
     each image; images without one are masked at random."""
@@ -131,7 +131,7 @@ class TargetOptions:
     frozen model), or tokens (indices into a codebook). A target of your own: MODULE:CLASS, or the
     name of an entry point in the group hpm.targets."""
     target_options: tuple[str, ...] = ()
-    """Of a target of your own: its options, as name=value,name=value."""
+    """Options of a target of your own, as name=value,name=value."""
     target_model: str | None = None
     """Frozen model for --target frozen: timm/NAME, hf/NAME (for example hf/facebook/dino-vits16),
     or a folder."""

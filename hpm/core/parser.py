@@ -162,7 +162,13 @@ def _placeholder(hint: Any) -> str:
 def _default_text(each: Described) -> str:
     """The default in brackets; empty if the help text explains it already."""
     value = each.default
-    if value is MISSING or value is None or value == () or value == "" or each.is_flag:
+    if (
+        value is MISSING
+        or value is None
+        or value == ()
+        or value == ""
+        or (each.is_flag and not value)
+    ):
         return ""
     if isinstance(value, tuple):
         value = ",".join(str(part) for part in value)

@@ -13,7 +13,7 @@ class Interrupted(Exception):
     """The run was stopped by `signal_number` and has saved its state."""
 
     def __init__(self, signal_number: int):
-        super().__init__("stopped and saved; the same command goes on from here")
+        super().__init__("stopped and saved; run the same command again to resume")
         self.signal_number = signal_number
 
 

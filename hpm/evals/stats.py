@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "effective rank": "{rank:.1f}",
     "of": "{of:.0f}",
-    "likeness of patches": "{patch_similarity:.3f}",
+    "similarity of patches": "{patch_similarity:.3f}",
 }
 
 

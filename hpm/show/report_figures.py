@@ -59,15 +59,17 @@ CHARTS = (
     ),
     Chart(
         "Hard share",
-        "Share of the hidden patches that are mined; the others are hidden by chance.",
+        "Share of the hidden patches that are mined; the others are hidden at random.",
         {"hard_share": "mined"},
         from_zero=True,
     ),
     Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
-    Chart("EMA decay", "How much of itself the teacher keeps in a step.", {"ema_decay": "teacher"}),
+    Chart(
+        "EMA decay", "Weight of the old teacher weights in each update.", {"ema_decay": "teacher"}
+    ),
     Chart(
         "Gradient norm",
-        "Before it is clipped; spikes are steps that did not go well.",
+        "Before clipping. Frequent spikes suggest a high learning rate.",
         {"grad_norm": "training"},
         from_zero=True,
     ),
@@ -152,11 +154,11 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
     heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
     smooth = "" if max(height, width) > SMALL else " sharp"
     about = (
-        "Each row is an image that is held out; each column a moment of the training. Bright is "
-        "hard, each map on its own scale; hidden patches are grey. The actual loss is the mean "
-        "over random masks"
+        "Each row is a held-out image, each column a training step. Bright patches are hard; each "
+        "map has its own scale. Hidden patches are grey. The actual loss is the mean over random "
+        "masks"
     )
-    about += ", the predicted one the teacher's, who sees all." if "predicted" in views else "."
+    about += "; the teacher predicts losses from the whole image." if "predicted" in views else "."
     return (
         f"<p>{about}</p>"
         f"<style>{''.join(style)}</style>"

@@ -112,8 +112,9 @@ def find_target(name: str, trusted: bool = True) -> type[Target]:
         )
     if not trusted and module not in sys.modules:
         raise UserError(
-            f"target {name} is named by a file of weights, whose modules are not imported: "
-            f"import {module} first, or install it as an entry point of {GROUP}"
+            f"these weights need the target {name}, but modules named in weights are not imported: "
+            f"in Python, import {module} first; on the command line, use a target that was trained "
+            f"by its entry point of {GROUP}"
         )
     return _load(name, name)
 

@@ -217,8 +217,10 @@ def _introduction(run: PretrainingRun) -> str:
     held_out = len(images.held_out) if images.held_out else 0
     fewer = ""
     if held_out < config.holdout:
-        fewer = f" (fewer than the {config.holdout} of --holdout: "
-        fewer += "the split has no more)" if images.has_split else "at most a tenth of them)"
+        fewer = f" (--holdout is {config.holdout}, "
+        fewer += (
+            "but the split has no more)" if images.has_split else "but at most a tenth is held out)"
+        )
     memory = run.memory.nbytes / 1e6 if run.memory else 0
     return (
         f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "

@@ -115,8 +115,8 @@ def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
     per_epoch = num_images // config.global_batch_size
     more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
     return [
-        f"warning: a training of {counted(total, 'step')} is short: features learn little in fewer "
-        f"than some {FEW_STEPS:,}; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
+        f"warning: {counted(total, 'step')} is a short training: useful features take about "
+        f"{FEW_STEPS:,} or more; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
     ]
 
 

@@ -213,9 +213,9 @@ def test_a_short_training_is_said_with_what_to_change():
         return few_steps(config, make_schedule(config, num_images).total, num_images)
 
     (line,) = lines(epochs=10)
-    assert "a training of 540 steps is short" in line and "smaller --batch-size" in line
+    assert "540 steps is a short training" in line and "smaller --batch-size" in line
     assert "--epochs 38" in line and 37 * 54 < 2000 <= 38 * 54
     assert lines(epochs=38) == []
     (line,) = lines(steps=1)
-    assert "of 1 step is short" in line and line.endswith("pass --steps 2000")
+    assert "1 step is a short training" in line and line.endswith("pass --steps 2000")
     assert lines(steps=1000, data="demo") == []
