@@ -1,4 +1,4 @@
-"""The pictures of a report: the metrics as curves, and what the model finds hard over time."""
+"""The figures of a report: curves of the metrics, and panels of held-out images over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpm.show.page import colours, image_uri
 
 
 class Chart(NamedTuple):
-    """A title, a line that explains it, the metrics that it shows and what they are called."""
+    """A chart: its title and caption, and a label for each metric that it shows."""
 
     title: str
     about: str
@@ -64,23 +64,23 @@ CHARTS = (
         from_zero=True,
     ),
     Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
-    Chart("EMA decay", "How much of itself the teacher keeps in a step.", {"ema_decay": "teacher"}),
+    Chart("EMA decay", "Weight of the old teacher in each update.", {"ema_decay": "teacher"}),
     Chart(
         "Gradient norm",
-        "Before it is clipped; spikes are steps that did not go well.",
+        "Before clipping. Spikes indicate unstable steps.",
         {"grad_norm": "training"},
         from_zero=True,
     ),
     Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
     Chart(
         "Data wait",
-        "Share of the time spent waiting for images: more --workers help where it is high.",
+        "Share of the time spent waiting for images. If it is high, pass more --workers.",
         {"data_wait": "main process"},
         from_zero=True,
     ),
     Chart("Memory", "Peak in GB.", {"memory_gb": "main process"}, from_zero=True),
 )
-# Not drawn: other ways to count steps, and numbers that the report gives in words.
+# Not drawn: other counts of steps, and numbers that the report gives elsewhere.
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
 VIEWS = {
@@ -89,11 +89,11 @@ VIEWS = {
     "mask": "mask",
     "reconstruction": "reconstruction",
 }
-SMALL = 64  # images up to this side are kept without loss, their pixels shown sharp
+SMALL = 64  # images up to this side, in pixels, are stored as PNG and shown without smoothing
 
 
 def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """All metrics that there are, and what the script needs of them."""
+    """(HTML of the charts of all logged metrics, their values for the script)."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in metrics:
         for name, value in line.items():
@@ -115,13 +115,13 @@ def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, A
             cards.append(card)
             values.append(numbers)
     if not cards:
-        return "<p>Nothing is measured yet.</p>", values
+        return "<p>No metrics yet.</p>", values
     hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
     return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
 
 
 def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
-    """A row per held-out image, a column per moment, and a way to switch what is shown."""
+    """A table with a row per held-out image and a column per moment, and a switch of the panel."""
     if not moments:
         reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
@@ -152,11 +152,12 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
     heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
     smooth = "" if max(height, width) > SMALL else " sharp"
     about = (
-        "Each row is an image that is held out; each column a moment of the training. Bright is "
-        "hard, each map on its own scale; hidden patches are grey. The actual loss is the mean "
-        "over random masks"
+        "One row per held-out image, one column per moment of training. Bright is hard; each map "
+        "has its own scale; hidden patches are grey. The actual loss is the mean over random masks"
     )
-    about += ", the predicted one the teacher's, who sees all." if "predicted" in views else "."
+    if "predicted" in views:
+        about += "; the predicted loss is the teacher's, from the whole image"
+    about += "."
     return (
         f"<p>{about}</p>"
         f"<style>{''.join(style)}</style>"
@@ -167,7 +168,7 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
 
 
 def _cell(moment: Moment, views: list[str], row: int) -> str:
-    """All views of one image at one moment, one over the other; the page shows one of them."""
+    """All panels of one image at one moment, stacked; the page shows one of them."""
     if row >= len(moment.images):
         return ""
     about = f"of image {row + 1} at step {moment.step}"
@@ -192,5 +193,5 @@ def _cell(moment: Moment, views: list[str], row: int) -> str:
 
 
 def _photo(image: np.ndarray) -> str:
-    """A data URI: small images without loss, larger ones as JPEG, a tenth of the size."""
+    """A data URI: PNG for small images, JPEG, which takes a tenth of the bytes, for larger ones."""
     return image_uri(image, "PNG" if max(image.shape) <= SMALL else "JPEG")

@@ -20,7 +20,7 @@ import hpm
 from hpm.core.errors import UserError
 from hpm.show import view
 from hpm.show.options import ViewConfig
-from hpm.show.view import LIMIT, Viewer, make_server
+from hpm.show.view import MAX_BYTES, Viewer, make_server
 from hpm.weights.resolve import load
 
 
@@ -138,7 +138,7 @@ def test_who_may_ask(server):
 @pytest.mark.parametrize(
     "header, status, words",
     [
-        (("Content-Length", str(LIMIT + 1)), 413, "more than 32 MB"),
+        (("Content-Length", str(MAX_BYTES + 1)), 413, "more than 32 MB"),
         (("Content-Length", "-1"), 411, "Content-Length"),
         (("Transfer-Encoding", "chunked"), 411, "Content-Length"),
     ],
