@@ -582,7 +582,7 @@ def main() -> None:
             )
             experiment.keep("commit", commit.stdout.strip()[:12] or "unknown")
         done = experiment.run(time.time() + 60 * chosen.minutes)
-        print("done" if done else "time is up: the same command goes on from here")
+        print("done" if done else "time is up: run the same command again to resume")
     if not chosen.smoke:
         experiment.report()
 

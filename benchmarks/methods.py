@@ -402,7 +402,7 @@ def main() -> None:
         chosen.dataset, chosen.out, chosen.seeds, chosen.epochs, chosen.side_by_side
     )
     if not experiment.run(time.time() + 60 * chosen.minutes):
-        print("time is up: the same command goes on from here")
+        print("time is up: run the same command again to resume")
         return
     experiment.report()
     print("done: benchmarks/RESULTS.md")

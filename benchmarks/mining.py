@@ -175,7 +175,7 @@ def main() -> None:
     experiment = Experiment(chosen.out, chosen.seeds, chosen.epochs)
     if chosen.job == "train":
         done = experiment.train(chosen.side_by_side, time.time() + 60 * chosen.minutes)
-        print("done" if done else "time is up: the same command goes on from here")
+        print("done" if done else "time is up: run the same command again to resume")
     elif chosen.job == "speed":
         experiment.speed(chosen.repeats)
     else:

@@ -1,4 +1,4 @@
-"""What a file format has to offer to be read, and to be written."""
+"""Base classes of weight formats, for reading and for writing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hpm.weights.trained import Trained
 
 Outputs = dict[str, Tensor]
 
-# Tensors that our models do not have: heads and poolers, and the mask token of a plain ViT.
+# Tensors that our models lack: heads, poolers, and the mask token of a plain ViT.
 UNUSED = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "pooler.", "classifier.", "embeddings.")
 
 
 class ReadableFormat:
-    """Weights of another library, recognised by the names of their tensors."""
+    """Another library's weights, recognised by their tensor names."""
 
     description: ClassVar[str]
     rules: ClassVar[Rules]  # from their names to ours
@@ -34,14 +34,14 @@ class ReadableFormat:
     has_predictor: ClassVar[bool] = False
 
     def matches(self, names: set[str]) -> bool:
-        """Whether tensors of these names (without wrappers) are of this format."""
+        """Whether these tensor names (without wrapper prefixes) are of this format."""
         raise NotImplementedError
 
     def to_ours(self, state: StateDict) -> tuple[StateDict, list[str]]:
-        """The tensors under our names, and the names in the file of those that are not used."""
+        """(tensors under our names, names in the file of unused tensors)."""
         bare = {unwrap(name): tensor for name, tensor in state.items()}
         if "norm.weight" not in bare and "fc_norm.weight" in bare:
-            # The model norms after pooling; ours norms each token with the same weights.
+            # The model normalises after pooling; ours normalises each token with these weights.
             bare = {re.sub(r"^fc_norm\.", "norm.", name): t for name, t in bare.items()}
         renamed = {rename(name, self.rules): (name, tensor) for name, tensor in bare.items()}
         unused = [old for new, (old, _) in renamed.items() if new.startswith(UNUSED)]
@@ -51,8 +51,7 @@ class ReadableFormat:
 
 @dataclass
 class ExportSource:
-    """What is exported: a backbone with its normalisation, and the whole model where the format
-    holds the decoder too."""
+    """A backbone to export, and the whole model if the format includes the decoder."""
 
     trained: Trained
     backbone: Backbone
@@ -74,23 +73,23 @@ class ExportSource:
 
 
 class WritableFormat:
-    """A format that `hpm export` writes, reads back with the other library, and compares by pooled
-    features [B D] and patches [B N D].
+    """A format that `hpm export` writes. The file is read back with the other library, and its
+    pooled features [B D] and patches [B N D] are compared with ours.
 
-    suffixes: those that the file may have; empty for a folder.
+    suffixes: accepted suffixes of the file; empty for a folder.
     """
 
     suffixes: tuple[str, ...] = ()
 
     def unsupported(self, source: ExportSource) -> str | None:
-        """Why the format cannot hold this model, or None where it can."""
+        """Why the format does not support this model, or None if it does."""
         return None
 
     def write(self, source: ExportSource, path: Path) -> None:
         raise NotImplementedError
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
-        """The other library's outputs for normalised images [B C H W], from the file alone."""
+        """The outputs of the file, in the other library, for normalised images [B C H W]."""
         raise NotImplementedError
 
     def our_outputs(self, source: ExportSource, images: Tensor) -> Outputs:
@@ -99,12 +98,12 @@ class WritableFormat:
         return {"pooled": pooled, "patches": patches}
 
     def code(self, source: ExportSource, path: Path) -> str:
-        """Python to paste, which loads the file and runs it on `images`."""
+        """Python code that loads the file and runs it on `images`."""
         raise NotImplementedError
 
 
 def unless_plain_vit(source: ExportSource, library: str) -> str | None:
-    """Why a library that has only the plain ViT cannot hold this encoder, if so."""
+    """Why a library that has only the plain ViT does not support this encoder, or None."""
     if isinstance(source.encoder, VisionTransformer):
         return None
     name = f"{PREFIX}{source.encoder.name}"

@@ -146,7 +146,7 @@ def test_stopped_and_gone_on_equals_straight_through(finished_run, image_folder,
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "the same command goes on from here" in errors
+    assert "run the same command again to resume" in errors
     resumed = run_hpm(*command, "--out", tmp_path / "stopped")
     assert resumed.returncode == 0, resumed.stderr
     (one,) = (tmp_path / "straight").rglob("classifier.safetensors")
