@@ -115,7 +115,7 @@ def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, A
             cards.append(card)
             values.append(numbers)
     if not cards:
-        return "<p>No metrics yet.</p>", values
+        return "<p>No measurements yet.</p>", values
     hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
     return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
 
