@@ -17,17 +17,21 @@ from hpm.core.version import __version__
 
 if TYPE_CHECKING:
     from hpm.commands.export import export
+    from hpm.commands.predict import predict
     from hpm.evals import evaluate
     from hpm.pretraining import pretrain
+    from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
-    from hpm.weights.run_folder import Run
+    from hpm.weights.run import Run
 
 # What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
 _LAZY = {
-    "Run": "hpm.weights.run_folder",
+    "Run": "hpm.weights.run",
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
     "load_encoder": "hpm.weights.resolve",
+    "load_model": "hpm.weights.finetuned",
+    "predict": "hpm.commands.predict",
     "pretrain": "hpm.pretraining",
 }
 
@@ -39,6 +43,8 @@ __all__ = [
     "evaluate",
     "export",
     "load_encoder",
+    "load_model",
+    "predict",
     "pretrain",
 ]
 

@@ -220,6 +220,12 @@ def _view(config: Any) -> None:
     view(config)
 
 
+def _predict(config: Any) -> None:
+    from hpm.commands.predict import run_predict
+
+    print(f"written to {run_predict(config)}")
+
+
 def _export(config: Any) -> None:
     from hpm.commands.export import run_export
 
@@ -260,6 +266,7 @@ VERBS = {
     "prepare": Verb("hpm.commands.options:PrepareConfig", _prepare, ("data",)),
     "show": Verb("hpm.show.options:ShowConfig", _show, ("run", "data")),
     "view": Verb("hpm.show.options:ViewConfig", _view, ("run",)),
+    "predict": Verb("hpm.commands.options:PredictConfig", _predict, ("model", "images")),
     "export": Verb("hpm.commands.options:ExportConfig", _export, ("run",)),
 }
 
@@ -275,6 +282,7 @@ ABOUT = {
     "eval": "evaluate a backbone: hpm eval knn|linear|attentive|finetune|... RUN DATA",
     "show": "draw what a model makes of images: losses, mask, features, attention",
     "view": "try a model on images in the browser",
+    "predict": "write the predictions of a fine-tuned model for a folder of images",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
     "report": "rewrite a run's report.html",
     "ablate": "pre-train variants over several seeds and compare them",

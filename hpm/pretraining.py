@@ -29,7 +29,7 @@ from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
 from hpm.training.run import PretrainingRun
-from hpm.weights.run_folder import Run
+from hpm.weights.run import Run
 
 
 def pretrain(
@@ -72,7 +72,7 @@ def run_pretraining(config: PretrainConfig) -> Run:
                 run.log.close()
         finally:
             lock.release(Path(config.out))
-    return run.files
+    return Run(run.files.folder)
 
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:

@@ -62,6 +62,38 @@ def finished_run(image_folder, tmp_path_factory):
     return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
 
 
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """24 and 6 small images with masks."""
+    from segmentation import write_scenes
+
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def linear_segmenter(finished_run, scenes, tmp_path_factory):
+    """The folder and the result of an evaluation on `scenes`."""
+    from segmentation import LINEAR
+
+    import hpm
+
+    out = tmp_path_factory.mktemp("linear")
+    run = str(finished_run.folder)
+    return out, hpm.evaluate("segment", run, str(scenes), out=str(out), **LINEAR)
+
+
+@pytest.fixture(scope="session")
+def upernet_segmenter(finished_run, scenes, tmp_path_factory):
+    """The folder and the result of an evaluation on `scenes`."""
+    from segmentation import UPERNET
+
+    import hpm
+
+    out = tmp_path_factory.mktemp("upernet")
+    run = str(finished_run.folder)
+    return out, hpm.evaluate("segment", run, str(scenes), out=str(out), **UPERNET)
+
+
 @pytest.fixture
 def another_user():
     """A context in which this process is a user who owns nothing here, as root may do."""

@@ -20,7 +20,7 @@ from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
 from hpm.pretraining import run_pretraining
 from hpm.targets.registry import find_target
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 K = 20
 FEATURES = "trained, patch mean"
@@ -90,7 +90,7 @@ def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
         found = _evaluation(run, "knn", labels, {"k": (k,)})[FEATURES]
         values["knn"] = found[f"k = {k}"]["top1"]
         values["linear"] = _evaluation(run, "linear", labels, {})[FEATURES]["linear"]["top1"]
-    lines = Run(folder).metrics()
+    lines = RunFolder(folder).metrics()
     last = {name: value for line in lines for name, value in line.items()}
     for name, measured in (
         ("ranking_accuracy", "held_out/ranking_accuracy"),
@@ -99,7 +99,7 @@ def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
     ):
         if measured in last:
             values[name] = last[measured]
-    batch_size = yaml.safe_load(Run(folder).config_file.read_text())["batch_size"]
+    batch_size = yaml.safe_load(RunFolder(folder).config_file.read_text())["batch_size"]
     values["minutes"] = _minutes(lines, batch_size)
     return values
 

@@ -12,7 +12,7 @@ from hpm.evals.result import print_result
 from hpm.pretraining import run_pretraining
 from hpm.show.command import show
 from hpm.show.options import ShowConfig
-from hpm.weights.run_folder import Run
+from hpm.weights.run import Run
 
 
 def demo(config: DemoConfig) -> Run:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hpm.commands.export_segmenter import export_segmenter
 from hpm.commands.model_card import add_card, latest_figure
 from hpm.commands.options import ExportConfig
 from hpm.core import hub
@@ -18,9 +19,11 @@ from hpm.core.errors import UserError
 from hpm.core.files import disk_error
 from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
-from hpm.weights.format import ExportSource, WritableFormat
+from hpm.weights.export_format import ExportSource, WritableFormat
+from hpm.weights.finetuned import is_finetuned, load_model
 from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
 from hpm.weights.resolve import load
+from hpm.weights.segmentation import SegmentationModel
 
 # Largest difference of an output, in float32; relative where outputs are larger than 1.
 TOLERANCE = 1e-5
@@ -35,8 +38,8 @@ def export(
     """Write a backbone for timm, hf, torchvision, onnx or safetensors, and check it there.
 
     Args:
-        run: run folder, checkpoint, backbone file, or another library's weights (see
-            `hpm.weights.resolve.resolve`).
+        run: run folder, checkpoint, backbone file, another library's weights (see
+            `hpm.weights.resolve.resolve`), or a fine-tuned segmenter (see `hpm.load_model`).
         to: the format.
         out: file to write (of hf a folder), which must not be there yet.
         report: is called with the largest difference and with the lines that load it.
@@ -52,7 +55,22 @@ def export(
 def run_export(config: ExportConfig, report: Report = print) -> Path:
     """Export as configured."""
     with random_state_kept():
+        if is_finetuned(config.run):
+            return _export_finetuned(config, report)
         return _export(config, report)
+
+
+def _export_finetuned(config: ExportConfig, report: Report) -> Path:
+    """A fine-tuned model, as far as it can be expressed."""
+    out = Path(config.out).expanduser()
+    model = load_model(config.run)
+    if config.to != "onnx" or not isinstance(model, SegmentationModel):
+        raise UserError(
+            f"{config.run} is a fine-tuned model: of these, segmenters are exported, to onnx alone "
+            "(hpm.load_model loads any of them)"
+        )
+    _check(config, out, _format(config))
+    return export_segmenter(model, out, report)
 
 
 def _export(config: ExportConfig, report: Report) -> Path:

@@ -13,7 +13,7 @@ from hpm.core.files import write_text
 from hpm.core.version import __version__
 from hpm.evals.saved import saved_evaluations
 from hpm.training.checks import MINED_BY_LOSS
-from hpm.weights.format import ExportSource
+from hpm.weights.export_format import ExportSource
 from hpm.weights.resolve import Trained
 
 FIGURE = "figure.png"

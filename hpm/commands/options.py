@@ -14,7 +14,8 @@ class ExportConfig:
     """Export the backbone to another library and check that it gives the same outputs there."""
 
     run: str
-    """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME."""
+    """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME; or the
+    file of a segmenter that hpm eval segment trained (to onnx)."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
     """Library or format; hf is Hugging Face transformers, safetensors is hpm's own backbone
     file."""
@@ -164,3 +165,24 @@ class DemoConfig:
     """Run folder."""
     steps: int | None = option(None, at_least=1)
     """Number of optimiser steps (default: as in the demo preset)."""
+
+
+@dataclass
+class PredictConfig:
+    """Write the predictions of a fine-tuned model for a folder of images: masks as PNG, or
+    objects as COCO's JSON."""
+
+    model: str
+    """Fine-tuned model: its file, or a folder that holds one, such as a run folder."""
+    images: str
+    """Folder of images, searched recursively, or one image."""
+    out: str
+    """Folder to write: of a segmenter, PNG masks with a palette, named as the images, and
+    classes.txt; of a detector, results.json (or the .json file to write). Existing files are not
+    overwritten."""
+    max_unreadable: float = option(0.1, at_least=0, at_most=1)
+    """Stop if more than this fraction of the images cannot be read."""
+    workers: int | None = option(None, at_least=0)
+    """Number of processes that load images (default: one per spare core, at most 16)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto uses the GPU if there is one."""

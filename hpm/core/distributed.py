@@ -125,6 +125,15 @@ def mean(values: Tensor) -> Tensor:
     return values / world_size()
 
 
+def differentiable_mean(values: Tensor) -> Tensor:
+    """Mean over all processes; gradients flow back to the values of all of them."""
+    if not dist.is_initialized():
+        return values
+    from torch.distributed.nn import functional
+
+    return functional.all_reduce(values) / world_size()
+
+
 def concatenate(values: Tensor) -> Tensor:
     """The values [batch ...] of all processes, concatenated by rank, without gradients."""
     if not dist.is_initialized():

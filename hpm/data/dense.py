@@ -27,13 +27,13 @@ class DenseBatch:
 
     images: [B C H W], or a list of [C H W] if sizes may differ; uint8, or float32 if the source has
     more than 8 bits, on a scale of 0 to 255. targets: for segmentation, uint8 labels [B H W] or a
-    list of [H W]; for detection, a list of Objects. indices: int64 [B], index of each sample.
-    unreadable: (index, reason) of each sample that was replaced or skipped. error: a mistake in the
-    annotations, which the loader raises.
+    list of [H W]; for detection, a list of Objects; without annotations, a list of (height, width).
+    indices: int64 [B], index of each sample. unreadable: (index, reason) of each sample that was
+    replaced or skipped. error: a mistake in the annotations, which the loader raises.
     """
 
     images: Tensor | list[Tensor]
-    targets: Tensor | list[Tensor] | list[Objects]
+    targets: Tensor | list[Tensor] | list[Objects] | list[tuple[int, int]]
     indices: Tensor
     unreadable: list[tuple[int, str]]
     error: str | None = None
@@ -59,10 +59,14 @@ class DenseBatch:
         images: Any
         targets: Any
         images, targets = (
-            x.pin_memory() if isinstance(x, Tensor) else [one.pin_memory() for one in x]
+            x.pin_memory() if isinstance(x, Tensor) else [_pinned(one) for one in x]
             for x in (self.images, self.targets)
         )
         return replace(self, images=images, targets=targets)
+
+
+def _pinned(value: Any) -> Any:
+    return value if isinstance(value, tuple) else value.pin_memory()
 
 
 @dataclass(frozen=True)

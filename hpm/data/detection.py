@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,35 @@ class Objects:
         return replace(
             self, boxes=self.boxes.pin_memory(), classes=self.classes.pin_memory(), masks=masks
         )
+
+
+@dataclass
+class Detections:
+    """What was found in one image, in the pixels of its file.
+
+    boxes: x0, y0, x1, y1. classes: numbers into the source's `classes`. masks: None of a detector
+    of boxes.
+    """
+
+    boxes: Float[Tensor, "detections 4"]
+    scores: Float[Tensor, " detections"]
+    classes: Int[Tensor, " detections"]
+    masks: Bool[Tensor, "detections height width"] | None = None
+
+
+def to_results(index: int, found: Detections) -> list[dict[str, Any]]:
+    """The detections of an image, by its index in the source, as COCO's JSON of results."""
+    corners = found.boxes.double().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    codes: Sequence[Any] = [None] * len(boxes)
+    if found.masks is not None:
+        codes = encode_masks(found.masks.cpu().numpy())
+    rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, codes, strict=True)
+    return [
+        {"image_id": index, "category_id": number, "score": score, "bbox": box}
+        | ({} if code is None else {"segmentation": code})
+        for number, score, box, code in rows
+    ]
 
 
 class CocoImages(FileSource):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.core.extras import need
-from hpm.data.arrays import Pixels, UnreadableImage, at_depth, in_units_of_255, recoloured
+from hpm.data.arrays import Opened, Pixels, UnreadableImage, at_depth, in_units_of_255, recoloured
 from hpm.data.detection import Objects, image_size, objects
 from hpm.data.loader import IMAGENET_MEAN, Key
 from hpm.data.mask_files import IGNORED
@@ -154,6 +154,20 @@ class SegmentationTesting(_Views):
 
 
 @dataclass
+class WholeImages(_Views):
+    """The full image, resized as for testing, and its original (height, width). Needs no
+    annotations."""
+
+    size: int | None = 512
+    longest: int | None = None
+
+    def __call__(self, source: Source, key: Key) -> tuple[Image, tuple[int, int]]:
+        image = self.image(source, key[1])
+        height, width = image.shape[1:]
+        return _resized(image, self.size, self.longest), (height, width)
+
+
+@dataclass
 class DetectionTraining(_Views):
     """Large-scale jitter (Ghiasi et al., 2021): random resize, random crop padded to a square,
     horizontal flip. Drops crowds and objects outside of the crop.
@@ -244,16 +258,29 @@ def _remaining_objects(changed: dict[str, Any]) -> Objects:
     return Objects(boxes.float(), classes, masks, torch.zeros(len(classes), dtype=torch.bool))
 
 
+def whole_image(
+    opened: Opened, channels: int, size: int | None, longest: int | None = None, deep: bool = False
+) -> tuple[Image, tuple[int, int]]:
+    """What `WholeImages` makes of one opened image. Raises OSError or UnreadableImage."""
+    image = torch.from_numpy(_whole(decode(opened, channels), deep))
+    height, width = image.shape[1:]
+    return _resized(image, size, longest), (height, width)
+
+
 def _resized(
     image: Image, size: int | None, longest: int | None
 ) -> Shaped[Tensor, "channels new_height new_width"]:
+    """Resize the shorter side to `size` (None: keep the image), but the longer one to at most
+    `longest`."""
     if size is None:
         return image
+    resize = _v2().functional.resize
     if longest is not None and size >= longest:
-        # torchvision requires max_size > size; here the limit on the longer side always decides.
-        side = min(size, round(longest * min(image.shape[1:]) / max(image.shape[1:])))
-        return _v2().functional.resize(image, [max(1, side)])
-    return _v2().functional.resize(image, [size], max_size=longest)
+        # The limit on the longer side decides. It must be met exactly, so that the image fits into
+        # the caller's buffer; torchvision would round the shorter side first.
+        scale = longest / max(image.shape[1:])
+        return resize(image, [max(1, round(side * scale)) for side in image.shape[1:]])
+    return resize(image, [size], max_size=longest)
 
 
 def _full_image(pixels: Pixels, deep: bool) -> np.ndarray:

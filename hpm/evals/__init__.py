@@ -24,8 +24,8 @@ def evaluate(
     """Evaluate a backbone: `hpm.evaluate("knn", "runs/first", "flowers/")`.
 
     Args:
-        protocol: knn, linear, attentive, finetune, stats or hardness; or the dotted name of a
-            module of your own (see `hpm.evals.contract`).
+        protocol: knn, linear, attentive, finetune, segment, detect, stats or hardness; or the
+            dotted name of a module of your own (see `hpm.evals.contract`).
         run: run folder, checkpoint or backbone file.
         data: images, labelled for the first four.
         report: called with each message, such as an unreadable image.

@@ -30,13 +30,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from hpm.core.errors import UserError, nearest
 from hpm.evals.options import EvalOptions
-
-if TYPE_CHECKING:
-    from hpm.evals.task import Task
 
 ENTRY_POINTS = "hpm.evaluations"
 # First words of the names of features. Differences pair TRAINED with COMPARED (the run that
@@ -92,7 +89,7 @@ class Evaluation:
 
     name: str
     options: type[EvalOptions]
-    run: Callable[[Task, Any], Iterable[Measured]]
+    run: Callable[[Any, Any], Iterable[Measured]]  # (Task, its options)
     columns: Mapping[str, str]
 
     @property

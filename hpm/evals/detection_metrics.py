@@ -4,50 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from hpm.core.extras import need
-from hpm.data.rle import encode_masks
 
 Kind = Literal["boxes", "masks"]
 IOU_TYPES: dict[Kind, str] = {"boxes": "bbox", "masks": "segm"}
 # The first of COCO's twelve numbers.
 MEASURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-
-
-@dataclass
-class Detections:
-    """What was found in one image, in the pixels of its file.
-
-    boxes: x0, y0, x1, y1. classes: numbers into the source's `classes`. masks: None of a detector
-    of boxes.
-    """
-
-    boxes: Float[Tensor, "detections 4"]
-    scores: Float[Tensor, " detections"]
-    classes: Int[Tensor, " detections"]
-    masks: Bool[Tensor, "detections height width"] | None = None
-
-
-def to_results(index: int, found: Detections) -> list[dict[str, Any]]:
-    """The detections of an image, by its index in the source, as COCO's JSON of results."""
-    corners = found.boxes.double().cpu()
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
-    codes: Sequence[Any] = [None] * len(boxes)
-    if found.masks is not None:
-        codes = encode_masks(found.masks.cpu().numpy())
-    rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, codes, strict=True)
-    return [
-        {"image_id": index, "category_id": number, "score": score, "bbox": box}
-        | ({} if code is None else {"segmentation": code})
-        for number, score, box, code in rows
-    ]
 
 
 def average_precision(
@@ -58,7 +24,7 @@ def average_precision(
 
     Args:
         truth: COCO's JSON, as `hpm.data.detection.ground_truth` gives it.
-        results: of all its images, as `to_results` gives them.
+        results: of all its images, as `hpm.data.detection.to_results` gives them.
         kind: by the overlap of boxes, or of masks.
     """
     library = need("faster_coco_eval", "dense", "average precision")

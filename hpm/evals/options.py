@@ -49,6 +49,11 @@ class EvalOptions:
         return "float32"
 
     @property
+    def with_random_weights(self) -> bool:
+        """Whether random weights are measured as well."""
+        return self.baselines
+
+    @property
     def unreadable_limit(self) -> float:
         """Largest share of the images that may be unreadable."""
         return 1.0

@@ -70,6 +70,11 @@ def segmentation_scores(counts: PixelCounts, seed: int = 0) -> dict[str, float]:
     return _with_ends(values, _resampled(counts, seed))
 
 
+def mean_iou(counts: PixelCounts) -> Float[np.ndarray, " images"]:
+    """Of each row of the counts, in percent; NaN where no pixel is labelled."""
+    return 100 * _measures(counts.hits, counts.truth, counts.predicted)[0]
+
+
 def iou_per_class(counts: PixelCounts, classes: Sequence[str]) -> dict[str, float]:
     """IoU by name of the class, in percent, without classes that occur nowhere."""
     iou = 100 * _iou(*_totals(counts, np.ones((1, len(counts.hits)))))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ class Task:
     reader: reads images in batches.
     trained: the evaluated run, with its decoders and teacher if it has them.
     backbones: of the evaluated run, of the run that --compare names, and random weights.
-    splits: training images, and test images (None if there is no test split).
     folder: folder for results and trained models, or None.
     about: facts for the result, such as `test_images`; evaluations add to it.
     """
@@ -58,15 +58,20 @@ class Task:
         self.backbones = [self._backbone(TRAINED, self.trained)]
         if options.compare:
             self.backbones.append(self._backbone(COMPARED, load(options.compare)))
-        if options.baselines:
+        if options.with_random_weights:
             self.backbones.append(self._random_backbone())
         for each in self.backbones:
             each.backbone.to(device).eval()
-        self.splits = open_source(options.data)
-        if options.test:
-            self.splits = Splits(self.splits.train, open_source(options.test).train)
         run_folder = self.trained.folder
         self.folder = Path(options.out) if options.out else run_folder and run_folder / "evals"
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The images to learn from, and those to test on (None where they are not apart)."""
+        splits = open_source(self.options.data)
+        if self.options.test:
+            return Splits(splits.train, open_source(self.options.test).train)
+        return splits
 
     def _backbone(self, name: str, trained: Trained) -> EvaluatedBackbone:
         backbone = trained.backbone(teacher=self.options.teacher)

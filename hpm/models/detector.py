@@ -95,8 +95,11 @@ class PadImages(nn.Module):
     """Replaces the transform of torchvision's detectors, without resizing and normalisation.
 
     Images are zero-padded at the bottom and right to the size of the largest, at least `minimum`,
-    rounded up to a multiple of `multiple` pixels. Predicted masks are pasted into the images.
+    rounded up to a multiple of `multiple` pixels. Predicted masks are pasted into the images, or,
+    if `paste_masks` is False, returned as predicted, [N 1 28 28] within their boxes.
     """
+
+    paste_masks = True
 
     def __init__(self, multiple: int, minimum: Sequence[int] = (1, 1)):
         super().__init__()
@@ -129,7 +132,7 @@ class PadImages(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Paste the masks of boxes [N 1 28 28] into masks of images [N 1 H W]."""
         roi_heads = need("torchvision.models.detection.roi_heads", "finetune", "detection")
-        if self.training:
+        if self.training or not self.paste_masks:
             return result
         for found, size in zip(result, original_image_sizes, strict=True):
             if "masks" in found:
@@ -146,7 +149,7 @@ def build_detector(
     channels: int = 256,
     window_size: int | None = None,
     fixed_size: bool = False,
-    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    anchor_sizes: Sequence[float] = ANCHOR_SIZES,
     **options: Any,
 ) -> nn.Module:
     """torchvision's Mask R-CNN (Faster R-CNN without `masks`) on an encoder, with ViTDet's heads.

@@ -70,6 +70,7 @@ class UPerNetSegmenter(nn.Module):
         norm_layer: called with the number of channels. Batch statistics are per process; pass
             nn.SyncBatchNorm, or call nn.SyncBatchNorm.convert_sync_batchnorm on the model, to
             synchronise them (on GPUs).
+        dropout: rate before the classifiers.
 
     Raises:
         UserError: if the encoder's patches are not square.
@@ -83,6 +84,7 @@ class UPerNetSegmenter(nn.Module):
         blocks: Sequence[int] | None = None,
         auxiliary_channels: int = 256,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        dropout: float = 0.1,
     ):
         super().__init__()
         dim = encoder.embed_dim
@@ -94,8 +96,9 @@ class UPerNetSegmenter(nn.Module):
         self.pyramid = nn.ModuleList(
             rescaling(n, [dim] * (max(n, 0) + 1), norm_layer) for n in times
         )
-        self.head = UPerNetHead(dim, channels or dim, num_classes, len(times), norm_layer)
-        self.auxiliary = FCNHead(dim, num_classes, auxiliary_channels, norm_layer)
+        self.channels = channels or dim
+        self.head = UPerNetHead(dim, self.channels, num_classes, len(times), norm_layer, dropout)
+        self.auxiliary = FCNHead(dim, num_classes, auxiliary_channels, norm_layer, dropout)
         encoder.norm = nn.Identity()
         if encoder.pos_embed is not None:
             encoder.pos_embed.requires_grad_(True)

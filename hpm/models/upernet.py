@@ -75,6 +75,7 @@ class UPerNetHead(nn.Module):
         num_classes: number of classes.
         levels: number of maps.
         norm_layer: called with the number of channels.
+        dropout: rate before the classifier.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class UPerNetHead(nn.Module):
         num_classes: int,
         levels: int = 4,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        dropout: float = 0.1,
     ):
         super().__init__()
         finer = range(levels - 1)
@@ -91,7 +93,7 @@ class UPerNetHead(nn.Module):
         self.lateral = nn.ModuleList(ConvNormRelu(dim, channels, 1, norm_layer) for _ in finer)
         self.smooth = nn.ModuleList(ConvNormRelu(channels, channels, 3, norm_layer) for _ in finer)
         self.fuse = ConvNormRelu(levels * channels, channels, 3, norm_layer)
-        self.classifier = PixelClassifier(channels, num_classes)
+        self.classifier = PixelClassifier(channels, num_classes, dropout)
 
     def forward(
         self, maps: list[Float[Tensor, "batch dim _ _"]]
@@ -124,7 +126,9 @@ class FCNHead(nn.Sequential):
         num_classes: int,
         channels: int = 256,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        dropout: float = 0.1,
     ):
         super().__init__(
-            ConvNormRelu(dim, channels, 3, norm_layer), PixelClassifier(channels, num_classes)
+            ConvNormRelu(dim, channels, 3, norm_layer),
+            PixelClassifier(channels, num_classes, dropout),
         )

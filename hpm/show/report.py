@@ -21,7 +21,7 @@ from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, page
 from hpm.show.report_figures import charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 # Options that `schedule.resolve` fills in, and that the user rarely sets.
 RESOLVED = (
@@ -41,9 +41,9 @@ MAX_LISTED = 20  # unreadable images
 def run_report(config: ReportConfig) -> Path:
     """Rewrite the report of a run folder. Raises UserError if it is not one."""
     folder = Path(config.run).expanduser()
-    if not Run(folder).config_file.is_file():
+    if not RunFolder(folder).config_file.is_file():
         raise UserError(f"{config.run}: no run folder of hpm pretrain (it has no config.yaml)")
-    out = Path(config.out).expanduser() if config.out else Run(folder).report
+    out = Path(config.out).expanduser() if config.out else RunFolder(folder).report
     try:
         return write_report(folder, out)
     except OSError as error:
@@ -52,7 +52,7 @@ def run_report(config: ReportConfig) -> Path:
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write `report.html` from the files of the run folder. Returns its path."""
-    run = Run(folder)
+    run = RunFolder(folder)
     metrics = read_lines(folder / "metrics.jsonl")
     metrics = [line for line in metrics if isinstance(line.get("step"), int)]
     sessions = read_sessions(folder)

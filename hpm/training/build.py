@@ -35,7 +35,7 @@ from hpm.training.run import PretrainingRun, TrainingImages
 from hpm.training.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
 from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
 from hpm.weights.initialise import initialise
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 
 def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
@@ -44,7 +44,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     Raises UserError if the folder, the data or the weights do not fit the config.
     """
     images = open_images(config)
-    files = Run(Path(config.out))
+    files = RunFolder(Path(config.out))
     config = settle(config, images, files, device)
     checkpoint, notes = claim_folder(files, config, images)
     schedule = make_schedule(config, len(images.source))
@@ -122,7 +122,7 @@ def open_images(config: PretrainConfig) -> TrainingImages:
 
 
 def settle(
-    config: PretrainConfig, images: TrainingImages, files: Run, device: torch.device
+    config: PretrainConfig, images: TrainingImages, files: RunFolder, device: torch.device
 ) -> PretrainConfig:
     """Resolve the options that depend on data and machine. A resumed run keeps its learning
     rate."""
@@ -132,7 +132,7 @@ def settle(
 
 
 def claim_folder(
-    files: Run, config: PretrainConfig, images: TrainingImages
+    files: RunFolder, config: PretrainConfig, images: TrainingImages
 ) -> tuple[Checkpoint | None, list[str]]:
     """Lock the folder. Returns (its latest checkpoint, lines for the log)."""
     note = distributed.main_first(

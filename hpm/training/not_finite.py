@@ -14,7 +14,7 @@ from hpm.core.errors import UserError
 from hpm.core.files import StateDict, write_tensors
 from hpm.training.sessions import read_lines
 from hpm.weights.checkpoint import list_checkpoints
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 LOSSES = ("reconstruction_loss", "predictor_loss")
 WINDOW = 20  # logged losses before a checkpoint, whose median its loss is compared with
@@ -22,7 +22,7 @@ MAX_RATIO = 2.0  # of a good checkpoint's loss to that median
 
 
 def not_finite_error(
-    files: Run, step: int, tensors: StateDict, config: PretrainConfig
+    files: RunFolder, step: int, tensors: StateDict, config: PretrainConfig
 ) -> UserError:
     """Save the step's tensors for a replay. Returns an error that names the file, the last good
     checkpoint, and what to change."""

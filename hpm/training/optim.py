@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -79,6 +80,32 @@ def learning_rate(
         return peak * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_learning_rate(
+    step: float, warmup_steps: float, peak: float, milestones: Sequence[float], factor: float
+) -> float:
+    """Linear warm-up from 0.001 of `peak`, then `peak` multiplied by `factor` at each milestone,
+    which are numbers of steps (the schedule of ViTDet)."""
+    if step < warmup_steps:
+        return peak * (0.001 + 0.999 * step / warmup_steps)
+    return peak * factor ** sum(step >= milestone for milestone in milestones)
+
+
+def polynomial_rate(
+    step: float,
+    total_steps: float,
+    warmup_steps: float,
+    peak: float,
+    power: float = 1.0,
+    start: float = 0.0,
+    minimum: float = 0.0,
+) -> float:
+    """Linear warm-up from `start` to `peak`, then (1 - progress)^power down to `minimum`."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
+    return minimum + (peak - minimum) * (1 - progress) ** power
 
 
 def ema_decay(step: float, horizon_start: float, horizon_end: float, ramp_steps: float) -> float:

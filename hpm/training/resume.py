@@ -22,7 +22,7 @@ from hpm.core.files import read_meta, remove_stale, write_text
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps
-from hpm.weights.run_folder import Run, read_config
+from hpm.weights.run_folder import RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
@@ -30,7 +30,7 @@ NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
 DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
-def claim(run: Run, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
     """Lock a run folder (see `hpm.core.lock`), remove stale temporary files, and write config.yaml
     or check it.
 

@@ -39,7 +39,7 @@ from hpm.training.not_finite import not_finite_error
 from hpm.training.schedule import Schedule
 from hpm.weights.checkpoint import save_checkpoint, write_checkpoint
 from hpm.weights.resolve import Trained, save_backbone
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PretrainingRun:
     schedule: Schedule
     architecture: Architecture
     images: TrainingImages
-    files: Run
+    files: RunFolder
     device: torch.device
     mean: list[float]
     std: list[float]

@@ -96,9 +96,9 @@ class Backbone(nn.Module):
         for number, picture in enumerate(pictures if several else [pictures]):
             name = str(picture) if isinstance(picture, (str, Path)) else f"picture {number}"
             try:
-                opened = _opened(picture)
+                image = opened(picture)
                 view = evaluation_view(
-                    opened, self._size, self.encoder.channels, crop_share=crop_share
+                    image, self._size, self.encoder.channels, crop_share=crop_share
                 )
             except (UnreadableImage, OSError) as error:
                 hint = "; arrays are [H W C]" if isinstance(picture, np.ndarray) else ""
@@ -164,7 +164,8 @@ class Backbone(nn.Module):
         return 255 if low >= 0 and 2 * self._brightest < high <= 255 and self._brightest else None
 
 
-def _opened(picture: Any) -> Opened:
+def opened(picture: Any) -> Opened:
+    """A path, a Pillow image or an array, as the data sources give images."""
     if isinstance(picture, (str, Path)):
         return open_image(picture)
     if isinstance(picture, Image.Image):

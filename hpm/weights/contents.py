@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hpm.core.config import PretrainConfig
 from hpm.core.files import StateDict
 from hpm.models.architecture import Architecture
-
-if TYPE_CHECKING:
-    from hpm.weights.format import ReadableFormat
+from hpm.weights.format import ReadableFormat
 
 
 @dataclass

@@ -14,14 +14,8 @@ from hpm.core.files import StateDict, write_tensors, write_text
 from hpm.core.hub import read_json
 from hpm.mining.masking import num_hidden_patches
 from hpm.models.vit import LAYER_NORM_EPS
-from hpm.weights.format import (
-    ExportSource,
-    Outputs,
-    ReadableFormat,
-    WritableFormat,
-    starts,
-    unless_plain_vit,
-)
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_plain_vit
+from hpm.weights.format import ReadableFormat, starts
 from hpm.weights.renaming import Rules, rename, split_qkv
 
 BICUBIC = 3  # as PIL, and with it preprocessor_config.json, numbers it

@@ -16,8 +16,9 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.models.hiera import HieraEncoder
 from hpm.weights.backbone import Backbone
-from hpm.weights.format import ExportSource, Outputs, WritableFormat
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
 
+JOB = "export to onnx"
 ONNX_LIMIT = 2 * 10**9  # bytes of a protocol buffer
 
 
@@ -33,42 +34,15 @@ class Onnx(WritableFormat):
         return None
 
     def write(self, source: ExportSource, path: Path) -> None:
-        for library in ("onnx", "onnxscript", "onnxruntime"):
-            need(library, "onnx", "export to onnx")
         height, width = source.encoder.image_size
         # Two images: of one, the exporter would take the batch for fixed.
         images = torch.zeros(2, source.encoder.channels, height, width)
-        logging.disable(logging.WARNING)
-        try:
-            with warnings.catch_warnings():
-                # What the exporter has to say of its own insides helps nobody here.
-                warnings.simplefilter("ignore")
-                torch.onnx.export(
-                    _FromPixels(_expressible(source.backbone)).eval(),
-                    (images,),
-                    path,
-                    input_names=["images"],
-                    output_names=["pooled", "patches"],
-                    dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                    dynamo=True,
-                    external_data=False,
-                    verbose=False,
-                )
-        except torch.onnx.OnnxExporterError as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            reason = one_line(cause, 160)
-            raise UserError(f"export to onnx: the exporter cannot express it: {reason}") from None
-        finally:
-            logging.disable(logging.NOTSET)
+        model = _FromPixels(_expressible(source.backbone))
+        write_onnx(model, images, path, ["pooled", "patches"])
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
-        runtime = need("onnxruntime", "onnx", "export to onnx")
-        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         mean, std = source.backbone.mean.view(-1, 1, 1), source.backbone.std.view(-1, 1, 1)
-        pooled, patches = session.run(None, {"images": (images * std + mean).numpy()})
-        return {"pooled": torch.from_numpy(pooled), "patches": torch.from_numpy(patches)}
+        return run_onnx(path, images * std + mean)
 
     def code(self, source: ExportSource, path: Path) -> str:
         encoder = source.encoder
@@ -79,6 +53,49 @@ class Onnx(WritableFormat):
             f"# pixels: float32 [{shape}], full scale 1 (8 bits divided by 255), not normalised\n"
             'pooled, patches = session.run(None, {"images": pixels})'
         )
+
+
+def write_onnx(model: nn.Module, images: Tensor, path: Path, outputs: list[str]) -> None:
+    """Write a module of one input, `images`, for batches of any size.
+
+    images: two or more examples. outputs: their names. Raises UserError where ONNX cannot express
+    the module.
+    """
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        need(library, "onnx", JOB)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # What the exporter has to say of its own insides helps nobody here.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model.eval(),
+                (images,),
+                path,
+                input_names=["images"],
+                output_names=outputs,
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = one_line(cause, 160)
+        raise UserError(f"{JOB}: the exporter cannot express it: {reason}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def run_onnx(path: Path, images: Tensor) -> Outputs:
+    """The outputs of an ONNX file, by name."""
+    runtime = need("onnxruntime", "onnx", JOB)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    values = session.run(None, {"images": images.numpy()})
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
 
 
 class _FromPixels(nn.Module):

@@ -18,7 +18,7 @@ from hpm.models.encoder import Encoder
 from hpm.models.vit import LAYER_NORM_EPS
 from hpm.weights.checkpoint import parse_checkpoint
 from hpm.weights.contents import Contents
-from hpm.weights.format import ExportSource, Outputs, WritableFormat
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
 from hpm.weights.trained import build
 
 BACKBONE = "hpm encoder"  # the `kind` of a backbone file

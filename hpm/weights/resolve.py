@@ -16,7 +16,7 @@ from hpm.weights.format import ReadableFormat
 from hpm.weights.formats import READABLE
 from hpm.weights.own import read_own, save_backbone
 from hpm.weights.renaming import unwrap
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 from hpm.weights.shapes import check_metadata, complete, read_metadata
 from hpm.weights.timm import pretrained
 from hpm.weights.trained import Trained, build
@@ -82,7 +82,7 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
             return pretrained(name)
         raise UserError(f"{path}: no such {'file' if path.suffix else 'run folder or file'}")
     if path.is_dir() and not (path / "config.json").exists():
-        run = Run(path)
+        run = RunFolder(path)
         file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)
         if file is None:
             raise UserError(f"{path}: holds no checkpoint and no backbone.safetensors")

@@ -10,12 +10,11 @@ from typing import Any
 import yaml
 
 from hpm.core.errors import UserError, one_line
-from hpm.weights.backbone import Backbone
 from hpm.weights.checkpoint import list_checkpoints
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """The folder of a pre-training run."""
 
     folder: Path
@@ -58,11 +57,6 @@ class Run:
         """All lines of metrics.jsonl."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
-
-    def load_encoder(self) -> Backbone:
-        from hpm.weights.resolve import load_encoder
-
-        return load_encoder(self.folder)
 
     def base_lr(self) -> float | None:
         """The learning rate of an existing run, which is kept when it is resumed; else None."""

@@ -16,7 +16,8 @@ from hpm.models.hiera import HieraEncoder
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.weights.contents import Contents, size_text
-from hpm.weights.format import ExportSource, Outputs, ReadableFormat, WritableFormat, starts
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
+from hpm.weights.format import ReadableFormat, starts
 
 
 class Timm(ReadableFormat, WritableFormat):

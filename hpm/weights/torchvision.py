@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hpm.core.extras import need
 from hpm.core.files import StateDict, write_tensors
-from hpm.weights.format import ExportSource, Outputs, WritableFormat, unless_plain_vit
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_plain_vit
 from hpm.weights.renaming import Rules, rename
 
 TO_TORCHVISION: Rules = (

@@ -10,7 +10,7 @@ from jobs import torchrun
 
 from hpm.core import distributed
 from hpm.core.files import read_tensors
-from hpm.weights.run_folder import Run
+from hpm.weights.run import Run
 
 
 def run_torchrun(*arguments, processes=2):

@@ -216,7 +216,7 @@ MISTAKES = [
     (lambda t: t["images"].clear(), ["names no images"]),
     (lambda t: t["categories"].clear(), ["no categories"]),
     (lambda t: t.pop("annotations"), ["no list 'annotations'"]),
-    (lambda t: t["annotations"].append(3), ["'annotations' holds"]),
+    (lambda t: t["annotations"].append(3), ["'annotations' has"]),
     (lambda t: t["annotations"][0].update(segmentation=[[1, 2, 3]]), ["neither a run-length"]),
     (lambda t: t["annotations"][0].update(segmentation="x"), ["neither a run-length"]),
     (lambda t: t["annotations"][1]["segmentation"].update(size=[9, 9]), ["is of size [9, 9]"]),

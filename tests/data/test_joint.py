@@ -15,6 +15,7 @@ from hpm.data.joint import (
     DetectionTraining,
     SegmentationTesting,
     SegmentationTraining,
+    _resized,
     seeded,
 )
 from hpm.data.loader import StepSampler
@@ -230,6 +231,12 @@ def test_the_longer_side_is_limited(tmp_path, size, longest, expected):
 
     image, _ = Images(size=size, longest=longest)(splits.test, (0, 0))
     assert image.shape[1:] == expected
+
+
+def test_long_images_fit_into_the_longest_side():
+    """Rounding the shorter side first would make 130 pixels of 1000x200."""
+    assert _resized(torch.zeros(3, 200, 1000), 128, 128).shape == (3, 26, 128)
+    assert _resized(torch.zeros(3, 3000, 2), 128, 128).shape == (3, 128, 1)
 
 
 def test_testing_in_order_and_in_shares():

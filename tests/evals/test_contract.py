@@ -12,7 +12,16 @@ from hpm.evals.contract import Evaluation, Measured, find, installed
 from hpm.evals.options import EvalOptions
 from hpm.evals.running import make_result
 
-BUILT_IN = ["attentive", "finetune", "hardness", "knn", "linear", "stats"]
+BUILT_IN = [
+    "attentive",
+    "detect",
+    "finetune",
+    "hardness",
+    "knn",
+    "linear",
+    "segment",
+    "stats",
+]
 
 NEAREST_MEAN = '''
 """Which class mean is nearest?"""
@@ -102,6 +111,8 @@ def test_help_does_not_import_torch(arguments):
     expected = BUILT_IN if arguments == ["--help"] else ["--train-share"]
     if arguments[0] in ("stats", "hardness"):
         expected = ["--images"]
+    if arguments[0] == "detect":
+        expected = ["--max-test-images"]
     assert all(word in result.stdout for word in expected)
 
 

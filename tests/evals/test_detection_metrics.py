@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hpm.core.errors import UserError
-from hpm.data.detection import ground_truth, objects, open_detection
-from hpm.evals.detection_metrics import Detections, average_precision, to_results
+from hpm.data.detection import Detections, ground_truth, objects, open_detection, to_results
+from hpm.evals.detection_metrics import average_precision
 
 
 def truth(*boxes, category=0, crowd=()):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import hpm
 from hpm.cli import main
 from hpm.show import monitor as watch
+from hpm.show import report_figures
 from hpm.show.options import ReportConfig
 from hpm.show.report import run_report, write_report
 from hpm.training.sessions import read_sessions

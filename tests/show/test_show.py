@@ -43,7 +43,7 @@ def test_the_panels_asked_for(finished_run, image_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["checkpoint", "backbone", "export", "mae", "mae_encoder", "hpm"])
 def test_every_kind_of_file(finished_run, image_folder, tmp_path, capsys, kind):
-    no_decoders = "not shown: actual loss, predicted loss, mask, reconstruction (it holds a backb"
+    no_decoders = "not shown: actual loss, predicted loss, mask, reconstruction (it has a backbone"
     expected = ""
     if kind == "checkpoint":
         file, panels = finished_run.latest_checkpoint(), 7
@@ -88,7 +88,7 @@ def test_what_is_refused(finished_run, image_folder, tmp_path):
     refused(
         "cannot show mask",
         "backbone only",
-        "it can show image, pca, attention",
+        "available: image, pca, attention",
         file=backbone,
         panels=("image", "mask"),
     )
@@ -132,7 +132,7 @@ def test_progress_is_shown_while_reading_and_computing(
         told.append((description, total))
         return steps
 
-    for module in ("hpm.show.command", "hpm.show.command.figures"):
+    for module in ("hpm.show.command", "hpm.show.figures"):
         monkeypatch.setattr(f"{module}.track", track)
     show(
         ShowConfig(
@@ -221,7 +221,7 @@ def test_the_page_without_javascript(browser, gallery):
     page = context.new_page()
     page.goto(gallery.as_uri())
     assert page.locator("section img").first.is_visible()
-    assert page.get_by_text("reconstruction").nth(1).is_visible()
+    assert page.locator("section figcaption", has_text="reconstruction").first.is_visible()
     assert not page.get_by_text("Click a picture").is_visible()
     context.close()
 

@@ -8,7 +8,7 @@ from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.core.options import make_config, preset_path, read_preset
 from hpm.evals.finetune import Options as FinetuneOptions
-from hpm.training.optim import adamw, ema_decay, learning_rate
+from hpm.training.optim import adamw, ema_decay, learning_rate, step_learning_rate
 from hpm.training.schedule import (
     PAPER_BASE_LR,
     default_base_lr,
@@ -159,6 +159,20 @@ def test_few_images_are_said():
     assert "there is 1 image to train on" in line
     assert "there are 9 images to train on" in few_images(9)[0]
     assert few_images(10) == []
+
+
+def test_the_learning_rate_falls_in_steps():
+    """ViTDet's: 0.001 of the peak, 250 steps of warm-up, a tenth at each milestone."""
+
+    def rate(step):
+        return step_learning_rate(step, 250, 1e-4, [163_889, 177_546], 0.1)
+
+    assert rate(0) == pytest.approx(1e-7)
+    assert rate(125) == pytest.approx(1e-4 * (0.001 + 0.999 / 2))
+    assert rate(250) == rate(163_888) == 1e-4
+    assert rate(163_889) == pytest.approx(1e-5) == rate(177_545)
+    assert rate(177_546) == pytest.approx(1e-6) == rate(184_374)
+    assert step_learning_rate(0, 0, 1.0, [], 0.5) == 1
 
 
 def test_the_default_learning_rate_follows_the_number_of_steps():

@@ -1,0 +1,180 @@
+"""One segmentation evaluation: its data and sizes, and a trained and tested model per backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpm.core import distributed
+from hpm.core.errors import UserError, counted
+from hpm.data.joint import SegmentationTesting, SegmentationTraining
+from hpm.data.segmentation import open_segmentation
+from hpm.data.sources import Source, Subset
+from hpm.evals.contract import RANDOM, TRAINED, Measured
+from hpm.evals.features import EvaluatedBackbone
+from hpm.evals.files import training_folder
+from hpm.evals.segment import Options
+from hpm.evals.segment.figure import draw_predictions
+from hpm.evals.segment.testing import SegmentationScores, test_model
+from hpm.evals.task import Task
+from hpm.models.build import check_image_size
+from hpm.models.encoder import Encoder
+from hpm.weights.segmentation import SegmentationModel
+
+STEPS = {"linear": 1000, "upernet": 2000}
+SHARE_HELD_OUT = 5  # one in so many images
+
+
+class SegmentationJob:
+    """What both heads need: options with their defaults filled in, images, views.
+
+    image_size: side in pixels of crops and windows. classes: names. train, test: their images.
+    """
+
+    def __init__(self, task: Task, options: Options):
+        self.task, self.options = task, options
+        if options.crop_share != 1:
+            raise UserError("segment reads whole images: leave --crop-share out")
+        encoder: Encoder = task.backbones[0].backbone.encoder
+        self.image_size = options.image_size or default_size(encoder)
+        for each in task.backbones:
+            check_image_size((self.image_size,) * 2, each.backbone.encoder.patch_size)
+        self.stride = options.stride or max(1, round(self.image_size * 2 / 3))
+        if self.stride > self.image_size:
+            raise UserError(
+                f"stride is {self.stride}; above image_size {self.image_size} it leaves gaps "
+                "between windows"
+            )
+        self.steps = options.steps or STEPS[options.head]
+        self.train, self.test = self._splits()
+        self.classes = self.train.classes
+        about: dict[str, Any] = {
+            "classes": len(self.classes),
+            "image_size": self.image_size,
+            "stride": self.stride,
+            "steps": self.steps,
+            "train_images": len(self.train),
+        }
+        task.about |= about
+
+    def rows(self) -> Iterator[Measured]:
+        """A row for each backbone."""
+        if self.options.head == "linear":
+            from hpm.evals.segment.linear import train_linear_heads
+
+            for name, (model, chosen) in train_linear_heads(self).items():
+                yield self._measured(name, model, chosen)
+        else:
+            from hpm.evals.segment.upernet import train_upernet
+
+            for each in self.task.backbones:
+                random = each.name == RANDOM
+                weights = None if random else each.backbone.encoder.state_dict()
+                model = train_upernet(self, each, weights, self.folder(each.name))
+                yield self._measured(each.name, model, {})
+
+    def folder(self, backbone: str) -> Path:
+        """Where the model of one backbone is kept; how it is tested has no part in its name."""
+        if self.task.folder is None:
+            raise UserError(f"{self.options.run} is no run folder: pass --out FOLDER for the model")
+        defaults = Options(self.options.run, self.options.data)
+        names = ("stride", "figure_images", "baselines")
+        same = {name: getattr(defaults, name) for name in names}
+        options = dataclasses.replace(self.options, **same)
+        return training_folder("segment", options, self.task.folder) / backbone.replace(" ", "_")
+
+    def training_views(self, backbone: EvaluatedBackbone, source: Source) -> SegmentationTraining:
+        """Random crops; what an image lacks is filled with the mean colour."""
+        options = self.options
+        return SegmentationTraining(
+            backbone.backbone.encoder.channels,
+            source.is_deep(),
+            size=(self.image_size, self.image_size),
+            seed=options.seed,
+            scale=options.scale,
+            flip=options.flip,
+            distort=options.distort,
+            fill=(255 * backbone.backbone.mean).tolist(),
+        )
+
+    def testing_views(self, backbone: EvaluatedBackbone, source: Source) -> SegmentationTesting:
+        """Whole images."""
+        channels = backbone.backbone.encoder.channels
+        return SegmentationTesting(channels, source.is_deep(), size=self.image_size)
+
+    def images_per_step(self, share: int) -> int:
+        """Crops per step over all processes: a multiple of `share`, at most the training images."""
+        most = min(self.options.batch_size, len(self.train))
+        if most < share:
+            world_size = distributed.world_size()
+            raise UserError(
+                f"{counted(most, 'image')} cannot be a batch of "
+                f"{counted(world_size, 'process', 'processes')} and accumulate "
+                f"{self.options.accumulate}: {share} or more can"
+            )
+        return most // share * share
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """Ids of the training images that choose hyper-parameters: a fifth."""
+        return _fifth(self.train, self.options.seed)
+
+    def _splits(self) -> tuple[Source, Source]:
+        """The images to train on, and those to test on."""
+        options = self.options
+        splits = open_segmentation(options.data, options.ignored, options.one_class)
+        train, test = splits.train, splits.test
+        if options.test:
+            test = open_segmentation(options.test, options.ignored, options.one_class).train
+            if test.classes != train.classes:
+                raise UserError(
+                    f"{options.test} has other classes than {options.data}: give both the same "
+                    "classes.txt"
+                )
+        if test is None:
+            held = _fifth(train, options.seed)
+            test = Subset(train, held)
+            train = Subset(train, np.setdiff1d(np.arange(len(train)), held))
+        if options.train_share < 1:
+            rng = np.random.default_rng([options.seed, len(train), 1])
+            count = max(1, round(options.train_share * len(train)))
+            train = Subset(train, np.sort(rng.permutation(len(train))[:count]))
+        return train, test
+
+    def _measured(self, name: str, model: SegmentationModel, chosen: dict[str, float]) -> Measured:
+        """The row of one backbone; its model is saved beside the numbers."""
+        if self.task.folder is not None:
+            file = self.folder(name) / "segmenter.safetensors"
+            distributed.main_first(lambda: model.save(file))
+        backbone = next(each for each in self.task.backbones if each.name == name)
+        views = self.testing_views(backbone, self.test)
+        counts = test_model(model, self.test, views, self.task, self.options.precision)
+        self.task.about.setdefault("test_images", len(counts.hits))
+        scores = SegmentationScores(counts, self.classes)
+        figures: dict[str, Callable[[Path], Any]] = {}
+        if name == TRAINED and self.options.figure_images and distributed.is_main():
+            ids = np.linspace(0, len(self.test) - 1, self.options.figure_images).astype(int)
+            drawn = draw_predictions(model, self.test, views, np.unique(ids).tolist())
+            figures = {"images.png": drawn}
+        return Measured(
+            name, scores=scores, per_class=scores.per_class(), chosen=chosen, figures=figures
+        )
+
+
+def default_size(encoder: Encoder) -> int:
+    """Twice the pre-training's size, as a multiple of the patches'."""
+    patch = lcm(*encoder.patch_size)
+    return max(1, round(2 * max(encoder.image_size) / patch)) * patch
+
+
+def _fifth(source: Source, seed: int) -> np.ndarray:
+    if len(source) < 2:
+        raise UserError(f"{source.name}: one image only, and a part of them has to be held out")
+    rng = np.random.default_rng([seed, len(source)])
+    return np.sort(rng.permutation(len(source))[: max(1, len(source) // SHARE_HELD_OUT)])

@@ -1,0 +1,80 @@
+"""What a format offers that `hpm export` writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hpm.models.architecture import Architecture
+from hpm.models.mim import MaskedImageModel
+from hpm.models.timm_models import PREFIX
+from hpm.models.vit import VisionTransformer
+from hpm.weights.backbone import Backbone
+from hpm.weights.trained import Trained
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass
+class ExportSource:
+    """What is exported: a backbone with its normalisation, and the whole model where the format
+    holds the decoder too."""
+
+    trained: Trained
+    backbone: Backbone
+    model: MaskedImageModel | None = None
+    crop_share: float = 1.0  # see transforms.evaluation_view
+
+    @property
+    def encoder(self) -> Any:
+        return self.backbone.encoder
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.trained.architecture
+
+    @property
+    def square(self) -> bool:
+        (height, width), (rows, columns) = self.encoder.image_size, self.encoder.patch_size
+        return height == width and rows == columns
+
+
+class WritableFormat:
+    """A format that `hpm export` writes, reads back with the other library, and compares by pooled
+    features [B D] and patches [B N D].
+
+    suffixes: those that the file may have; empty for a folder.
+    """
+
+    suffixes: tuple[str, ...] = ()
+
+    def unsupported(self, source: ExportSource) -> str | None:
+        """Why the format cannot hold this model, or None where it can."""
+        return None
+
+    def write(self, source: ExportSource, path: Path) -> None:
+        raise NotImplementedError
+
+    def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
+        """The other library's outputs for normalised images [B C H W], from the file alone."""
+        raise NotImplementedError
+
+    def our_outputs(self, source: ExportSource, images: Tensor) -> Outputs:
+        """The same outputs from our model."""
+        pooled, patches = source.backbone(images)
+        return {"pooled": pooled, "patches": patches}
+
+    def code(self, source: ExportSource, path: Path) -> str:
+        """Python to paste, which loads the file and runs it on `images`."""
+        raise NotImplementedError
+
+
+def unless_plain_vit(source: ExportSource, library: str) -> str | None:
+    """Why a library that has only the plain ViT cannot hold this encoder, if so."""
+    if isinstance(source.encoder, VisionTransformer):
+        return None
+    name = f"{PREFIX}{source.encoder.name}"
+    return f"{library} cannot express {name}: pass --to timm or onnx"
