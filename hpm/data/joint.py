@@ -262,7 +262,7 @@ def whole_image(
     opened: Opened, channels: int, size: int | None, longest: int | None = None, deep: bool = False
 ) -> tuple[Image, tuple[int, int]]:
     """What `WholeImages` makes of one opened image. Raises OSError or UnreadableImage."""
-    image = torch.from_numpy(_whole(decode(opened, channels), deep))
+    image = torch.from_numpy(_full_image(decode(opened, channels), deep))
     height, width = image.shape[1:]
     return _resized(image, size, longest), (height, width)
 
