@@ -1,8 +1,7 @@
-"""A probe of the features while they are being trained: kNN and a linear probe, small and quick.
+"""A probe of the features during pre-training: small and fast kNN and linear probes.
 
-Of the labelled images the training split alone is used, and a fifth of it judges: what the test
-split says stays unseen until the end, so the checkpoint that is chosen by this probe can be tested
-on it.
+Only the training split of the labelled images is used, of which a fifth is for testing. The test
+split remains unseen, so that the checkpoint that this probe selects can be tested on it.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ LEARNING_RATES, EPOCHS, BATCH_SIZE = (0.01, 0.1, 1.0), 30, 1024
 
 
 class OngoingProbe:
-    """The labelled images of `--probe`, split once. Raises UserError where they do not do.
+    """The probe on the labelled images of `--probe`. Raises UserError if they cannot be used.
 
     Args:
-        data: where they are.
+        data: the labelled images.
         seed: of the splits and of the linear probe.
-        workers: processes that load them; None for one per spare core.
+        workers: number of data loading workers; None for one per spare core.
         max_unreadable: share of the images of each split that may be unreadable.
     """
 

@@ -1,4 +1,4 @@
-"""Features without labels: how many dimensions they use, and whether patches have collapsed."""
+"""Statistics of features without labels: effective rank, and similarity of patches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Options(FrozenEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each kind of features, and the predictor's numbers."""
+    """Yield a row for each kind of features, and the predictor's numbers."""
     from hpm.evals.feature_stats import feature_stats
     from hpm.evals.hardness import predictor_numbers
 
