@@ -13,7 +13,7 @@ Part = TypeVar("Part")
 
 
 def pick_splits(
-    annotated: Mapping[str, Part], bare: Iterable[str], root: Path, lacking: str
+    annotated: Mapping[str, Part], bare: Iterable[str], root: Path, missing: str
 ) -> tuple[Part, Part | None]:
     """Choose the training and test splits by name (`train`, `val2017`, ...). Validation comes
     before test, which is often published without annotations.
@@ -22,7 +22,7 @@ def pick_splits(
         annotated: the splits that have annotations.
         bare: names of splits that have images but no annotations.
         root: the folder, for messages.
-        lacking: what a bare split lacks, for messages ("masks").
+        missing: what a bare split lacks, for messages ("masks").
 
     Raises UserError if there is no training split, or if only bare splits are left to test on.
     """
@@ -30,11 +30,11 @@ def pick_splits(
     bare = list(bare)
     if train is None:
         if (name := _first(bare, TRAIN_NAMES)) is not None:
-            raise UserError(f"{root}: the split {name} has images but no {lacking}")
+            raise UserError(f"{root}: the split {name} has images but no {missing}")
         raise UserError(f"{root}: no split to train on among {', '.join(sorted(annotated))}")
     if test is None and (name := _test(bare)) is not None:
         raise UserError(
-            f"{root}: the split {name} has images but no {lacking}: add them, or remove its images"
+            f"{root}: the split {name} has images but no {missing}: add them, or remove its images"
         )
     return annotated[train], None if test is None else annotated[test]
 

@@ -318,13 +318,13 @@ def test_a_file_that_is_no_image(browser, server, tmp_path):
 
 
 def test_a_stale_answer_never_replaces_a_newer_one(browser, server, monkeypatch):
-    """The first answer is held back until two newer ones have been asked for."""
+    """The first answer is held back until two newer requests have been made."""
     driven = Driven(browser, server)
     driven.pictures()
-    held, asked, answer = threading.Event(), [], server.viewer.answer
+    held, answered, answer = threading.Event(), [], server.viewer.answer
 
     def slow(settings, body):
-        asked.append(settings["seed"])
+        answered.append(settings["seed"])
         if settings["seed"] == "1":
             assert held.wait(60)
         return answer(settings, body)
@@ -337,7 +337,7 @@ def test_a_stale_answer_never_replaces_a_newer_one(browser, server, monkeypatch)
     newest = driven.pictures("newest.png")
     expected = sources(answer({"seed": "3", "mask_ratio": "0.75", "hard_share": "0.5"}, png(5)))
     assert newest == expected
-    assert asked == ["1", "3"]  # what was overtaken is not even computed
+    assert answered == ["1", "3"]  # what was overtaken is not even computed
     driven.page.close()
 
 
