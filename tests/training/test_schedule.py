@@ -7,7 +7,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.core.options import make_config, preset_path, read_preset
-from hpm.evals.finetune import Options as FinetuneOptions
+from hpm.evals.contract import find, installed
 from hpm.training.optim import adamw, ema_decay, learning_rate, step_learning_rate
 from hpm.training.schedule import (
     PAPER_BASE_LR,
@@ -71,8 +71,10 @@ def test_every_preset_is_valid():
     presets = sorted(PRESETS.glob("*.yaml"))
     assert len(presets) >= 4
     for preset in presets:
-        if preset.stem.startswith("finetune_"):
-            make_config(FinetuneOptions, {"run": "x", "data": "y"} | read_preset(preset.stem))
+        evaluation = preset.stem.partition("_")[0]
+        if evaluation in installed():
+            given = {"run": "x", "data": "y"} | read_preset(preset.stem)
+            make_config(find(evaluation).options, given)
             continue
         options = {"data": "x", "out": "y"} | read_preset(preset.stem)
         check_pretrain(make_config(PretrainConfig, options))

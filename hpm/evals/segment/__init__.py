@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hpm.core.options import option
-from hpm.evals.contract import Measured
+from hpm.evals.contract import RANDOM, Measured
 from hpm.evals.options import EvalOptions
 
 if TYPE_CHECKING:
@@ -116,5 +116,15 @@ class Options(EvalOptions):
 def run(task: Task, options: Options) -> Iterator[Measured]:
     """A row for each backbone."""
     from hpm.evals.segment.job import SegmentationJob
+    from hpm.evals.segment.linear import train_linear_heads
+    from hpm.evals.segment.upernet import train_upernet
 
-    yield from SegmentationJob(task, options).rows()
+    job = SegmentationJob(task, options)
+    if options.head == "linear":
+        for name, (model, chosen) in train_linear_heads(job).items():
+            yield job.measured(name, model, chosen)
+        return
+    for each in task.backbones:
+        weights = None if each.name == RANDOM else each.backbone.encoder.state_dict()
+        model = train_upernet(job, each, weights, job.folder(each.name))
+        yield job.measured(each.name, model, {})

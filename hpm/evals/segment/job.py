@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from math import lcm
 from pathlib import Path
@@ -16,7 +16,7 @@ from hpm.core.errors import UserError, counted
 from hpm.data.joint import SegmentationTesting, SegmentationTraining
 from hpm.data.segmentation import open_segmentation
 from hpm.data.sources import Source, Subset
-from hpm.evals.contract import RANDOM, TRAINED, Measured
+from hpm.evals.contract import TRAINED, Measured
 from hpm.evals.features import EvaluatedBackbone
 from hpm.evals.files import training_folder
 from hpm.evals.segment import Options
@@ -62,22 +62,6 @@ class SegmentationJob:
             "train_images": len(self.train),
         }
         task.about |= about
-
-    def rows(self) -> Iterator[Measured]:
-        """A row for each backbone."""
-        if self.options.head == "linear":
-            from hpm.evals.segment.linear import train_linear_heads
-
-            for name, (model, chosen) in train_linear_heads(self).items():
-                yield self._measured(name, model, chosen)
-        else:
-            from hpm.evals.segment.upernet import train_upernet
-
-            for each in self.task.backbones:
-                random = each.name == RANDOM
-                weights = None if random else each.backbone.encoder.state_dict()
-                model = train_upernet(self, each, weights, self.folder(each.name))
-                yield self._measured(each.name, model, {})
 
     def folder(self, backbone: str) -> Path:
         """Where the model of one backbone is kept; how it is tested has no part in its name."""
@@ -147,7 +131,7 @@ class SegmentationJob:
             train = Subset(train, np.sort(rng.permutation(len(train))[:count]))
         return train, test
 
-    def _measured(self, name: str, model: SegmentationModel, chosen: dict[str, float]) -> Measured:
+    def measured(self, name: str, model: SegmentationModel, chosen: dict[str, float]) -> Measured:
         """The row of one backbone; its model is saved beside the numbers."""
         if self.task.folder is not None:
             file = self.folder(name) / "segmenter.safetensors"
