@@ -1,4 +1,4 @@
-"""What each change to the training step is worth: HPM's step with it and without, in turns.
+"""Measure the gain of each optimisation of the training step: HPM's step with and without it.
 
 python benchmarks/changes.py vit_tiny     # or vit_base; on an idle machine
 """
@@ -31,11 +31,11 @@ from hpm.models import linear
 from hpm.models.mim import Decoder
 from hpm.training.run import PretrainingRun
 
-Undo = Callable[[PretrainingRun], Any]  # a context in which the step is as it was before
+Undo = Callable[[PretrainingRun], Any]  # a context without the optimisation
 
 
 def every_output(self: Decoder, tokens: Tensor, num_outputs: int) -> Tensor:
-    """The last block as the others, and the head on all tokens: what is not read is cut off."""
+    """Run the last block and the head on all tokens, and drop unused outputs."""
     for block in self.blocks:
         tokens = block(tokens)
     return self.head(self.norm(tokens))[:, -num_outputs:]
@@ -43,7 +43,7 @@ def every_output(self: Decoder, tokens: Tensor, num_outputs: int) -> Tensor:
 
 @contextmanager
 def parameter_by_parameter(state: PretrainingRun) -> Iterator[None]:
-    """The teacher's average, a parameter at a time."""
+    """Update the teacher one parameter at a time."""
 
     @torch.no_grad()
     def update(student: torch.nn.Module, decay: float) -> None:
@@ -57,7 +57,7 @@ def parameter_by_parameter(state: PretrainingRun) -> Iterator[None]:
 
 @contextmanager
 def loop_of_adamw(state: PretrainingRun) -> Iterator[None]:
-    """The optimiser, a parameter at a time."""
+    """Run the optimiser one parameter at a time."""
     group = state.optimizer.param_groups
     before = [(g["fused"], g["foreach"]) for g in group]
     for g in group:
@@ -72,7 +72,7 @@ def loop_of_adamw(state: PretrainingRun) -> Iterator[None]:
 def image_by_image(
     mask: Any, draw: Draw, grid: Any, num_hidden: int, signal: Tensor | None, *rest: Any
 ) -> Any:
-    """Masks in a loop over the images, as the published code makes them."""
+    """Make masks in a loop over the images, as the published code does."""
     masks = [
         make_mask(
             mask,

@@ -1,6 +1,6 @@
-"""Which decoder and which resize are fastest on one core: `python benchmarks/decoders.py PHOTOS`.
+"""Compare image decoders and resizing on one core: `python benchmarks/decoders.py PHOTOS`.
 
-Everything in turns, so that whatever else the machine does hits all alike.
+All are measured in turns, so that other load on the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def resized_by_torch(pixels: Array, box: tuple[int, int, int, int]) -> Any:
 
 
 def decoders() -> tuple[dict[str, Decode], list[str]]:
-    """By name those that import here; and why others do not."""
+    """(decoders that can be imported, reasons why others cannot)."""
     found: dict[str, Decode] = {"Pillow": by_pillow, "Pillow, draft": by_pillow_draft}
     missing = []
     try:
@@ -135,7 +135,7 @@ def rates(ways: dict[str, Callable[[int], Any]], count: int, rounds: int) -> dic
 
 
 def measure(files: list[bytes], rounds: int, titles: tuple[str, str]) -> list[str]:
-    """Two tables: decoding alone; decoding, random crop and resize."""
+    """Two tables: decoding only; decoding, random crop and resizing."""
     ways, _ = decoders()
     rng = np.random.default_rng(0)
 
@@ -174,7 +174,7 @@ def enlarged(data: bytes) -> bytes:
 
 
 def differences(files: list[bytes]) -> str:
-    """How far PyTorch's uint8 resize is from Pillow's, on the same crops."""
+    """The difference between PyTorch's uint8 resize and Pillow's on the same crops."""
     rng = np.random.default_rng(0)
     largest, total, edges = 0, 0.0, 0
     for data in files:

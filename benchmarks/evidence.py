@@ -8,9 +8,9 @@ On a GPU (data: a folder with the two parquet files of tin100):
     python benchmarks/evidence.py --data DATA --model vit_small --rows 37000 --epochs 100 \
         --side-by-side 8 --minutes 8
 
-Everything is a command of `hpm` in a process of its own. What is done stays done: results are kept
-in --results, runs in --out, and an interrupted piece goes on where it was. The protocol below was
-written before the first run and is not changed afterwards.
+Every step is a command of `hpm` in a separate process. Results are kept in --results and runs in
+--out; an interrupted run resumes. The protocol below was written before the first run and has not
+been changed since.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ CHECKPOINTS = 10  # of the runs in which objects are looked for
 
 @dataclass(frozen=True)
 class Job:
-    """A pre-training and what is measured of it; `key` names its results."""
+    """A pre-training and its evaluations. key: name of its results."""
 
     key: str
     run: Path
@@ -93,7 +93,7 @@ class Job:
     measures: tuple[tuple[str, ...], ...]  # arguments of `hpm eval`, and of `--objects`
 
     def commands(self, data: Path) -> Iterator[list[str]]:
-        """What is still to be run, one after another."""
+        """The commands that remain to be run, in order."""
         if not (self.run / "backbone.safetensors").exists():
             train = data / "train.parquet"
             yield [
@@ -137,7 +137,7 @@ class Job:
 
 
 class Experiment:
-    """What is known so far, and what is to be done next."""
+    """The results so far, and the jobs to run next."""
 
     def __init__(self, chosen: argparse.Namespace):
         self.out, self.file, self.chosen = chosen.out, chosen.results, chosen
@@ -153,7 +153,7 @@ class Experiment:
         temporary.replace(self.file)
 
     def plan(self) -> list[Job]:
-        """Every job that can be done now and is not done, the most important first."""
+        """All open jobs that can be run now, most important first."""
         jobs: list[Job] = []
         for methods in (("MAE", "HPM"), *((name,) for name in list(METHODS)[2:])):
             settings = {}
@@ -265,7 +265,7 @@ class Experiment:
         return tuple(options.items())
 
     def run(self, deadline: float) -> bool:
-        """Do what there is to do. True once nothing is left."""
+        """Run open jobs. Returns True if none is left."""
         threads = max(1, (os.cpu_count() or 1) // self.chosen.side_by_side)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         running: dict[Job, tuple[subprocess.Popen, float]] = {}
@@ -293,12 +293,12 @@ class Experiment:
                 return False
 
     def _start(self, job: Job, running: dict, environment: dict) -> None:
-        """The next command of a job; its results are kept where there is none left."""
+        """The next command of a job; saves its results if none is left."""
         command = next(job.commands(self.data), None)
         if command is None:
             self.keep(job.key, job.results())
             print(f"{time.strftime('%H:%M')} {job.key}: {self.known[job.key]}", flush=True)
-            # Checkpoints are large, and the backbone is what is measured again.
+            # Checkpoints are large, and only the backbone is needed again.
             shutil.rmtree(job.run / "checkpoints", ignore_errors=True)
             return
         job.run.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,7 @@ class Experiment:
         running[job] = (process, time.time())
 
     def report(self) -> None:
-        """Write the section of RESULTS.md and the figure, as far as the work has come."""
+        """Write the section of RESULTS.md and the figure from the results so far."""
         found = {
             method: {
                 seed: self.known[key] | self.known.get(f"{key} / attentive", {})
@@ -415,7 +415,7 @@ def write_splits(data: Path, out: Path, rows: int, smoke: bool) -> Path:
 
 
 def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8) -> None:
-    """For each checkpoint of an HPM run, how much of what it mines lies in the objects' boxes."""
+    """For each checkpoint of an HPM run, the share of mined patches inside objects' boxes."""
     import numpy as np
     import pyarrow.parquet as pq
     import torch
@@ -473,7 +473,7 @@ def object_rows(objects: list[dict]) -> list[list[str]]:
 
 
 def measure_ratio(experiment: Experiment) -> None:
-    """How many times as long as MAE's a step of HPM takes, in turns, by `hpm bench step`."""
+    """Ratio of step times, HPM to MAE, measured by `hpm bench step`."""
     file = experiment.out / "step.json"
     options = {
         "model": experiment.chosen.model,
@@ -582,7 +582,7 @@ def main() -> None:
             )
             experiment.keep("commit", commit.stdout.strip()[:12] or "unknown")
         done = experiment.run(time.time() + 60 * chosen.minutes)
-        print("done" if done else "time is up: the same command goes on from here")
+        print("done" if done else "time is up: run the same command again to resume")
     if not chosen.smoke:
         experiment.report()
 

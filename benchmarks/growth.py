@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py       # on an idle machine; a GPU is used where there is one
 
-Every point is a process of its own, so that its peak memory is its own.
+Every point is measured in a separate process, for its peak memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SERIES: dict[str, list[dict]] = {
 
 
 def measure(options: dict) -> dict:
-    """Median seconds of a step; peak memory beyond what there was before the model, in GB."""
+    """Median seconds of a step; increase of peak memory by model and step, in GB."""
     device = pick_device("auto")
     sizes = {"model": MODEL, "batch_size": BATCH, "patch_size": 16} | options
     config = BenchConfig(**sizes, compile="false")
@@ -72,7 +72,7 @@ def measure(options: dict) -> dict:
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Exponent of the growth from the last point but one to the last."""
+    """Exponent of the growth between the last two points."""
     return math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2])
 
 

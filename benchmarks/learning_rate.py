@@ -1,4 +1,4 @@
-"""Which base learning rate suits a short run: kNN of the features over steps and learning rates.
+"""Find the best base learning rate of short runs: kNN accuracy over steps and learning rates.
 
     python benchmarks/learning_rate.py train --out runs/learning_rate   # goes on where it stopped
     python benchmarks/learning_rate.py report --out runs/learning_rate
@@ -39,7 +39,7 @@ def run_folder(out: Path, steps: int, base_lr: float, seed: int) -> Path:
 
 
 def train(out: Path, steps: list[int], base_lrs: list[float], seeds: int) -> None:
-    """The shortest runs first. What is finished is left alone."""
+    """Train all runs that are not finished, shortest first."""
     import hpm
 
     for seed, count, base_lr in product(range(seeds), steps, base_lrs):
@@ -54,7 +54,7 @@ def train(out: Path, steps: list[int], base_lrs: list[float], seeds: int) -> Non
 
 
 def top1(folder: Path, weights: str) -> float | None:
-    """kNN top-1 in %; None where it is not measured yet."""
+    """kNN top-1 in %; None if it is not measured yet."""
     for file in folder.glob("evals/knn_*.json"):
         values = json.loads(file.read_text())["values"].get(f"{weights}, patch mean")
         return values[f"k = {K}"]["top1"] if values else None

@@ -3,12 +3,12 @@
     python benchmarks/methods.py flowers --minutes 9      # again and again, until it says done
     python benchmarks/methods.py cifar10 --minutes 9
 
-Everything is a command of `hpm`, run in a process of its own, several side by side (on a GPU, try
---side-by-side 8). What is done stays done: a piece that runs out of time saves, and the next one
-goes on. In order: a grid of learning rates and targets for each method alike, judged by a linear
-probe on a held-out part of the *training* labels; the speed of each method at its best setting;
-then all of them over the seeds, at equal epochs and at equal wall-clock time, measured by kNN,
-linear probe and fine-tuning on the test split. The table goes into RESULTS.md, the figure beside.
+Every step is a command of `hpm` in a separate process, several in parallel (on a GPU, try
+--side-by-side 8). Runs that exceed the time limit save and are resumed by the next call. Stages: a
+grid of learning rates and targets, the same for each method, evaluated by a linear probe on a
+held-out part of the *training* labels; the speed of each method in its best setting; then all
+methods over the seeds, at equal epochs and at equal wall-clock time, measured by kNN, linear probe
+and fine-tuning on the test split. Writes a table into RESULTS.md and a figure beside it.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Experiment:
         command += tuple(as_arguments(options))
         return Job(command, run / "evals", f"{protocol}_*.json", run.with_name(run.name + ".log"))
 
-    # What came out.
+    # Results.
 
     def top1(self, protocol: str, arm: Arm, name: str = "trained") -> list[float]:
         """One number per seed, of the trained weights or of a baseline."""
@@ -314,7 +314,7 @@ def read_top1(job: Job, protocol: str, features: str) -> float:
 
 
 def features_of(protocol: str, name: str) -> str:
-    """As the protocol's result calls the features of `trained` or of a baseline."""
+    """The protocol's name for the features of `trained` or of a baseline."""
     if name == "raw pixels":
         return "raw pixels (linear)" if protocol == "finetune" else name
     return name if protocol == "finetune" else f"{name}, patch mean"
@@ -359,7 +359,7 @@ def draw(found: dict, name: str, file: Path) -> None:
 
 
 def run_all(jobs: list[Job], side_by_side: int, deadline: float) -> bool:
-    """Do what is not done yet, several at a time. False where the time ran out."""
+    """Run open jobs, several in parallel. Returns False if the time ran out."""
     waiting = [job for job in dict.fromkeys(jobs) if not job.result]
     running: dict[Job, subprocess.Popen] = {}
     threads = max(1, (os.cpu_count() or 1) // side_by_side)
@@ -383,8 +383,8 @@ def run_all(jobs: list[Job], side_by_side: int, deadline: float) -> bool:
             if process.poll() is not None:
                 del running[job]
                 if process.returncode:
-                    told = job.log.read_text()[-2000:]
-                    sys.exit(f"failed: {' '.join(process.args)}\n{told}")
+                    log_tail = job.log.read_text()[-2000:]
+                    sys.exit(f"failed: {' '.join(process.args)}\n{log_tail}")
                 print(f"{total - len(waiting) - len(running)} of {total}: {job.result}", flush=True)
     return True
 
@@ -402,7 +402,7 @@ def main() -> None:
         chosen.dataset, chosen.out, chosen.seeds, chosen.epochs, chosen.side_by_side
     )
     if not experiment.run(time.time() + 60 * chosen.minutes):
-        print("time is up: the same command goes on from here")
+        print("time is up: run the same command again to resume")
         return
     experiment.report()
     print("done: benchmarks/RESULTS.md")

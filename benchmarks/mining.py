@@ -1,4 +1,4 @@
-"""Cheaper ways of mining: what each costs, and what it does to the features.
+"""Compare cheaper ways of mining: their cost, and the resulting features.
 
     python benchmarks/mining.py train --minutes 9     # again and again, until it says done
     python benchmarks/mining.py speed                 # on an idle machine
@@ -60,7 +60,7 @@ if torch.cuda.is_available():
 
 
 class Experiment:
-    """Where the runs are, and what came out."""
+    """The runs and their results."""
 
     def __init__(self, out: Path, seeds: int, epochs: int):
         self.out, self.seeds, self.epochs = out, range(seeds), epochs
@@ -82,7 +82,7 @@ class Experiment:
         return Job(command, run / "evals", f"{protocol}_*.json", run.with_name(run.name + ".log"))
 
     def train(self, side_by_side: int, deadline: float) -> bool:
-        """Seed by seed, so that what is there can be compared at any time."""
+        """Run all ways seed by seed, so that results can be compared at any time."""
         for seed in self.seeds:
             runs = [self.training(way, seed) for way in WAYS]
             evaluations = [self.evaluation(p, way, seed) for way in WAYS for p in PROTOCOLS]
@@ -119,7 +119,7 @@ class Experiment:
         return self.out / f"speed_{name}.json"
 
     def ratio(self, size: str, way: str) -> str:
-        """How many times as long as MAE's step it takes, measured and by operation count."""
+        """Cost of a step relative to MAE's, measured and by operation count."""
         file = self.speed_file(size, way)
         if not file.exists():
             return "1" if "MAE" in way else "not measured"
@@ -175,7 +175,7 @@ def main() -> None:
     experiment = Experiment(chosen.out, chosen.seeds, chosen.epochs)
     if chosen.job == "train":
         done = experiment.train(chosen.side_by_side, time.time() + 60 * chosen.minutes)
-        print("done" if done else "time is up: the same command goes on from here")
+        print("done" if done else "time is up: run the same command again to resume")
     elif chosen.job == "speed":
         experiment.speed(chosen.repeats)
     else:

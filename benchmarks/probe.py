@@ -1,4 +1,4 @@
-"""The linear probe, now against autograd and torch.optim.SGD: CPU seconds of the same training.
+"""Compare the linear probe with autograd and torch.optim.SGD: CPU seconds of the same training.
 
     OMP_NUM_THREADS=1 python benchmarks/probe.py
 

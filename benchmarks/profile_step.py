@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, as a picture: phases, and kinds of operators in each.
+"""Draw the time of one training step by phase and kind of operator.
 
 python benchmarks/profile_step.py vit_tiny      # or vit_base; a GPU is used where there is one
 """
@@ -56,7 +56,7 @@ def phases_of_step(step: Callable[[], object], on_gpu: bool) -> dict:
         if event.name in PHASES or not own:
             continue
         middle = (event.time_range.start + event.time_range.end) / 2
-        # The backward pass runs in a thread of its own: what counts is when, not where.
+        # The backward pass runs in another thread: assign operators to phases by time.
         phase = next((p for start, end, p in spans if start <= middle <= end), None)
         if phase is not None:
             found[phase][kind_of(event.name)] += own / 1e3
@@ -64,7 +64,7 @@ def phases_of_step(step: Callable[[], object], on_gpu: bool) -> dict:
 
 
 def draw(found: dict, title: str, file: Path) -> None:
-    """A bar per phase, as long as it takes, cut into kinds of operators."""
+    """Draw a bar per phase, divided into kinds of operators."""
     import matplotlib
 
     matplotlib.use("Agg")

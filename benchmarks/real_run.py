@@ -1,8 +1,8 @@
-"""A real training beside its benchmark: `python benchmarks/real_run.py BENCHMARK.json RUN.json`.
+"""Compare a training with its benchmark: `python benchmarks/real_run.py BENCHMARK.json RUN.json`.
 
-`hpm bench step` times the training step on noise. A run also loads images, logs, measures held-out
-images and saves. This trains as many steps as asked for with the options of the benchmark and
-prints the images per second of both.
+`hpm bench step` times the training step on noise. A run also loads images, logs, evaluates and
+saves. This script trains with the options of the benchmark, and prints the images per second of
+both.
 """
 
 from __future__ import annotations

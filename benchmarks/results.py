@@ -1,4 +1,4 @@
-"""RESULTS.md is written by the scripts that measure: each owns the section between its markers."""
+"""Write RESULTS.md, in which each script has a section between its own markers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ when these scripts ran is missing, not estimated.
 
 
 def write_section(name: str, text: str, file: Path = RESULTS) -> None:
-    """Put `text` (Markdown) in the place of the section of that name, or at the end."""
+    """Replace the section of that name by `text` (Markdown), or append it."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     whole = file.read_text(encoding="utf-8") if file.exists() else HEAD
     section = f"{begin}\n{text.strip()}\n{end}\n"
@@ -36,7 +36,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine() -> str:
-    """What it was measured on."""
+    """A description of this machine."""
     if torch.cuda.is_available():
         chip = f"one of {torch.cuda.device_count()} {torch.cuda.get_device_name(0)}"
     else:

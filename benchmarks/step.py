@@ -1,4 +1,4 @@
-"""The training step on this machine, MAE and HPM in turns: `python benchmarks/step.py vit_tiny`."""
+"""Time the training step of MAE and HPM in turns: `python benchmarks/step.py vit_tiny`."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ PANELS = {
     "hard_share": "hard share",
     "learning_rate": "learning rate",
 }
-# What a model that knows nothing has.
-KNOWS_NOTHING = {"reconstruction_loss": 1.0, "ranking_accuracy": 0.5}
+# Values at chance level.
+CHANCE = {"reconstruction_loss": 1.0, "ranking_accuracy": 0.5}
 DASHED = {"ranking_accuracy": "held_out/mining_accuracy"}
 
 
 def draw_curve(panel: Axes, run: Run, name: str, colour: str, dashed: bool = False) -> None:
-    """One metric over the share of the training that is done: runs of any length compare."""
+    """Draw a metric over the progress of training, so that runs of any length can be compared."""
     lines = run.metrics()
     last = lines[-1]["step"]
     points = [(100 * line["step"] / last, line[name]) for line in lines if name in line]
@@ -49,8 +49,8 @@ for panel, (name, words) in zip(panels, PANELS.items(), strict=True):
     panel.set_xlabel("done, % of the steps", fontsize=8)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.3)
-    if name in KNOWS_NOTHING:
-        panel.axhline(KNOWS_NOTHING[name], color="0.4", linewidth=1, linestyle=":")
+    if name in CHANCE:
+        panel.axhline(CHANCE[name], color="0.4", linewidth=1, linestyle=":")
     for number, run in enumerate(runs):
         draw_curve(panel, run, name, f"C{number}")
         if name in DASHED:

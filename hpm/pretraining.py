@@ -44,9 +44,9 @@ def pretrain(
         data: images: a folder, a list file, parquet, or `demo`.
         out: run folder; the same call again continues an interrupted run.
         config: name of a preset, or a YAML file, that the options are laid over.
-        options: those of `config.PretrainConfig`.
+        options: fields of `config.PretrainConfig`.
 
-    Returns the run. Raises UserError on bad input, Interrupted when told to stop.
+    Returns the run. Raises UserError on bad input, and Interrupted on a stop signal.
     """
     named = {"data": data, "out": out}
     options |= {name: value for name, value in named.items() if value is not None}
@@ -55,7 +55,7 @@ def pretrain(
 
 
 def run_pretraining(config: PretrainConfig) -> Run:
-    """Train as configured, or go on with an interrupted run of the same config."""
+    """Train as configured, or resume an interrupted run of the same config."""
     check_pretrain(config)
     device = distributed.pick_device(config.device)
     with (
@@ -64,7 +64,7 @@ def run_pretraining(config: PretrainConfig) -> Run:
         stop_signals() as stop,
     ):
         try:
-            ongoing = make_probe(config)  # before a folder is made: its data may be refused
+            ongoing = make_probe(config)  # before the folder is created: it may raise
             run = build_run(config, device)
             try:
                 _train_and_export(run, ongoing, stop)
@@ -76,9 +76,9 @@ def run_pretraining(config: PretrainConfig) -> Run:
 
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
-    """Take the steps that are left, and write the backbone."""
+    """Run the remaining steps, and write the backbone."""
     if run.step == run.total_steps:
-        run.log.info(f"{run.config.out} is finished already: nothing is changed")
+        run.log.info(f"{run.config.out} is already finished: nothing to do")
     else:
         with session_recorded(run):
             _train(run, ongoing, stop)
@@ -98,9 +98,9 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
 
 
 def _train(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
-    """All steps that are left, and what is measured and drawn between them."""
+    """Run the remaining steps, with evaluations, probes and reports in between."""
     if run.step == 0:
-        picture_held_out(run)  # what the model is before it learned anything
+        picture_held_out(run)  # the untrained model
         distributed.wait_for_main()
     schedule = run.schedule
     events = [Event(schedule.evaluates, partial(evaluate, run))]
@@ -128,7 +128,7 @@ def train_step(run: PretrainingRun, batch: Batch, step: int, num_hard: int) -> S
         step: 0-based.
         num_hard: how many of the hidden patches are mined.
 
-    Nothing here waits for the device.
+    Does not synchronise with the device.
     """
     config, schedule = run.config, run.schedule
     mined_parts: list[Mined] = []
@@ -203,7 +203,7 @@ def _learn(
 def _result(
     run: PretrainingRun, mined: list[Mined], learned: list[Learned], grad_norm: Tensor | None
 ) -> StepResult:
-    """What is logged of a step, and kept for a replay where its loss is not finite."""
+    """The losses to log, and tensors to save for a replay if a loss is not finite."""
     assert grad_norm is not None
     reconstruction, predictor, accuracy = torch.stack([part.losses for part in learned]).mean(0)
     losses, measures = {"reconstruction_loss": reconstruction, "grad_norm": grad_norm}, {}

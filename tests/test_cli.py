@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(image_folder, tmp_path):
     assert latest.stat().st_size == 1000
     latest.unlink()  # the checkpoint before it is still there
     again = run_hpm(*arguments)
-    assert again.returncode == 0 and "going on from" in again.stderr and "step 4" in again.stderr
+    assert again.returncode == 0 and "resuming from" in again.stderr and "step 4" in again.stderr
 
 
 def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):

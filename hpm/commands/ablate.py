@@ -1,4 +1,4 @@
-"""`hpm ablate`: the same training with some options changed, over seeds, as tables and a figure."""
+"""`hpm ablate`: train with varied options and seeds; write tables and a figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hpm.weights.run_folder import RunFolder
 
 K = 20
 FEATURES = "trained, patch mean"
-# Losses of runs that differ in one of these say nothing about which run is better.
+# Losses of runs that differ in one of these options cannot be compared.
 LOSS_DEPENDS_ON = (
     "target",
     "target_model",
@@ -40,24 +40,24 @@ LOSS_DEPENDS_ON = (
 
 
 def ablate(config: AblateConfig) -> Results:
-    """See `_ablate`; all runs in one group of processes."""
+    """Run every arm with every combination and seed; write `ablation.md`, `.csv` and `.png`.
+
+    Finished runs and evaluations are not repeated. Raises UserError before training if a
+    combination cannot work.
+    """
+    # All runs share one process group.
     with distributed.process_group(distributed.pick_device(config.device)):
         return _ablate(config)
 
 
 def _ablate(config: AblateConfig) -> Results:
-    """Run every arm with every combination and every seed, and write `ablation.md`, `.csv`, `.png`.
-
-    What is done already is not done again. Raises UserError before anything runs where a
-    combination cannot work.
-    """
     variants, runs = make_plan(config)
     labels, k = _labels(config)
     with_loss = losses_compare([run.config for run in runs])
     results = Results(Path(config.out), variants)
     for number, run in enumerate(runs, 1):
         say(f"run {number} of {len(runs)}: {run.variant}, seed {run.config.seed}")
-        run_pretraining(run.config)  # a finished one is left as it is, one of other options refused
+        run_pretraining(run.config)  # returns at once if finished; raises if its options differ
         values = measure(run, labels, k)
         if not with_loss:
             values.pop("held_out_loss", None)
@@ -68,19 +68,19 @@ def _ablate(config: AblateConfig) -> Results:
 
 
 def losses_compare(runs: list[PretrainConfig]) -> bool:
-    """Whether the held-out losses, which are of random masks for all, are losses of one thing."""
+    """Whether held-out losses can be compared. All are measured with random masks."""
     kinds = {
         str([resolve_model(run).patch_size, *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
         for run in runs
     }
-    # A target made from the teacher's features is different in every run.
+    # Targets made from the teacher's features differ between runs.
     return len(kinds) == 1 and not find_target(runs[0].target).needs_teacher
 
 
 def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
-    """The numbers of a finished run; the evaluations are done where they are not yet.
+    """The numbers of a finished run, which is evaluated unless it already has been.
 
-    Without labels: how many dimensions the features use, and how alike an image's patches are.
+    Without labels: effective rank of the features, and similarity of an image's patches.
     """
     folder, values = Path(run.config.out), {}
     if labels is None:
@@ -105,20 +105,20 @@ def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
 
 
 def _evaluation(run: PlannedRun, protocol: str, data: str, options: dict[str, Any]) -> Any:
-    """The values of an evaluation of the run, done now or earlier."""
+    """The values of an evaluation of the run: read from its file, or computed now."""
     folder = Path(run.config.out)
-    how: dict[str, Any] = {"baselines": False, "out": str(folder / "ablation")} | options
-    asked = json.loads(json.dumps(how)) | {"data": data}
+    settings: dict[str, Any] = {"baselines": False, "out": str(folder / "ablation")} | options
+    wanted = json.loads(json.dumps(settings)) | {"data": data}
     for file in (folder / "ablation").glob(f"{protocol}_*.json"):
-        before = json.loads(file.read_text())
-        if all(before["about"].get(name) == value for name, value in asked.items()):
-            return before["values"]
-    how |= {"workers": run.config.workers, "device": run.config.device}
-    return evaluate(protocol, str(folder), data, report=say, **how).values
+        saved = json.loads(file.read_text())
+        if all(saved["about"].get(name) == value for name, value in wanted.items()):
+            return saved["values"]
+    settings |= {"workers": run.config.workers, "device": run.config.device}
+    return evaluate(protocol, str(folder), data, report=say, **settings).values
 
 
 def _labels(config: AblateConfig) -> tuple[str | None, int]:
-    """(labelled images to measure on, number of neighbours), checked before anything runs."""
+    """(labelled data to evaluate on, number of neighbours); checks them before training."""
     data = config.labels or config.data
     splits = open_source(data)
     if splits.train.labels is None and config.labels is None:
@@ -132,10 +132,10 @@ def _labels(config: AblateConfig) -> tuple[str | None, int]:
 
 
 def _minutes(lines: list[dict[str, Any]], batch_size: int) -> float:
-    """Of training alone, from the speeds that were read."""
-    seconds, before = 0.0, 0
+    """Minutes of training without evaluations, from the logged speeds."""
+    seconds, last_step = 0.0, 0
     for line in lines:
         if "images_per_second" in line:
-            seconds += (line["step"] - before) * batch_size / line["images_per_second"]
-            before = line["step"]
+            seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
+            last_step = line["step"]
     return seconds / 60

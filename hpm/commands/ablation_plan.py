@@ -1,4 +1,4 @@
-"""What is compared: arms, each a set of options, and options varied over a grid."""
+"""Plan an ablation: arms (named sets of options) and a grid of varied options."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from hpm.training.checks import check_pretrain
 
 PretrainOptions = dict[str, Any]
 
-# What asks no teacher keeps none of the options on how it is asked.
-NOT_ASKED: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1}
-# What mines nothing has no temperature either.
-NOT_MINED = NOT_ASKED | {"mine_by": "teacher", "mining_temperature": 0.0}
+# Without a teacher pass, its options take their neutral values ...
+NO_TEACHER: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1}
+# ... and without mining, so do those of mining.
+NO_MINING = NO_TEACHER | {"mine_by": "teacher", "mining_temperature": 0.0}
 ARMS: dict[str, PretrainOptions] = {
-    "mae": {"mask": "random", "predictor_loss": "none"} | NOT_MINED,
-    "predictor": {"mask": "random", "predictor_loss": "relative"} | NOT_MINED,
+    "mae": {"mask": "random", "predictor_loss": "none"} | NO_MINING,
+    "predictor": {"mask": "random", "predictor_loss": "relative"} | NO_MINING,
     "hpm": {"mask": "easy_to_hard", "predictor_loss": "relative", "mine_by": "teacher"},
     "hpm_memory": {"mask": "easy_to_hard", "predictor_loss": "none", "mine_by": "memory"}
-    | NOT_ASKED,
+    | NO_TEACHER,
 }
 OPTIONS = {field.name for field in dataclasses.fields(PretrainConfig)}
 OWN_ARM = "'NAME: mask=random predictor_loss=none'"
@@ -38,8 +38,11 @@ OWN_ARM = "'NAME: mask=random predictor_loss=none'"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the comparison. `columns` name it: its arm, and the value of each varied option;
-    `options` are all that it sets."""
+    """A row of the comparison.
+
+    columns: its arm and the value of each varied option, which identify it. options: all options
+    that it sets.
+    """
 
     columns: dict[str, Any]
     options: PretrainOptions
@@ -58,9 +61,9 @@ class PlannedRun:
 
 
 def make_plan(config: AblateConfig) -> tuple[list[Variant], list[PlannedRun]]:
-    """All variants, and a run of each for every seed, seed by seed.
+    """All variants, and one run per variant and seed, ordered by seed.
 
-    Raises UserError where any of them cannot work, with all that cannot.
+    Raises UserError listing all combinations that cannot work.
     """
     if config.seeds < 1:
         raise UserError(f"seeds is {config.seeds}; it must be at least 1")
@@ -84,9 +87,10 @@ def make_plan(config: AblateConfig) -> tuple[list[Variant], list[PlannedRun]]:
 
 
 def make_variants(arm: tuple[str, ...], vary: tuple[str, ...]) -> list[Variant]:
-    """Every arm with every combination of the varied options. Raises UserError.
+    """Combine every arm with every combination of the varied options.
 
-    `("mae", "hpm")` and `("mask_ratio=0.5,0.75",)` -> four variants.
+    `("mae", "hpm")` and `("mask_ratio=0.5,0.75",)` give four variants. Raises UserError on bad
+    input.
     """
     if not arm and not vary:
         raise UserError(
@@ -121,8 +125,8 @@ def read_arms(texts: tuple[str, ...]) -> dict[str, PretrainOptions]:
 
 
 def combinations(vary: tuple[str, ...]) -> list[PretrainOptions]:
-    """`("mask=random,hardest", "mask_ratio=0.5,0.75")` -> four sets of options; `()` -> one that
-    is empty. Raises UserError."""
+    """All combinations of the varied options: `("mask=random,hardest", "mask_ratio=0.5,0.75")`
+    gives four sets of options, `()` one empty set. Raises UserError on bad input."""
     options: dict[str, list[Any]] = {}
     for text in vary:
         name, values = _read_option("vary", text, "an option and its values, mask=random,hardest")
@@ -152,14 +156,14 @@ def _own_options(text: str, options: str) -> PretrainOptions:
 
 
 def _read_option(where: str, text: str, wanted: str) -> tuple[str, str]:
-    """`mask-ratio=0.5` -> ("mask_ratio", "0.5"), the name known."""
+    """`mask-ratio=0.5` -> ("mask_ratio", "0.5"). Raises UserError for an unknown option."""
     spelled, given, value = text.partition("=")
     spelled = spelled.strip()
     if not given or not value.strip():
         raise UserError(f"{where} '{text}': write {wanted}")
     name = spelled.removeprefix("--").replace("-", "_")
     if name not in OPTIONS:
-        # Spelled as it was typed.
+        # Suggest a name with dashes if the user typed dashes.
         dashed = spelled.count("-") > 0
         known = [option.replace("_", "-") if dashed else option for option in OPTIONS]
         raise UserError(f"{where}: unknown option '{spelled}'{nearest(spelled, known)}")
@@ -176,7 +180,7 @@ def _read_yaml(where: str, text: str) -> Any:
 
 
 def _run_config(config: AblateConfig, variant: Variant, seed: int) -> PretrainConfig:
-    """The run of one variant and seed, checked."""
+    """The checked configuration of one variant and seed."""
     options = lay_over({name: getattr(config, name) for name in OPTIONS}, variant.options)
     for name in options_of_others(options["target"]):
         if name not in variant.options:

@@ -1,4 +1,4 @@
-"""The numbers of an ablation: tables, a CSV file and a figure."""
+"""Write the results of an ablation as tables, a CSV file and a figure."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Measure(NamedTuple):
 
     title: str
     digits: int
-    drawn: bool = False  # in the figure
-    compared: bool = True  # in the table of differences
+    drawn: bool = False  # shown in the figure
+    compared: bool = True  # shown in the table of differences
 
 
 MEASURES = {
@@ -43,7 +43,7 @@ IN_PERCENT = "; kNN and linear probe: top-1 in %"
 
 
 class Table(NamedTuple):
-    """Cells of text; the first `labels` columns name the row."""
+    """Cells of text. The first `labels` columns name the row."""
 
     title: str
     head: list[str]
@@ -53,7 +53,7 @@ class Table(NamedTuple):
 
 @dataclass
 class Results:
-    """What is measured so far; `values[variant's text][seed][measure]`."""
+    """The numbers measured so far: `values[str(variant)][seed][measure]`."""
 
     folder: Path
     variants: list[Variant]
@@ -67,7 +67,7 @@ class Results:
         self.values.setdefault(str(variant), {})[seed] = values
 
     def of(self, variant: Variant, measure: str) -> dict[int, float]:
-        """Seed -> value."""
+        """The value for each seed."""
         found = self.values.get(str(variant), {})
         return {seed: values[measure] for seed, values in found.items() if measure in values}
 
@@ -75,15 +75,15 @@ class Results:
         return [name for name in MEASURES if any(self.of(v, name) for v in self.variants)]
 
     def reference(self, variant: Variant) -> Variant:
-        """What a variant is compared with: the first arm with the same varied options, or, without
-        arms, the first combination."""
+        """The variant that this one is compared with: the first arm with the same varied options,
+        or, without arms, the first combination."""
         if "arm" not in variant.columns:
             return self.variants[0]
         wanted = variant.columns | {"arm": self.variants[0].columns["arm"]}
         return next(other for other in self.variants if other.columns == wanted)
 
     def tables(self) -> list[Table]:
-        """The means, and the differences from the first arm."""
+        """A table of means, and one of differences from the reference."""
         columns, measures = list(self.variants[0].columns), self.measured()
         head = [*columns, "seeds", *[MEASURES[name].title for name in measures]]
         means = [
@@ -107,12 +107,12 @@ class Results:
         return tables
 
     def differences(self, variant: Variant, measure: str) -> list[float]:
-        """From what it is compared with, of each seed that both have."""
+        """Differences from the reference, for each seed that both have."""
         own, other = self.of(variant, measure), self.of(self.reference(variant), measure)
         return [own[seed] - other[seed] for seed in own if seed in other]
 
     def write(self) -> None:
-        """`ablation.md`, every run in `ablation.csv`, and `ablation.png`."""
+        """Write `ablation.md`, `ablation.csv` (one row per run) and `ablation.png`."""
         text = "\n".join(_markdown(table) for table in self.tables())
         arms = {v.columns["arm"]: v.options for v in self.variants if "arm" in v.columns}
         varied = self.variants[0].columns.keys()
@@ -131,7 +131,7 @@ class Results:
         self._draw([name for name in measures if MEASURES[name].drawn])
 
     def _draw(self, measures: list[str]) -> None:
-        """A panel per measure: a dot per seed, a bar at the mean."""
+        """Draw a panel per measure, with a dot per seed and a bar at the mean."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -158,9 +158,9 @@ class Results:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The tables, for a terminal."""
+    """Print the tables."""
     if not console.is_terminal:
-        console.width = 200  # a file or pipe has no width to fit into
+        console.width = 200  # rich would wrap output to a file or pipe at 80 columns
     for table in results.tables():
         shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for number, title in enumerate(table.head):

@@ -1,7 +1,7 @@
 """`hpm bench data`: how fast images are loaded, and what limits it.
 
-The loader against the bare libraries in one process (decode, crop and resize of files that are in
-memory already), in turns, for 1, 2, ... workers.
+Compares the loader with 1, 2, ... workers to the bare libraries in one process (decoding, cropping
+and resizing of files in memory), alternately over several rounds.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
 
-GOAL = 0.9  # of the bare libraries' speed, per worker: what a loader should reach
-BARE_IMAGES = 100  # that the bare libraries are timed on
+GOAL = 0.9  # share of the bare libraries' speed that a worker should reach
+BARE_IMAGES = 100  # on which the bare libraries are timed
 
 
 def bench_data(config: BenchDataConfig) -> dict[str, Any]:
-    """Images per second of the bare libraries and of 1, 2, ... workers. UserError on bad input."""
+    """Measure images per second of the bare libraries and of 1, 2, ... workers.
+
+    Raises UserError on bad input.
+    """
     for name in ("images", "batch_size", "repeats", "channels"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1")
-    most = usable_cores() if config.workers is None else config.workers
-    if most < 1 or (config.images_per_second is not None and config.images_per_second <= 0):
+    max_workers = usable_cores() if config.workers is None else config.workers
+    if max_workers < 1 or (config.images_per_second is not None and config.images_per_second <= 0):
         raise UserError("workers must be at least 1, and images_per_second above 0")
     source = open_source(config.data).train
     views = TrainingViews(pair(config.image_size), config.channels, 0, config.crop_scale, True, 1)
     bare = _Bare(source, views)
-    rates: dict[int, list[float]] = {workers: [] for workers in range(1, most + 1)}
+    rates: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
     memory: dict[int, float | None] = {}
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -61,7 +64,7 @@ def bench_data(config: BenchDataConfig) -> dict[str, Any]:
 
 
 class _Bare:
-    """The libraries alone, and how long each part takes, in seconds per image, by round."""
+    """Times the bare libraries: seconds per image of each phase, by round."""
 
     def __init__(self, source: Source, views: TrainingViews):
         self.source, self.views = source, views
@@ -92,7 +95,7 @@ class _Bare:
             self.phases[phase].append(total / len(self.indices))
 
     def _decode(self, index: int, data: bytes | None, least: tuple[int, int]) -> np.ndarray:
-        """[C H W]. JPEG by the decoder's own function, all else as the loader does it."""
+        """Decode to [C H W]: JPEG by calling the decoder directly, all else like the loader."""
         channels = self.views.channels
         if simplejpeg and data and data.startswith(START) and channels in COLOURS:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -120,7 +123,7 @@ class _Bare:
 def _loader_rate(
     source: Source, views: TrainingViews, config: BenchDataConfig, workers: int
 ) -> tuple[float, float | None]:
-    """Images per second once all workers deliver; megabytes of memory of a worker's own."""
+    """(images per second after a warm-up, memory per worker in MB)."""
     warm_up = 2 * workers
     batches = max(4 * workers, math.ceil(config.images / config.batch_size))
     loader = training_loader(
@@ -139,7 +142,7 @@ def _loader_rate(
 
 
 def _steps(count: int, batch_size: int, steps: int) -> Iterator[list[Key]]:
-    """Random images, as many as asked, each as often as the others."""
+    """Random batches in which all images occur equally often."""
     order: list[int] = []
     epoch = 0
     for _ in range(steps):
@@ -151,7 +154,7 @@ def _steps(count: int, batch_size: int, steps: int) -> Iterator[list[Key]]:
 
 
 def _memory(pids: list[int]) -> float | None:
-    """Mean proportional set size, MB: what is shared counts in parts. None where unknown."""
+    """Mean proportional set size in MB (shared pages are divided among processes), or None."""
     sizes = []
     for pid in pids:
         try:
@@ -169,7 +172,7 @@ def _report(
     rates: dict[int, list[float]],
     memory: dict[int, float | None],
 ) -> dict[str, Any]:
-    """All numbers, by name."""
+    """Collect all numbers."""
     phases = {name: statistics.median(seconds) for name, seconds in bare.phases.items()}
     rounds = list(zip(bare.phases["decode"], bare.phases["resize"], strict=True))
     bare_rates = [1 / (decoding + resizing) for decoding, resizing in rounds]
@@ -178,7 +181,7 @@ def _report(
         number: {
             "images_per_second": statistics.median(found),
             "best": max(found),
-            # Of the same round, so that what else the machine does hits both.
+            # Ratios within a round, so that other load on the machine affects both sides.
             "share_of_bare": statistics.median(
                 r / (b * number) for r, b in zip(found, bare_rates, strict=True)
             ),
@@ -209,7 +212,7 @@ def _report(
 
 
 def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int) -> str:
-    """One line: what more speed would need."""
+    """The bottleneck, in one line."""
     work = phases["decode"] + phases["resize"]
     if phases["read"] > work:
         return "reading: files come slower than they are decoded (a faster disk, or hpm prepare)"
@@ -219,8 +222,8 @@ def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: 
             f"copying: a worker reaches {100 * one:.0f} % of the bare libraries (smaller batches, "
             "or a machine less busy)"
         )
-    most = max(workers)
-    if most >= cores or workers[most]["share_of_bare"] < 0.8 * one:
+    largest = max(workers)
+    if largest >= cores or workers[largest]["share_of_bare"] < 0.8 * one:
         return (
             f"the number of cores ({cores}): all of them decode (hpm prepare makes images smaller, "
             "--repeat-augment decodes them once for several views, --cache not again)"
@@ -230,7 +233,7 @@ def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: 
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The numbers as a table."""
+    """Print the numbers as a table."""
     bare: dict[str, Any] = report["bare"]
     height, width = report["image_size"]
     console.print(

@@ -1,4 +1,4 @@
-"""`hpm bench step`: what a training step costs, phase by phase, and how near the hardware it is."""
+"""`hpm bench step`: time of a training step and its phases, compared with the hardware's peak."""
 
 from __future__ import annotations
 
@@ -41,17 +41,23 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "HPM": {},
 }
-# What a step is measured without: nothing is loaded, evaluated, or kept.
-STILL: dict[str, Any] = {"data": "demo", "holdout": 0, "epochs": 1000, "init": None, "probe": None}
-HARD_SHARE = 0.25  # as half-way through a training: the teacher runs
-# Dense bfloat16 products, TFLOP/s, as their makers state them.
+# Options of a run that neither loads, evaluates nor keeps anything.
+STEP_ONLY: dict[str, Any] = {
+    "data": "demo",
+    "holdout": 0,
+    "epochs": 1000,
+    "init": None,
+    "probe": None,
+}
+HARD_SHARE = 0.25  # the value half-way through training, so that the teacher runs
+# Peak TFLOP/s of dense bfloat16 products, according to the vendor.
 PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
-FULL_SIZE, CPU_SIZE = 8192, 2048  # of the square product that everything is compared with
+FULL_SIZE, CPU_SIZE = 8192, 2048  # sides of the square matrices of the reference product
 
 
 @dataclass
 class Measured:
-    """One method: seconds of each whole step; seconds of its phases, from steps apart."""
+    """Timings of a method: seconds of each step, and seconds of each phase, measured separately."""
 
     name: str
     multiply_adds: float  # per image and step
@@ -106,19 +112,19 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
 def build_bench_run(
     config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device
 ) -> PretrainingRun:
-    """A run whose images are never loaded."""
+    """Build a run without loading images."""
     return build_run(_run_config(config, options, out), device)
 
 
 def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> PretrainConfig:
     names = [field.name for field in dataclasses.fields(PretrainConfig)]
     given = {name: getattr(config, name) for name in names}
-    normalize = "imagenet" if config.channels == 3 else "measured"  # the one costs no images
-    return PretrainConfig(**given | STILL | {"normalize": normalize, "out": str(out)} | options)
+    normalize = "imagenet" if config.channels == 3 else "measured"  # imagenet reads no images
+    return PretrainConfig(**given | STEP_ONLY | {"normalize": normalize, "out": str(out)} | options)
 
 
 def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
-    """GB that each method takes, in a process of its own, where nothing else is counted."""
+    """Peak memory of each method in GB, measured in a separate process."""
     start_method = multiprocessing.get_context("spawn")
     found = {}
     for name, options in METHODS.items():
@@ -136,7 +142,7 @@ def _memory_of(config: BenchConfig, options: dict[str, Any], device: torch.devic
 
 
 def _warm_up(run: PretrainingRun) -> None:
-    """Compile, fill caches, and take memory from the system."""
+    """Compile, fill caches and allocate memory."""
     batch = noise_batch(run)
     for _ in range(3 if run.device.type == "cuda" else 1):
         _run_turn(run, batch)
@@ -144,8 +150,8 @@ def _warm_up(run: PretrainingRun) -> None:
 
 
 def _time_steps(run: PretrainingRun, measured: Measured, count: int) -> None:
-    """Whole steps, then one turn with a wait after each phase. The first turn is not timed: it
-    runs with the caches of the method before."""
+    """Time whole steps, then the phases of one turn. A first turn is not timed, because the caches
+    still hold the other method's data."""
     device, turn = run.device, run.config.mine_every
     batch = noise_batch(run)
     _run_turn(run, batch)
@@ -162,7 +168,7 @@ def _time_steps(run: PretrainingRun, measured: Measured, count: int) -> None:
 
 
 def _run_turn(run: PretrainingRun, batch: Batch) -> None:
-    """As many steps as there are from one question to the teacher to the next."""
+    """Run `mine_every` steps, of which the teacher predicts losses in the first."""
     config = run.config
     num_hard = int(run.num_hidden * HARD_SHARE) if config.mask in HARD_SHARES else 0
     for step in range(config.mine_every):
@@ -170,7 +176,7 @@ def _run_turn(run: PretrainingRun, batch: Batch) -> None:
 
 
 def noise_batch(run: PretrainingRun) -> Batch:
-    """A batch of uncropped noise."""
+    """A batch of noise images."""
     config = run.config
     size = (config.global_batch_size, config.channels, *run.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
@@ -185,7 +191,7 @@ def _wait(device: torch.device) -> None:
 
 
 def matrix_product_flops(device: torch.device) -> float:
-    """What a square matrix product reaches: float32 on a CPU, bfloat16 on a GPU."""
+    """FLOP/s of a square matrix product: float32 on a CPU, bfloat16 on a GPU."""
     on_gpu = device.type == "cuda"
     size, kind = (FULL_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
@@ -207,7 +213,7 @@ def _report(
     device: torch.device,
     run: PretrainingRun,
 ) -> dict[str, Any]:
-    """All numbers, by name."""
+    """Collect all numbers."""
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = next((value for name, value in PEAKS.items() if name in chip), None)
     methods = {}
@@ -247,7 +253,7 @@ def _report(
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The numbers as a table."""
+    """Print the numbers as a table."""
     size = report["architecture"]["image_size"]
     console.print(
         f"{report['model']}, {size[0]} x {size[1]} px, batch {report['batch_size']}, "

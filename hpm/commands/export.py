@@ -1,4 +1,4 @@
-"""`hpm export`: the backbone for other software, checked there before anything is left behind."""
+"""`hpm export`: write a backbone for other libraries, and check it with them before publishing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
 from hpm.weights.resolve import load
 from hpm.weights.segmentation import SegmentationModel
 
-# Largest difference of an output, in float32; relative where outputs are larger than 1.
+# Largest difference between outputs in float32, relative for outputs larger than 1.
 TOLERANCE = 1e-5
 BATCHES = (2, 1)
 
@@ -102,7 +102,7 @@ def _export(config: ExportConfig, report: Report) -> Path:
 
 @torch.no_grad()
 def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
-    """The largest difference between our outputs and those of the file. UserError if too large."""
+    """The largest difference between our outputs and the file's. Raises UserError if too large."""
     largest = 0.0
     for batch in BATCHES:
         generator = torch.Generator().manual_seed(batch)
@@ -113,7 +113,7 @@ def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
             if theirs.shape != ours[name].shape:
                 raise UserError(f"the exported {name} have another shape: nothing was written")
             difference = (theirs - ours[name]).abs().max().item()
-            # Written so that NaN is refused.
+            # Negated, so that NaN is refused.
             if not difference <= TOLERANCE * max(1.0, ours[name].abs().max().item()):
                 raise UserError(
                     f"the exported model's {name} differ from ours by {difference:.1e} "
@@ -168,7 +168,7 @@ def _source(config: ExportConfig, report: Report) -> ExportSource:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Give everything in the folder its place, what was asked for last."""
+    """Move all files to their final place, the requested one last."""
     moved: list[Path] = []
     try:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == out.name):

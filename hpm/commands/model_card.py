@@ -1,4 +1,4 @@
-"""The model card of an exported backbone: README.md as the Hugging Face hub reads it."""
+"""Write the model card of an exported backbone: a README.md for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
 
 def add_card(folder: Path, source: ExportSource, config: ExportConfig, lines: str) -> int:
-    """Write README.md, and copy the run's latest figure where that is asked for. Returns how many
-    of the run's evaluations are of other weights, and left out."""
+    """Write README.md and, if configured, copy the run's latest figure.
+
+    Returns how many evaluations of the run were left out because they measured other weights.
+    """
     figure = latest_figure(source.trained.folder) if config.with_figure else None
     if figure:
         shutil.copy(figure, folder / FIGURE)
@@ -33,14 +35,14 @@ def add_card(folder: Path, source: ExportSource, config: ExportConfig, lines: st
 
 @dataclass
 class Results:
-    """Rows of the table of results, and how many evaluations are of other weights."""
+    """Rows of the results table, and the number of evaluations of other weights."""
 
     rows: list[list[str]] = field(default_factory=list)
     left_out: int = 0
 
     @staticmethod
     def of(trained: Trained, weights: str) -> Results:
-        """Every number of the run's evaluations that was measured on these weights at this step."""
+        """The results of the run's evaluations of these weights at this step."""
         found = Results()
         for saved in saved_evaluations(trained.folder):
             if saved.rows is None:
@@ -55,8 +57,8 @@ class Results:
 def card(
     source: ExportSource, config: ExportConfig, lines: str, with_figure: bool, found: Results
 ) -> str:
-    """The text of the card. `lines` load the model; those of a folder that is pushed name it."""
-    if config.push and config.to == "hf":
+    """The text of the card. `lines`: Python code that loads the model."""
+    if config.push and config.to == "hf":  # load from the hub rather than from the local folder
         lines = lines.replace(config.out, config.push)
     parts = [
         _front_matter(source, config),
@@ -73,7 +75,7 @@ def card(
 
 
 def latest_figure(run: Path | None) -> Path | None:
-    """The last figure that a run drew."""
+    """The run's latest figure, or None."""
     found = sorted((run / "figures").glob("*.png")) if run else []
     return found[-1] if found else None
 
@@ -92,7 +94,7 @@ def _front_matter(source: ExportSource, config: ExportConfig) -> str:
 
 
 def _method(source: ExportSource, config: ExportConfig) -> str:
-    """Architecture and training, as far as the run records them."""
+    """Describe architecture and training as far as they are recorded."""
     shape, encoder, trained = source.architecture, source.encoder, source.trained
     name = shape.model or "Vision Transformer"
     text = (
@@ -115,7 +117,7 @@ def _method(source: ExportSource, config: ExportConfig) -> str:
 
 
 def _is_hpm(config: PretrainConfig | None) -> bool:
-    """Whether a run is known to have mined by predicted losses."""
+    """Whether the run is known to have used predicted losses for mining."""
     return bool(config and config.data and config.mask in MINED_BY_LOSS)
 
 

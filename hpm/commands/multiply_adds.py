@@ -1,4 +1,4 @@
-"""Multiply-adds of a training step, counted by PyTorch on tensors without values."""
+"""Count the multiply-adds of a training step with PyTorch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 
 
 def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> float:
-    """Per image and step: what the miner asks of the teacher, the target, and the student's forward
-    and backward pass. The mean over the steps from one prediction of the teacher to the next.
+    """Multiply-adds per image and step: the miner's teacher pass, the target, and the student's
+    forward and backward passes, averaged over `mine_every` steps.
 
-    The model runs on PyTorch's meta device: nothing is computed, and no memory is taken.
+    The model runs on PyTorch's meta device, without computing or allocating anything.
     """
     channels, size = architecture.channels, architecture.image_size
     target = make_target(config, architecture, [0.0] * channels, [1.0] * channels, META)
@@ -34,7 +34,7 @@ def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> fl
         teacher = Teacher(model).model
         miner = make_miner(config, architecture, teacher, needs_features=target.needs_teacher)
         images, draw = torch.empty(1, channels, *size), Draw(0, 0, torch.zeros(1).long())
-    num_hard = 1 if config.mask in HARD_SHARES else 0  # how many does not change the cost
+    num_hard = 1 if config.mask in HARD_SHARES else 0  # the cost does not depend on the number
 
     def learn(mined: Mined) -> None:
         with torch.no_grad():
@@ -51,8 +51,8 @@ def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> fl
 
 
 def _count(run: Callable[[], Result]) -> tuple[float, Result]:
-    """(multiply-adds, what `run` returns)."""
-    # PyTorch counts matrix products, and attention in this backend is made of them.
+    """(multiply-adds, result of `run`)."""
+    # PyTorch counts matrix products; the math backend computes attention with them.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         result = run()
     return counter.get_total_flops() / 2, result

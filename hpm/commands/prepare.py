@@ -1,7 +1,7 @@
-"""`hpm prepare`: images shrunk once into a few large files that are fast to read.
+"""`hpm prepare`: shrink images once and store them in a few large files that are fast to read.
 
-The form is that of Hugging Face's `datasets.save_to_disk`, which opens it too. A shard is written
-by one process and appears whole or not at all: what is there when it stops need not be done again.
+The format is that of Hugging Face's `datasets.save_to_disk`. Each shard is written atomically by
+one process, so that an interrupted command continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from hpm.data.transforms import decode
 from hpm.data.workers import FORKS
 
 SHARD_IMAGES = 500
-BATCH_BYTES = 2**25  # of a record batch: its offsets are 32 bits
+BATCH_BYTES = 2**25  # per record batch; must stay well below 2**31, because offsets are int32
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Shard:
 
     @property
     def unreadable(self) -> Path:
-        """Which of them are missing, and why."""
+        """File that lists the unreadable images and why."""
         return self.file.with_name(f".{self.file.stem}.unreadable.json")
 
 
 @dataclass
 class Prepared:
-    """What was made: images written, bytes of all files, and (path, problem) of what was not."""
+    """Number of images written, total bytes, and (path, problem) of each unreadable image."""
 
     images: int
     bytes: int
@@ -71,9 +71,9 @@ class Prepared:
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Shrink the images of a source into a folder. The same call goes on where it was stopped.
+    """Shrink the images of a source into a folder. Call it again to continue after an interruption.
 
-    Raises UserError on bad input, where nothing can be read, and where the disk is full.
+    Raises UserError on bad input, if no image can be read, and if the disk is full.
     """
     need("pyarrow", "parquet", "hpm prepare")
     if config.size < 1 or not 1 <= config.quality <= 100 or (config.workers or 0) < 0:
@@ -84,8 +84,8 @@ def prepare(config: PrepareConfig) -> Prepared:
     settings = _settings(config) | {"images": {name: len(s) for name, s in splits.items()}}
     _claim(out, settings)
     shards = {name: _shards(out, name, len(source)) for name, source in splits.items()}
-    waiting = [s for of_split in shards.values() for s in of_split if not s.file.exists()]
-    for _ in track(_written(waiting, splits, config), "images", len(waiting)):
+    missing = [s for of_split in shards.values() for s in of_split if not s.file.exists()]
+    for _ in track(_write_shards(missing, splits, config), "images", len(missing)):
         pass
     return _finish(out, splits, shards, settings)
 
@@ -95,7 +95,7 @@ def _named(splits: Splits) -> dict[str, Source]:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """What the outcome depends on."""
+    """The options that determine the result."""
     options = dataclasses.asdict(config)
     del options["out"], options["workers"]
     if config.data != "demo":
@@ -104,24 +104,25 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _check_folder(out: Path, config: PrepareConfig) -> None:
-    """UserError for one that is not ours to write into."""
+    """Raise UserError unless `out` is empty or was started with the same options."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        begun = json.loads((out / PREPARING).read_text())
+        started = json.loads((out / PREPARING).read_text())
     except (OSError, ValueError):
         raise UserError(
             f"{out} exists and was not made by hpm prepare: choose another --out"
         ) from None
     for name, value in _settings(config).items():
-        if begun.get(name) != value:
+        if started.get(name) != value:
             raise UserError(
-                f"{out} was started with {name} {begun.get(name)}, not {value}: choose another "
+                f"{out} was started with {name} {started.get(name)}, not {value}: choose another "
                 "--out, or pass the same options"
             )
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into `out`, or check that they are the same as before."""
     file = out / PREPARING
     if file.exists():
         before = json.loads(file.read_text())["images"]
@@ -147,38 +148,38 @@ def _shards(out: Path, split: str, count: int) -> list[Shard]:
     ]
 
 
-def _written(
+def _write_shards(
     shards: list[Shard], splits: dict[str, Source], config: PrepareConfig
 ) -> Iterator[Shard]:
-    """The shards, each when it is written."""
+    """Write the shards, yielding each when it is done."""
     workers = min(num_workers(config.workers), len(shards))
     work = partial(_write_shard, splits=splits, config=config)
     if workers <= 1 or not FORKS:
         for shard in shards:
             yield work(shard)
         return
-    # Forks share the sources: `work` reaches them unpickled.
+    # Forked workers inherit `work`, and with it the sources, without pickling.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(work,)
+        workers, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(work,)
     )
     try:
-        for done in as_completed([pool.submit(_work, shard) for shard in shards]):
+        for done in as_completed([pool.submit(_run_in_worker, shard) for shard in shards]):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_given: Callable[[Shard], Shard]  # of a forked process: what to do with a shard
+_worker_function: Callable[[Shard], Shard]  # set in each worker
 
 
-def _begin(work: Callable[[Shard], Shard]) -> None:
-    global _given
-    _given = work
+def _start_worker(work: Callable[[Shard], Shard]) -> None:
+    global _worker_function
+    _worker_function = work
     torch.set_num_threads(1)
 
 
-def _work(shard: Shard) -> Shard:
-    return _given(shard)
+def _run_in_worker(shard: Shard) -> Shard:
+    return _worker_function(shard)
 
 
 def _write_shard(shard: Shard, splits: dict[str, Source], config: PrepareConfig) -> Shard:
@@ -194,7 +195,7 @@ def _write_rows(file: Path, shard: Shard, source: Source, config: PrepareConfig)
     fields = [("image", image)] + ([] if source.labels is None else [("label", pyarrow.int64())])
     schema = pyarrow.schema(fields)
     rows: list[dict[str, Any]] = []
-    unreadable, held = [], 0
+    unreadable, buffered = [], 0
     with (
         pyarrow.OSFile(str(file), "wb") as sink,
         pyarrow.ipc.new_stream(sink, schema) as writer,
@@ -209,19 +210,20 @@ def _write_rows(file: Path, shard: Shard, source: Source, config: PrepareConfig)
             if source.labels is not None:
                 row["label"] = int(source.labels[index])
             rows.append(row)
-            held += len(data)
-            if held > BATCH_BYTES:
+            buffered += len(data)
+            if buffered > BATCH_BYTES:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
-                rows, held = [], 0
+                rows, buffered = [], 0
         writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
     write_text(shard.unreadable, json.dumps(unreadable))  # before the shard itself appears
 
 
 def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -> bytes:
-    """The file of an image whose shorter side is `size` or less.
+    """Encode an image, shrunk so that its shorter side is at most `size`.
 
-    Its own where it is no larger; else JPEG, PNG where parts are transparent, and `.npy` of the
-    same kind of numbers for deep images and such of more channels. Raises UnreadableImage, OSError.
+    A file that is small enough is returned unchanged. Otherwise the result is JPEG; PNG for images
+    with transparency; `.npy` of the same dtype for deep and multichannel images. Raises
+    UnreadableImage or OSError.
     """
     data = source.read(index)
     image = source.open(index) if data is None else open_image(io.BytesIO(data))
@@ -229,7 +231,7 @@ def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -
         return _shrunk_array(image, data, size, channels)
     with reading():
         found = _channels(image.opened() if isinstance(image, JpegImage) else image)
-    # Also where the file stays: it is read whole, so that a broken one is found now.
+    # Decode even if the file is returned unchanged, to find broken files now.
     pixels = decode(image, found, (size, size))
     short = min(pixels.width, pixels.height)
     if data is not None and min(image.size) <= size:
@@ -266,12 +268,12 @@ def _shrunk_array(image: Opened, data: bytes | None, size: int, channels: int) -
     array, kind = pixels.array, pixels.array.dtype
     factor = min(1.0, size / short)
     shape = max(1, round(pixels.height * factor)), max(1, round(pixels.width * factor))
-    whole = Pixels(array, len(array))  # as many channels as there are
+    whole = Pixels(array, len(array))  # keep all channels
     view = whole.resized(shape, (0, 0, pixels.width, pixels.height))
     if kind.str[1:] == "u2":
         view = (view * 257).round().astype(np.uint16)
     elif view.dtype != np.uint8:
-        view = view / np.float32(255)  # in the file's own unit, which 255 stood for
+        view = view / np.float32(255)  # back to the file's units
     file = io.BytesIO()
     np.save(file, view[0] if len(view) == 1 else np.ascontiguousarray(view.transpose(1, 2, 0)))
     return file.getvalue()
@@ -280,7 +282,7 @@ def _shrunk_array(image: Opened, data: bytes | None, size: int, channels: int) -
 def _finish(
     out: Path, splits: dict[str, Source], shards: dict[str, list[Shard]], settings: dict[str, Any]
 ) -> Prepared:
-    """What makes the shards one data set; and the list of what could not be read."""
+    """Write the files that turn the shards into a data set, and the list of unreadable images."""
     made = Prepared(0, 0, [])
     for shard in [shard for of_split in shards.values() for shard in of_split]:
         failed = json.loads(shard.unreadable.read_text())
@@ -294,13 +296,13 @@ def _finish(
         _describe(out / name, source, [shard.file.name for shard in shards[name]])
     lines = [f"{path} ({problem})\n" for path, problem in made.unreadable]
     write_text(out / "unreadable.txt", "".join(lines))
-    # Last: with it the folder is finished.
+    # Last: this file marks the folder as finished.
     write_text(out / "dataset_dict.json", json.dumps({"splits": list(splits)}) + "\n")
     return made
 
 
 def _describe(folder: Path, source: Source, files: list[str]) -> None:
-    """The two files that `datasets` reads a split by."""
+    """Write the two files from which `datasets` loads a split."""
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     if source.labels is not None:
         features["label"] = {"names": source.classes, "_type": "ClassLabel"}

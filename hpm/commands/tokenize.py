@@ -23,8 +23,8 @@ from hpm.targets.frozen_model import load_frozen
 
 
 def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
-    """Learn a codebook from the patches of some images. Returns its file and the mean squared
-    distance of a patch to its code; raises UserError on bad input."""
+    """Learn a codebook from the patches of random images. Returns its file and the mean squared
+    distance of a patch to its code. Raises UserError on bad input."""
     out = Path(config.out)
     for name in ("codes", "images", "rounds"):
         if getattr(config, name) < 1:
@@ -66,7 +66,7 @@ def _sample(
     config: TokenizeConfig,
     generator: torch.Generator,
 ) -> Float[Tensor, "vectors dim"]:
-    """Patches of random images; of each image as many as PATCHES allows."""
+    """Patches of random images, at most `config.patches` in total."""
     chosen = torch.randperm(len(source), generator=generator)[: config.images].sort().values
     grid = tuple(s // p for s, p in zip(size, codebook.patch_size, strict=True))
     share = max(1, min(math.prod(grid), config.patches // len(chosen)))

@@ -1,4 +1,4 @@
-"""Operators on boxes in plain PyTorch, for where torchvision's compiled ones are missing."""
+"""Box operators in plain PyTorch, used if torchvision's compiled ones are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def nms(
             hidden = (_iou(boxes[kept], boxes[block]) > iou_threshold).any(0)
             block = block[~hidden]
         hides = (_iou(boxes[block], boxes[block]) > iou_threshold).triu(1)
-        # Each round settles at least the best box that was not settled before; mostly a few do.
+        # Each round decides at least the best undecided box; a few rounds usually suffice.
         alive = torch.ones_like(block, dtype=torch.bool)
         while True:
             survivors = ~(hides & alive[:, None]).any(0)
@@ -36,7 +36,7 @@ def nms(
 def _iou(
     a: Float[Tensor, "first 4"], b: Float[Tensor, "second 4"]
 ) -> Float[Tensor, "first second"]:
-    """Intersection over union of each pair; not a number where both boxes are empty."""
+    """Intersection over union of each pair; NaN if both boxes are empty."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = a[..., None].unbind(1), b.unbind(1)
     width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp_(min=0)
     height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp_(min=0)
@@ -98,12 +98,12 @@ def _sample(
     pixel beyond it, 0 further out."""
     height, width = image.shape[1:]
     inside_x, inside_y = (x >= -1) & (x <= width), (y >= -1) & (y <= height)
-    # As grid_sample has it: the centres of the first and last pixel are at -1 and 1.
+    # grid_sample's convention: the centres of the first and last pixel are at -1 and 1.
     x, y = 2 * x / max(1, width - 1) - 1, 2 * y / max(1, height - 1) - 1
     grid = torch.stack(
         [x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1
     )
-    # The boxes on top of each other are one grid: [1, boxes * rows, columns, 2].
+    # Stack all boxes into one grid: [1, boxes * rows, columns, 2].
     values = F.grid_sample(
         image[None],
         grid.flatten(0, 1)[None].to(image.dtype),

@@ -1,4 +1,4 @@
-"""Several processes started by torchrun. No other file depends on torch.distributed."""
+"""Communication between the processes started by torchrun. No other file uses torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hpm.core.errors import UserError
 
 Done = TypeVar("Done")
 
-# The longest that a process waits for another one: measures and checkpoints are made by the main
-# process alone, and a process that fails closes its connections, which ends the others at once.
+# Timeout of collectives. Only the main process evaluates and saves, while the others wait. When a
+# process fails, its connections close, which ends the others at once.
 TIMEOUT = timedelta(minutes=30)
-# And for the main process alone, which trains the probes of frozen features.
-PATIENCE = timedelta(days=7)
+# Timeout of waiting for the main process, which also trains the probes of frozen features.
+MAIN_TIMEOUT = timedelta(days=7)
 _store: dist.Store | None = None
-_patient: dist.ProcessGroup | None = None
+_main_group: dist.ProcessGroup | None = None
 
 
 def rank() -> int:
@@ -48,7 +48,7 @@ def is_main() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> this process's device."""
+    """This process's device for `auto`, `cpu` or `cuda`."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch sees no GPU: pass --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -58,8 +58,8 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the other processes while the block runs; does nothing for a single one."""
-    global _store, _patient
+    """Join the process group inside the context; does nothing with a single process."""
+    global _store, _main_group
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -67,7 +67,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     _store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # Objects travel between CPUs: NCCL would put those of all processes on every GPU.
+    # Objects are exchanged between CPUs; NCCL would copy those of all processes to every GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=_store,
@@ -76,42 +76,41 @@ def process_group(device: torch.device) -> Iterator[None]:
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _main_group = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
     try:
         yield
     except BaseException:
-        reports_error()  # before the others see that the connection is lost
+        reports_error()  # claim the report before the others lose their connections
         raise
     finally:
-        _patient = None
+        _main_group = None
         dist.destroy_process_group()
 
 
 @cache
 def reports_error() -> bool:
-    """Whether this process is the one that reports why all of them fail: the first to ask.
+    """Whether this process should report the error: the first process to call this.
 
-    When one process fails, the others fail after it, with the same error or because the connection
-    to it is lost.
+    When one process fails, the others fail too, with the same error or a lost connection.
     """
-    if _store is None:  # only the command line was read so far, and it is the same for all
+    if _store is None:  # an error in the command line, which all processes share
         return int(os.environ.get("LOCAL_RANK", rank())) == 0
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         return _store.add(f"hpm/failed/{attempt}", 1) == 1
-    except RuntimeError:  # the process that held the store has failed itself, and reported that
+    except RuntimeError:  # the process that holds the store has failed, and has reported
         return False
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model, its gradients averaged over the processes."""
+    """Wrap the model to average its gradients over the processes."""
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def no_gradient_sync(model: nn.Module, last: bool) -> Any:
-    """Context of a backward pass: gradients are exchanged only in the last of an accumulation."""
+    """Context of a backward pass that synchronises gradients only if it is the last one."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
@@ -136,7 +135,7 @@ def differentiable_mean(values: Tensor) -> Tensor:
 
 
 def concatenate(values: Tensor) -> Tensor:
-    """The values [batch ...] of all processes, one batch after the other, without gradients."""
+    """The values [batch ...] of all processes, concatenated by rank, without gradients."""
     if not dist.is_initialized():
         return values
     values = values.contiguous()
@@ -146,7 +145,7 @@ def concatenate(values: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in order."""
+    """The value of every process, by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -155,23 +154,23 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value, in every process."""
+    """Broadcast the main process's value."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=_patient)
+    dist.broadcast_object_list(values, src=0, group=_main_group)
     return values[0]
 
 
 def wait_for_main() -> None:
-    """Wait for what the main process does alone, before anything is exchanged between GPUs: their
-    watchdog would take a long wait for a fault."""
+    """Wait for work of the main process on the CPU group. NCCL's watchdog would abort a long
+    wait."""
     from_main(None)
 
 
 def main_first(action: Callable[[], Done]) -> Done:
-    """Do something in the main process alone; the others wait for what it returns, and fail with it
-    if it fails."""
+    """Run an action in the main process only. All processes return its result, or raise its
+    UserError."""
     done, problem, cause = None, None, None
     if is_main():
         try:
@@ -185,12 +184,12 @@ def main_first(action: Callable[[], Done]) -> Done:
 
 
 def part_of(count: int) -> Tensor:
-    """The items of this process among `count`: every n-th one."""
+    """Indices of this process's items among `count`: every n-th one."""
     return torch.arange(rank(), count, world_size())
 
 
 def rows_of_all(values: Tensor) -> Tensor:
-    """Rows [n ...] of all processes, one process after another, n being each one's own."""
+    """Rows [n ...] of all processes, concatenated by rank. n may differ between processes."""
     if not dist.is_initialized():
         return values
     counts = _counts(values)
@@ -201,11 +200,11 @@ def rows_of_all(values: Tensor) -> Tensor:
 
 
 def rows_to_main(values: Tensor, ids: Tensor) -> Tensor:
-    """Rows [n ...] of all processes by their ids [n], which rise within each process: all of them
-    in the main process, none in the others.
+    """Gather rows [n ...] of all processes in the main process, sorted by their ids [n]. The other
+    processes return no rows.
 
-    They travel as they are, one process after another: the main process holds the whole and at
-    most one part twice.
+    ids must increase within each process. The main process receives one part at a time, so that it
+    needs little memory beyond the result.
     """
     if not dist.is_initialized():
         return values

@@ -10,7 +10,7 @@ DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|steps?|%)\s*")
 
 
 def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
-    """Convert a duration to steps. Raises UserError where the text is not a duration."""
+    """Convert a duration to steps. Raises UserError if the text is not a duration."""
     match = DURATION.fullmatch(str(text))
     if match is None:
         raise UserError(f"'{text}' is not a duration: write '40 epochs', '500 steps' or '5%'")
@@ -19,7 +19,7 @@ def duration_steps(text: str, total_steps: int, steps_per_epoch: int) -> float:
 
 
 def check_duration(name: str, text: str) -> None:
-    """Raises UserError, with the option's name, where the text is not a duration."""
+    """Raise UserError, with the option's name, if the text is not a duration."""
     try:
         duration_steps(text, 1, 1)
     except UserError as error:

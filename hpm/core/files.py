@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without executing anything."""
+"""Write files atomically, and read weights without executing code."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ STALE = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary file, flush it to disk, then rename it to `path`.
 
-    A file of that name is thus always whole, and has the permissions of any new file (by the
-    umask). Raises UserError where the disk is full or the folder cannot be written to, and leaves
-    nothing behind.
+    The file is complete whenever it exists, and its permissions follow the umask. Raises UserError,
+    leaving no file behind, if the disk is full or the folder is not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if temporary.stat().st_mode != mode:  # safetensors makes files that only their owner reads
+        if temporary.stat().st_mode != mode:  # safetensors creates files with mode 0600
             temporary.chmod(mode)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -59,8 +58,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def remove_stale(*folders: Path) -> None:
-    """Remove the temporary files that killed saves left in these folders: ours, and those that
-    safetensors makes beside them."""
+    """Remove temporary files of killed processes: ours and those of safetensors."""
     for folder in folders:
         for path in folder.glob(".*"):
             if STALE.fullmatch(path.name) and path.is_file():
@@ -87,13 +85,13 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: StateDict, meta: dict[str, Any]) -> None:
     """Write tensors and JSON into one safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Older versions of transformers refuse a file that does not name its framework.
+    # Older versions of transformers require the key "format".
     header = {"hpm": json.dumps(meta), "format": "pt"}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def read_tensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Tensors and JSON of a safetensors file, or of a PyTorch file that holds no code."""
+    """Read tensors and JSON from a safetensors file, or a PyTorch file without code."""
     _check_access(path)
     try:
         if path.suffix in TORCH_SUFFIXES:
@@ -111,7 +109,7 @@ def read_tensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint, without its tensors. Raises UserError."""
+    """Read the JSON of a checkpoint without its tensors. Raises UserError if it is not one."""
     _check_access(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,12 +121,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_torch_file(path: Path) -> dict[str, StateDict]:
-    """Every state dict of a PyTorch file that holds no code: under its key, or under "" where it
-    is the file itself. Raises UserError."""
+    """All state dicts in a PyTorch file, by key; "" is the top level. Raises UserError if the file
+    is damaged or contains code."""
     _check_access(path)
     try:
-        _refuse_packed(path)
-        # Training scripts keep their arguments beside the weights, in this container.
+        _refuse_compressed(path)
+        # Training scripts often store their arguments beside the weights as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -148,8 +146,8 @@ def read_torch_file(path: Path) -> dict[str, StateDict]:
     return states
 
 
-def _refuse_packed(path: Path) -> None:
-    """Refuse compressed archives, which may unpack to any size; PyTorch does not compress."""
+def _refuse_compressed(path: Path) -> None:
+    """Refuse compressed archives, which may be zip bombs; PyTorch does not compress."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -159,13 +157,13 @@ def _refuse_packed(path: Path) -> None:
 
 
 def _tensors(content: Any, path: Path) -> StateDict:
-    """The tensors of a dictionary, each of them whole: none claims more than its file holds."""
+    """The tensors of a dictionary. Refuses tensors that claim more memory than the file holds."""
     if not isinstance(content, dict):
         return {}
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     for name, tensor in state.items():
-        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise _unreadable(path, ValueError(f"{name} is not a plain tensor"))
     return state
 
@@ -192,7 +190,7 @@ def check_meta(path: Path, meta: dict[str, Any]) -> None:
 
 
 def _check_access(path: Path) -> None:
-    """Raise the real reason, because safetensors reports every file as missing."""
+    """Raise the actual reason; safetensors reports any unreadable file as missing."""
     try:
         with open(path, "rb"):
             pass

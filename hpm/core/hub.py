@@ -1,4 +1,4 @@
-"""The Hugging Face hub: load weights from its cache or the network, and upload folders."""
+"""Load weights from the Hugging Face hub or its cache, and upload folders."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 
 Loaded = TypeVar("Loaded")
-SECONDS = 3.0
+CONNECT_TIMEOUT = 3.0  # seconds
 
 
 def fetched(
-    name: str, extra: str, load: Callable[[], Loaded], only_by: str | None = None
+    name: str, extra: str, load: Callable[[], Loaded], command: str | None = None
 ) -> Loaded:
-    """What `load` returns. Raises UserError if the weights are neither on disk nor available.
+    """Call `load`, offline if the hub cannot be reached, and return its result.
 
-    only_by: the command by which the user fetches the weights; given where only a file of weights
-    names them. Then they are taken from the disk, and the network is left alone.
+    command: if given, never use the network, and tell the user to download the weights with this
+    command. For weights that only a file names. Raises UserError if the weights are not available.
     """
     constants: Any = need("huggingface_hub.constants", extra, f"fetching {name}")
     before = constants.HF_HUB_OFFLINE
-    # Without a network the library would try again for most of a minute.
-    constants.HF_HUB_OFFLINE = bool(only_by or before or not _reachable(constants.ENDPOINT))
+    # Without a network, huggingface_hub would retry for most of a minute.
+    constants.HF_HUB_OFFLINE = bool(command or before or not _reachable(constants.ENDPOINT))
     try:
         return load()
     except (OSError, ValueError, RuntimeError) as error:
         where = f"it was looked for in {constants.HF_HUB_CACHE}"
-        if only_by:
+        if command:
             raise UserError(
                 f"{name} is not on disk ({where}), and models that only a file names are not "
-                f"downloaded: download it with {only_by}"
+                f"downloaded: download it with {command}"
             ) from None
         if constants.HF_HUB_OFFLINE:
             why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
@@ -50,7 +50,8 @@ def fetched(
 
 
 def read_json(path: Path, needed: bool = False) -> dict[str, Any]:
-    """What stands beside a model's weights; nothing where there is no such file, unless needed.
+    """Read a JSON file beside a model's weights. An absent file is an empty dictionary, or an error
+    if `needed`.
 
     Raises UserError.
     """
@@ -72,10 +73,9 @@ def _damaged(path: Path, why: str) -> UserError:
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
-    """Upload a folder as the model USER/NAME, made where there is none, private unless it is to be
-    `public`. Returns its address.
+    """Upload a folder to the hub as the model USER/NAME, which is created if needed.
 
-    Raises UserError where the hub cannot be reached or does not accept it.
+    Private unless `public`. Returns its address. Raises UserError if the upload fails.
     """
     hub: Any = need("huggingface_hub", "hf", "--push")
     endpoint = need("huggingface_hub.constants", "hf", "--push").ENDPOINT
@@ -91,11 +91,11 @@ def push(folder: Path, name: str, public: bool = False) -> str:
 
 def _reachable(address: str) -> bool:
     if getproxies():
-        return True  # what a direct connection says would mean nothing
+        return True  # a direct connection would not test the proxy
     parts = urlparse(address)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
-        with socket.create_connection((parts.hostname, port), timeout=SECONDS):
+        with socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT):
             return True
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Only one process trains into a folder: a lock that ends with the process that holds it."""
+"""A lock on a folder, so that only one process trains into it. It ends with the process."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _held: dict[Path, int] = {}  # folder -> open file
 
 
 def acquire(folder: Path) -> str | None:
-    """Make a folder and lock it for this process: until `release`, or until the process ends,
-    however it ends.
+    """Create a folder, and lock it until `release` or until the process ends.
 
-    Returns a line for the log where its file system has no locks. Raises UserError where another
-    process holds the lock.
+    Returns a line for the log if the file system has no locks. Raises UserError if another process
+    holds the lock.
     """
     folder = folder.resolve()
     if folder in _held:
@@ -56,17 +55,17 @@ def acquire(folder: Path) -> str | None:
 
 def release(folder: Path) -> None:
     """Release the lock if this process holds it. The lock file stays, because another process may
-    have opened it already."""
+    have opened it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
         os.close(file)
 
 
-def _forget() -> None:
+def _release_inherited() -> None:
     """Release inherited locks in a forked worker, which may outlive its parent."""
     for file in _held.values():
         os.close(file)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_release_inherited)

@@ -40,7 +40,7 @@ class Rules:
     rising: bool = False
     duration: bool = False
     main: bool = False  # shown first in the help
-    may_change: bool = False  # between an interrupted run and its continuation
+    may_change: bool = False  # when an interrupted run is resumed
 
 
 def option(default: Any = MISSING, **rules: Any) -> Any:
@@ -132,7 +132,7 @@ def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
 
 
 def check_rules(options: Any) -> None:
-    """Raises UserError for the first option whose value breaks its own rules."""
+    """Raise UserError for the first option whose value breaks its own rules."""
     for name, each in describe(type(options)).items():
         value = getattr(options, name)
         if value is None:

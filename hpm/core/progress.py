@@ -13,13 +13,13 @@ from hpm.core import distributed
 
 
 def say(text: str) -> None:
-    """A line for the screen, of the main process."""
+    """Print a line to stderr, in the main process."""
     if distributed.is_main():
         Console(file=sys.stderr, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def track(steps: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
-    """The steps, with a progress bar where the main process has a terminal."""
+    """Iterate over steps, with a progress bar if the main process has a terminal."""
     console = Console(file=sys.stderr)
     shown = console.is_terminal and distributed.is_main()
     return rich_track(

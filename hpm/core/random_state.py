@@ -1,4 +1,4 @@
-"""The global random states of a program that calls hpm."""
+"""Preserve the global random states of a program that calls hpm."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
     """Leave the global random states of Python, NumPy and PyTorch (on a GPU as well, where it is
     the device) as they were before the block, whatever the block draws or seeds."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [device] if device is not None and device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

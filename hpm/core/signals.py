@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: save, then stop."""
+"""Save and stop on SIGTERM, SIGUSR1 and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """The signal that asked the run to stop; 0 for none."""
+    """The stop signal that was received; 0 for none."""
 
     received = 0
 
@@ -27,16 +27,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def ignore_stop_signals(*_: object) -> None:
-    """For loading workers: schedulers signal every process of a job, and a worker that died of it
-    would end the run before it has saved. Workers end with the process that started them."""
+    """Ignore stop signals in a data loading worker. Schedulers signal every process of a job, and a
+    dead worker would end the run before it has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def hold_stop_signals() -> Iterator[None]:
-    """Deliver stop signals after the block, and to processes that it starts only once they allow
-    them: loading workers could not ignore them any sooner."""
+    """Block stop signals inside the context. Processes started in it inherit the blocked signals,
+    so that data loading workers can ignore them in time."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -46,8 +46,8 @@ def hold_stop_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C ask the loop to
-    save and stop; a second Ctrl-C stops at once."""
+    """Record SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C for the
+    training loop. A second Ctrl-C raises KeyboardInterrupt at once."""
     stop = Stop()
 
     def receive(number: int, frame: Any) -> None:
@@ -56,7 +56,7 @@ def stop_signals() -> Iterator[Stop]:
         stop.received = number
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
+        yield stop  # Python allows signal handlers in the main thread only
         return
     before = {n: signal.signal(n, receive) for n in STOP_SIGNALS}
     try:

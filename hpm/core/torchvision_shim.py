@@ -33,7 +33,7 @@ def import_torchvision() -> None:
             _declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
 
-        # torchvision's own roi_align in Python is compiled on the first call: that takes a minute.
+        # torchvision's own roi_align in Python compiles on the first call, which takes a minute.
         operators: Any = sys.modules["torchvision.ops.roi_align"]
         operators._roi_align = boxes.roi_align
         torchvision.ops.nms = torchvision.ops.boxes.nms = boxes.nms

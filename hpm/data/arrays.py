@@ -1,8 +1,9 @@
-"""Images that Pillow has no mode for: any number of channels, more than 8 bits, `.npy`.
+"""Open image files, including those that Pillow has no mode for: any number of channels, more than
+8 bits, `.npy`.
 
-Units: in a view 255 is full scale, whatever the file holds. Unsigned 8 and 16 bits (and bool) are
-shares of their own full scale. All else, floating or signed, is taken as it is, 1 being full scale:
-any unit trains, since mean and deviation are measured.
+Units: full scale is 255 in a view, whatever the file holds. Unsigned 8 and 16 bits (and bool) are
+scaled by their own full scale. Signed and floating-point values are not scaled, 1 being full scale:
+any unit works, since mean and standard deviation are measured.
 """
 
 from __future__ import annotations
@@ -29,18 +30,17 @@ from hpm.data.pillow import open_by_pillow
 
 BICUBIC = Image.Resampling.BICUBIC
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-ALPHA = (1, 2)  # of TIFF's extra samples: associated, unassociated
-BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # as Pillow says it
-LOOKED_AT = 64  # images that tell whether those of a source are deep
-LZW = 5  # of TIFF's compressions
-LARGEST = 1e30  # of a floating-point pixel: beyond it float32 overflows
-LUMA = np.array([299, 587, 114], np.float32) / 1000  # as Pillow turns RGB to grey
-View = np.ndarray  # [channels height width], uint8 or float32, 255 being full scale
+ALPHA = (1, 2)  # TIFF's ExtraSamples: associated and unassociated alpha
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # raised by Pillow
+LZW = 5  # a TIFF compression
+LARGEST = 1e30  # magnitude of a floating-point pixel; beyond it, float32 sums overflow
+LUMA = np.array([299, 587, 114], np.float32) / 1000  # Pillow's weights of RGB in grey
+View = np.ndarray  # [channels height width], uint8 or float32, on a scale of 0 to 255
 File = str | Path | io.BytesIO
 Box = tuple[int, int, int, int]  # left, top, right, bottom; in pixels
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
 
-# Both complain on stderr of each file that they cannot read; here that is told by UnreadableImage.
+# Both log every unreadable file to stderr; UnreadableImage reports it instead.
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
@@ -51,7 +51,7 @@ class UnreadableImage(Exception):
 
 @contextmanager
 def reading(errors: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
-    """Whatever a decoder raises on a broken file becomes UnreadableImage."""
+    """Turn a decoder's errors on broken files into UnreadableImage."""
     try:
         yield
     except UnreadableImage:
@@ -64,9 +64,9 @@ def reading(errors: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
 class ArrayImage:
     """An image as an array, not decoded yet.
 
-    axes: which axis is which, of Y, X and C; empty where the file does not say.
-    colours: the channels are known to be grey or RGB, perhaps with alpha, so that they may be
-        turned into each other; those of other images may mean anything.
+    axes: meaning of each axis, of Y, X and C; empty if the file does not say.
+    colours: the channels are grey or RGB, perhaps with alpha, and can be converted into each other;
+        those of other images may mean anything.
     """
 
     load: Callable[[], np.ndarray]
@@ -81,7 +81,7 @@ class ArrayImage:
         return _kind(self.dtype) not in ("u1", "b1")
 
     def pixels(self, channels: int) -> Pixels:
-        """Decoded. Raises UnreadableImage where the channels are others, or the numbers none."""
+        """Decode. Raises UnreadableImage for a wrong number of channels or unusable values."""
         self._check_size()
         axes = self.axes or _guess_axes(self.shape, channels)
         if sorted(axes) not in (["X", "Y"], ["C", "X", "Y"]):
@@ -98,8 +98,7 @@ class ArrayImage:
     def _check_size(self) -> None:
         if self.dtype.kind not in "biuf":
             raise UnreadableImage(f"values of type {self.dtype} cannot be pixels")
-        # As many values as the largest image that Pillow opens, so that a broken or hostile header
-        # does not fill the memory.
+        # The same limit as Pillow's, so that a broken or hostile header cannot fill the memory.
         limit = 2 * 4 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
         if not 0 < math.prod(self.shape) <= limit:
             raise UnreadableImage(f"{_times(self.shape)} values, not between 1 and {limit}")
@@ -112,17 +111,20 @@ class ArrayImage:
                 f"{_times(array.shape)} values, but its header says {_times(self.shape)}"
             )
         if array.dtype.kind == "f":
-            # Of the whole image: whether it is readable must not depend on the crop.
+            # Checked on the whole image: whether it is readable must not depend on the crop.
             low, high = float(array.min()), float(array.max())
-            if not -LARGEST < low <= high < LARGEST:  # false for NaN, too
+            if not -LARGEST < low <= high < LARGEST:  # also true for NaN
                 raise UnreadableImage("some pixels are NaN, infinite or out of range")
         return array
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded pixels [found channels, height, width], in any order of memory, perhaps mapped from a
-    file; how many channels are wanted of them; whether the last says how much the others count."""
+    """Decoded pixels.
+
+    array: [channels in the file, height, width], in any memory order, possibly a memory-mapped
+    file. channels: number of channels of a view. transparent: the last channel is alpha.
+    """
 
     array: np.ndarray
     channels: int
@@ -137,11 +139,11 @@ class Pixels:
         return self.array.shape[1]
 
     def resized(self, size: tuple[int, int], box: Box) -> View:
-        """The part in `box` at `size` (height, width)."""
+        """Crop to `box` and resize to `size` (height, width)."""
         left, top, right, bottom = box
         part = in_units_of_255(self.array[:, top:bottom, left:right])
         if self.transparent:
-            # Pillow weighs colours by their alpha.
+            # Pillow weights colours by alpha when it resizes.
             image = Image.fromarray(np.ascontiguousarray(part.transpose(1, 2, 0)))
             return np.asarray(image.resize(size[::-1], BICUBIC)).transpose(2, 0, 1).copy()
         view = resize(part, size)
@@ -151,16 +153,17 @@ class Pixels:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> View:
-    """[C H W], uint8 or float32, to `size` (height, width): bicubic, antialiased, Pillow's filter.
+    """Resize [C H W], uint8 or float32, to `size` (height, width): bicubic, antialiased.
 
-    8 bits by PyTorch, which is four times as fast; float32 by Pillow, which is as fast and keeps
-    16 bits of precision, where PyTorch errs by 1e-5. (PyTorch 2.13 also fails to make one pixel.)
+    uint8 uses PyTorch, which is four times as fast as Pillow with the same filter; float32 uses
+    Pillow, which is as fast and more precise (PyTorch's error is 1e-5). PyTorch 2.13 fails for an
+    output of one pixel.
     """
     if pixels.dtype != np.uint8 or size == (1, 1):
         bands = [Image.fromarray(np.ascontiguousarray(band)) for band in pixels]
         return np.stack([np.asarray(band.resize(size[::-1], BICUBIC)) for band in bands])
     if not pixels.flags.writeable or min(pixels.strides) < 0:
-        pixels = pixels.copy(order="K")  # PyTorch has no such arrays
+        pixels = pixels.copy(order="K")  # torch.from_numpy needs writable, positive strides
     resized = F.interpolate(torch.from_numpy(pixels)[None], size, mode="bicubic", antialias=True)
     return resized[0].contiguous().numpy()
 
@@ -169,11 +172,11 @@ Opened = Image.Image | JpegImage | ArrayImage
 
 
 def open_image(file: File) -> Opened:
-    """Open an image file (or its bytes), not decoded yet: by Pillow where that keeps all of it.
+    """Open an image file (or its bytes) without decoding it, with Pillow unless it would lose data.
 
     Raises UnreadableImage.
     """
-    with reading((Exception,)):  # of the decoders' own kinds
+    with reading((Exception,)):  # decoders have error classes of their own
         if not isinstance(file, io.BytesIO) and Path(file).suffix.lower() in JPEG_SUFFIXES:
             file = io.BytesIO(Path(file).read_bytes())  # the fast decoder reads memory
         head = _head(file)
@@ -188,7 +191,7 @@ def open_image(file: File) -> Opened:
         try:
             return open_by_pillow(_rewound(file))
         except UnidentifiedImageError:
-            # Pillow names the file, which is named anyway, or an address in memory.
+            # Pillow's message names the file, which is known, or an address in memory.
             raise UnreadableImage("cannot identify what kind of image this is") from None
 
 
@@ -199,48 +202,19 @@ def is_deep(image: Opened) -> bool:
     return image.deep if isinstance(image, ArrayImage) else image.mode in DEEP_MODES
 
 
-def any_deep(open_one: Callable[[int], Opened], count: int) -> bool:
-    """Looks at the headers of some of `count` images, spread evenly: those of all would take
-    minutes on a large set, and images of one set are mostly alike. The rare deep one that is missed
-    is reduced to 8 bits, as other software would."""
-    for index in np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int):
-        with suppress(UnreadableImage, OSError):
-            if is_deep(open_one(int(index))):
-                return True
-    return False
-
-
-def loses_alpha(open_one: Callable[[int], Opened], count: int, channels: int) -> bool:
-    """Have some of the images (see `any_deep`) a fourth band beside their colours, which these
-    channels leave out?"""
-    if channels not in (1, 3):
-        return False
-    for index in np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(int):
-        with suppress(UnreadableImage, OSError):
-            if _has_alpha(open_one(int(index))):
-                return True
-    return False
-
-
-def _has_alpha(image: Opened) -> bool:
-    if isinstance(image, Image.Image):
-        return image.mode in ("RGBA", "RGBa", "RGBX", "LA", "PA") or "transparency" in image.info
-    return isinstance(image, ArrayImage) and image.colours and image.shape[-1] in (2, 4)
-
-
 def from_pillow(image: Image.Image) -> ArrayImage:
-    """The pixels of an image in a mode that a view cannot be made of directly."""
+    """Convert an image whose mode cannot be used for a view directly."""
     bands = image.getbands()
     whole = np.asarray(image)
     if image.mode == "I" and image.format in ("PNG", "PPM"):
-        whole = whole.astype(np.uint16)  # 16 bits, in the only mode that older Pillows had for it
+        whole = whole.astype(np.uint16)  # older versions of Pillow open 16-bit grey as "I"
     grey = image.mode in ("1", "L", *DEEP_MODES)
     axes = "YX" if len(bands) == 1 else "YXC"
     return ArrayImage(lambda: whole, whole.shape, whole.dtype, axes, colours=grey)
 
 
 def in_units_of_255(array: np.ndarray) -> np.ndarray:
-    """uint8 as it is, all else as float32 with 255 for full scale (see the top of this file)."""
+    """uint8 unchanged, all else as float32 on a scale of 0 to 255 (see the top of this file)."""
     kind = _kind(array.dtype)
     if kind == "u1":
         return array
@@ -251,14 +225,14 @@ def in_units_of_255(array: np.ndarray) -> np.ndarray:
 
 
 def at_depth(view: View, deep: bool) -> View:
-    """float32 where deep, else uint8: all views of a source are of one kind."""
+    """Convert to float32 if deep, else to uint8: all views of a source have one dtype."""
     if deep:
         return view.astype(np.float32, copy=False)
     return view if view.dtype == np.uint8 else view.round().clip(0, 255).astype(np.uint8)
 
 
 def recoloured(view: View, channels: int) -> View:
-    """Between grey, grey with alpha, RGB and RGBA, as Pillow does it."""
+    """Convert between grey, grey with alpha, RGB and RGBA, as Pillow does."""
     alphas = view[-1:] if len(view) in (2, 4) else np.full_like(view[:1], 255)
     colours = view[: len(view) - (len(view) in (2, 4))]
     if channels == 1 and len(colours) == 3:
@@ -270,7 +244,7 @@ def recoloured(view: View, channels: int) -> View:
 
 
 def _head(file: File) -> bytes:
-    """The first bytes; none of files whose suffix says that Pillow reads all of them."""
+    """The first 32 bytes; empty for suffixes that Pillow always handles."""
     if isinstance(file, io.BytesIO):
         return file.getvalue()[:32]
     if Path(file).suffix.lower() not in (".npy", ".png", ".tif", ".tiff"):
@@ -280,14 +254,14 @@ def _head(file: File) -> bytes:
 
 
 def _open_npy(file: File) -> ArrayImage:
-    # Mapped: of an image that is not floating point only the pages of the crop are read.
+    # Memory-mapped: unless it is floating point, only the pages of the crop are read.
     mode: Any = None if isinstance(file, io.BytesIO) else "r"
     array = np.load(_rewound(file), mmap_mode=mode, allow_pickle=False)
     return ArrayImage(lambda: array, array.shape, array.dtype, "")
 
 
 def _open_colour_png(file: File, head: bytes) -> ArrayImage:
-    """16 bits of grey with alpha, RGB or RGBA; Pillow would keep 8."""
+    """A 16-bit PNG with alpha or colours, which Pillow would reduce to 8 bits."""
     codecs = _need("imagecodecs", "PNG of 16-bit colours")
     width, height = (int.from_bytes(head[at : at + 4], "big") for at in (16, 20))
     shape = (height, width, {2: 3, 4: 2, 6: 4}[head[25]])
@@ -297,12 +271,12 @@ def _open_colour_png(file: File, head: bytes) -> ArrayImage:
 
 
 def _open_tiff(file: File) -> Image.Image | ArrayImage:
-    """By Pillow what it keeps all channels, bits and pages of; else by tifffile."""
+    """Open with Pillow if it keeps all channels, bits and pages, else with tifffile."""
     with suppress(UnidentifiedImageError):
         image: Any = open_by_pillow(_rewound(file))
         bands = len(image.getbands())
         samples, bits = image.tag_v2.get(277, 1), max(image.tag_v2.get(258, (1,)))
-        pages = bands == 1 and image.is_animated  # of an image whose channels are pages
+        pages = bands == 1 and image.is_animated  # each channel is stored as a page
         if samples == bands and not pages and (bits <= 8 or bands == 1 or image.mode == "CMYK"):
             return image
     tifffile = _need("tifffile", "TIFF of more than RGB in 8 bits")
@@ -310,10 +284,10 @@ def _open_tiff(file: File) -> Image.Image | ArrayImage:
 
     def load() -> np.ndarray:
         if page.compression == LZW:
-            # By libtiff: the decoder that tifffile takes crashes the process on damaged files.
+            # Use libtiff: tifffile's decoder crashes the process on damaged files.
             return codecs.tiff_decode(_content(file), index=None if len(series) > 1 else 0)
         with tifffile.TiffFile(_rewound(file)) as tiff:
-            # One thread: loading has processes.
+            # One thread, since several workers load in parallel.
             return tiff.series[0].asarray(maxworkers=1)
 
     with tifffile.TiffFile(_rewound(file)) as tiff:
@@ -330,7 +304,7 @@ def _need(module: str, job: str) -> ModuleType:
     try:
         return need(module, "multichannel", job)
     except UserError as error:
-        # An image among others, perhaps in a loading process: it is named and counted there.
+        # Count it as an unreadable image: this may run in a worker.
         raise UnreadableImage(str(error)) from None
 
 
@@ -345,19 +319,19 @@ def _content(file: File) -> bytes:
 
 
 def _guess_axes(shape: tuple[int, ...], channels: int) -> str:
-    """[H W], [H W C] or [C H W]: C is the axis that is as long as there are channels."""
+    """[H W], [H W C] or [C H W]: C is the axis whose length is `channels`."""
     if len(shape) != 3:
         return {2: "YX"}.get(len(shape), "?")
     first, last = shape[0] == channels, shape[2] == channels
     if first and last:
         raise UnreadableImage(f"{_times(shape)} values: first or last axis may be the channels")
     if not first and not last:
-        first = shape[0] < shape[2]  # to tell how many channels there are instead
+        first = shape[0] < shape[2]  # the shorter one, for the error message
     return "CYX" if first else "YXC"
 
 
 def _kind(dtype: np.dtype) -> str:
-    """`u2` for 16 bits unsigned, of whatever byte order."""
+    """The dtype without byte order: `u2` for unsigned 16 bits."""
     return dtype.str[1:]
 
 

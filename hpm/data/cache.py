@@ -1,4 +1,4 @@
-"""Decoded images in memory that loading processes share, filled as images are first read."""
+"""A cache of decoded images in memory that workers share, filled when an image is first read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpm.data.sources import Source
 from hpm.data.workers import FORKS
 
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
-LOOKED_AT = 32  # images that tell how large those of a source are
+SAMPLED = 32  # images decoded to estimate the size of a source
 ENTRY = np.dtype(
     [
         ("start", "i8"),
@@ -25,15 +25,15 @@ ENTRY = np.dtype(
         ("kind", "S3"),
         ("transparent", "?"),
         ("interleaved", "?"),
-        ("there", "?"),
+        ("filled", "?"),
     ]
 )
 
 
 class Cache:
-    """Pixels by index, in memory that is taken from the system as it fills.
+    """Pixels by index. The system allocates the memory as it is written.
 
-    Made before the processes that share it, by fork. What does not fit is not kept.
+    Create it before the workers, which inherit it by fork. Images that do not fit are not cached.
     """
 
     def __init__(self, count: int, size: int):
@@ -45,13 +45,13 @@ class Cache:
 
     @property
     def used(self) -> int:
-        """Bytes."""
+        """Bytes in use."""
         return int(self._used[0])
 
     def get(self, index: int, channels: int) -> Pixels | None:
         with self._lock:
             entry = self._table[index].copy()
-        if not entry["there"]:
+        if not entry["filled"]:
             return None
         kind, start = np.dtype(entry["kind"].decode()), int(entry["start"])
         shape = tuple(map(int, entry["shape"]))
@@ -63,17 +63,17 @@ class Cache:
 
     def put(self, index: int, pixels: Pixels) -> None:
         array = pixels.array
-        # Interleaved colours stay so: PyTorch resizes them faster.
+        # Interleaved channels stay interleaved: PyTorch resizes them faster.
         interleaved = array.strides[0] < array.strides[2]
         array = np.ascontiguousarray(array.transpose(1, 2, 0) if interleaved else array)
         with self._lock:
             start = self.used
             stop = start + -(-array.nbytes // 64) * 64
-            if stop > self.size or self._table[index]["there"]:
+            if stop > self.size or self._table[index]["filled"]:
                 return
             self._used[0] = stop
         self._memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        with self._lock:  # last, so that nobody reads what is half written
+        with self._lock:  # last, so that no worker reads a half-written image
             self._table[index] = (
                 start,
                 array.shape,
@@ -87,29 +87,32 @@ class Cache:
 def make_cache(
     wanted: Literal["auto", "true", "false"], source: Source, decoded: Callable[[int], Pixels]
 ) -> Cache | None:
-    """For all images of a source, where they fit; `auto`: easily. None where they do not."""
+    """A cache for a source, or None if `wanted` is false or memory is short.
+
+    With `auto`, only if all images fit into a quarter of the available memory.
+    """
     if wanted == "false" or not FORKS:
         return None
     sizes = []
-    for index in np.linspace(0, len(source) - 1, min(len(source), LOOKED_AT)).astype(int):
+    for index in np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(int):
         with contextlib.suppress(UnreadableImage, OSError):
             sizes.append(decoded(int(index)).array.nbytes)
     needed = int(1.1 * len(source) * float(np.mean(sizes))) if sizes else 0
     available = available_memory() // distributed.processes_here()
     if not needed or (wanted == "auto" and needed > AUTO_SHARE * available):
         return None
-    with contextlib.suppress(OSError):  # a system that promises no memory that it does not have
+    with contextlib.suppress(OSError):  # without overcommitment, the system may refuse
         return Cache(len(source), min(2 * needed, int(LARGEST_SHARE * available)))
     return None
 
 
 def available_memory() -> int:
-    """Bytes that this machine can still give, or this container."""
+    """Bytes of free memory on this machine or in this container."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     known = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":") for x in lines)}
     available = known["MemAvailable"]
     group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # none, or "max"
+    with contextlib.suppress(OSError, ValueError):  # no limit
         limit = int((group / "memory.max").read_text())
         available = min(available, limit - int((group / "memory.current").read_text()))
     return max(0, available)

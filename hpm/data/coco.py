@@ -1,4 +1,4 @@
-"""COCO's JSON of boxes and masks, read and checked."""
+"""Read and check COCO's JSON of boxes and masks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from hpm.core.errors import UserError, counted
 from hpm.data.notes import say_once
 from hpm.data.rle import check_segmentation
 
-BEYOND = 2  # pixels that a box may reach out of its image, as rounding does
-FAULTY_SHARE = 1e-3  # of boxes that may be faulty: COCO itself has two empty ones in 860,001
+MARGIN = 2  # pixels that a box may reach out of its image, because of rounding
+MAX_FAULTY_SHARE = 1e-3  # of the boxes; COCO itself has two empty ones among 860,001
 PARTS = ("images", "annotations", "categories")
 
 
 @dataclass
 class CocoFile:
-    """files: of the images. sizes: int64 [images 2], height and width. classes: names of the
-    categories, in the order of their ids. objects: of each image; of each object bbox (x, y, width,
-    height), area, iscrowd, segmentation (empty where there is none), and class, its number."""
+    """files: file name of each image. sizes: int64 [images 2], height and width. classes: names of
+    the categories, in the order of their ids. objects: for each image a list of objects, each with
+    bbox (x, y, width, height), area, iscrowd, segmentation (empty if there is none) and class (the
+    class index)."""
 
     files: list[str]
     sizes: np.ndarray
@@ -33,7 +34,7 @@ class CocoFile:
 
 
 def read_coco(file: Path, folder: Path) -> CocoFile:
-    """Read annotations of the images in `folder`. Raises UserError naming what is wrong."""
+    """Read the annotations of the images in `folder`. Raises UserError if they are wrong."""
     content = _parsed(file)
     images = _by_id(file, content["images"], "image")
     categories = dict(sorted(_by_id(file, content["categories"], "category").items()))
@@ -76,7 +77,7 @@ def _parsed(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}{where}: not valid JSON; write or download it again") from (None)
+        raise UserError(f"{file}{where}: not valid JSON; write or download it again") from None
     for part in PARTS:
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise UserError(f"{file}: no list '{part}'; COCO's JSON has {', '.join(PARTS)}")
@@ -126,7 +127,7 @@ def _check_files(file: Path, folder: Path, names: list[str]) -> None:
 
 
 def _fault(box: Any, height: int, width: int) -> str | None:
-    """What is wrong with a box, if anything."""
+    """What is wrong with a box, or None."""
     if not (
         isinstance(box, list)
         and len(box) == 4
@@ -138,7 +139,7 @@ def _fault(box: Any, height: int, width: int) -> str | None:
         return f"its box {box} has a negative width or height (a bbox is x, y, width, height)"
     if w == 0 or h == 0:
         return f"its box {box} is empty"
-    if x < -BEYOND or y < -BEYOND or x + w > width + BEYOND or y + h > height + BEYOND:
+    if x < -MARGIN or y < -MARGIN or x + w > width + MARGIN or y + h > height + MARGIN:
         return (
             f"its box {box} lies outside of the image of {width}x{height} (a bbox is x, y, width, "
             "height in pixels)"
@@ -166,10 +167,10 @@ def _object(
 
 
 def _report(file: Path, faulty: list[str], count: int) -> None:
-    """A few faulty boxes are passed over with one line, many are an error."""
+    """Skip a few faulty boxes with a warning. Raise UserError if there are many."""
     if not faulty:
         return
     more = f" (and {counted(len(faulty) - 1, 'other')})" if len(faulty) > 1 else ""
-    if len(faulty) > FAULTY_SHARE * count:
+    if len(faulty) > MAX_FAULTY_SHARE * count:
         raise UserError(f"{faulty[0]}{more}: correct or remove it")
     say_once(f"passed over {counted(len(faulty), 'faulty box', 'faulty boxes')}: {faulty[0]}{more}")

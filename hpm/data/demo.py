@@ -1,9 +1,9 @@
 """The built-in images: textured objects of ten classes over textured backgrounds.
 
 Rendered on the fly, each a pure function of (split, index, size), with label, mask and boxes. A
-class is a shape together with a texture; colour, place, size and rotation say nothing about it.
-Backgrounds are smooth, so that a patch of them can be told from its neighbours; objects are not,
-so that the hard patches are theirs.
+class is a combination of shape and texture; colour, position, size and rotation are independent of
+it. Backgrounds are smooth, so that a background patch can be predicted from its neighbours; objects
+are not, so that the hard patches lie on objects.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 
 SIZES = {"train": 4096, "test": 1024}
 SUPERSAMPLING = 2
-GAP = 0.03  # of the image's side: at least so far are two objects apart
+GAP = 0.03  # least distance between two objects, as a fraction of the image's side
 
 Field = np.ndarray  # float32 [H W]
 
 
 @dataclass(frozen=True)
 class DemoImage:
-    """image: uint8 [H W 3]; label: number of the class; boxes: int [objects 4], x0 y0 x1 y1 in
-    pixels, the ends exclusive; masks: bool [objects H W], True on the object."""
+    """image: uint8 [H W 3]. label: class index. boxes: int [objects 4], x0 y0 x1 y1 in pixels, ends
+    exclusive. masks: bool [objects H W], True on the object."""
 
     image: np.ndarray
     label: int
@@ -64,11 +64,11 @@ def render(index: int, split: str = "train", size: int = 64) -> DemoImage:
 
 
 def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:
-    """Slow plane waves of colour under a faint fine grain: float32 [H W 3]."""
+    """Low-frequency colour waves plus a faint high-frequency grain: float32 [H W 3]."""
     base = _colour(rng.uniform(0.4, 0.6), rng.uniform(0.05, 0.2), hue)
-    # Periods per image, and how far each wave moves the three channels.
+    # Periods per image, and the amplitude of each wave in the three channels.
     frequency = np.concatenate([rng.uniform(0.3, 1.8, 4), rng.uniform(5, 11, 4)])
-    # The slow waves change the hue; the grain is grey, so that it is not taken for an object.
+    # The slow waves change the hue. The grain is grey, so that it does not look like an object.
     colours = np.concatenate(
         [rng.uniform(-0.06, 0.06, (4, 3)), rng.uniform(0.004, 0.022) * np.ones((4, 3))]
     )
@@ -76,7 +76,7 @@ def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:
     at = (np.arange(size) + 0.5) / size
     across = np.outer(at, 2 * np.pi * frequency * np.cos(angle)) + phase
     down = np.outer(at, 2 * np.pi * frequency * np.sin(angle))
-    # sin(a + b) = sin a cos b + cos a sin b: sums of outer products, far fewer sines than pixels.
+    # sin(a + b) = sin a cos b + cos a sin b: outer products need far fewer sines than pixels.
     left = np.concatenate([np.cos(down), np.sin(down)], 1)
     right = np.concatenate([np.sin(across), np.cos(across)], 1)[..., None] * np.tile(
         colours, (2, 1)
@@ -86,23 +86,23 @@ def _background(rng: np.random.Generator, size: int, hue: float) -> np.ndarray:
 
 
 def _colour(light: float, chroma: float, hue: float) -> np.ndarray:
-    """A colour [3] of mean `light`, `chroma` away from grey towards `hue` (1 is once around)."""
+    """A colour [3] of mean `light`, saturation `chroma` and `hue` (of period 1)."""
     away = np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
     return (light + chroma * away).clip(0, 1).astype(np.float32)
 
 
 def _places(rng: np.random.Generator, label: int) -> list[tuple[np.ndarray, float]]:
-    """Centres (x, y) and radii, as shares of the image's side: one large object or two smaller.
+    """Centres (x, y) and radii, as fractions of the image's side: one large object or two smaller.
 
-    What is drawn is an object's area. Were it the radius, plump classes would cover more of the
-    image than lean ones, and the size would tell the class.
+    The area is drawn at random, not the radius: at equal radii, the shapes differ in area, and the
+    size would reveal the class.
     """
     one = rng.random() < 0.5
     areas = rng.uniform(0.15, 0.32, 1) if one else rng.uniform(0.075, 0.105, 2)
     radii = np.sqrt(areas / _unit_area(label))
     if one:
         return [(_centers(rng, radii)[0], float(radii[0]))]
-    while True:  # a pair in some dozens of tries is apart
+    while True:  # one pair in a few dozen is far enough apart
         first, second = _centers(rng, np.repeat(radii, 64)).reshape(2, 64, 2)
         apart = np.hypot(*(first - second).T) > radii.sum() + GAP
         if apart.any():
@@ -111,13 +111,13 @@ def _places(rng: np.random.Generator, label: int) -> list[tuple[np.ndarray, floa
 
 
 def _centers(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
-    """Uniform centres [n 2] of discs that lie inside the image."""
+    """Uniformly distributed centres [n 2] of discs that lie inside the image."""
     return radii[:, None] + rng.random((len(radii), 2)) * (1 - 2 * radii[:, None])
 
 
 @lru_cache
 def _unit_area(label: int) -> float:
-    """Area of a class's shape where its radius is 1."""
+    """Area of a class's shape at radius 1."""
     at = np.linspace(-1, 1, 256, dtype=np.float32)
     return 4 * float(SHAPES_AND_TEXTURES[label][0](at[None, :], at[:, None]).mean())
 
@@ -125,8 +125,8 @@ def _unit_area(label: int) -> float:
 def _object(
     rng: np.random.Generator, label: int, center: np.ndarray, radius: float, size: int, hue: float
 ) -> tuple[slice, slice, Field, np.ndarray]:
-    """The window (rows, columns) that an object lies in, its cover of each pixel there in [0, 1],
-    and its colours times the cover [h w 3]. `hue` is the background's, to keep away from."""
+    """An object's window (rows, columns), its coverage of each pixel there in [0, 1], and its
+    colours times the coverage [h w 3]. `hue` is the background's, which they avoid."""
     low = np.maximum(np.floor((center - radius) * size), 0).astype(int).tolist()
     high = np.minimum(np.ceil((center + radius) * size), size).astype(int).tolist()
     x, y = (
@@ -138,7 +138,7 @@ def _object(
     x, y = x[None, :], y[:, None]
     shape, texture = SHAPES_AND_TEXTURES[label]
     inside = shape(*_turn(rng, x / radius, y / radius))
-    # As long at every radius: a patch sees about one period, whatever the object's size.
+    # Independent of the radius: a patch covers about one period, whatever the object's size.
     period = rng.uniform(6, 9) / 64
     u, v = _turn(rng, x / period, y / period)
     shift = rng.uniform(-1, 1, 2)
@@ -159,7 +159,7 @@ def _turn(rng: np.random.Generator, x: Field, y: Field) -> tuple[Field, Field]:
 
 
 def _shrink(fine: np.ndarray) -> Field:
-    """Average over the supersampled pixels: smooth edges."""
+    """Average the supersampled pixels (anti-aliasing)."""
     s = SUPERSAMPLING
     total = sum(fine[i::s, j::s].astype(np.float32) for i in range(s) for j in range(s))
     return np.asarray(total / s**2)
@@ -175,8 +175,8 @@ def _box(inside: np.ndarray, top: int, left: int) -> tuple[int, int, int, int]:
     )
 
 
-# Shapes: (u, v) in radii -> True inside. All lie inside the unit disc, and cover half of it or
-# more, so that two of any of them fit into an image.
+# Shapes: (u, v) in radii -> True inside. Each lies inside the unit disc and covers at least half of
+# it, so that two of them fit into an image.
 
 
 def _disc(u: Field, v: Field) -> np.ndarray:
@@ -188,7 +188,7 @@ def _square(u: Field, v: Field) -> np.ndarray:
 
 
 def _triangle(u: Field, v: Field) -> np.ndarray:
-    # Corners cut by a circle: a sharp one would be lean.
+    # Corners are cut by a circle: a sharp triangle would cover less than half of the disc.
     edges = np.maximum(v, 0.866 * abs(u) - 0.5 * v)
     return (edges < 0.59) & (u**2 + v**2 < 1)
 
@@ -227,7 +227,7 @@ def _heart(u: Field, v: Field) -> np.ndarray:
     return lobe | (w + 0.9 * abs(up - 0.05) < 0.92) & (up < 0.4)
 
 
-# Textures: (u, v) in periods -> True where light.
+# Textures: (u, v) in periods -> True for the light colour.
 
 
 def _stripes(u: Field, v: Field) -> np.ndarray:

@@ -1,5 +1,4 @@
-"""Batches of images with their annotations. What a sample looks like depends on (seed, epoch,
-sample index) alone."""
+"""Batches of images with annotations. A sample depends only on (seed, epoch, sample index)."""
 
 from __future__ import annotations
 
@@ -24,23 +23,26 @@ MakeSample = Callable[[Source, Key], tuple[Tensor, Any]]
 
 @dataclass
 class DenseBatch:
-    """images: [B C H W], or a list of [C H W] where they may differ in size; uint8, or float32 of
-    deep images, 255 being full scale. targets: of segmentation, labels uint8 [B H W] or a list of
-    [H W]; of detection, a list of Objects; of images alone, a list of (height, width). indices:
-    int64 [B], which samples they are. unreadable: (index, what is wrong) of each sample that
-    another one had to stand in for, or that is missing."""
+    """A batch of images and targets.
+
+    images: [B C H W], or a list of [C H W] if sizes may differ; uint8, or float32 if the source has
+    more than 8 bits, on a scale of 0 to 255. targets: for segmentation, uint8 labels [B H W] or a
+    list of [H W]; for detection, a list of Objects; without annotations, a list of (height, width).
+    indices: int64 [B], index of each sample. unreadable: (index, reason) of each sample that was
+    replaced or skipped. error: a mistake in the annotations, which the loader raises.
+    """
 
     images: Tensor | list[Tensor]
     targets: Tensor | list[Tensor] | list[Objects] | list[tuple[int, int]]
     indices: Tensor
     unreadable: list[tuple[int, str]]
-    mistake: str | None = None  # in the annotations; the loader raises it
+    error: str | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def parts(self, count: int) -> list[DenseBatch]:
-        """Equal parts, in order; what was unreadable goes with the first."""
+        """Split into equal parts, in order. The first one keeps `unreadable`."""
         size = -(-len(self) // count)
         starts = range(0, len(self), size)
         return [
@@ -69,17 +71,17 @@ def _pinned(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DenseSample:
-    """An image and its annotations, or None where there are none, and what went wrong."""
+    """An image and its annotations (None if unreadable), and what went wrong."""
 
     pair: tuple[Tensor, Any] | None
     index: int
     unreadable: list[tuple[int, str]]
-    mistake: str | None = None
+    error: str | None = None
 
 
 class DenseSamples(Dataset):
-    """Samples by (epoch, index). An unreadable image is passed over: with `stand_in` the next one
-    takes its place, so that batches keep their size; without, there is no sample."""
+    """Samples by (epoch, index). With `stand_in`, the next readable image replaces an unreadable
+    one, so that batches keep their size; otherwise the sample is empty."""
 
     def __init__(self, source: Source, make_sample: MakeSample, stand_in: bool):
         self.source, self.make_sample, self.stand_in = source, make_sample, stand_in
@@ -95,7 +97,7 @@ class DenseSamples(Dataset):
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, one_line(error)))
             except UserError as error:
-                # A loading process would wrap it into a traceback; it is raised in the main one.
+                # Raised in the main process: a worker would wrap it in a traceback.
                 return DenseSample(None, candidate, unreadable, str(error))
         return DenseSample(None, index, unreadable)
 
@@ -109,10 +111,9 @@ def dense_loader(
     stand_in: bool = True,
     stack: bool = True,
 ) -> Iterator[DenseBatch]:
-    """A DenseBatch per list of keys, as `StepSampler` gives them. Raises UserError where
-    annotations are wrong.
+    """One DenseBatch per list of keys (see `StepSampler`). Raises UserError for wrong annotations.
 
-    stack: images are of one size, and so become one tensor; labels likewise.
+    stack: stack images, which must have one size, into one tensor, and labels likewise.
     """
     batches = batch_loader(
         DenseSamples(source, make_sample, stand_in),
@@ -123,8 +124,8 @@ def dense_loader(
         prefetch_factor=2 if workers else None,
     )
     for batch in batches:
-        if batch.mistake:
-            raise UserError(batch.mistake)
+        if batch.error:
+            raise UserError(batch.error)
         yield batch
 
 
@@ -136,7 +137,7 @@ def dense_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[DenseBatch]:
-    """All readable images of one process's share once, in order; images and targets in lists."""
+    """All readable images of this process's share, in order, unstacked."""
     mine = range(rank, len(source), world_size)
     steps = [[(0, i) for i in mine[s : s + batch_size]] for s in range(0, len(mine), batch_size)]
     yield from dense_loader(source, make_sample, steps, workers, stand_in=False, stack=False)
@@ -146,7 +147,7 @@ def _stacked(samples: list[DenseSample]) -> DenseBatch:
     batch = _listed(samples)
     if not len(batch):
         return batch
-    # default_collate stacks in memory that a worker shares with the process that trains.
+    # In a worker, default_collate stacks in shared memory.
     images: Any = batch.images
     targets: Any = batch.targets
     if isinstance(targets[0], Tensor):
@@ -161,5 +162,5 @@ def _listed(samples: list[DenseSample]) -> DenseBatch:
         [target for _, target in pairs],
         torch.tensor([s.index for s in samples if s.pair is not None], dtype=torch.int64),
         [problem for s in samples for problem in s.unreadable],
-        next((s.mistake for s in samples if s.mistake), None),
+        next((s.error for s in samples if s.error), None),
     )

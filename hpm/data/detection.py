@@ -1,4 +1,4 @@
-"""Images with boxes and masks of objects: COCO's JSON in its usual folders, the built-in demo."""
+"""Images with object boxes and masks: COCO's JSON in its usual folders, the built-in demo."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ INSTANCES = "instances_"
 class Objects:
     """The objects of one image.
 
-    boxes: x0, y0, x1, y1 in pixels, the ends exclusive. classes: numbers into the source's
-    `classes`. masks: None where there are boxes only. crowd: True where a box is around many
-    objects, which count neither for nor against a detection.
+    boxes: x0, y0, x1, y1 in pixels, ends exclusive. classes: indices into the source's `classes`.
+    masks: None if there are only boxes. crowd: True for a box around a group of objects, which the
+    metrics ignore.
     """
 
     boxes: Float[Tensor, "objects 4"]
@@ -96,14 +96,14 @@ def to_results(index: int, found: Detections) -> list[dict[str, Any]]:
 class CocoImages(FileSource):
     """Image files and their objects. `classes` are the categories, in the order of their ids.
 
-    has_masks: every object has one; else boxes are all there is.
+    has_masks: whether every object has a mask.
     """
 
     def __init__(self, name: str, folder: Path, content: CocoFile, has_masks: bool):
         super().__init__(name, [folder / f for f in content.files], classes=content.classes)
         self.has_masks = has_masks
         self.sizes = content.sizes
-        # As text in one array: lists in lists would be copied into each loading process.
+        # JSON text in one array, which workers share; they would copy nested lists.
         self._objects = Paths(map(json.dumps, content.objects))
 
     def size(self, index: int) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class CocoImages(FileSource):
         return int(height), int(width)
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """Those of COCO, checked, with `class`, the number of the class, besides."""
+        """Checked annotations in COCO's format, with an added key `class`, the class index."""
         return json.loads(self._objects[index])
 
     def objects(self, index: int) -> Objects:
@@ -182,7 +182,7 @@ class DemoObjects(DemoSource):
 
 
 def objects(source: Source, index: int) -> Objects:
-    """The objects of an image. Raises ValueError where the source knows of none."""
+    """The objects of an image. Raises ValueError if the source has no annotations of objects."""
     whole, index = _whole(source, index)
     return whole.objects(index)
 
@@ -192,15 +192,16 @@ def has_masks(source: Source) -> bool:
 
 
 def image_size(source: Source, index: int) -> tuple[int, int]:
-    """(height, width) that the annotations of an image are for."""
+    """(height, width) of an image according to its annotations."""
     whole, index = _whole(source, index)
     return whole.size(index)
 
 
 def ground_truth(source: Source, indices: Iterable[int] | None = None) -> dict[str, Any]:
-    """COCO's JSON of a source: an image's id is its index, a category's the number of its class.
+    """The annotations of a source in COCO's format.
 
-    With `indices`, of these images alone.
+    The id of an image is its index, the id of a category its class index. With `indices`, only
+    these images are included.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -245,13 +246,13 @@ def open_detection(data: str) -> Splits:
         raise UserError(f"{parts[1][0].file}: its categories are not those of {parts[0][0].file}")
     has_masks = _all_have_masks(root, [content for _, content in parts])
     if has_masks:
-        mask_library()  # now rather than in a loading process, where it is missing
+        mask_library()  # if it is missing, fail here rather than in a worker
     return Splits(*(CocoImages(part.name, part.folder, c, has_masks) for part, c in parts))
 
 
 @dataclass
 class _Part:
-    """The JSON of one split, and where its images lie."""
+    """The annotation file and image folder of one split."""
 
     name: str
     file: Path

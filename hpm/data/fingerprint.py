@@ -1,4 +1,4 @@
-"""What tells whether images are those that a run began with, without reading them."""
+"""Detect whether the images are still those that a run started with, without reading them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from hpm.data.sources import DemoSource, FileSource, Source, Subset
 from hpm.data.tables import TableSource
 
-# Files whose size is looked up, spread evenly where there are more: each is a question to the file
-# system, which takes 6 microseconds on a disk and may take a millisecond over a network.
-SIZES = 20_000
+# At most this many file sizes are read, evenly spaced. Each takes 6 microseconds on a local disk,
+# and up to a millisecond over a network.
+MAX_SIZES = 20_000
 
 Fingerprint = dict[str, str]
 
 
 def fingerprint(source: Source) -> Fingerprint:
-    """Names (relative to where the data lie) and sizes of image files, in order; rows and sizes of
-    parquet and Arrow files. The same wherever the data lie; empty for other kinds of sources."""
+    """Hashes of the relative names and sizes of image files, in order; for parquet and Arrow files
+    of their rows and sizes. Independent of the folder's location. Empty for other sources."""
     if isinstance(source, Subset):
         return fingerprint(source.source)
     if isinstance(source, DemoSource):
@@ -36,20 +36,20 @@ def fingerprint(source: Source) -> Fingerprint:
 
 
 def differing(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """Which of names, rows and sizes are not the same."""
+    """Which of names, rows and sizes differ."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def _sizes(files: Sequence[str | Path]) -> Iterable[str]:
     count = len(files)
-    for index in np.linspace(0, count - 1, min(count, SIZES)).astype(int).tolist():
+    for index in np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist():
         yield str(_size(files[index]))
 
 
 def _size(file: str | Path) -> int:
     try:
         return os.stat(file).st_size
-    except OSError:  # of an image that cannot be read; reading it says why
+    except OSError:  # reading the image will report why
         return -1
 
 

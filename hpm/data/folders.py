@@ -1,4 +1,4 @@
-"""Image files in a folder and its subfolders; other files are counted."""
+"""Find image files in a folder and its subfolders; other files are counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (
     ".pgm",
     ".npy",
 )
-# Known, but not read: what they are, by suffix.
+# Kinds of files that are recognised but not read, by suffix.
 OTHER_KINDS = {
     **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"), "raw"),
@@ -33,7 +33,7 @@ HINTS = {
     "raw": "convert raw photographs to JPEG or TIFF",
     "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg)",
 }
-# Where the images of an annotated data set lie, and what lies beside them.
+# Folders of images and of annotations in an annotated data set.
 ANNOTATED_NAMES = ("images", "jpegimages")
 ANNOTATION_NAMES = (
     "masks",
@@ -45,8 +45,8 @@ ANNOTATION_NAMES = (
 
 
 def images_of(folder: Path) -> Path:
-    """The folder of images inside of an annotated data set, whose masks are no images to train on;
-    `folder` itself where it is none."""
+    """The image folder of an annotated data set, so that masks are not used as training images;
+    otherwise `folder` itself."""
     inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
     images = next((inside[name] for name in ANNOTATED_NAMES if name in inside), None)
     beside = [inside[name].name for name in ANNOTATION_NAMES if name in inside]
@@ -57,16 +57,18 @@ def images_of(folder: Path) -> Path:
 
 
 def described(others: Counter[str]) -> str:
-    """`12 .heic, 3 .mp4: ` and how to turn them into images."""
+    """Counts by suffix, and how to convert such files: `12 .heic: convert images to ...`."""
     hints = dict.fromkeys(HINTS[OTHER_KINDS[suffix]] for suffix in sorted(others))
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     return f"{counts}: {'; '.join(hints)}"
 
 
 def find_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Relative paths, sorted, and how many files of other kinds there are, by suffix; links are
-    followed, but no folder is entered twice, and no masks beside their images."""
-    found, seen = [], set()
+    """Sorted relative paths of images, and counts of OTHER_KINDS by suffix.
+
+    Follows links, but enters no folder twice. Skips hidden files and annotation folders.
+    """
+    found, visited = [], set()
     others: Counter[str] = Counter()
 
     def pass_over(error: OSError) -> None:
@@ -74,10 +76,10 @@ def find_images(root: Path) -> tuple[list[str], Counter[str]]:
 
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=pass_over):
         real = os.path.realpath(folder)
-        if real in seen:
+        if real in visited:
             subfolders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         annotated = any(s.lower() in ANNOTATED_NAMES for s in subfolders)
         subfolders[:] = sorted(
             s

@@ -1,7 +1,7 @@
-"""Views of images whose annotations change with them, by torchvision's typed tensors.
+"""Joint transforms of images and their annotations, built on torchvision's `tv_tensors`.
 
 Every random choice is a function of (seed, epoch, sample index): torchvision draws from PyTorch's
-global generator, which is seeded by these for each sample and put back afterwards.
+global generator, which is seeded with these for each sample and restored afterwards.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from hpm.data.sources import Source
 from hpm.data.transforms import decode
 
 JOB = "segmentation and detection"
-TRIES = 10  # of a crop in which no class covers nearly everything
+CROP_ATTEMPTS = 10  # before a crop that one class dominates is accepted
 Target = TypeVar("Target")
 Image = Shaped[Tensor, "channels height width"]  # uint8, or float32 with 255 for full scale
 
 
 @dataclass
 class _Views:
-    """What all views have in common.
+    """Base class: reads images and their annotations.
 
-    channels: of the images. deep: float32 rather than uint8, with 255 for full scale in both.
+    channels: number of image channels. deep: return float32 rather than uint8; full scale is 255 in
+    both.
     """
 
     channels: int = 3
@@ -45,38 +46,38 @@ class _Views:
 
     def image(self, source: Source, index: int) -> Image:
         pixels = decode(source.open(index), self.channels)
-        return torch.from_numpy(_whole(pixels, self.deep))
+        return torch.from_numpy(_full_image(pixels, self.deep))
 
     def labels(self, source: Source, index: int, image: Image) -> UInt8[Tensor, "height width"]:
-        found = label_map(source, index)
-        check_size(source, index, found.shape, (image.shape[1], image.shape[2]))
-        return torch.from_numpy(found)
+        labels = label_map(source, index)
+        check_size(source, index, labels.shape, (image.shape[1], image.shape[2]))
+        return torch.from_numpy(labels)
 
     def objects(self, source: Source, index: int, image: Image) -> Objects:
-        told, (height, width) = image_size(source, index), image.shape[1:]
-        if told != (height, width):
+        annotated, (height, width) = image_size(source, index), image.shape[1:]
+        if annotated != (height, width):
             raise UserError(
                 f"{source.path(index)}: {width}x{height} pixels, but its annotations are for "
-                f"{told[1]}x{told[0]}"
+                f"{annotated[1]}x{annotated[0]}"
             )
         return objects(source, index)
 
 
 @dataclass
 class SegmentationTraining(_Views):
-    """Crops of one size: random resize, random crop, horizontal flip, photometric distortion.
+    """Random resize, random crop to a fixed size, horizontal flip and photometric distortion.
 
     Args:
-        size: of the crop (height, width). What an image lacks is filled up, its labels ignored.
-        seed: of all random choices.
-        scale: the shorter side is resized to the crop's shorter side times a number from this
-            range.
-        most_of_one_class: a crop is drawn again (up to 10 times) where one class covers more than
-            this share of its labelled pixels.
-        flip: mirror half of the views.
-        distort: change brightness, contrast, saturation and hue, each in half of the views; only of
-            images of 1 or 3 channels.
-        fill: of pixels outside of the image, per channel, 255 being full scale.
+        size: (height, width) of the crop. Smaller images are padded; padding is ignored in labels.
+        seed: seed of all random choices.
+        scale: range of the resize factor, relative to the scale at which the image's shorter side
+            equals the crop's shorter side.
+        most_of_one_class: draw another crop (up to 10 times) if one class covers more than this
+            share of the labelled pixels.
+        flip: flip horizontally with probability 0.5.
+        distort: change brightness, contrast, saturation and hue, each with probability 0.5. Only
+            for images of 1 or 3 channels.
+        fill: padding value of each channel, on a scale of 0 to 255.
     """
 
     size: tuple[int, int] = (512, 512)
@@ -99,7 +100,7 @@ class SegmentationTraining(_Views):
         return view, _plain(mask)[0]
 
     def _crop_varied(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        for _ in range(TRIES):
+        for _ in range(CROP_ATTEMPTS):
             view, cropped = self._crop(image, mask)
             counts = np.bincount(cropped.numpy().ravel(), minlength=256)[:IGNORED]
             if counts.max() <= self.most_of_one_class * counts.sum():
@@ -109,7 +110,7 @@ class SegmentationTraining(_Views):
     def _distort(self, image: Tensor) -> Tensor:
         if not self.distort or self.channels not in (1, 3):
             return image
-        if self.deep:  # floating point of torchvision: 1 is full scale
+        if self.deep:  # torchvision expects floating-point images in [0, 1]
             return self._distortion(image / 255) * 255
         return self._distortion(image)
 
@@ -128,8 +129,7 @@ class SegmentationTraining(_Views):
 
     @cached_property
     def _distortion(self) -> Any:
-        # The strengths of SSD (Liu et al., 2016), which segmentation has taken over, without its
-        # swapping of channels.
+        # The strengths of SSD (Liu et al., 2016), common in segmentation, without its channel swap.
         v2 = _v2()
         steps = [
             v2.ColorJitter(brightness=0.125),
@@ -142,8 +142,8 @@ class SegmentationTraining(_Views):
 
 @dataclass
 class SegmentationTesting(_Views):
-    """The whole image, its shorter side resized to `size` (None: as it is), and the labels at the
-    size of the file, which predictions are resized to."""
+    """The full image with its shorter side resized to `size` (None: not resized), and labels at the
+    original size. Predictions are resized to the original size for evaluation."""
 
     size: int | None = 512
 
@@ -155,8 +155,8 @@ class SegmentationTesting(_Views):
 
 @dataclass
 class WholeImages(_Views):
-    """The whole image, resized as for testing, and its (height, width) in the file: what can be
-    predicted without annotations."""
+    """The full image, resized as for testing, and its original (height, width). Needs no
+    annotations."""
 
     size: int | None = 512
     longest: int | None = None
@@ -169,15 +169,16 @@ class WholeImages(_Views):
 
 @dataclass
 class DetectionTraining(_Views):
-    """Large-scale jitter (Ghiasi et al., 2021): random resize, random crop filled up to a square,
-    horizontal flip. Objects of which nothing is left are dropped, and so are crowds.
+    """Large-scale jitter (Ghiasi et al., 2021): random resize, random crop padded to a square,
+    horizontal flip. Drops crowds and objects outside of the crop.
 
     Args:
-        size: of the crop's sides.
-        seed: of all random choices.
-        scale: the image is resized to fit into the crop, times a number from this range.
-        flip: mirror half of the views.
-        fill: of pixels outside of the image, per channel, 255 being full scale.
+        size: side of the square crop, in pixels.
+        seed: seed of all random choices.
+        scale: range of the resize factor, relative to the scale at which the image just fits into
+            the crop.
+        flip: flip horizontally with probability 0.5.
+        fill: padding value of each channel, on a scale of 0 to 255.
     """
 
     size: int = 1024
@@ -202,7 +203,7 @@ class DetectionTraining(_Views):
         }
         with seeded(self.seed, key):
             changed = self._change(inputs)
-        return _plain(changed["image"]), _left(changed)
+        return _plain(changed["image"]), _remaining_objects(changed)
 
     @cached_property
     def _change(self) -> Any:
@@ -219,9 +220,9 @@ class DetectionTraining(_Views):
 
 @dataclass
 class DetectionTesting(_Views):
-    """The whole image, its shorter side resized to `size` (None: as it is) unless the longer would
-    become more than `longest`, and the objects in the pixels of the file, which predictions are
-    scaled back to."""
+    """The full image with its shorter side resized to `size` (None: not resized) and its longer
+    side limited to `longest`, and the objects in original pixels. Predictions are scaled back to
+    the original size for evaluation."""
 
     size: int | None = 1024
     longest: int | None = 1024
@@ -234,26 +235,26 @@ class DetectionTesting(_Views):
 
 @contextmanager
 def seeded(seed: int, key: Key) -> Iterator[None]:
-    """PyTorch's global generator, seeded by (seed, epoch, index), and put back afterwards."""
+    """Seed PyTorch's global generator with (seed, epoch, index) inside the context."""
     word = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(int(word >> np.uint64(1)))
         yield
 
 
-def _left(changed: dict[str, Any]) -> Objects:
-    """The objects that are still there; boxes fit tightly around what is left of the masks."""
+def _remaining_objects(changed: dict[str, Any]) -> Objects:
+    """Objects that are visible in the crop. With masks, boxes are tightened to the masks."""
     boxes, masks = _plain(changed["boxes"]), changed["masks"]
-    there = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+    visible = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
     if masks is not None:
         masks = _plain(masks).bool()
-        there &= masks.flatten(1).any(1)
-        masks = masks[there]
+        visible &= masks.flatten(1).any(1)
+        masks = masks[visible]
         boxes = need("torchvision.ops", "dense", JOB).masks_to_boxes(masks)
-        boxes[:, 2:] += 1  # to the far edge of the last pixel
+        boxes[:, 2:] += 1  # ends are exclusive
     else:
-        boxes = boxes[there]
-    classes = changed["classes"][there]
+        boxes = boxes[visible]
+    classes = changed["classes"][visible]
     return Objects(boxes.float(), classes, masks, torch.zeros(len(classes), dtype=torch.bool))
 
 
@@ -261,7 +262,7 @@ def whole_image(
     opened: Opened, channels: int, size: int | None, longest: int | None = None, deep: bool = False
 ) -> tuple[Image, tuple[int, int]]:
     """What `WholeImages` makes of one opened image. Raises OSError or UnreadableImage."""
-    image = torch.from_numpy(_whole(decode(opened, channels), deep))
+    image = torch.from_numpy(_full_image(decode(opened, channels), deep))
     height, width = image.shape[1:]
     return _resized(image, size, longest), (height, width)
 
@@ -269,24 +270,24 @@ def whole_image(
 def _resized(
     image: Image, size: int | None, longest: int | None
 ) -> Shaped[Tensor, "channels new_height new_width"]:
-    """An image with its shorter side resized to `size` (None: as it is), unless the longer one
-    would become more than `longest`."""
+    """Resize the shorter side to `size` (None: keep the image), but the longer one to at most
+    `longest`."""
     if size is None:
         return image
     resize = _v2().functional.resize
     if longest is not None and size >= longest:
-        # The longer side alone counts. It must come out exact, or it would not fit where the
-        # caller puts it; torchvision would round the shorter side first.
+        # The limit on the longer side decides. It must be met exactly, so that the image fits into
+        # the caller's buffer; torchvision would round the shorter side first.
         scale = longest / max(image.shape[1:])
         return resize(image, [max(1, round(side * scale)) for side in image.shape[1:]])
     return resize(image, [size], max_size=longest)
 
 
-def _whole(pixels: Pixels, deep: bool) -> np.ndarray:
+def _full_image(pixels: Pixels, deep: bool) -> np.ndarray:
     view = at_depth(in_units_of_255(pixels.array), deep)
     if len(view) != pixels.channels:
         view = recoloured(view, pixels.channels)
-    return np.array(view, order="C")  # of its own: it may be mapped from a file
+    return np.array(view, order="C")  # a copy: `view` may be memory-mapped from a file
 
 
 def _fill(fill: Sequence[float], channels: int, deep: bool) -> list[float]:
@@ -295,7 +296,7 @@ def _fill(fill: Sequence[float], channels: int, deep: bool) -> list[float]:
 
 
 def _random_crop(size: tuple[int, int], fill: list[float], outside: int) -> Any:
-    """A crop whose missing pixels are `fill`, and `outside` in masks."""
+    """A random crop, padded with `fill` in images and `outside` in masks."""
     tv = need("torchvision.tv_tensors", "dense", JOB)
     fills = {tv.Image: fill, tv.Mask: outside, "others": 0}
     return _v2().RandomCrop(size, pad_if_needed=True, fill=fills)

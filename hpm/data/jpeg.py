@@ -1,4 +1,4 @@
-"""Decoding JPEG files: libjpeg-turbo without Pillow around it, to the same pixels."""
+"""Decode JPEG files with libjpeg-turbo directly. The pixels equal Pillow's."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from hpm.data.pillow import open_by_pillow
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for this machine: Pillow decodes, to the same pixels
+except ImportError:  # no wheel for this platform: Pillow decodes instead
     simplejpeg = None
 
 COLOURS = {1: "GRAY", 3: "RGB"}
 START = b"\xff\xd8\xff"
-EXIF_OR_XMP, SCAN = 0xE1, 0xDA  # of JPEG's markers
+EXIF_OR_XMP, SCAN = 0xE1, 0xDA  # JPEG markers
 
 
 @dataclass(frozen=True)
 class JpegImage:
-    """A JPEG file in memory, of which nothing has been looked at but the first bytes."""
+    """The bytes of a JPEG file, not parsed yet."""
 
     data: bytes
 
     def opened(self) -> Image.Image:
-        """By Pillow, not decoded."""
+        """Open it with Pillow, without decoding."""
         return open_by_pillow(io.BytesIO(self.data))
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), not turned yet."""
+        """(width, height) as stored, before EXIF orientation."""
         return self.opened().size
 
 
 def decode_jpeg(
     image: JpegImage, channels: int, least: tuple[int, int] | None
 ) -> np.ndarray | None:
-    """The pixels [channels H W].
+    """Upright pixels [channels H W], reduced to 1/2, 1/4 or 1/8 if that still covers `least`
+    (height, width), as Pillow's `draft` does.
 
-    Upright, and at a half, a quarter or an eighth where that leaves `least` (height, width), as
-    Pillow's `draft` chooses. None where that is left to Pillow: CMYK, alpha, too large images, and
-    damaged files, of which Pillow reads some, and says of the others what is wrong.
+    Returns None for files that Pillow must handle: CMYK, alpha, very large images and damaged
+    files, some of which Pillow can read; for the others its error says what is wrong.
     """
     if simplejpeg is None or channels not in COLOURS:
         return None
@@ -63,17 +63,17 @@ def decode_jpeg(
     except ValueError:
         return None
     pixels = pixels.transpose(2, 0, 1)
-    if not _may_be_turned(image.data):
+    if not _may_have_orientation(image.data):
         return pixels
     try:
         orientation = image.opened().getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF fails in many ways; Pillow says which, or reads on
+    except Exception:  # broken EXIF fails in many ways; leave it to Pillow
         return None
     return upright(pixels, orientation)
 
 
-def _may_be_turned(data: bytes) -> bool:
-    """Is there a segment that may tell an orientation? Pillow takes longer to say."""
+def _may_have_orientation(data: bytes) -> bool:
+    """Is there a segment that may hold an orientation? Much faster than parsing with Pillow."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
         if data[at + 1] in (EXIF_OR_XMP, 0xFF):
@@ -83,7 +83,8 @@ def _may_be_turned(data: bytes) -> bool:
 
 
 def reduction(size: tuple[int, int], least: tuple[int, int] | None) -> int:
-    """By how much an image of (width, height) may be reduced to leave `least` (height, width)."""
+    """The largest factor (1, 2, 4 or 8) by which an image of `size` (width, height) can be reduced
+    and still cover `least` (height, width)."""
     if least is None:
         return 1
     possible = min(size[0] // least[1], size[1] // least[0])
@@ -91,7 +92,7 @@ def reduction(size: tuple[int, int], least: tuple[int, int] | None) -> int:
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """[C H W], turned as EXIF says."""
+    """Apply an EXIF orientation to pixels [C H W]."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(1, 2)
     if orientation in (3, 4, 7, 8):

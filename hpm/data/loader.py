@@ -1,4 +1,4 @@
-"""Batches of views. What a sample looks like depends on (seed, epoch, sample index) alone."""
+"""Batches of views. A sample depends only on (seed, epoch, sample index)."""
 
 from __future__ import annotations
 
@@ -14,28 +14,32 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from hpm.core import distributed
 from hpm.core.config import Flip
 from hpm.core.errors import UserError, one_line
-from hpm.data.arrays import Pixels, UnreadableImage, at_depth, loses_alpha
+from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import Cache
+from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.data.workers import batch_loader
 
-MOST_WORKERS = 16  # by default; each holds a batch of views or more, and keeps a core busy
+MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
-Key = tuple[int, ...]  # (epoch, index of the sample), and which view of it where there are several
+Key = tuple[int, ...]  # (epoch, sample index) or, with several views per sample, (..., view index)
 MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
 
 
 @dataclass
 class Batch:
-    """images: [B C H W], uint8, or float32 where the source holds more than 8 bits, 255 being full
-    scale; indices: int64 [B], which samples they are; unreadable: (index, what is wrong) of each
-    sample that another one had to stand in for; crops: float32 [B 4], where in its image each view
-    lies (see transforms.Crop), None where that was not asked; own_ids: int64 [B], other numbers for
-    other views of a sample, None where there is one of each."""
+    """A batch of views.
+
+    images: [B C H W], uint8, or float32 if the source has more than 8 bits, on a scale of 0 to 255.
+    indices: int64 [B], index of each sample. unreadable: (index, reason) of each sample that was
+    replaced or skipped. crops: float32 [B 4], the position of each view in its image (see
+    transforms.Crop), or None. own_ids: int64 [B], unique for each view of a sample, or None with
+    one view per sample.
+    """
 
     images: Tensor
     indices: Tensor
@@ -45,11 +49,11 @@ class Batch:
 
     @property
     def view_ids(self) -> Tensor:
-        """int64 [B]: what masks are drawn by."""
+        """int64 [B]: seeds of the masks."""
         return self.indices if self.own_ids is None else self.own_ids
 
     def parts(self, count: int) -> list[Batch]:
-        """Equal parts, in order; what was unreadable goes with the first."""
+        """Split into equal parts, in order. The first one keeps `unreadable`."""
         crops, ids = (
             [None] * count if x is None else x.chunk(count) for x in (self.crops, self.own_ids)
         )
@@ -67,8 +71,8 @@ class Batch:
 
 @dataclass
 class TrainingViews:
-    """Random views, the same for the same (seed, epoch, index), and number of the view where there
-    are several: they decode their image once if they come one after another."""
+    """Random views, a function of (seed, epoch, index) and the view index. Consecutive views of one
+    image decode it once."""
 
     size: tuple[int, int]
     channels: int
@@ -87,12 +91,12 @@ class TrainingViews:
         return training_view(pixels, self.size, rng, self.crop_scale, self.flip)
 
     def decoded(self, source: Source, index: int) -> Pixels:
-        """An image at the size that its views need. Raises OSError or UnreadableImage."""
+        """Decode an image at the size that its views need. Raises OSError or UnreadableImage."""
         least = least_size(self.size, self.crop_scale[0])
         return decode(source.open(index), self.channels, least, self.min_side)
 
     def _pixels(self, source: Source, index: int) -> Pixels:
-        """Those of the last image, or kept in memory, or decoded."""
+        """The pixels of an image: from the last call, from the cache, or decoded."""
         if self._last and self._last[0] is source and self._last[1] == index:
             return self._last[2]
         pixels = self.cache.get(index, self.channels) if self.cache else None
@@ -121,7 +125,7 @@ class EvaluationViews:
 
 @dataclass(frozen=True)
 class Sample:
-    """One view, or None where there is none, of which sample, and what could not be read."""
+    """A view (None if unreadable), the index of its sample, and what could not be read."""
 
     view: View | None
     index: int
@@ -131,8 +135,8 @@ class Sample:
 
 
 class Views(Dataset):
-    """Views by (epoch, index). An unreadable image is passed over: with `stand_in` the next one
-    takes its place, so that batches keep their size; without, there is no view (None)."""
+    """Views by (epoch, index). With `stand_in`, the next readable image replaces an unreadable one,
+    so that batches keep their size; otherwise the sample is empty."""
 
     def __init__(self, source: Source, make_view: MakeView, stand_in: bool):
         self.source = source
@@ -154,7 +158,7 @@ class Views(Dataset):
             try:
                 view, crop = self.make_view(self.source, (epoch, candidate, *number))
                 view = at_depth(view, self.deep)
-                # The first view has its sample's index, as if it were the only one.
+                # The first view's id is its sample's index, as if it were the only view.
                 own_id = candidate + sum(number) * len(self.source)
                 return Sample(view, candidate, unreadable, crop, own_id)
             except (UnreadableImage, OSError) as error:
@@ -165,8 +169,8 @@ class Views(Dataset):
 class StepSampler(Sampler[list[Key]]):
     """The samples of one process, a list per optimiser step, from `start_step` to `total_steps`.
 
-    Each epoch is a permutation of all samples; what does not fill a last batch is left out. With
-    `repeats`, each comes that many times in its batch, and a permutation lasts as many epochs.
+    Each epoch is a permutation of all samples; an incomplete last batch is dropped. With `repeats`,
+    each sample appears that many times in its batch, and a permutation lasts `repeats` epochs.
     """
 
     def __init__(
@@ -182,7 +186,7 @@ class StepSampler(Sampler[list[Key]]):
     ):
         self.num_samples, self.seed, self.repeats = num_samples, seed, repeats
         self.start_step, self.total_steps = start_step, total_steps
-        self.samples = batch_size // repeats  # in a batch of all processes
+        self.samples = batch_size // repeats  # distinct samples per step, over all processes
         self.part = slice(
             rank * self.samples // world_size, (rank + 1) * self.samples // world_size
         )
@@ -192,13 +196,13 @@ class StepSampler(Sampler[list[Key]]):
         return self.total_steps - self.start_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order, order_round = np.empty(0, dtype=np.int64), -1
+        order, last_round = np.empty(0, dtype=np.int64), -1
         for step in range(self.start_step, self.total_steps):
             epoch = step // self.steps_per_epoch
-            now, position = divmod(step, self.steps_per_epoch * self.repeats)
-            if now != order_round:
-                rng = np.random.default_rng([self.seed, now])
-                order, order_round = rng.permutation(self.num_samples), now
+            this_round, position = divmod(step, self.steps_per_epoch * self.repeats)
+            if this_round != last_round:
+                rng = np.random.default_rng([self.seed, this_round])
+                order, last_round = rng.permutation(self.num_samples), this_round
             batch = order[position * self.samples :][: self.samples][self.part]
             if self.repeats == 1:
                 yield [(epoch, int(i)) for i in batch]
@@ -214,7 +218,7 @@ def training_loader(
     pin_memory: bool,
     stand_in: bool = True,
 ) -> DataLoader:
-    """One batch of views per list of keys; see Views for images that cannot be read."""
+    """One batch of views per list of keys. See Views for unreadable images."""
     return batch_loader(
         Views(source, make_view, stand_in),
         steps,
@@ -246,7 +250,7 @@ def _collate(samples: list[Sample]) -> Batch:
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]
     unreadable = [problem for s in samples for problem in s.unreadable]
-    # default_collate stacks in memory that a worker shares with the process that trains.
+    # In a worker, default_collate stacks in shared memory.
     tensors = [torch.from_numpy(view) for view in views]
     images = default_collate(tensors) if tensors else torch.empty(0, dtype=torch.uint8)
     return Batch(
@@ -266,9 +270,9 @@ def measure_statistics(
     min_side: int = 1,
     count: int = 512,
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, full scale being 1, over `count` random images.
+    """Mean and standard deviation of each channel over `count` random images; full scale is 1.
 
-    Raises UserError where no image can be read.
+    Raises UserError if no image can be read.
     """
     views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
     sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
@@ -286,32 +290,33 @@ def measure_statistics(
     if images == 0:
         raise UserError(f"{source.name}: no readable image among {len(source)} ({problem})")
     mean, mean_square = sums / images, squares / images
-    # A channel that never varies must not be divided by zero; one of small numbers may vary little.
+    # Avoid division by zero for a constant channel, yet keep the small std of small values.
     scale = np.where(mean_square > 0, np.minimum(mean_square, 1), 1)
     std = np.sqrt(np.maximum(mean_square - mean**2, 1e-6 * scale))
     return mean.tolist(), std.tolist()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | None = None) -> Tensor:
-    """Pixels [B C H W] -> float32, standardised by mean and std [C], whose full scale is 1.
+    """Convert pixels [B C H W] to float32 and normalise them by mean and std [C], given on a scale
+    of 0 to 1.
 
-    That of the pixels, unless given, is 255 in uint8 and floating point, and 65535 in uint16.
+    full_scale: of the pixels. Default: 65535 for uint16, else 255.
     """
     if full_scale is None:
         full_scale = 65535 if images.dtype == torch.uint16 else 255
     return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
-def num_workers(asked: int | None) -> int:
-    """Processes that load images: as many as asked for, else one per spare core of this process,
-    at most MOST_WORKERS, at least 1."""
-    if asked is not None:
-        return asked
-    return max(1, min(MOST_WORKERS, usable_cores() // distributed.processes_here() - 1))
+def num_workers(requested: int | None) -> int:
+    """Number of data loading workers: `requested`, or by default one per spare core of this
+    process, at least 1 and at most MAX_WORKERS."""
+    if requested is not None:
+        return requested
+    return max(1, min(MAX_WORKERS, usable_cores() // distributed.processes_here() - 1))
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Files of labels: which belongs to which image, and what their numbers mean."""
+"""Mask files: pairing them with images, and mapping their numbers to classes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hpm.core.errors import UserError, counted, one_line
 from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, UnreadableImage, open_image, reading
 from hpm.data.folders import find_images
 
-IGNORED = 255  # the label, in `label_map`, of pixels that neither train nor count
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_L")  # a mask's name beyond its image's
-OUTSIDE = -1  # of a number that means nothing
+IGNORED = 255  # label of pixels that training and metrics ignore
+MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_L")  # added to the name of the image
+UNKNOWN = -1  # in Labels.table: a number that is no class
 
 
 @dataclass(frozen=True)
 class Labels:
-    """From the numbers in mask files to classes.
+    """Maps the numbers in mask files to class indices.
 
-    names: of the classes, in order. table: int16 [256], the class of each number, IGNORED or
-    OUTSIDE. one_class: every number above 0 is class 1.
+    names: class names, in order. table: int16 [256], the class index of each number, IGNORED or
+    UNKNOWN. one_class: map every number above 0 to class 1.
     """
 
     names: list[str]
@@ -37,7 +37,7 @@ class Labels:
     def of(
         names: Mapping[int, str], ignored: Iterable[int | None], one_class: bool = False
     ) -> Labels:
-        """Classes are the numbers in `names` that are not ignored, in their order."""
+        """Build from class names by number; ignored numbers are not classes."""
         unused = {number for number in ignored if number is not None}
         kept = sorted(number for number in names if number not in unused)
         if len(kept) < 2 or not 0 <= kept[0] <= kept[-1] < IGNORED:
@@ -45,7 +45,7 @@ class Labels:
                 f"masks of {counted(len(kept), 'class', 'classes')}: there must be two or more, "
                 f"with labels from 0 to {IGNORED - 1} ({IGNORED} is ignored)"
             )
-        table = np.full(256, OUTSIDE, np.int16)
+        table = np.full(256, UNKNOWN, np.int16)
         table[IGNORED] = IGNORED
         table[kept] = np.arange(len(kept))
         table[[number for number in unused if 0 <= number <= IGNORED]] = IGNORED
@@ -54,7 +54,7 @@ class Labels:
     def apply(
         self, numbers: Integer[np.ndarray, "height width"], file: str
     ) -> UInt8[np.ndarray, "height width"]:
-        """Raises UserError, naming the file, where a number is none of the classes'."""
+        """Map numbers to class indices. Raises UserError, naming the file, for an unknown one."""
         if self.one_class:
             ignored = [k for k in np.flatnonzero(self.table == IGNORED).tolist() if k != IGNORED]
             return np.where(np.isin(numbers, ignored), IGNORED, numbers > 0).astype(np.uint8)
@@ -73,9 +73,9 @@ class Labels:
 
 
 def read_mask(file: Path | str) -> Integer[np.ndarray, "height width"]:
-    """The numbers in a file: those of a palette, not its colours.
+    """Read the numbers in a mask file; with a palette, the indices rather than the colours.
 
-    Raises UnreadableImage where it is no image, UserError where it holds colours.
+    Raises UnreadableImage if it is not an image, UserError if it holds colours.
     """
     try:
         image = open_image(file)
@@ -98,7 +98,7 @@ def read_mask(file: Path | str) -> Integer[np.ndarray, "height width"]:
 
 
 def highest_label(files: Collection[Path], ignored: Collection[int | None]) -> int:
-    """The highest number in any of the files, other than those ignored."""
+    """The highest number in any of the files that is not ignored."""
     skipped = [number for number in ignored if number is not None]
 
     def highest(file: Path) -> int:
@@ -108,15 +108,15 @@ def highest_label(files: Collection[Path], ignored: Collection[int | None]) -> i
             return -1  # counted while loading
         return max(np.setdiff1d(numbers, skipped).tolist(), default=-1)
 
-    # Pillow decodes outside of Python's lock.
+    # Threads suffice: Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return max(pool.map(highest, files), default=-1)
 
 
 def pair_by_name(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
-    """Images and their masks, which have the same name but for the suffix (and MASK_ENDINGS).
+    """Pair images with masks of the same name, up to the suffix and MASK_ENDINGS.
 
-    Raises UserError where one lacks its counterpart.
+    Raises UserError if an image or a mask has no counterpart.
     """
     image_files, mask_files = _by_name(images), _by_name(masks)
     if not image_files or not mask_files:

@@ -11,8 +11,8 @@ import numpy as np
 
 
 class Paths(Sequence[str]):
-    """Paths in two arrays. A loading process shares them with the others, where a list of texts
-    would be copied into each, bit by bit, as their reference counts are written."""
+    """Paths in two arrays, which workers share. A list of strings would be copied into each worker
+    page by page, as reference counts are written."""
 
     def __init__(self, paths: Iterable[Path | str]):
         encoded = [os.fsencode(path) for path in paths]

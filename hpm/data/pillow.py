@@ -1,7 +1,7 @@
-"""Pillow's decoders of images, and none of the others that it has.
+"""Open images with a safe subset of Pillow's decoders.
 
-Some of those hand the file to other programs: Encapsulated PostScript goes to Ghostscript, whatever
-the file is called.
+Some of the others run external programs: an Encapsulated PostScript file, whatever its name, is
+passed to Ghostscript.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # the first read
 
 
 def open_by_pillow(file: str | Path | io.BytesIO) -> Image.Image:
-    """An image, not decoded yet. Raises UnidentifiedImageError for everything else."""
+    """Open an image without decoding it. Raises UnidentifiedImageError for other formats."""
     return Image.open(file, formats=FORMATS)

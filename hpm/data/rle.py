@@ -1,4 +1,4 @@
-"""Masks of objects as COCO writes them: polygons and run-length codes, compressed or not."""
+"""Object masks in COCO's formats: polygons and run-length codes, compressed or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ JOB = "masks of objects (COCO)"
 
 
 def encode_masks(masks: Bool[np.ndarray, "objects height width"]) -> list[dict[str, Any]]:
-    """Compressed run-length codes, ready for JSON: {"size": [height, width], "counts": text}."""
+    """Compressed run-length codes for JSON: {"size": [height, width], "counts": text}."""
     if not len(masks):
         return []
     columns = np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8))
@@ -29,7 +29,7 @@ def encode_masks(masks: Bool[np.ndarray, "objects height width"]) -> list[dict[s
 def decode_masks(
     segmentations: Sequence[Any], height: int, width: int
 ) -> Bool[np.ndarray, "objects height width"]:
-    """The masks of one image's objects. Raises UserError naming what is wrong with one."""
+    """Decode the masks of one image's objects. Raises UserError if one is broken."""
     if not segmentations:
         return np.zeros((0, height, width), bool)
     codes = [to_rle(segmentation, height, width) for segmentation in segmentations]
@@ -40,10 +40,10 @@ def decode_masks(
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """The compressed run-length code of a COCO segmentation, which may be polygons
-    ([[x0, y0, x1, y1, ...], ...]) or a code with its counts as a list or as text.
+    """Convert a COCO segmentation to a compressed run-length code.
 
-    Raises UserError where it is none of these, or of another size.
+    It may be polygons ([[x0, y0, x1, y1, ...], ...]) or a code whose counts are a list or text.
+    Raises UserError for anything else, and for another size.
     """
     check_segmentation(segmentation, height, width)
     library = mask_library()
@@ -54,7 +54,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> None:
-    """UserError where it is neither polygons nor a run-length code, or is of another size."""
+    """Raise UserError unless it is polygons, or a run-length code of this size."""
     if isinstance(segmentation, dict):
         _check_code(segmentation, height, width)
     elif not _are_polygons(segmentation):
@@ -99,5 +99,5 @@ def _text(counts: bytes | str) -> str:
 
 
 def mask_library() -> ModuleType:
-    """faster-coco-eval's functions of masks. Raises UserError where it is not installed."""
+    """The mask functions of faster-coco-eval. Raises UserError if it is not installed."""
     return need("faster_coco_eval.core.mask", "dense", JOB)

@@ -29,7 +29,7 @@ LOOKED_FOR = (
     "JPEGImages with SegmentationClass and ImageSets/Segmentation (Pascal VOC)"
 )
 ADE20K_CLASSES = 150
-CHECKED = 8  # masks of each split that are looked at when it is opened
+MASKS_CHECKED = 8  # per split, when it is opened
 VOC_CLASSES = (
     "background",
     "aeroplane",
@@ -56,7 +56,7 @@ VOC_CLASSES = (
 
 
 class MaskedImages(FileSource):
-    """Image files, each with a file of labels. `classes` are those of the pixels."""
+    """Image files, each with a mask file. `classes` are those of the pixels."""
 
     def __init__(
         self, name: str, images: Iterable[Path], masks: Iterable[Path | str], numbers: Labels
@@ -71,7 +71,7 @@ class MaskedImages(FileSource):
 
 
 class DemoLabels(DemoSource):
-    """The built-in images; classes of pixels are `background` and those of the objects."""
+    """The built-in images; pixel classes are `background` and the object classes."""
 
     def __init__(self, split: str):
         super().__init__(split)
@@ -87,17 +87,17 @@ class DemoLabels(DemoSource):
         return drawn.mask.astype(np.uint8) * np.uint8(drawn.label + 1)
 
     def _drawn(self, index: int) -> demo.DemoImage:
-        """Image and mask of a sample are asked for one after the other, and drawn once."""
+        """Cache the last sample: its image and mask are read one after the other."""
         if self._last is None or self._last[0] != index:
             self._last = index, demo.render(index, self.split)
         return self._last[1]
 
 
 def label_map(source: Source, index: int) -> UInt8[np.ndarray, "height width"]:
-    """Numbers into `source.classes`, or IGNORED, for every pixel of an image.
+    """Index into `source.classes`, or IGNORED, of every pixel of an image.
 
-    Raises UserError where the labels are wrong, UnreadableImage where the file is no image, and
-    ValueError where the source has no labels of pixels.
+    Raises UserError if the labels are wrong, UnreadableImage if the file is not an image, and
+    ValueError if the source has no masks.
     """
     if isinstance(source, Subset):
         return label_map(source.source, int(source.indices[index]))
@@ -107,7 +107,7 @@ def label_map(source: Source, index: int) -> UInt8[np.ndarray, "height width"]:
 
 
 def check_size(source: Source, index: int, shape: tuple[int, ...], image: tuple[int, int]) -> None:
-    """UserError where a mask of `shape` is not of its image's (height, width)."""
+    """Raise UserError if a mask of `shape` differs in size from its image (height, width)."""
     if shape != image:
         raise UserError(
             f"{source.path(index)}: its mask is {shape[1]}x{shape[0]} pixels, the image "
@@ -118,18 +118,18 @@ def check_size(source: Source, index: int, shape: tuple[int, ...], image: tuple[
 def open_segmentation(
     data: str, ignored: int | None = None, one_class: bool | None = None
 ) -> Splits:
-    """Open a folder of images and masks, in whichever of the known layouts it is.
+    """Open a folder of images and masks in any of the known layouts.
 
     Args:
         data: the folder, or `demo`.
-        ignored: a label in the masks that neither trains nor counts, as 255 never does. By default
-            the class called `void` (or `unlabeled`, ...) in classes.txt, and 0 in ADE20K.
-        one_class: the masks number objects; all of them are one class, beside the background. By
-            default this is so where annotations/instances_*.json has a single category.
+        ignored: a label to leave out of training and metrics, in addition to 255. Default: the
+            class named `void` (or `unlabeled`, ...) in classes.txt; 0 for ADE20K.
+        one_class: masks number the objects; treat all of them as one class. Default: true if
+            annotations/instances_*.json has a single category.
 
     Class names come from `classes.txt` (one per line, the first for label 0) or `classes.json` (a
-    list, or names by label). Without either there are as many classes as labels in the masks to
-    train on. Raises UserError where the folder has no known layout, or where masks are wrong.
+    list, or names by label). Without either, the number of classes follows from the highest label
+    in the training masks. Raises UserError for an unknown layout or wrong masks.
     """
     if data == "demo":
         return Splits(DemoLabels("train"), DemoLabels("test"))
@@ -144,10 +144,10 @@ def open_segmentation(
     return splits
 
 
-def check_masks(source: Source, count: int = CHECKED) -> None:
-    """Look at some images and their masks, spread evenly; UserError where they do not fit."""
+def check_masks(source: Source, count: int = MASKS_CHECKED) -> None:
+    """Check `count` images and masks, evenly spaced. Raises UserError if they do not match."""
     for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
-        with suppress(UnreadableImage, OSError):  # these are counted while loading
+        with suppress(UnreadableImage, OSError):  # counted while loading
             shape = label_map(source, index).shape
             image = decode(source.open(index), 3)
             check_size(source, index, shape, (image.height, image.width))
@@ -215,7 +215,7 @@ def _open_voc(root: Path) -> tuple[_Part, _Part | None] | None:
 
 
 def _listed(root: Path, file: Path) -> _Part:
-    """The images that a list of VOC names."""
+    """The images named in one of VOC's lists."""
     names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     if not names:
         raise UserError(f"{file}: the list names no image")
@@ -231,7 +231,7 @@ def _listed(root: Path, file: Path) -> _Part:
 
 
 def _labels(root: Path, train: _Part, ignored: int | None, one_class: bool | None) -> Labels:
-    """What the numbers in the masks mean."""
+    """Choose the mapping from the numbers in the masks to classes."""
     category = _single_category(root)
     if one_class or (one_class is None and category):
         names = {0: "background", 1: category or "object"}
@@ -253,7 +253,7 @@ def _labels(root: Path, train: _Part, ignored: int | None, one_class: bool | Non
 
 
 def _names(root: Path) -> Mapping[int, str]:
-    """Names by label, from a file; empty where there is none."""
+    """Class names by label, from a file; empty if there is none."""
     text, table = root / "classes.txt", root / "classes.json"
     if text.is_file():
         lines = text.read_text(encoding="utf-8").rstrip().splitlines()
@@ -269,7 +269,7 @@ def _names(root: Path) -> Mapping[int, str]:
 
 
 def _ade20k_names(root: Path, train: _Part, ignored: int) -> Mapping[int, str]:
-    """Those of its file, tab-separated with the name last; numbers where that is missing."""
+    """Class names from ADE20K's tab-separated table; numbered if there is none."""
     table = root / "objectInfo150.txt"
     if table.is_file():
         rows = [line.split("\t") for line in table.read_text().splitlines()]
@@ -282,7 +282,7 @@ def _ade20k_names(root: Path, train: _Part, ignored: int) -> Mapping[int, str]:
 
 
 def _single_category(root: Path) -> str | None:
-    """The name of the only category of the objects that the masks number."""
+    """The category in COCO's JSON beside the masks, if it is the only one."""
     for file in sorted((root / "annotations").glob("instances_*.json")):
         with suppress(OSError, ValueError, LookupError, TypeError):
             categories = json.loads(file.read_text())["categories"]

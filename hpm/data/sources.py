@@ -16,8 +16,9 @@ from PIL import Image
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin, installed_plugins
 from hpm.data import demo
-from hpm.data.arrays import Opened, any_deep, open_image
+from hpm.data.arrays import Opened, open_image
 from hpm.data.folders import IMAGE_SUFFIXES, described, find_images, images_of
+from hpm.data.inspection import any_deep
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
 from hpm.data.tables import ArrowSource, ParquetSource, natural
@@ -203,14 +204,14 @@ class Subset:
         return self.source.read(int(self.indices[index]))
 
     def is_deep(self) -> bool:
-        return self.source.is_deep()  # of the whole, so that parts of one source are alike
+        return self.source.is_deep()  # of the whole source, so that all its parts agree
 
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
 
 
 def object_mask(source: Source, index: int) -> np.ndarray | None:
-    """Where the objects of an image are, bool [H W]; None where the source does not know."""
+    """bool [H W], True on the objects of an image; None if the source has no masks."""
     if isinstance(source, Subset):
         return object_mask(source.source, int(source.indices[index]))
     if isinstance(source, DemoSource):
@@ -219,7 +220,7 @@ def object_mask(source: Source, index: int) -> np.ndarray | None:
 
 
 def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """Split a source in two at random: (the rest, `count` images)."""
+    """Split a source at random: (the rest, `count` images)."""
     order = np.random.default_rng([seed, len(source)]).permutation(len(source))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
@@ -243,12 +244,12 @@ def _open_folder(path: Path) -> Splits:
         )
     path = images_of(path)
     inside = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
-    if any((path / "annotations").glob("*.json")):  # as COCO is distributed: train2017, val2017
+    if any((path / "annotations").glob("*.json")):  # COCO's names: train2017, val2017
         inside = {name.rstrip("0123456789"): p for name, p in inside.items()}
         inside.pop("annotations")
     train_folder = next((inside[n] for n in TRAIN_NAMES if n in inside), None)
     test_folder = next((inside[n] for n in TEST_NAMES if n in inside), None)
-    # A folder `train` among others that are no splits may well be a class (of vehicles, say).
+    # A folder `train` beside folders that are no splits may be a class (trains).
     if train_folder and (test_folder or len(inside) == 1):
         return Splits(
             _image_folder(train_folder), _image_folder(test_folder) if test_folder else None
@@ -257,7 +258,7 @@ def _open_folder(path: Path) -> Splits:
 
 
 def _open_saved(path: Path) -> Splits:
-    """Splits as `datasets` of Hugging Face saves them, and `hpm prepare`."""
+    """Splits saved by Hugging Face's `datasets` or `hpm prepare`."""
     try:
         names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -274,7 +275,7 @@ def _open_saved(path: Path) -> Splits:
 
 
 def _first_test_split(files: list[Path]) -> list[Path]:
-    """Validation before test, as with folders: the latter often comes without labels."""
+    """Validation before test, as with folders: test labels are often withheld."""
     for name in TEST_NAMES:
         if found := [f for f in files if f.stem.lower().startswith(name)]:
             return found
@@ -282,7 +283,7 @@ def _first_test_split(files: list[Path]) -> list[Path]:
 
 
 def _image_folder(root: Path) -> FileSource:
-    """All images below `root`; labelled by first-level folder if every image lies in one."""
+    """All images below `root`, labelled by first-level folder if every image is in one."""
     root = images_of(root)
     files, others = find_images(root)
     if not files:
@@ -333,7 +334,7 @@ def _open_list(path: Path) -> FileSource:
 
 
 def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
-    """(image, label) of a line; a path may hold spaces. The image is None where it is missing."""
+    """(image, label) of a line. A path may contain spaces. The image is None if it is missing."""
     path, _, label = line.rpartition(" ")
     if path and os.path.isfile(folder / path.strip()):
         return str(folder / path.strip()), label

@@ -1,4 +1,4 @@
-"""Which parts of an annotated folder to train and to test on."""
+"""Choose the training and test splits of an annotated folder."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ Part = TypeVar("Part")
 
 
 def pick_splits(
-    annotated: Mapping[str, Part], bare: Iterable[str], root: Path, lacking: str
+    annotated: Mapping[str, Part], bare: Iterable[str], root: Path, missing: str
 ) -> tuple[Part, Part | None]:
-    """The splits to train and to test on, by their names (`train`, `val2017`, ...); validation
-    before test, as the latter often comes without annotations.
+    """Choose the training and test splits by name (`train`, `val2017`, ...). Validation comes
+    before test, which is often published without annotations.
 
     Args:
-        annotated: what each split holds.
+        annotated: the splits that have annotations.
         bare: names of splits that have images but no annotations.
-        root: the folder, as named to the user.
-        lacking: what a bare split lacks, as named to the user.
+        root: the folder, for messages.
+        missing: what a bare split lacks, for messages ("masks").
 
-    Raises UserError where there is no split to train on, or where the only ones to test on are
-    bare.
+    Raises UserError if there is no training split, or if only bare splits are left to test on.
     """
     train, test = _first(annotated, TRAIN_NAMES), _test(annotated)
     bare = list(bare)
     if train is None:
         if (name := _first(bare, TRAIN_NAMES)) is not None:
-            raise UserError(f"{root}: the split {name} has images but no {lacking}")
+            raise UserError(f"{root}: the split {name} has images but no {missing}")
         raise UserError(f"{root}: no split to train on among {', '.join(sorted(annotated))}")
     if test is None and (name := _test(bare)) is not None:
         raise UserError(
-            f"{root}: the split {name} has images but no {lacking}: add them, or remove its images"
+            f"{root}: the split {name} has images but no {missing}: add them, or remove its images"
         )
     return annotated[train], None if test is None else annotated[test]
 
@@ -51,6 +50,6 @@ def _test(names: Iterable[str]) -> str | None:
 
 
 def _first(names: Iterable[str], beginnings: tuple[str, ...]) -> str | None:
-    """The shortest that begins so: `train` rather than `trainval`."""
+    """The shortest name with such a beginning: `train` rather than `trainval`."""
     found = [name for name in names if name.lower().startswith(beginnings)]
     return min(found, key=lambda name: (len(name), name), default=None)

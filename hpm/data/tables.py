@@ -1,6 +1,6 @@
 """Images in parquet or Arrow files, in Hugging Face's layout.
 
-A row holds `image: {bytes, path}`, perhaps `label: int`.
+A row has `image: {bytes, path}` and optionally `label: int`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from hpm.core.errors import UserError, one_line
-from hpm.data.arrays import Opened, any_deep, open_image
+from hpm.data.arrays import Opened, open_image
+from hpm.data.inspection import any_deep
 
 
 class TableSource:
-    """The rows of Arrow chunks, which all loading processes share."""
+    """Rows of Arrow chunks, in memory that workers share."""
 
-    files: list[Path]  # that hold them
+    files: list[Path]  # of the rows
 
     def __init__(self, name: str, where: str, images: Any, labels: Any, names: list[str]):
-        """images, labels: columns of pyarrow (labels: None where there are none); names: those of
-        the classes, where they are known; where: what a row is said to lie in."""
+        """images, labels: pyarrow columns (labels may be None). names: class names, if known.
+        where: file or folder, for messages about a row."""
         import pyarrow
 
         self.name, self.where = name, where
@@ -37,7 +38,7 @@ class TableSource:
             values = labels.to_pylist()
             self.classes = names or sorted({str(v) for v in values}, key=natural)
             numbers = {c: i for i, c in enumerate(self.classes)}
-            # A test split whose labels are withheld has -1 for each, or nothing.
+            # A test split with withheld labels has -1 or null for each.
             if all(v is not None and not (names and not 0 <= v < len(names)) for v in values):
                 self.labels = np.array([v if names else numbers[str(v)] for v in values])
 
@@ -63,7 +64,7 @@ class TableSource:
 
 
 class ParquetSource(TableSource):
-    """Parquet files. The encoded bytes are held in memory."""
+    """Parquet files, whose encoded images are kept in memory."""
 
     def __init__(self, name: str, files: Sequence[Path]):
         pyarrow = _pyarrow()
@@ -84,9 +85,9 @@ class ParquetSource(TableSource):
 
 
 class ArrowSource(TableSource):
-    """A split as `datasets` of Hugging Face saves it to disk (`save_to_disk`), and `hpm prepare`.
+    """A split in the format of Hugging Face's `datasets.save_to_disk` and of `hpm prepare`.
 
-    The files are mapped: only what is read comes into memory, and the system may drop it again.
+    The files are memory-mapped: only what is read is loaded, and the system may evict it.
     """
 
     def __init__(self, name: str, folder: Path):

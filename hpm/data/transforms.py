@@ -1,4 +1,4 @@
-"""From an opened image to a view of a fixed size: uint8, or float32 where the image holds more."""
+"""Turn an opened image into a view of a fixed size: uint8, or float32 beyond 8 bits."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
     "none": (),
     False: (),
 }
-LONGEST = 8  # ratio of the sides, beyond which the ends of an image are left out first
-# Where the first and last row, the first and last column of a view come from, as shares of the
-# image: (top, bottom, left, right), a flipped axis from the larger to the smaller.
+MAX_ASPECT = 8  # of the sides; the ends of longer images are cut off before resizing
+# The edges of a view within its image, as fractions of the image: (top, bottom, left, right). Along
+# a flipped axis the larger comes first.
 Crop = tuple[float, float, float, float]
 
 
@@ -61,7 +61,7 @@ def training_view(
         for axis in flipped:
             edges[axis] = edges[axis][::-1]
         if flipped:
-            view = torch.from_numpy(view).flip(flipped).numpy()  # three times as fast as numpy's
+            view = torch.from_numpy(view).flip(flipped).numpy()  # 3 times faster than NumPy's flip
         return view, (*edges[1], *edges[2])
 
 
@@ -71,8 +71,8 @@ def augmented_view(
     augment: Callable[[Image.Image], Any],
     min_side: int = 1,
 ) -> View:
-    """A view made by a transform of another library, from an RGB image to one of the size."""
-    # Those transforms know RGB in 8 bits; grey is turned back afterwards.
+    """A view made by another library's transform, which takes an RGB image."""
+    # Such transforms expect 8-bit RGB; grey is converted back afterwards.
     pixels = decode(image, max(channels, 3), None, min_side)
     with reading():
         view = augment(_to_image(pixels)).convert(MODES[channels])
@@ -86,39 +86,39 @@ def evaluation_view(
     min_side: int = 1,
     crop_share: float = 1.0,
 ) -> View:
-    """The centre of an image at `size` (height, width), bicubic.
+    """Centre crop at `size` (height, width), bicubic.
 
-    With crop_share 1, the largest centred box of that shape, cut out and resized. Below 1, as in
-    published recipes (0.875 of 256 pixels is 224): the image is resized to size / crop_share along
-    its shorter side, and the centre is cut out of it.
+    With crop_share 1, the largest centred box of that shape is cropped and resized. Below 1, as in
+    published recipes (224 = 0.875 * 256): the shorter side is resized to size / crop_share, then
+    the centre is cropped.
     """
     least = resized_size(size, size, crop_share)
     pixels = decode(image, channels, least, min_side)
     with reading():
         if crop_share == 1:
             return pixels.resized(size, centred_box(pixels.width, pixels.height, size))
-        return _resized_then_cut(pixels, size, crop_share)
+        return _resize_then_crop(pixels, size, crop_share)
 
 
 def resized_size(
     image: tuple[int, int], size: tuple[int, int], crop_share: float
 ) -> tuple[int, int]:
-    """(height, width) that an image is resized to before a view of `size` is cut out of it: just
-    large enough for size / crop_share, rounded down as torchvision does."""
+    """(height, width) that an image is resized to before a view of `size` is cropped: the smallest
+    that covers size / crop_share, rounded down as torchvision does."""
     (height, width), (rows, columns) = image, (int(side / crop_share) for side in size)
     if rows * width >= columns * height:
         return rows, rows * width // height
     return columns * height // width, columns
 
 
-def _resized_then_cut(pixels: Pixels, size: tuple[int, int], crop_share: float) -> View:
-    (rows, columns), most = size, LONGEST
-    # Of a very long image only the middle is resized, which would otherwise fill the memory.
+def _resize_then_crop(pixels: Pixels, size: tuple[int, int], crop_share: float) -> View:
+    rows, columns = size
+    # A very long image, resized whole, could fill the memory: resize only its middle.
     box = _centred(
         pixels.width,
         pixels.height,
-        min(pixels.width, most * pixels.height * columns / rows),
-        min(pixels.height, most * pixels.width * rows / columns),
+        min(pixels.width, MAX_ASPECT * pixels.height * columns / rows),
+        min(pixels.height, MAX_ASPECT * pixels.width * rows / columns),
     )
     left, top, right, bottom = box
     height, width = resized_size((bottom - top, right - left), size, crop_share)
@@ -143,7 +143,7 @@ def _centred(width: int, height: int, w: float, h: float) -> Box:
 def random_crop(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]
 ) -> Box:
-    """Box of a random area and shape (3:4 to 4:3), within the image."""
+    """A box of random area and aspect ratio (3:4 to 4:3) within the image."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -151,13 +151,12 @@ def random_crop(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # No box of that shape fits, as in a very long image: the largest centred one does.
+    # No such box fits, for example in a very long image: use the largest centred one.
     return _centred(width, height, min(width, height * 4 / 3), min(height, width * 4 / 3))
 
 
 def least_size(size: tuple[int, int], smallest_crop: float) -> tuple[int, int]:
-    """(height, width) of an image of which even the smallest crop still has the pixels of a view
-    of `size`."""
+    """The least (height, width) of an image whose smallest crop has at least `size` pixels."""
     side = 1 / math.sqrt(smallest_crop)
     return math.ceil(size[0] * side), math.ceil(size[1] * side)
 
@@ -168,8 +167,8 @@ def decode(
     least: tuple[int, int] | None = None,
     min_side: int = 1,
 ) -> Pixels:
-    """Decoded and upright; where `least` (height, width) will do, a JPEG perhaps at a half, a
-    quarter or an eighth, which is faster."""
+    """Decode an image, upright. If `least` (height, width) suffices, a JPEG may be decoded at 1/2,
+    1/4 or 1/8 of its size, which is faster."""
     with reading():
         pixels = _decoded(image, channels, least)
         if min(pixels.width, pixels.height) < min_side:
@@ -186,7 +185,7 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
             return Pixels(array, channels)
         image = image.opened()
     if channels == 4 and _has_four_bands(image):
-        # As stored: Pillow would divide the others by an alpha that they are multiplied with.
+        # As stored: Pillow would divide the colours by a premultiplied alpha.
         image.tile = [
             tile._replace(args=("RGBA", *rest)) if raw == "RGBa" else tile
             for tile, (raw, *rest) in ((tile, tuple(tile.args or ("",))) for tile in image.tile)
@@ -201,14 +200,15 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
 
 
 def _has_four_bands(image: Opened) -> TypeGuard[ImageFile.ImageFile]:
-    """Of a TIFF, the fourth may be anything (near infrared, say), even where it is called alpha."""
+    """Is it a TIFF of four bands? The fourth may be anything (such as near infrared), even if it is
+    called alpha."""
     return isinstance(image, ImageFile.ImageFile) and (
         image.format == "TIFF" and image.mode in ("RGBA", "RGBa", "RGBX")
     )
 
 
 def _by_pillow(image: Image.Image, channels: int, least: tuple[int, int] | None) -> np.ndarray:
-    # Also where nothing is reduced: of colours, the grey that the file holds is taken.
+    # Even at full size: `draft` makes Pillow read a colour JPEG's stored luminance as grey.
     image.draft(MODES[channels], least[::-1] if least else image.size)
     return _channels_first(np.asarray(ImageOps.exif_transpose(image).convert(MODES[channels])))
 
@@ -218,7 +218,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
 
 
 def _to_image(pixels: Pixels) -> Image.Image:
-    """RGB or RGBA, reduced to 8 bits."""
+    """An RGB or RGBA image of 8 bits."""
     view = at_depth(in_units_of_255(pixels.array), deep=False)
     if len(view) != pixels.channels:
         view = recoloured(view, pixels.channels)

@@ -1,4 +1,4 @@
-"""Unreadable images: each is named once; too many are an error."""
+"""Reports each unreadable image once; too many are an error."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from hpm.data.sources import Source
 
 
 class UnreadableImages:
-    """Counts those of a source, over all processes.
+    """Counts the unreadable images of a source over all processes.
 
     Args:
-        source: whose images they are.
-        share: of its images that may be unreadable.
-        known: those of earlier, by index, with what is wrong; they are not named again.
+        source: the source of the images.
+        share: largest share of its images that may be unreadable.
+        known: earlier problems by index, which are not reported again.
     """
 
     def __init__(self, source: Source, share: float, known: dict[int, str] | None = None):
         self.source, self.share = source, share
-        self.problems = dict(known or {})  # of all processes, as of the last check
-        self._found: dict[int, str] = {}  # by this process since then
+        self.problems = dict(known or {})  # of all processes, up to the last check
+        self._found: dict[int, str] = {}  # of this process since the last check
 
     def __len__(self) -> int:
         return len(self.problems)
 
     def add(self, problems: Iterable[tuple[int, str]]) -> None:
-        """(index, what is wrong) of images that this process could not read."""
+        """Add (index, reason) of images that this process could not read."""
         self._found.update(problems)
 
     def check(self, report: Callable[[str], None]) -> None:
-        """Report those that are new; UserError where they are too many.
+        """Report new problems. Raises UserError if there are too many.
 
-        All processes do this together, so that all of them stop or none.
+        All processes call it together, so that either all of them stop or none.
         """
         for found in distributed.gather(self._found):
             for index, problem in found.items():

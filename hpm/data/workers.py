@@ -1,4 +1,4 @@
-"""Starting and stopping the processes that load images."""
+"""Start and stop data loading workers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from hpm.core import distributed
 from hpm.core.errors import UserError, counted
 from hpm.core.signals import hold_stop_signals, ignore_stop_signals
 
-FORKS = sys.platform == "linux"  # workers are copies of this process, and share its mappings
+FORKS = sys.platform == "linux"  # workers are forks of this process, and share its memory
 SHARED = Path("/dev/shm")
-# What PyTorch says where the memory that loading processes share is full.
+# PyTorch's messages when shared memory is full.
 OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register
 def _kill_workers() -> None:
-    """Python ends its children by SIGTERM, which loading workers ignore, and then waits for them:
-    without limit for one that hangs."""
+    """At exit, Python sends SIGTERM to its children, which workers ignore, and then waits for them
+    without a limit. Kill them instead."""
     for worker in list(_workers):
         if worker.is_alive():
             worker.kill()
 
 
 class WorkerLoader(DataLoader):
-    """A loader whose workers end with this process. UserError where the memory that they share is
+    """A DataLoader whose workers end with this process. Raises UserError if shared memory is
     full."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         others = set(multiprocessing.active_children())
         try:
-            with hold_stop_signals():  # until the workers ignore them
+            with hold_stop_signals():  # until the workers have started to ignore them
                 batches = super().__iter__()
             _workers.update(set(multiprocessing.active_children()) - others)
             yield from batches
@@ -66,10 +66,10 @@ def batch_loader(
 ) -> WorkerLoader:
     """One collated batch per list of keys of `samples`.
 
-    Workers are forks: they start at once, and share source and cache instead of copying them. No
-    other thread may draw from PyTorch's global generator meanwhile: a fork would copy its lock
-    held, and hang (none of ours does). A worker that gives no batch in the time that processes
-    wait for each other is an error.
+    Workers are forks: they start quickly, and share source and cache instead of copying them. No
+    other thread may draw from PyTorch's global generator while they start: a fork would copy the
+    locked generator, and hang. A worker that yields no batch within `distributed.TIMEOUT` is an
+    error.
     """
     return WorkerLoader(
         samples,
@@ -79,8 +79,8 @@ def batch_loader(
         worker_init_fn=ignore_stop_signals,
         multiprocessing_context="fork" if workers and FORKS else None,
         timeout=distributed.TIMEOUT.total_seconds() if workers else 0,
-        # Its own: a loader would draw from the global one, whose state a checkpoint keeps, once
-        # for each time that a run starts.
+        # A separate generator: DataLoader would otherwise draw from the global one at every start,
+        # and a resumed run would differ.
         generator=torch.Generator(),
         **options,
     )

@@ -28,12 +28,12 @@ def evaluate(
             dotted name of a module of your own (see `hpm.evals.contract`).
         run: run folder, checkpoint or backbone file.
         data: images, labelled for the first four.
-        report: is called with each line on what was passed over.
-        config: name of a preset, or a YAML file, that the options are laid over.
-        options: those of the protocol's `Options`.
+        report: called with each message, such as an unreadable image.
+        config: name of a preset, or a YAML file; `options` take precedence.
+        options: fields of the protocol's `Options`.
 
-    The result is also written as JSON into the run folder; where that is not possible, `report` is
-    told, and the result says why. Raises UserError on bad input.
+    The result is also written as JSON into the run folder. If that fails, `report` is called with
+    the reason, and the result contains it. Raises UserError on bad input.
     """
     from hpm.evals.running import run_evaluation
 

@@ -32,7 +32,7 @@ class Options(FrozenEvalOptions, LabelledEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for the patches of each backbone, and of raw pixels."""
+    """Yield a row for the patches of each backbone and of raw pixels."""
     import torch
 
     from hpm.data.loader import EvaluationViews

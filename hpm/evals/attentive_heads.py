@@ -1,4 +1,4 @@
-"""Attentive heads of a probe, all hyper-parameters of a grid at the same time."""
+"""Attentive probe heads, trained for all hyper-parameters of a grid at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hpm.evals.probing import CHOOSING, TESTED, Heads, HyperParameters
 
 
 class AttentiveHeads(Heads):
-    """Batch normalisation without scale and shift, cross-attention of one learned query to the
-    patches, then a linear layer; for every point of the grid, twice.
+    """Batch norm without affine parameters, cross-attention of one learned query to the patches,
+    and a linear layer; two copies for every point of the grid.
 
-    As in recent work on masked image models, whose patches hold what their mean does not. A single
-    query needs neither keys nor values of the patches: its product with a key is a product of the
-    patch with a vector (the key's bias would add the same to all patches), and a mean of values is
-    the value of a mean. So each head costs two products per patch and not two matrices.
+    Common for masked image models, whose patches contain more than their mean. With a single query,
+    keys and values of the patches need not be computed: query times key is the product of a patch
+    with a fixed vector (the key's bias cancels in the softmax), and the mean of values is the value
+    of the mean. Each head thus costs two dot products per patch instead of two matrix products.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AttentiveHeads(Heads):
             "output": output,
             "output_bias": torch.zeros(num_classes),
         }
-        # [2, ...] each: both copies of a head start alike.
+        # [2, ...] each: both copies of a head have the same initial weights.
         self.parts = nn.ModuleList(
             nn.ParameterDict({name: torch.stack([t, t]) for name, t in start.items()}) for _ in grid
         )
@@ -60,9 +60,9 @@ class AttentiveHeads(Heads):
             torch.stack([part[name] for part in self.parts])  # type: ignore[index]
             for name in ("query", "key", "value", "value_bias", "output", "output_bias")
         )
-        seeking = torch.einsum("schd,schde->sche", query, key) / query.shape[-1] ** 0.5
-        points, copies, heads, dim = seeking.shape
-        weights = (patches @ seeking.view(-1, dim).T).softmax(1)
+        projected_query = torch.einsum("schd,schde->sche", query, key) / query.shape[-1] ** 0.5
+        points, copies, heads, dim = projected_query.shape
+        weights = (patches @ projected_query.view(-1, dim).T).softmax(1)
         means = (weights.transpose(1, 2) @ patches).view(-1, points, copies, heads, dim)
         pooled = torch.einsum("bsche,schde->scbhd", means, value) + value_bias[:, :, None]
         return pooled.flatten(3) @ output.transpose(2, 3) + output_bias[:, :, None]
@@ -75,20 +75,21 @@ class AttentiveHeads(Heads):
         rate: float,
     ) -> None:
         """See `LinearHeads.learn`."""
-        if self._optimizer is None:  # now that the heads are where they stay
+        if self._optimizer is None:  # the heads are on their device now
             self._optimizer = torch.optim.AdamW(
                 {"params": list(part.parameters()), "lr": 0.0, "weight_decay": point.weight_decay}
                 for part, point in zip(self.parts, self.grid, strict=True)
             )
         for group, point in zip(self._optimizer.param_groups, self.grid, strict=True):
-            group["lr"] = rate * point.lr  # AdamW's steps do not follow the batch size
+            group["lr"] = rate * point.lr  # unlike SGD's, not scaled by the batch size
         _loss(self(features), labels, seen).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
 
 def _loss(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
-    """Sum over heads of their mean cross-entropy [grid 2 B C]; heads share no weights."""
+    """Sum over heads of their mean cross-entropy, for logits [grid 2 B C]. Heads share no
+    weights."""
     points, copies, batch, _ = logits.shape
     expected = labels.repeat(points * copies)
     entropy = F.cross_entropy(logits.flatten(0, 2), expected, reduction="none")

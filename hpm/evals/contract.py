@@ -1,17 +1,17 @@
-"""What an evaluation is, and how it is found by its name.
+"""The interface of evaluations, and how they are found by name.
 
 An evaluation is a module with
 
 - `Options`, a dataclass that derives from `EvalOptions` (or `LabelledEvalOptions`,
-  `FrozenEvalOptions`): what can be set. Its docstring is what `hpm eval --help` says of it.
-- `run(task, options)`, which yields a `Measured` for each row of numbers. It checks its options
-  first. Where several processes evaluate, all of them yield the same.
+  `FrozenEvalOptions`). Its docstring is shown by `hpm eval --help`.
+- `run(task, options)`, which checks its options and yields a `Measured` for each row of numbers.
+  With several processes, all of them yield the same.
 - `COLUMNS` (optional), the columns of the printed table: title -> format of a row's numbers, such
-  as `{"effective rank": "{rank:.1f}"}`. Otherwise there is a column for each number.
+  as `{"effective rank": "{rank:.1f}"}`. Default: one column per number.
 
-`hpm.evals.task.Task` gives the backbones, the images and the device. An evaluation sees features of
-frozen backbones, or trains a copy of the encoder. What it imports beyond `Options`, PyTorch above
-all, is imported inside `run`, so that `hpm eval --help` answers at once.
+`hpm.evals.task.Task` provides the backbones, the images and the device. An evaluation uses features
+of frozen backbones, or trains a copy of the encoder. PyTorch and other slow imports belong inside
+`run`, so that `hpm eval --help` stays fast.
 
 A module of `hpm.evals` is found by its own name, one of an installed package by its name in the
 entry point group `hpm.evaluations`, and any other by its dotted name: `hpm eval my_package.my_eval`
@@ -36,10 +36,10 @@ from hpm.core.errors import UserError, nearest
 from hpm.evals.options import EvalOptions
 
 ENTRY_POINTS = "hpm.evaluations"
-# Names of features. Those of the run that --compare names are the trained ones' with the first
-# word replaced, which is how the differences find their pairs.
+# First words of the names of features. Differences pair TRAINED with COMPARED (the run that
+# --compare names), whose names are otherwise equal.
 TRAINED, COMPARED, RANDOM, RAW_PIXELS = "trained", "compared", "random weights", "raw pixels"
-# In place of features: numbers of the run's loss predictor, which a result keeps apart.
+# In place of features: the numbers of the run's loss predictor (`Result.hardness`).
 PREDICTOR = "predictor"
 
 Numbers = dict[str, float]
@@ -47,30 +47,31 @@ Numbers = dict[str, float]
 
 @runtime_checkable
 class Scores(Protocol):
-    """What each test image scored. The numbers, their intervals and paired differences to another
-    backbone follow from it (see `hpm.evals.metrics.TrueClassRanks`)."""
+    """Scores of each test image, from which numbers, confidence intervals and paired differences
+    between backbones are computed (see `hpm.evals.metrics.TrueClassRanks`)."""
 
     def numbers(self, seed: int) -> Numbers:
-        """By name; NAME_low and NAME_high are the ends of NAME's 95 % interval."""
+        """Numbers by name. NAME_low and NAME_high are the 95 % confidence interval of NAME."""
         ...
 
     def difference(self, other: Any, seed: int) -> Numbers:
-        """These less the other's, of the same images; named alike."""
+        """Paired differences to `other` on the same images (self minus other), by the same
+        names."""
         ...
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers of one kind of features at one setting.
+    """The numbers of one kind of features in one setting.
 
-    features: the row of the table, such as `trained, patch mean`.
-    setting: such as `k = 20`; the evaluation's name where there is only one.
-    scores: per image; its numbers come before `numbers`.
-    numbers: by name.
-    per_class: class -> its numbers by name.
-    chosen: the hyper-parameters that a held-out part chose.
-    figures: end of a file name, such as `masks.png` -> what writes that file, such as
-        `image.save`. The files are beside the JSON file.
+    features: name of the row, such as `trained, patch mean`.
+    setting: such as `k = 20`. Default: the name of the evaluation.
+    scores: scores per image; their numbers come before `numbers`.
+    numbers: further numbers by name.
+    per_class: numbers by class and name.
+    chosen: hyper-parameters that were chosen on held-out images.
+    figures: end of a file name, such as `masks.png` -> function that writes the file, such as
+        `image.save`. Figures are written beside the JSON file.
     """
 
     features: str
@@ -84,7 +85,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that was found by its name."""
+    """An evaluation, loaded from its module."""
 
     name: str
     options: type[EvalOptions]
@@ -93,12 +94,12 @@ class Evaluation:
 
     @property
     def about(self) -> str:
-        """One line on what it does."""
+        """A one-line description."""
         return " ".join((self.options.__doc__ or "").split())
 
 
 def find(name: str) -> Evaluation:
-    """The evaluation of that name. Raises UserError where there is none, or it is not complete."""
+    """Find an evaluation by name. Raises UserError if there is none or it is incomplete."""
     known = installed()
     if name in known:
         return _evaluation(name, _import(name, known[name]))
@@ -109,16 +110,16 @@ def find(name: str) -> Evaluation:
 
 
 def installed() -> dict[str, str]:
-    """Evaluations that have a name of their own: name -> module. None of them is imported."""
+    """Built-in and registered evaluations, name -> module, without importing them."""
     built_in = {path.stem: f"{__package__}.{path.stem}" for path in _built_in_files()}
     others = {each.name: each.module for each in entry_points(group=ENTRY_POINTS)}
     return built_in | {name: others[name] for name in sorted(others.keys() - built_in.keys())}
 
 
 def installed_options(name: str) -> type[EvalOptions] | None:
-    """The options of an evaluation that a file names; None where it is not installed.
+    """The options of an evaluation named in a file; None if it is not installed.
 
-    A name in a file is never taken for a module to import.
+    A name in a file is never imported as a module.
     """
     try:
         return find(name).options if name in installed() else None
@@ -127,8 +128,8 @@ def installed_options(name: str) -> type[EvalOptions] | None:
 
 
 def _built_in_files() -> list[Path]:
-    """The modules beside this one that have `Options`; looked up in their text, because importing
-    the other modules would import PyTorch."""
+    """The modules beside this one that define `Options`. Their text is searched, because importing
+    the others would import PyTorch."""
     folder = Path(__file__).parent
     files = [*folder.glob("*.py"), *(init.parent for init in folder.glob("*/__init__.py"))]
     return sorted(file for file in files if "\nclass Options(" in _text(file))

@@ -1,4 +1,4 @@
-"""Features without labels: how many dimensions they use, and whether patches have collapsed."""
+"""Statistics of features without labels: effective rank, and similarity of patches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ LIKENESS = "patch likeness of "
 def feature_stats(
     backbones: list[EvaluatedBackbone], source: Source, reader: ImageReader, baseline: bool
 ) -> dict[str, dict[str, float]]:
-    """For every kind of features: `rank` (effective rank), `of` (the most it could be) and, for
-    those made of patches, `patch_similarity` (mean cosine of two patches of one image)."""
+    """For each kind of features: `rank` (effective rank), `of` (its maximum) and, if made of
+    patches, `patch_similarity` (mean cosine similarity of two patches of an image)."""
     values: dict[str, dict[str, float]] = {}
     for alike, with_pixels in by_view(backbones, baseline):
         embed = _embed(alike, with_pixels)
@@ -74,12 +74,13 @@ def _embed(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
 
 
 def effective_rank(features: Float[Tensor, "images dim"]) -> float:
-    """RankMe (Garrido et al. 2023, equation 1): exp of the entropy of the singular values' shares.
+    """RankMe (Garrido et al. 2023, equation 1): exp of the entropy of the normalised singular
+    values.
 
-    From 1 (all features alike up to a factor) to min(images, dim) (all directions alike strong).
+    Between 1 (all features are collinear) and min(images, dim) (all singular values are equal).
     """
     x = features.double()
-    # The smaller of the two products has the squares of all singular values that are not zero.
+    # The eigenvalues of the smaller Gram matrix are the squares of all non-zero singular values.
     product = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
     singular = torch.linalg.eigvalsh(product).clamp(min=0).sqrt()
     shares = singular / singular.sum().clamp(min=1e-12) + 1e-7
@@ -87,8 +88,8 @@ def effective_rank(features: Float[Tensor, "images dim"]) -> float:
 
 
 def patch_similarity(patches: Float[Tensor, "batch patches dim"]) -> Float[Tensor, " batch"]:
-    """Mean cosine similarity of two different patches of an image; 1 is collapse."""
+    """Mean cosine similarity of two different patches of an image; 1 means collapse."""
     count = patches.shape[1]
     unit = F.normalize(patches.float(), dim=-1)
-    # The sum over all pairs is the square of the sum; each patch with itself counts 1.
+    # The sum over all pairs is the square of the sum; subtract pairs of a patch with itself.
     return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1))

@@ -1,4 +1,4 @@
-"""Features of a data set: computed once, each image exactly once."""
+"""Extract the features of a data set, each image exactly once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Features:
 
 @dataclass
 class EvaluatedBackbone:
-    """A backbone that is evaluated, and what it wants to see."""
+    """A backbone to evaluate, and its name in the results."""
 
     name: str
     backbone: Backbone
@@ -48,7 +48,7 @@ class EvaluatedBackbone:
     def parts(
         self, images: Tensor
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (or None) and patches of a batch as it is loaded, in float32."""
+        """Class token (or None) and patches of a loaded batch, in float32."""
         device = self.backbone.mean.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             cls_token, patches = self.backbone.tokens(self.backbone.normalize(images))
@@ -87,8 +87,8 @@ class ImageReader:
 
 
 def pooled(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
-    """What `extract` computes of loaded images for backbones of one view: class token (if any)
-    and mean of the patches of each, and (as a baseline) raw pixels."""
+    """Features for `extract`: class token (if any) and patch mean of each backbone, and (as a
+    baseline) raw pixels. The backbones must have the same view."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ def pooled(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
 
 
 def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
-    """What `extract` computes: patches of every backbone, and (as a baseline) their raw pixels."""
+    """Features for `extract`: patches of each backbone, and (as a baseline) their raw pixels."""
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
 def by_view(
     backbones: list[EvaluatedBackbone], baseline: bool
 ) -> list[tuple[list[EvaluatedBackbone], bool]]:
-    """Backbones that see the same views together; raw pixels (the baseline) go with the first."""
+    """Group backbones by view. Raw pixels (the baseline) are computed with the first group."""
     groups: list[tuple[list[EvaluatedBackbone], bool]] = []
     for view in dict.fromkeys(backbone.view for backbone in backbones):
         alike = [backbone for backbone in backbones if backbone.view == view]
@@ -135,7 +135,7 @@ def pooled_features(
     reader: ImageReader,
     baseline: bool,
 ) -> dict[str, Features]:
-    """Pooled features of all backbones, and raw pixels, of all readable images (see `extract`)."""
+    """Pooled features of all backbones, and raw pixels, for all readable images (see `extract`)."""
     found: dict[str, Features] = {}
     for alike, with_pixels in by_view(backbones, baseline):
         found |= extract(pooled(alike, with_pixels), source, labels, *alike[0].view, reader)
@@ -146,7 +146,7 @@ def pooled_features(
 
 
 def check_finite(found: dict[str, Features]) -> None:
-    """UserError where features are NaN or infinite."""
+    """Raise UserError if features are NaN or infinite."""
     for name, features in found.items():
         if not features.features.isfinite().all():
             raise UserError(
@@ -163,11 +163,11 @@ def extract(
     channels: int,
     reader: ImageReader,
 ) -> dict[str, Features]:
-    """Features of all readable images, of every kind that `embed` gives: [B C H W] -> [B *].
+    """Features and labels of all readable images, for each kind that `embed` returns.
 
-    Unreadable images are reported and left out, their labels with them. Several processes share
-    the images; the main process has all of the result, the others none. Raises UserError where no
-    image can be read, or the features are not finite.
+    Unreadable images are reported and dropped, with their labels. Processes share the images; only
+    the main process returns the result, the others an empty dictionary. Raises UserError if no
+    image can be read, or if features are not finite.
     """
     share = len(distributed.part_of(len(source)))
     found: dict[str, Tensor] = {}
@@ -181,12 +181,12 @@ def extract(
                 found[name] = torch.empty(share, *features.shape[1:])
             found[name][rows] = features
     ids = ids[:count]
-    everyones = distributed.rows_of_all(ids).sort().values
-    if not len(everyones):
+    all_ids = distributed.rows_of_all(ids).sort().values
+    if not len(all_ids):
         raise UserError(f"{source.name}: no readable image")
-    if not found:  # here, but elsewhere
+    if not found:  # only other processes have read images
         found = no_features(embed, size, channels)
-    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[everyones]
+    kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[all_ids]
     result = {}
     for name in list(found):
         rows_of_name = distributed.rows_to_main(found.pop(name)[:count], ids)
@@ -197,13 +197,13 @@ def extract(
 
 
 def no_features(embed: Embed, size: tuple[int, int], channels: int) -> dict[str, Tensor]:
-    """Features [0 *] of no image, for a process that has read none."""
+    """Empty features [0 *], for a process that has read no image."""
     empty = embed(torch.zeros(1, channels, *size, dtype=torch.uint8))
     return {name: features[:0].float().cpu() for name, features in empty.items()}
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """The baseline without a network: the pixels of the image, shrunk to about 32 by 32."""
+    """Baseline without a network: the pixels of the image, shrunk to about 32 x 32."""
     height, width = images.shape[-2:]
     scale = min(1.0, 32 / min(height, width))
     size = (round(height * scale), round(width * scale))
@@ -213,7 +213,7 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 @dataclass
 class Labelled:
-    """A source to train on and one to test on, their labels numbered alike."""
+    """Training and test sources with the same numbering of classes."""
 
     train: Source
     train_labels: np.ndarray
@@ -223,9 +223,10 @@ class Labelled:
 
 
 def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labelled:
-    """Check and align the labels of two splits; without a second one, hold a fifth out by class.
+    """Check and align the labels of two splits. Without a test split, a fifth of each class is held
+    out.
 
-    Of the training images a share of each class is kept, at least one image.
+    train_share: fraction of the training images of each class to keep (at least one image).
     """
     train, test = splits.train, splits.test
     if train.labels is None:
@@ -248,11 +249,11 @@ def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labe
             f"{test.name} has {counted(len(unknown), 'class', 'classes')} that "
             f"{train.name} has not, the first '{unknown[0]}': nothing can be learned of them"
         )
-    lacking = sorted(set(train.classes) - set(test.classes))
-    if lacking:
+    untested = sorted(set(train.classes) - set(test.classes))
+    if untested:
         raise UserError(
-            f"{train.name} has {counted(len(lacking), 'class', 'classes')} that "
-            f"{test.name} has not, the first '{lacking[0]}': give both splits the same classes"
+            f"{train.name} has {counted(len(untested), 'class', 'classes')} that "
+            f"{test.name} has not, the first '{untested[0]}': give both splits the same classes"
         )
     numbers = {name: i for i, name in enumerate(train.classes)}
     renumber = np.array([numbers[name] for name in test.classes])
@@ -271,7 +272,7 @@ def _fewer_labels(data: Labelled, share: float, seed: int) -> Labelled:
 
 
 def hold_out_by_class(source: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of (the rest, a fifth of each class). UserError for a class of one image."""
+    """Indices of (the rest, a fifth of each class). Raises UserError for a class of one image."""
     assert source.labels is not None
     return split_by_class(source.labels, source.classes, source.name, seed)
 
@@ -279,7 +280,7 @@ def hold_out_by_class(source: Source, seed: int) -> tuple[np.ndarray, np.ndarray
 def split_by_class(
     labels: np.ndarray, classes: list[str], name: str, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of (the rest, a fifth of each class). UserError for a class of one image."""
+    """Indices of (the rest, a fifth of each class). Raises UserError for a class of one image."""
     rng = np.random.default_rng([seed, len(labels)])
     held = []
     for label in np.unique(labels):

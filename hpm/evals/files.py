@@ -1,4 +1,4 @@
-"""Where the numbers of an evaluation go: named after what was evaluated, and how."""
+"""Names of result files, after the evaluation, its data and its options."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 
 from hpm.evals.options import EvalOptions
 
-# Options that say what is evaluated: they have their own place in file names and tables.
-NAMED_APART = ("run", "data", "test", "compare", "teacher", "train_share")
+# Options with a place of their own in file names and tables.
+NAMED_SEPARATELY = ("run", "data", "test", "compare", "teacher", "train_share")
 MAX_OPTIONS_LENGTH = 80  # characters of a file name
 
 
 def changed_options(options: type[EvalOptions], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an evaluation (as in its JSON's `about`) that are not the defaults."""
+    """Options of an evaluation (from its JSON's `about`) with non-default values."""
     return {
         field.name: about[field.name]
         for field in dataclasses.fields(options)
-        if field.name not in (*NAMED_APART, *options.no_effect)
+        if field.name not in (*NAMED_SEPARATELY, *options.no_effect)
         and field.name in about
-        and _plain(about[field.name]) != _plain(field.default)
+        and _as_json(about[field.name]) != _as_json(field.default)
     }
 
 
 def result_file(protocol: str, options: EvalOptions, folder: Path) -> Path:
-    """The JSON file for these numbers: that of the same evaluation, or one that is not there yet.
+    """The JSON file of this evaluation: an existing one of the same evaluation, or a new one.
 
-    Its name tells protocol, data and the options that are not the defaults (a digest of them where
-    they are many); a number follows where another evaluation has that name.
+    The name consists of protocol, data and non-default options (a digest if there are many), and a
+    number if another evaluation already has that name.
     """
     about = dataclasses.asdict(options)
     stem = _stem(protocol, type(options), about)
@@ -44,8 +44,8 @@ def result_file(protocol: str, options: EvalOptions, folder: Path) -> Path:
 
 
 def training_folder(protocol: str, options: EvalOptions, folder: Path) -> Path:
-    """Where an evaluation that trains keeps itself. Its name tells nothing of how it is tested, or
-    beside what: with other such options the trained model is tested anew, not trained anew."""
+    """The folder of an evaluation that trains. Its name does not depend on options that only affect
+    testing, so that with other such options the model is tested again without retraining."""
     defaults = type(options)
     same = {"crop_share": defaults.crop_share, "baselines": defaults.baselines}
     return folder / _stem(protocol, defaults, dataclasses.asdict(options) | same)
@@ -66,20 +66,20 @@ def _stem(protocol: str, options: type[EvalOptions], about: Mapping[str, Any]) -
 
 
 def _holds(file: Path, options: type[EvalOptions], about: Mapping[str, Any]) -> bool:
-    """Whether a file has the numbers of this very evaluation (or of none at all)."""
+    """Whether a file has the results of the same evaluation, or is damaged."""
     try:
         before = json.loads(file.read_text())["about"]
         same = all(before[name] == about[name] for name in ("data", "test", "compare"))
-        # In a run's own folder it does not matter by which path the run was named.
+        # In a run's own folder, the path by which the run was given does not matter.
         same = same and (about["out"] is None or before["run"] == about["run"])
-        changed = [_plain(changed_options(options, each)) for each in (before, about)]
+        changed = [_as_json(changed_options(options, each)) for each in (before, about)]
     except (OSError, ValueError, KeyError, TypeError):
         return True
     return same and changed[0] == changed[1]
 
 
-def _plain(value: Any) -> Any:
-    """As it is read back from JSON."""
+def _as_json(value: Any) -> Any:
+    """Convert to the types that are read back from JSON."""
     return json.loads(json.dumps(value))
 
 

@@ -1,4 +1,4 @@
-"""Whether the loss predictor and the teacher know which patches are hard."""
+"""Evaluate how well the loss predictor and the teacher rank patches by difficulty."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Options(EvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """The predictor's numbers."""
+    """Yield the numbers of the predictor and the teacher."""
     trained = task.trained
     if trained.model is None:
         raise UserError(
@@ -35,14 +35,14 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     yield Measured(PREDICTOR, numbers=_numbers(task, options.images))
 
 
-def of_the_predictor(task: Task, images: int = 256) -> Iterator[Measured]:
-    """The same for another evaluation to end with; nothing where there is no predictor."""
+def predictor_numbers(task: Task, images: int = 256) -> Iterator[Measured]:
+    """The same, for use at the end of another evaluation; yields nothing without a predictor."""
     if not _has_predictor(task):
         return
     try:
         yield Measured(PREDICTOR, numbers=_numbers(task, images))
     except UserError as error:
-        # A frozen model or a codebook may be missing here: no reason to lose all other numbers.
+        # A frozen model or a codebook may be missing; keep the other numbers.
         task.reader.report(f"the predictor is not measured: {error}")
 
 
@@ -56,11 +56,11 @@ def _has_predictor(task: Task) -> bool:
 
 
 def _numbers(task: Task, images: int) -> Numbers:
-    """Of the trained model's predictor and teacher."""
+    """Measure the predictor and the teacher."""
     from hpm.core import distributed
     from hpm.evals.loss_maps import evaluate_losses
 
-    def evaluate_them() -> Numbers:
+    def measure() -> Numbers:
         trained, options = task.trained, task.options
         assert trained.model is not None and trained.teacher is not None
         trained.model.to(task.device).eval()
@@ -70,4 +70,4 @@ def _numbers(task: Task, images: int) -> Numbers:
             trained, source, task.device, options.seed, crop_share=options.crop_share
         )
 
-    return distributed.main_first(evaluate_them)
+    return distributed.main_first(measure)

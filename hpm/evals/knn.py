@@ -26,9 +26,9 @@ class Options(FrozenEvalOptions, LabelledEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each kind of pooled features and each k, and the predictor's numbers."""
+    """Yield a row for each kind of pooled features and each k, and the predictor's numbers."""
     from hpm.core import distributed
-    from hpm.evals.hardness import of_the_predictor
+    from hpm.evals.hardness import predictor_numbers
     from hpm.evals.neighbours import nearest_neighbours
 
     data = task.labelled(options.train_share)
@@ -50,4 +50,4 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         ]
 
     yield from distributed.main_first(classify)
-    yield from of_the_predictor(task)
+    yield from predictor_numbers(task)

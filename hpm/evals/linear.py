@@ -37,7 +37,7 @@ class Options(FrozenEvalOptions, LabelledEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each kind of pooled features."""
+    """Yield a row for each kind of pooled features."""
     from hpm.evals.probing import rows
 
     data = task.labelled(options.train_share)
@@ -48,7 +48,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
 
 def recipe(task: Task, options: Options) -> Recipe:
-    """How the linear heads are trained."""
+    """The training recipe of the linear heads."""
     from hpm.evals.linear_heads import LinearHeads
     from hpm.evals.probing import Recipe, grid
 
@@ -63,7 +63,7 @@ def recipe(task: Task, options: Options) -> Recipe:
 
 
 def _probe_augmented(task: Task, options: Options, data: Labelled) -> dict[str, Probed]:
-    """On features of views that are drawn anew in each epoch."""
+    """Probe with new random views in each epoch."""
     from hpm.data.loader import EvaluationViews, TrainingViews
     from hpm.evals.features import by_view, pooled
     from hpm.evals.probing import Computed, probe

@@ -1,4 +1,4 @@
-"""Linear heads of a probe, all hyper-parameters of a grid at the same time."""
+"""Linear probe heads, trained for all hyper-parameters of a grid at once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hpm.models.linear import linear
 
 
 class LinearHeads(Heads):
-    """Batch normalisation without scale and shift, then a linear layer for every point of the grid,
-    twice.
+    """Batch norm without affine parameters and a linear layer; two copies for every point of the
+    grid.
 
-    Trained by stochastic gradient descent with Nesterov momentum. Most of the time goes into
-    products and the softmax of [batch, heads * classes], so the gradient of the cross-entropy is
-    written down instead of recorded, and each large array is made once.
+    Trained by SGD with Nesterov momentum. Most of the time is spent in matrix products and the
+    softmax of [batch, heads * classes], so the gradient of the cross-entropy is computed explicitly
+    instead of by autograd, and large arrays are reused.
 
     Args:
         feature_shape: [D] of one image.
         num_classes: C.
-        grid: hyper-parameters of each head; their rates are per 256 images.
+        grid: hyper-parameters of each head; learning rates are per 256 images.
         batch_size: images per step.
     """
 
@@ -73,8 +73,8 @@ class LinearHeads(Heads):
         seen: Bool[Tensor, " batch"],
         rate: float,
     ) -> None:
-        """One step at `rate` times each one's own; `seen` are the images that the choosing
-        copies may learn from."""
+        """One step at `rate` times each head's learning rate. The CHOOSING copies learn only from
+        the images in `seen`."""
         normed = self.norm(features)
         error = self._softmax(linear(normed, self.weight, self.bias))
         index = labels[:, None, None].expand(-1, error.shape[1], 1)
@@ -105,7 +105,7 @@ class LinearHeads(Heads):
             )
 
     def _softmax(self, logits: Tensor) -> Tensor:
-        """[batch, heads, classes], in memory that the next step uses again."""
+        """Softmax [batch heads classes], in a buffer that is reused by the next step."""
         logits = logits.view(len(logits), -1, self.shape[2])
         if self._probabilities.shape != logits.shape:
             self._probabilities = torch.empty_like(logits)
@@ -114,7 +114,7 @@ class LinearHeads(Heads):
     def _descend(
         self, parameter: Tensor, gradient: Tensor, velocity: Tensor, step: Tensor, decay: Tensor
     ) -> None:
-        """As torch.optim.SGD with Nesterov momentum and weight decay."""
+        """A step like that of torch.optim.SGD with Nesterov momentum and weight decay."""
         gradient.addcmul_(decay.expand_as(parameter), parameter)
         velocity.mul_(self.MOMENTUM).add_(gradient)
         parameter.sub_(step * (gradient + self.MOMENTUM * velocity))

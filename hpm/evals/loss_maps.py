@@ -1,4 +1,4 @@
-"""Are the hard patches hard? Predicted against actual losses, patch by patch."""
+"""Compare predicted and actual losses of patches."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ Map = Float[Tensor, "batch patches"]
 
 @dataclass
 class LossMaps:
-    """Of each patch: the loss that it has when hidden (NaN where no mask hid it), the loss that
-    the student predicts then, and the loss that the teacher predicts seeing the whole image."""
+    """Losses of each patch.
+
+    actual: the student's loss when the patch is hidden (NaN if no mask hid it). predicted_hidden:
+    the loss that the student predicts for it then. predicted: the loss that the teacher predicts
+    from the full image.
+    """
 
     actual: Map
     predicted_hidden: Map | None
@@ -46,7 +50,8 @@ def loss_maps(
     mask_ratio: float,
     num_masks: int = 10,
 ) -> LossMaps:
-    """The student's losses are means over random masks; the teacher's is what mining goes by."""
+    """Compute loss maps. The student's losses are means over random masks; the teacher's are those
+    that mining uses."""
     teacher, num_patches = miner.teacher, model.encoder.num_patches
     num_hidden = num_hidden_patches(num_patches, mask_ratio)
     features = teacher.encoder(images) if target.needs_teacher else None
@@ -77,9 +82,11 @@ def evaluate_losses(
     report: Callable[[str], None] | None = None,
     crop_share: float = 1.0,
 ) -> dict[str, float]:
-    """Means over all readable images of a source (`report` is told of the others):
-    reconstruction_loss, the student's on random masks, which does not depend on what is mined, and
-    the measures of `hardness`."""
+    """Means over all readable images of a source: reconstruction_loss (the student's, with random
+    masks, and thus independent of mining) and the measures of `hardness`.
+
+    report: called with a line for each unreadable image.
+    """
     model, config = trained.model, trained.config
     assert model is not None and config is not None
     height, width = model.encoder.image_size
@@ -115,7 +122,7 @@ def evaluate_losses(
 def object_views(
     source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int], crop_share: float = 1.0
 ) -> Float[Tensor, "batch height width"] | None:
-    """Where objects are in the evaluation views of a source, 0 to 1; None where it cannot tell."""
+    """Coverage of each pixel by objects, 0 to 1, in evaluation views; None without masks."""
     masks = [object_mask(source, int(index)) for index in indices]
     if any(mask is None for mask in masks):
         return None
@@ -127,16 +134,16 @@ def object_views(
 def hardness(
     maps: LossMaps, objects: Float[Tensor, "batch height width"] | None, patch_size: tuple[int, ...]
 ) -> Iterator[tuple[str, float]]:
-    """Measures of a predictor, nothing where there is none.
+    """Yield the measures of a predictor; nothing without a predictor.
 
-    ranking_accuracy: share of an image's pairs of patches that the student's predictor puts in
-    the right order when they are hidden, as it was trained to; 0.5 is chance.
-    rank_correlation: Spearman's, of the same two maps, mean over the images.
-    mining_accuracy, mining_correlation: the same for the teacher's prediction from the whole
-    image, by which patches are mined.
-    hard_on_objects, chance_on_objects: share of the quarter of patches that the teacher predicts
-    to be hardest, and of all patches, that lie on objects (at least half of the patch), where
-    `objects` says so.
+    ranking_accuracy: share of pairs of hidden patches that the student's predictor puts in the
+    right order; 0.5 is chance.
+    rank_correlation: Spearman's correlation of the same two maps, mean over the images.
+    mining_accuracy, mining_correlation: the same for the teacher's prediction from the full image,
+    which mining uses.
+    hard_on_objects, chance_on_objects: share of patches on objects (covered by at least half),
+    among the quarter that the teacher predicts to be hardest, and among all patches. Only with
+    `objects`.
     """
     if maps.predicted is None or maps.predicted_hidden is None:
         return
@@ -159,13 +166,13 @@ def hardness(
 
 
 def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Rank correlation; ties get their mean rank. NaN where one of them is constant."""
+    """Spearman's rank correlation; ties get their mean rank. NaN if x or y is constant."""
     ranks = torch.stack([mean_ranks(x), mean_ranks(y)])
     return torch.corrcoef(ranks)[0, 1].float()
 
 
 def mean_ranks(x: Float[Tensor, " n"]) -> Tensor:
-    """Ranks from 0 in float64, equal values sharing the mean of theirs."""
+    """0-based ranks in float64; ties get their mean rank."""
     _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double() - 1
     return (last - (counts.double() - 1) / 2)[inverse]

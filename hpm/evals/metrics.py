@@ -1,4 +1,4 @@
-"""From class scores to accuracies with their intervals."""
+"""Accuracies with confidence intervals, from class scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ RESAMPLES = 10_000
 
 @dataclass
 class TrueClassRanks:
-    """Of each test image: how many classes were scored above the true one, and which that is."""
+    """For each test image, the rank of the true class (number of classes with a higher score) and
+    its label."""
 
     ranks: Int[Tensor, " images"]
     labels: Int[Tensor, " images"]
@@ -30,7 +31,7 @@ class TrueClassRanks:
 
 
 def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> TrueClassRanks:
-    """Where the true class stands; of equal scores the first class wins, as in argmax."""
+    """The rank of the true class. Among equal scores the first class wins, as in argmax."""
     true = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     ranks = ((scores > true) | ((scores == true) & before)).sum(1)
@@ -38,14 +39,14 @@ def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]
 
 
 def join(parts: Sequence[TrueClassRanks]) -> TrueClassRanks:
-    """Several batches as one."""
+    """Concatenate batches."""
     return TrueClassRanks(
         torch.cat([part.ranks for part in parts]), torch.cat([part.labels for part in parts])
     )
 
 
 def accuracies(ranked: TrueClassRanks, seed: int = 0) -> dict[str, float]:
-    """top1 with the ends of its 95 % bootstrap interval, top5, mean over classes; in percent."""
+    """top1 with its 95 % bootstrap interval, top5 and mean per-class accuracy, in percent."""
     right = (ranked.ranks == 0).double().numpy()
     low, high = bootstrap_interval(right, seed)
     labels = ranked.labels.numpy()
@@ -60,9 +61,11 @@ def accuracies(ranked: TrueClassRanks, seed: int = 0) -> dict[str, float]:
 
 
 def difference(first: TrueClassRanks, second: TrueClassRanks, seed: int = 0) -> dict[str, float]:
-    """top-1 of the first less that of the second, in points, with its 95 % interval.
+    """Difference in top-1 accuracy (first minus second), in percentage points, with its 95 %
+    interval.
 
-    Both on the same images, which are resampled in pairs: much narrower than from two intervals.
+    Both must be measured on the same images, which are resampled in pairs: the interval is much
+    narrower than from two separate intervals.
     Raises ValueError where the images differ.
     """
     if not torch.equal(first.labels, second.labels):
@@ -73,7 +76,7 @@ def difference(first: TrueClassRanks, second: TrueClassRanks, seed: int = 0) -> 
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """2.5 and 97.5 percentile of the mean over resamples with replacement.
+    """Bootstrap interval: 2.5th and 97.5th percentile of the mean over resamples.
 
     The values are few distinct ones (right or wrong), so a resample is a multinomial draw of how
     often each occurs: the exact bootstrap, at a cost that does not grow with the images.

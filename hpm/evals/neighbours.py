@@ -23,8 +23,8 @@ def nearest_neighbours(
     temperature: float = 0.07,
     device: torch.device | None = None,
 ) -> Iterator[tuple[int, TrueClassRanks]]:
-    """Yield (k, where the true class of each test image stands) for every k that the
-    training set is large enough for."""
+    """Yield (k, rank of the true class of each test image), skipping k larger than the training
+    set."""
     device = device or torch.device("cpu")
     ks = [k for k in ks if k <= len(train.features)]
     bank = F.normalize(train.features.to(device), dim=1)
@@ -48,12 +48,14 @@ def neighbour_votes(
     ks: Sequence[int],
     temperature: float,
 ) -> dict[int, Float[Tensor, "queries classes"]]:
-    """Sum of exp(cosine / temperature) over the k nearest training images, for each class.
+    """For each class, the sum of exp(cosine / temperature) over the k nearest training images.
 
-    Queries and bank have unit length.
+    Queries and bank must have unit length.
     """
     nearest, ids = (queries @ bank.T).topk(max(ks, default=1), dim=1)
-    weights = ((nearest - 1) / temperature).exp()  # a common factor: no overflow
+    weights = (
+        (nearest - 1) / temperature
+    ).exp()  # minus 1 avoids overflow, and scales all votes alike
     votes = {}
     for k in ks:
         empty = torch.zeros(len(queries), num_classes, device=queries.device)

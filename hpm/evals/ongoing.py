@@ -1,8 +1,7 @@
-"""A probe of the features while they are being trained: kNN and a linear probe, small and quick.
+"""A probe of the features during pre-training: small and fast kNN and linear probes.
 
-Of the labelled images the training split alone is used, and a fifth of it judges: what the test
-split says stays unseen until the end, so the checkpoint that is chosen by this probe can be tested
-on it.
+Only the training split of the labelled images is used, of which a fifth is for testing. The test
+split remains unseen, so that the checkpoint that this probe selects can be tested on it.
 """
 
 from __future__ import annotations
@@ -31,28 +30,28 @@ from hpm.evals.options import EvalOptions
 from hpm.evals.probing import Cached, Recipe, grid, probe
 from hpm.weights.resolve import Trained
 
-MOST_IMAGES = 20_000
+MAX_IMAGES = 20_000
 NAME, POOLED = "trained", "trained, patch mean"
 K = 20
 LEARNING_RATES, EPOCHS, BATCH_SIZE = (0.01, 0.1, 1.0), 30, 1024
 
 
 class OngoingProbe:
-    """The labelled images of `--probe`, split once. Raises UserError where they do not do.
+    """The probe on the labelled images of `--probe`. Raises UserError if they cannot be used.
 
     Args:
-        data: where they are.
+        data: the labelled images.
         seed: of the splits and of the linear probe.
-        workers: processes that load them; None for one per spare core.
+        workers: number of data loading workers; None for one per spare core.
         max_unreadable: share of the images of each split that may be unreadable.
     """
 
     def __init__(self, data: str, seed: int, workers: int | None, max_unreadable: float = 1.0):
         splits = open_source(data)
-        # Without a test split, `hpm eval` holds a fifth out: none of it may be seen here either.
+        # Without a test split, `hpm eval` holds out a fifth, which must not be used here either.
         whole = splits.train if splits.test else labelled_splits(splits, EvalOptions.seed).train
         self.data = labelled_splits(Splits(_some(whole, seed)), seed)
-        # A class must be there to learn, to choose by and to judge.
+        # Each class needs images to learn from, to choose hyper-parameters on, and to test on.
         split_by_class(self.data.train_labels, self.data.classes, self.data.train.name, seed)
         count = len(self.data.train)
         if count < K:
@@ -64,8 +63,8 @@ class OngoingProbe:
     def measure(
         self, trained: Trained, device: torch.device, report: Callable[[str], None]
     ) -> dict[str, float]:
-        """Top-1 in percent of `knn` and `linear` on the mean of the patches. UserError where too
-        many images are unreadable; each of them is reported."""
+        """Top-1 accuracy (%) of `knn` and `linear` on the patch mean. Reports unreadable images;
+        raises UserError if there are too many."""
         data = self.data
         reader = ImageReader(128, self.workers, report, max_unreadable=self.max_unreadable)
         backbone = trained.backbone().to(device).eval()
@@ -88,18 +87,18 @@ class OngoingProbe:
 
 
 def make_probe(config: PretrainConfig) -> OngoingProbe | None:
-    """The probe of a pre-training, None where none is asked for."""
+    """The probe of a pre-training, or None if --probe is not set."""
     if not config.probe:
         return None
     return OngoingProbe(config.probe, config.seed, config.workers, config.max_unreadable)
 
 
 def _some(source: Source, seed: int) -> Source:
-    """At most MOST_IMAGES images, drawn at random."""
-    if len(source) <= MOST_IMAGES:
+    """A random subset of at most MAX_IMAGES images."""
+    if len(source) <= MAX_IMAGES:
         return source
     rng = np.random.default_rng([seed, len(source), 2])
-    return Subset(source, np.sort(rng.permutation(len(source))[:MOST_IMAGES]))
+    return Subset(source, np.sort(rng.permutation(len(source))[:MAX_IMAGES]))
 
 
 def _top1(ranked: TrueClassRanks) -> float:

@@ -1,4 +1,4 @@
-"""Options that evaluations have in common; each evaluation derives its own from these."""
+"""Common options of evaluations, from which each evaluation derives its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpm.core.options import option
 class EvalOptions:
     """Options of every evaluation."""
 
-    # Options that say where and how fast, and do not change the numbers.
+    # Options that do not change the numbers.
     no_effect: ClassVar[tuple[str, ...]] = ("out", "workers", "device", "batch_size")
 
     run: str
@@ -45,7 +45,7 @@ class EvalOptions:
 
     @property
     def feature_precision(self) -> Literal["float32", "bfloat16"]:
-        """In which frozen backbones compute."""
+        """Precision of frozen backbones."""
         return "float32"
 
     @property

@@ -1,8 +1,8 @@
-"""Probes: small heads trained on frozen features, a whole grid of hyper-parameters at once.
+"""Probes: small heads trained on frozen features, for a whole grid of hyper-parameters at once.
 
-Every head comes twice, side by side in one pass over the features: once trained without a fifth of
-each class, which then chooses the hyper-parameters, and once trained on all, which is what gets
-tested. The test set is looked at once, by the chosen heads.
+Two copies of every head are trained in the same pass over the features. One is trained without a
+fifth of each class, on which the hyper-parameters are then chosen; the other is trained on all
+images and tested. Only the chosen heads are tested.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels
 
 @runtime_checkable
 class Bank(Protocol):
-    """Features of a data set by id, in batches: from memory, or computed when asked for."""
+    """Batches of features of a data set by id, from memory or computed on the fly."""
 
     labels: Int[Tensor, " images"]
 
@@ -45,7 +45,7 @@ class Bank(Protocol):
 
 
 class Cached:
-    """Features that were computed once and are held in memory."""
+    """Precomputed features in memory."""
 
     def __init__(self, found: dict[str, Features]):
         self.found = found
@@ -58,10 +58,10 @@ class Cached:
 
 
 class Computed:
-    """Features computed anew each time: of augmented views, or because memory would not hold them.
+    """Features computed on the fly, for augmented views or to save memory.
 
-    Several processes share each batch; all of them get the whole. Images that cannot be read are
-    left out, or (`stand_in`, for training) replaced by others.
+    Processes share the work of each batch, and all receive the whole batch. Unreadable images are
+    dropped or, with `stand_in` (for training), replaced.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ def grid(lrs: Sequence[float], weight_decays: Sequence[float]) -> list[HyperPara
 
 
 class Heads(nn.Module):
-    """A head for each point of the grid, twice, that learn side by side.
+    """Two copies of a head for each point of the grid, trained together.
 
     Args:
         feature_shape: of one image.
@@ -124,21 +124,22 @@ class Heads(nn.Module):
     """
 
     def learn(self, features: Tensor, labels: Tensor, seen: Tensor, rate: float) -> None:
-        """One step at `rate` times each head's own learning rate; `seen` are the images that the
-        choosing copies may learn from."""
+        """One step at `rate` times each head's learning rate. The CHOOSING copies learn only from
+        the images in `seen`."""
         raise NotImplementedError
 
 
 @dataclass
 class Probed:
-    """What a probe found: where the true class of each test image stands, and how it was chosen."""
+    """Result of a probe: the rank of the true class of each test image, and the chosen
+    hyper-parameters."""
 
     ranks: TrueClassRanks
     hyper_parameters: HyperParameters
     held_out_top1: float
 
     def measured(self, features: str) -> Measured:
-        """As a row of an evaluation."""
+        """Convert to a row of an evaluation."""
         chosen = dataclasses.asdict(self.hyper_parameters) | {"held_out_top1": self.held_out_top1}
         return Measured(features, scores=self.ranks, chosen=chosen)
 
@@ -151,7 +152,7 @@ def rows(found: dict[str, Probed]) -> Iterator[Measured]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads are trained: AdamW or SGD with the grid's rates falling by half a cosine."""
+    """How heads are trained. Learning rates start at the grid's and follow a cosine decay."""
 
     heads: type[Heads]
     grid: list[HyperParameters]
@@ -169,10 +170,10 @@ def probe(
     num_classes: int,
     recipe: Recipe,
 ) -> dict[str, Probed]:
-    """Train, choose and test a probe on every kind of features of the banks.
+    """Train probes on every kind of features of the banks, choose hyper-parameters, and test.
 
-    `held` are ids of the training images that choose; `held_out` is the bank that
-    gives their features (that of `train`, or one without augmentation).
+    held: ids of the training images on which hyper-parameters are chosen. held_out: bank of their
+    features (`train`, or one without augmentation).
     """
     heads = _train(train, held, num_classes, recipe)
     count = len(recipe.grid)
@@ -186,7 +187,7 @@ def probe(
         losses[name] += entropy.view(count, -1).sum(1).cpu()
     best = {}
     for name in heads:
-        # Equal accuracies are common on small data; the likelihood tells them apart.
+        # Break ties of accuracy, which are common on small data, by the loss.
         order = torch.where(losses[name].isfinite(), right[name] - losses[name] / 1e9, -torch.inf)
         best[name] = int(order.argmax())
     ranks: dict[str, list[TrueClassRanks]] = {name: [] for name in heads}

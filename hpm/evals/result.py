@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, as a table and as JSON."""
+"""The result of an evaluation, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ CLASSIFICATION = {
 
 @dataclass
 class Result:
-    """Numbers of one evaluation.
+    """The result of one evaluation.
 
-    values[features][setting][name]: a setting is `k = 20` of kNN, or else the protocol; the
-    numbers of a classification are in percent (top1 with its 95 % bootstrap interval top1_low to
-    top1_high, top5, mean_per_class). differences: the first run less the second, in points.
-    chosen: the hyper-parameters that the held-out part chose. hardness: of the loss predictor and
-    the teacher. per_class[features][setting][class][name]: where the evaluation has such numbers.
-    about: what was evaluated and how. columns: of the printed table (see `hpm.evals.contract`).
-    file: where all of this was written to, with its figures beside it; unwritable: why it could not
-    be.
+    values[features][setting][name]: the setting is such as `k = 20`, or else the protocol. Numbers
+        of classification are in percent (top1, its 95 % bootstrap interval top1_low to top1_high,
+        top5, mean_per_class).
+    differences: paired differences, first run minus second, in percentage points.
+    chosen: hyper-parameters that were chosen on held-out images.
+    hardness: numbers of the loss predictor and the teacher.
+    per_class[features][setting][class][name]: numbers by class, if the evaluation has any.
+    about: what was evaluated, and with which options.
+    columns: columns of the printed table (see `hpm.evals.contract`).
+    file: the JSON file; figures are beside it. unwritable: why it could not be written.
     """
 
     protocol: str
@@ -58,7 +60,7 @@ class Result:
         return capture.get().rstrip()
 
     def save(self, file: Path) -> None:
-        """Write everything as JSON."""
+        """Write the result as JSON."""
         content = {
             "protocol": self.protocol,
             "about": self.about,
@@ -74,7 +76,7 @@ class Result:
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Tables of the numbers, and a line on the hard patches."""
+    """Print the tables, and lines about the loss predictor."""
     if result.values:
         console.print(_heading(result), soft_wrap=True, highlight=False)
         console.print(_table(result))
@@ -104,7 +106,7 @@ def _heading(result: Result) -> str:
 
 
 def _table(result: Result) -> Table:
-    """A row for each kind of features; a column for each setting, or else for each number."""
+    """One row per kind of features; one column per setting, or per number."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("features", no_wrap=True)
     settings = list(next(iter(result.values.values())))
@@ -127,7 +129,7 @@ def _columns(result: Result) -> Mapping[str, str]:
     if result.columns:
         return result.columns
     if _is_classification(result):
-        # Of five classes, the true one is always among the best five.
+        # With at most five classes, top-5 is always 100 %.
         few = result.about.get("classes", 1000) <= 5
         return {
             title: form for title, form in CLASSIFICATION.items() if not (few and title == TOP5)
@@ -137,7 +139,7 @@ def _columns(result: Result) -> Mapping[str, str]:
 
 
 def _has_settings(result: Result) -> bool:
-    """Whether the evaluation has settings of its own, such as the k of kNN."""
+    """Whether the evaluation has several settings, such as the k of kNN."""
     return any(s != result.protocol for settings in result.values.values() for s in settings)
 
 
@@ -146,7 +148,7 @@ def _is_classification(result: Result) -> bool:
 
 
 def _cell(form: str, numbers: Numbers) -> str:
-    """The numbers as a cell of the table, which is empty where one is missing."""
+    """Format numbers as a cell of the table; empty if one is missing."""
     try:
         return form.format_map(numbers)
     except KeyError:
@@ -154,7 +156,7 @@ def _cell(form: str, numbers: Numbers) -> str:
 
 
 def _with_half_width(numbers: Numbers) -> str:
-    """The first number with half of its interval, where it has one."""
+    """The first number, with half of its interval if it has one."""
     for name, value in numbers.items():
         if f"{name}_low" not in numbers:
             return f"{value:.4g}"
@@ -163,7 +165,7 @@ def _with_half_width(numbers: Numbers) -> str:
 
 
 def _difference(numbers: Numbers) -> str:
-    """The first number with its interval, where it has one."""
+    """The first number, with its interval if it has one."""
     name, value = next(iter(numbers.items()))
     unit = "points" if name == "top1" else name
     if f"{name}_low" not in numbers:

@@ -1,4 +1,4 @@
-"""Runs an evaluation: from its options to a result, which is written as JSON."""
+"""Run an evaluation, and write its result as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpm.evals.task import Task
 def run_evaluation(
     evaluation: Evaluation, options: EvalOptions, report: Callable[[str], None] = print
 ) -> Result:
-    """Evaluate, and write the numbers where there is a folder for them."""
+    """Evaluate, and write the result if there is a folder for it."""
     check_rules(options)
     device = distributed.pick_device(options.device)
     with distributed.process_group(device), random_state_kept(device):
@@ -49,7 +49,7 @@ def run_evaluation(
 def make_result(
     evaluation: Evaluation, about: dict[str, Any], measured: Iterable[Measured]
 ) -> Result:
-    """What was measured by features and setting, with the differences of two backbones."""
+    """Group rows by features and setting, and compute the differences between two runs."""
     rows = {(each.features, each.setting or evaluation.name): each for each in measured}
     seed = about["seed"]
     result = Result(evaluation.name, about, columns=evaluation.columns)
@@ -73,7 +73,8 @@ def make_result(
 def _save(
     result: Result, options: EvalOptions, rows: Iterable[Measured], folder: Path
 ) -> str | None:
-    """Write the numbers and the figures. Where that fails the numbers are not lost: says why."""
+    """Write the numbers and the figures. Returns the reason if that fails, so that the numbers are
+    still printed."""
     try:
         file = result_file(result.protocol, options, folder)
         figures = {

@@ -1,4 +1,4 @@
-"""The evaluations that a run folder holds, for its report and model card."""
+"""Read the evaluations in a run folder, for its report and model card."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hpm.evals.files import changed_options
 
 @dataclass
 class Saved:
-    """One file of numbers: of which weights (student or teacher) at which step, where it says so;
-    a row [evaluation, data, features, numbers] each, None where the file cannot be read."""
+    """A result file: its weights (student or teacher) and step, if known, and its rows [evaluation,
+    data, features, numbers], or None if it cannot be read."""
 
     file: Path
     weights: str | None
@@ -44,7 +44,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for features, settings in result["values"].items():
         if features.startswith(COMPARED):
-            continue  # another run's
+            continue  # numbers of another run
         for setting, numbers in settings.items():
             name = protocol if setting == protocol else f"{protocol}, {setting}"
             rows.append([f"{name}{_options(protocol, about)}", data, features, _numbers(numbers)])
@@ -55,7 +55,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _options(protocol: str, about: dict[str, Any]) -> str:
-    """How it was measured, where that is not the default; the k of kNN is named anyway."""
+    """Non-default options, except the k of kNN, which the setting names."""
     options = installed_options(protocol)
     changed = changed_options(options, about) if options else {}
     share = about.get("train_share", 1)

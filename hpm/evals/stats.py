@@ -1,4 +1,4 @@
-"""Features without labels: how many dimensions they use, and whether patches have collapsed."""
+"""Statistics of features without labels: effective rank, and similarity of patches."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Options(FrozenEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each kind of features, and the predictor's numbers."""
+    """Yield a row for each kind of features, and the predictor's numbers."""
     from hpm.evals.feature_stats import feature_stats
-    from hpm.evals.hardness import of_the_predictor
+    from hpm.evals.hardness import predictor_numbers
 
     source = task.some_images(options.images)
     task.about["images"] = len(source)
@@ -39,4 +39,4 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         task.backbones, source, task.reader, options.baselines
     ).items():
         yield Measured(name, numbers=numbers)
-    yield from of_the_predictor(task)
+    yield from predictor_numbers(task)

@@ -1,4 +1,4 @@
-"""What an evaluation works on: backbones, images, a device."""
+"""The backbones, images and device of an evaluation."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from hpm.weights.resolve import Backbone, Trained, load
 
 
 class Task:
-    """What an evaluation works on, as its options say.
+    """The inputs of an evaluation, built from its options.
 
     options: of the evaluation.
-    device: where to compute.
+    device: device to compute on.
     reader: reads images in batches.
-    trained: the run that is evaluated, with its decoders and its teacher where it has them.
-    backbones: the trained one; that of the run that --compare names; random weights.
-    folder: where the numbers go, and what is trained; None where there is no such folder.
-    about: what the result says of the data, such as `test_images`; evaluations add to it.
+    trained: the evaluated run, with its decoders and teacher if it has them.
+    backbones: of the evaluated run, of the run that --compare names, and random weights.
+    folder: folder for results and trained models, or None.
+    about: facts for the result, such as `test_images`; evaluations add to it.
     """
 
     def __init__(
@@ -87,21 +87,21 @@ class Task:
         return EvaluatedBackbone(RANDOM, backbone, architecture, self.options.feature_precision)
 
     def labelled(self, train_share: float = 1.0) -> Labelled:
-        """The images with their labels: to learn from (a share of each class), and to test on."""
+        """Training images (a share of each class) and test images, with labels."""
         data = labelled_splits(self.splits, self.options.seed, train_share)
         self.about["classes"] = len(data.classes)
         return data
 
     def held_out(self, data: Labelled, labels: np.ndarray | None = None) -> np.ndarray:
-        """Ids of the training images that choose hyper-parameters: a fifth of each class.
+        """Ids of the training images on which hyper-parameters are chosen: a fifth of each class.
 
-        `labels` are those of the readable training images, where they are known by now.
+        labels: those of the readable training images, if known. Default: of all training images.
         """
         labels = data.train_labels if labels is None else labels
         return split_by_class(labels, data.classes, data.train.name, self.options.seed)[1]
 
     def some_images(self, count: int) -> Source:
-        """At most `count` images of the test split (or else of all)."""
+        """At most `count` random images of the test split, if there is one, or of all."""
         source = self.splits.test or self.splits.train
         if len(source) <= count:
             return source
@@ -109,7 +109,7 @@ class Task:
         return Subset(source, np.sort(rng.permutation(len(source))[:count]))
 
     def unreadable(self, source: Source) -> UnreadableImages:
-        """A count of the source's unreadable images, which stops where they are too many."""
+        """Count the source's unreadable images; too many are an error."""
         return UnreadableImages(source, self.reader.max_unreadable)
 
     @property
@@ -118,9 +118,9 @@ class Task:
         return num_workers(self.options.workers)
 
     def pooled(self, data: Labelled) -> tuple[dict[str, Features], dict[str, Features]]:
-        """Pooled features by name, of the images to learn from and of those to test on.
+        """Pooled features by name, of the training and of the test images.
 
-        Of several processes the main one has them, the others have none.
+        Only the main process returns them; the others return empty dictionaries.
         """
         baseline = self.options.baselines
         sides = (data.train, data.train_labels), (data.test, data.test_labels)
@@ -130,7 +130,7 @@ class Task:
         return train, test
 
     def count_images(self, train: dict[str, Features], test: dict[str, Features]) -> None:
-        """Note how many images there were features of."""
+        """Add the numbers of training and test images to `about`."""
 
         def count() -> dict[str, int]:
             return {
@@ -147,7 +147,7 @@ class Task:
         test: dict[str, Features],
         recipe: Recipe,
     ) -> dict[str, Probed]:
-        """A probe on features that the main process holds."""
+        """Probe precomputed features, in the main process."""
         self.count_images(train, test)
 
         def probe_them() -> dict[str, Probed]:

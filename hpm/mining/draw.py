@@ -1,4 +1,4 @@
-"""Random numbers that are a function of seed, epoch and sample, not of a random state."""
+"""Stateless random numbers: a pure function of seed, epoch and sample."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 Priority = Float[Tensor, "batch patches"]
 
-# Purposes: independent draws from the same (seed, epoch, sample). Masks have 0 and above.
+# Purposes of independent draws for the same (seed, epoch, sample). Masks use 0 and above.
 BLOCKS, SECONDARY, TEACHER_VIEW, TIES, GUMBEL, WITHIN_UNITS = -1, -2, -3, -4, -5, -6
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What the random numbers of a batch follow from."""
+    """The seeds of a batch's random numbers."""
 
     seed: int
     epoch: int
     sample_ids: Int[Tensor, " batch"]
 
     def noise(self, count: int, purpose: int = 0) -> Float[Tensor, "batch count"]:
-        """Uniform numbers in [0, 1), other ones for another purpose."""
+        """Uniform numbers in [0, 1), independent for each purpose."""
         return noise(self.sample_ids, count, self.seed, self.epoch, purpose)
 
 
@@ -32,9 +32,9 @@ def noise(
 ) -> Priority:
     """Uniform numbers in [0, 1): a pure function of (seed, epoch, sample, patch, purpose).
 
-    A counter-based generator (the finaliser of splitmix64 over the counters) instead of a random
-    state: the mask of a sample is the same on every device, for any number of processes, workers
-    or restarts, and costs no transfer. `purpose` numbers independent draws for the same sample.
+    A counter-based generator (the finaliser of splitmix64), so that the mask of a sample is the
+    same on every device, for any number of processes, workers or restarts. `purpose` distinguishes
+    independent draws for the same sample.
     """
     key = torch.zeros_like(sample_ids, dtype=torch.int64)
     for counter in (seed, epoch, purpose):

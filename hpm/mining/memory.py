@@ -1,4 +1,4 @@
-"""A memory of how hard each place of each image has been: mining without a teacher pass."""
+"""A memory of the hardness of each region of each training image: mining without a teacher pass."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from hpm.core import distributed
 Crops = Float[Tensor, "batch 4"]  # see data.transforms.Crop
 Averages = Float[Tensor, "batch 2 rows columns"]  # sum of weight * value, sum of weights
 
-# What is left of earlier visits each time that an image is seen again: horizons of 5 and 20 visits.
+# Decay of earlier visits whenever an image is seen again: horizons of 5 and 20 visits.
 DECAY, SLOW_DECAY = 0.8, 0.95
-PRIOR_WEIGHT = 0.25  # weight of the assumption that a place is neither hard nor easy
-LARGEST_LOSS = 1000.0  # so that half precision holds a sum of 20
+PRIOR_WEIGHT = 0.25  # weight of the prior that a region is neither hard nor easy
+LARGEST_LOSS = 1000.0  # so that a weighted sum of 20 fits into half precision
 
 
 class HardnessMemory(nn.Module):
-    """Per training image a map in image coordinates, averaged over the visits of that image.
+    """A map of hardness in image coordinates for each training image, averaged over its visits.
 
-    Each of `grid` cells holds a weighted sum of what was found there, and the sum of the weights,
-    in half precision: 4 bytes a cell, so that 1.28 million images of 14 x 14 take 1 GB. A view's
-    patches lie somewhere among the cells: what is found of a patch is shared out by area, and read
-    back by area. Earlier visits count ever less, and a place that nobody has looked at for long
-    becomes neutral again. Of several processes each holds the same.
+    Each cell of `grid` holds a weighted sum of values and the sum of the weights in half precision:
+    4 bytes per cell, or 1 GB for 1.28 million images of 14 x 14 cells. A patch of a view overlaps
+    several cells: its value is written and read in proportion to the overlap. Earlier visits decay
+    exponentially; a region that has not been seen for long becomes neutral again. Each process
+    holds a copy of the whole memory.
 
-    With `progress`, each cell holds two averages of the loss itself, a fast one and a slow one (8
-    bytes a cell), and what is read is how far the fast one has fallen below the slow one; see
-    `loss_progress`.
+    With `progress`, each cell holds a fast and a slow average of the loss (8 bytes per cell), and
+    reading returns how far the fast one is below the slow one; see `loss_progress`.
 
     Args:
-        num_images: of the training set.
-        grid: cells, as many as a view has patches.
-        progress: remember for the progress of the loss instead of for the loss.
+        num_images: number of training images.
+        grid: number of cells along each axis, equal to the patches of a view.
+        progress: store averages for the progress of the loss instead of the loss.
     """
 
     found: Tensor  # [images 2 rows columns], see `Averages`
@@ -54,15 +53,15 @@ class HardnessMemory(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Size of the memory."""
+        """Size in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @torch.no_grad()
     def read(
         self, sample_ids: Int[Tensor, " batch"], crops: Crops
     ) -> Float[Tensor, "batch patches"]:
-        """How hard each patch of these views was found, in standard deviations from the mean; with
-        `progress`, how far its loss has fallen, in units of the loss. 0 where nothing is known."""
+        """Hardness of each patch of these views, in standard deviations from the mean; with
+        `progress`, the decrease of its loss, in units of the loss. 0 if nothing is known."""
         rows, columns = self._overlaps(crops)
         rows, columns = (w / w.sum(2, keepdim=True).clamp(min=1e-12) for w in (rows, columns))
         found = self.found[sample_ids].float()
@@ -80,11 +79,11 @@ class HardnessMemory(nn.Module):
         hardness: Float[Tensor, "batch known"],
         per_image: bool = False,
     ) -> None:
-        """Remember what was found of some patches of each view.
+        """Write the hardness of some patches of each view.
 
-        It is standardised over the batch, since losses fall as training goes on; or within each
-        image, where only the order within an image means anything (`per_image`). With `progress`,
-        losses are remembered as they are: what falls, and how far, is what is asked.
+        Values are standardised over the batch, because losses fall during training, or within each
+        image (`per_image`), for predictions that are comparable only within an image. With
+        `progress`, losses are stored without standardisation.
         """
         sample_ids, crops, patch_ids, hardness = (
             distributed.concatenate(t) for t in (sample_ids, crops, patch_ids, hardness.float())
@@ -101,13 +100,13 @@ class HardnessMemory(nn.Module):
         maps[:, 1].scatter_(1, patch_ids, 1.0)
         rows, columns = self._overlaps(crops)
         added = rows[:, None].mT @ maps.view(-1, 2, *self.grid) @ columns[:, None]
-        added *= self.grid[0] * self.grid[1]  # as shares of a cell
+        added *= self.grid[0] * self.grid[1]  # from image areas to fractions of a cell
         _update(self.found, sample_ids, added, DECAY)
         if self.slow is not None:
             _update(self.slow, sample_ids, added, SLOW_DECAY)
 
     def _overlaps(self, crops: Crops) -> tuple[Tensor, Tensor]:
-        """Along rows and along columns."""
+        """Overlaps of patches with cells along rows and along columns."""
         top, bottom, left, right = crops.unbind(1)
         return overlaps((top, bottom), self.grid[0]), overlaps((left, right), self.grid[1])
 
@@ -115,29 +114,29 @@ class HardnessMemory(nn.Module):
 def _update(
     averages: Tensor, sample_ids: Int[Tensor, " batch"], added: Averages, decay: float
 ) -> None:
-    """Age the images that were seen, and add what was found of them. An image that is twice in the
-    batch ages once and learns from both."""
+    """Decay the images that were seen, and add the new values. An image that occurs twice in the
+    batch decays once and receives both."""
     averages[sample_ids] = decay * averages[sample_ids]
     averages.index_add_(0, sample_ids, added.to(averages.dtype))
 
 
 def loss_progress(fast: Averages, slow: Averages) -> Averages:
-    """How far the loss of each cell has fallen: its slow average less its fast average, with the
-    weights of the fast one.
+    """The decrease of each cell's loss: slow average minus fast average, with the weights of the
+    fast one.
 
         progress = sum(0.95^age w L) / sum(0.95^age w) - sum(0.8^age w L) / sum(0.8^age w)
 
-    over the visits of the image, where age counts the visits since, L is the loss found in the cell
-    and w the share of the cell that was seen. A loss that stays as it is, high (noise) or low
-    (learned), gives 0; one that still falls gives more than 0; one that rises, less.
+    summed over the visits of the image, where age is the number of later visits, L the loss of the
+    cell, and w the share of the cell that was seen. Progress is 0 for a constant loss, high (noise)
+    or low (learned), positive for a falling one, and negative for a rising one.
 
-    Losses are taken as they are, not standardised over the batch as for mining by loss: as the mean
-    of the batch falls, the standardised loss of a place that stays hard rises, and would count as
-    negative progress. The difference is taken per cell, before cells are averaged to patches: the
-    two averages give an area that was not seen for long different weights, so that a hard cell
-    beside an easy one would pass for progress. After one visit both averages are equal: a new image
-    has no progress yet and is mined at random. The loss of a patch also depends on what else is
-    hidden, so the difference is noisy after few visits.
+    Losses are not standardised over the batch, unlike in mining by loss: as the mean of the batch
+    falls, the standardised loss of a region that stays hard rises, and would count as negative
+    progress. The difference is taken per cell, before averaging cells to patches: the two averages
+    weight a region that was not seen for long differently, so that a hard cell beside an easy one
+    would look like progress. After one visit both averages are equal, so that new images are mined
+    at random. The loss of a patch also depends on which other patches are hidden, so the difference
+    is noisy after few visits.
     """
     (fast_total, weight), (slow_total, slow_weight) = fast.unbind(1), slow.unbind(1)
     slow_mean = slow_total / slow_weight.clamp(min=1e-8)
@@ -147,8 +146,8 @@ def loss_progress(fast: Averages, slow: Averages) -> Averages:
 def overlaps(
     edges: tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]], count: int
 ) -> Float[Tensor, "batch patches cells"]:
-    """Length that each of `count` patches of a view, which lie between two edges, shares with each
-    of as many cells of the image, whose length is 1. A flipped view runs from the larger edge."""
+    """Overlap of each of `count` patches of a view, between two edges, with each of `count` cells
+    of the image, along an axis of length 1. For a flipped view the first edge is the larger."""
     start, end = (edge[:, None] for edge in edges)
     steps = torch.linspace(0, 1, count + 1, device=start.device)
     bounds = start + (end - start) * steps

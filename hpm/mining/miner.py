@@ -1,4 +1,4 @@
-"""The miner: what says how hard each patch is, and which patches are hidden because of it."""
+"""The miner: determines how hard each patch is, and which patches are hidden."""
 
 from __future__ import annotations
 
@@ -34,44 +34,43 @@ from hpm.models.mim import MaskedImageModel
 
 
 class Seen(NamedTuple):
-    """Which training images a batch shows, and which part of each (see `data.transforms.Crop`)."""
+    """The training images of a batch, and the crop of each (see `data.transforms.Crop`)."""
 
     image_ids: Int[Tensor, " batch"]
     crops: Float[Tensor, "batch 4"]
 
 
 class Mined(NamedTuple):
-    """What the student is shown and asked, and what the teacher computed of the whole images."""
+    """The mask for the student, and what the teacher computed."""
 
     visible_ids: Int[Tensor, "batch visible"]
     hidden_ids: Int[Tensor, "batch hidden"]
     covered_ids: Int[Tensor, "batch covered"] | None
     features: Float[Tensor, "batch tokens dim"] | None
-    signal: Signal | None  # None where the teacher was not asked
+    signal: Signal | None  # None if the teacher did not run
 
 
 @dataclass
 class Miner:
     """Decides which patches are hidden (HPM, sections 3.3 and 3.4).
 
-    The same miner serves the training step, the figures, the hardness measures and the benchmark.
+    Training, figures, hardness measures and the benchmark use the same miner.
 
     Args:
         teacher: the EMA model.
         mask: name of a mask, see `strategies.find_mask`.
-        num_hidden: patches that are hidden, M.
+        num_hidden: number of hidden patches, M.
         secondary_mask_ratio: share of the visible patches whose content is covered.
-        temperature: of drawing the mined patches, see `masking.perturb`; 0 takes the hardest.
-        unit: patches along each axis of what is hidden as a whole.
-        mine_by: the teacher's prediction, a memory of the student's actual losses, or how far these
-            have fallen.
-        mine_every: steps from one prediction to the next; in between the memory of the predictions
-            is mined by.
-        teacher_view: whether the teacher sees whole images, or masked ones.
+        temperature: of sampling the mined patches, see `masking.perturb`; 0 takes the hardest.
+        unit: size of the units that are mined and hidden, in patches along each axis.
+        mine_by: the teacher's prediction, a memory of the student's losses, or their decrease.
+        mine_every: steps between two teacher passes. In between, a memory of the predictions is
+            used.
+        teacher_view: whether the teacher sees full or masked images.
         small_teacher: predicts on smaller images instead.
-        memory: where losses or predictions are remembered.
-        needs_features: whether the target needs the teacher's features of whole images.
-        predict_loss: the teacher's `predict_loss`, where it is compiled.
+        memory: memory of losses or predictions.
+        needs_features: whether the target needs the teacher's features of full images.
+        predict_loss: compiled `predict_loss` of the teacher.
     """
 
     teacher: MaskedImageModel
@@ -98,7 +97,7 @@ class Miner:
     ) -> Mined:
         """Hide the `num_hard` hardest patches of normalised images, and others at random.
 
-        The teacher runs only where its result is used. `seen` is needed with a memory.
+        The teacher runs only if its result is used. A memory requires `seen`.
         """
         features = predicted = None
         mines = num_hard > 0
@@ -112,8 +111,8 @@ class Miner:
             if mines and signal is None and self.memory is not None:
                 assert seen is not None, "a memory needs to know which images these are"
                 signal = self.memory.read(*seen)
-                # Nothing is known of some places: they are equal, and chosen among at random.
-                # Progress is in units of the loss, which may be small.
+                # Break ties at random: unknown regions have equal values. Progress is in units of
+                # the loss, which may be small.
                 scale = 1e-6 if self.mine_by == "progress" else 1e-3
                 signal = signal + scale * draw.noise(signal.shape[1], TIES)
             visible_ids, hidden_ids = self.hide(draw, signal, num_hard)
@@ -137,7 +136,7 @@ class Miner:
     def signal(
         self, images: Images, draw: Draw
     ) -> tuple[Float[Tensor, "batch tokens dim"] | None, Signal]:
-        """(the teacher's features, where they were computed; what patches are mined by)."""
+        """(the teacher's features or None, hardness of each patch)."""
         if self.mask == "attention":
             return attention(self.teacher, images)
         return self.predicted_loss(images, draw)
@@ -145,8 +144,7 @@ class Miner:
     def predicted_loss(
         self, images: Images, draw: Draw
     ) -> tuple[Float[Tensor, "batch tokens dim"] | None, Signal]:
-        """(the teacher's features of whole images, where they were computed; the loss that it
-        predicts for each patch, in the way that patches are mined)."""
+        """(the teacher's features of full images or None, its predicted loss of each patch)."""
         if self.small_teacher is not None:
             return None, self.small_teacher.predicted_losses(images, self.predict_loss)
         predict_loss = self.predict_loss or self.teacher.predict_loss
@@ -157,22 +155,22 @@ class Miner:
 
     @torch.no_grad()
     def remember(self, seen: Seen, mined: Sequence[Mined], patch_loss: Sequence[Tensor]) -> None:
-        """Keep what a batch, in parts, showed about its images: the teacher's predictions, or the
-        student's losses [B M]."""
+        """Write the teacher's predictions or the student's losses [B M] of a batch, given in parts,
+        into the memory."""
         if self.memory is None:
             return
         predicted = [part.signal for part in mined if part.signal is not None]
         if predicted:
             hardness = torch.cat(predicted)
             patch_ids = torch.arange(hardness.shape[1], device=hardness.device)
-            # The predictor learns from the order within images alone.
+            # The predictor learns only the order within images.
             self.memory.write(*seen, patch_ids.expand_as(hardness), hardness, per_image=True)
         elif self.mine_by != "teacher":
             hidden_ids = torch.cat([part.hidden_ids for part in mined])
             self.memory.write(*seen, hidden_ids, torch.cat(list(patch_loss)))
 
     def _teacher_view(self, draw: Draw) -> Float[Tensor, "batch patches"]:
-        """Priorities of the masks that the teacher's images have: random units."""
+        """Random priorities of the masks in the teacher's view."""
         grid = self.teacher.encoder.grid
         priority = draw.noise(math.prod(unit_grid(grid, self.unit)), TEACHER_VIEW)
         if self.unit == 1:
@@ -192,7 +190,7 @@ def make_miner(
     memory: HardnessMemory | None = None,
     needs_features: bool = False,
 ) -> Miner:
-    """The miner of a resolved config. UserError where the encoder cannot run on smaller images."""
+    """The miner of a resolved config. Raises UserError if the encoder has no small teacher."""
     return Miner(
         teacher,
         config.mask,

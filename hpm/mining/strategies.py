@@ -1,4 +1,4 @@
-"""Masks that are drawn at random: each gives every patch of a batch a priority to be hidden."""
+"""Random mask strategies: each gives every patch of a batch a priority to be hidden."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hpm.mining.units import unit_of_patches
 
 
 def random(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
-    """Any patches (MAE)."""
+    """Independent random patches (MAE)."""
     return draw.noise(math.prod(grid))
 
 
 def block(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
-    """One square."""
+    """One square block."""
     place = draw.noise(len(grid), BLOCKS)
     return one_block(random(draw, grid, num_hidden), place, grid, num_hidden)
 
 
 def multi_block(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
     """Blocks of random size and shape (BEiT)."""
-    choices = draw.noise(4 * BLOCKS_TRIED, BLOCKS).view(-1, BLOCKS_TRIED, 4)
+    choices = draw.noise(4 * MAX_BLOCKS, BLOCKS).view(-1, MAX_BLOCKS, 4)
     return many_blocks(random(draw, grid, num_hidden), choices, grid)
 
 
@@ -41,7 +41,7 @@ def uniform(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
 
 
 def coloured_noise(draw: Draw, grid: tuple[int, ...], num_hidden: int, colour: str) -> Priority:
-    """Blobs of a size that the colour says (ColorMAE)."""
+    """Blobs whose size depends on the colour (ColorMAE)."""
     return filtered_noise(random(draw, grid, num_hidden), grid, colour)
 
 
@@ -51,11 +51,11 @@ def one_block(
     grid: tuple[int, ...],
     num_hidden: int,
 ) -> Priority:
-    """One square: the nearer to its centre, the sooner hidden; it lies within the image.
+    """One square block within the image. Patches nearer to its centre have a higher priority.
 
-    `place` in [0, 1) says where; `priority` in [0, 1) which corner patches stay visible where the
-    square has more patches than are hidden. Where the image is too narrow for a square, it is as
-    wide as the image.
+    `place` in [0, 1) determines its position. `priority` in [0, 1) determines which of its outer
+    patches stay visible if it has more than `num_hidden`. In an image that is too narrow for a
+    square, the block is as wide as the image.
     """
     side = 1
     while math.prod(min(side, size) for size in grid) < num_hidden:
@@ -66,19 +66,19 @@ def one_block(
         start = (place[:, axis] * (grid[axis] - width + 1)).floor()
         centre = start + (width - 1) / 2
         distance = torch.maximum(distance, (coordinates - centre[:, None]).abs())
-    return 0.5 * priority - distance  # distances differ by 1 or not at all
+    return 0.5 * priority - distance  # distances differ by 0 or at least 1
 
 
-BLOCKS_TRIED = 32
-BLOCK_AREA = (16 / 196, 0.4)  # share of the image
-BLOCK_ASPECT = 0.3  # of the most oblong block
+MAX_BLOCKS = 32
+BLOCK_AREA = (16 / 196, 0.4)  # smallest and largest, as a share of the image
+BLOCK_ASPECT = 0.3  # smallest aspect ratio; its inverse is the largest
 
 
 def many_blocks(
     priority: Priority, choices: Float[Tensor, "batch blocks 4"], grid: tuple[int, ...]
 ) -> Priority:
-    """Blocks of random size, shape and place, one after the other until enough is hidden (BEiT,
-    algorithm 1); of the last one a random part.
+    """Blocks of random size, shape and position, added until enough patches are hidden (BEiT,
+    algorithm 1). A random part of the last one is hidden.
 
     `choices` in [0, 1): area, aspect, row, column of each block. Raises ValueError unless the grid
     has two axes.
@@ -102,9 +102,9 @@ def many_blocks(
 
 
 def one_visible_per_cell(priority: Priority, grid: tuple[int, ...]) -> Priority:
-    """Uniform sampling (UM-MAE): of each cell of two patches along every axis, one is visible.
+    """Uniform sampling (UM-MAE): one visible patch in each cell of two patches along every axis.
 
-    Raises ValueError where the grid is odd.
+    Raises ValueError if the grid is odd.
     """
     if any(size % 2 for size in grid):
         raise ValueError(f"a grid of {grid} has no cells of two along every axis")
@@ -115,13 +115,13 @@ def one_visible_per_cell(priority: Priority, grid: tuple[int, ...]) -> Priority:
     return priority.scatter(1, visible, -1.0)
 
 
-# Widths of the Gaussian filters, in patches.
+# Standard deviations of the Gaussian filters, in patches.
 FINE, COARSE = 1.0, 2.0
 
 
 def filtered_noise(priority: Priority, grid: tuple[int, ...], colour: str) -> Priority:
-    """Filtered noise (ColorMAE), which needs no learning: red leaves low frequencies (large
-    blobs), blue the high ones, green those between (small blobs), purple all but those between."""
+    """Filtered noise (ColorMAE): red is low-pass (large blobs), blue high-pass, green band-pass
+    (small blobs), purple band-stop."""
     white = (priority - 0.5).reshape(-1, *grid)
     fine, coarse = _blurred(white, FINE), _blurred(white, COARSE)
     filtered = {
@@ -134,7 +134,7 @@ def filtered_noise(priority: Priority, grid: tuple[int, ...], colour: str) -> Pr
 
 
 def _blurred(values: Float[Tensor, batch * grid], sigma: float) -> Float[Tensor, batch * grid]:
-    """Gaussian filter along every axis; the borders meet, so that no patch is special."""
+    """Gaussian filter along every axis, with periodic borders, so that all patches are alike."""
     for axis in range(1, values.ndim):
         size = values.shape[axis]
         offset = torch.arange(size, device=values.device)
@@ -151,8 +151,8 @@ def _coordinates(grid: tuple[int, ...], device: torch.device) -> list[Float[Tens
     return [c.flatten() for c in torch.meshgrid(*axes, indexing="ij")]
 
 
-# Gives every patch of a batch a priority [B N], from the random numbers of the batch, the patches
-# along each axis, and how many will be hidden: those of the highest priority.
+# (random numbers of the batch, patches along each axis, number of patches to hide) -> priority of
+# each patch [B N]. The patches of the highest priority are hidden.
 Strategy = Callable[[Draw, tuple[int, ...], int], Priority]
 
 STRATEGIES: dict[str, Strategy] = {
@@ -165,20 +165,20 @@ STRATEGIES: dict[str, Strategy] = {
     "blue_noise": partial(coloured_noise, colour="blue"),
     "purple_noise": partial(coloured_noise, colour="purple"),
 }
-# The masks that mine hide other patches at random.
+# Masks that mine, and masks that do not.
 BUILT_IN = (*HARD_SHARES, *STRATEGIES)
 ENTRY_POINTS = "hpm.masks"
 
 
 @functools.cache
 def find_mask(name: str) -> Strategy:
-    """The strategy of a mask that does not mine.
+    """Find the strategy of a mask that does not mine.
 
     Args:
-        name: a built-in mask; one that an installed package registers as an entry point of the
-            group `hpm.masks`; or `module:function`, for example of a file in the working directory.
+        name: a built-in mask; an entry point of the group `hpm.masks` in an installed package; or
+            `module:function`, for example from a file in the working directory.
 
-    Raises UserError where there is none, or importing it fails.
+    Raises UserError if there is none, or if its import fails.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]
@@ -189,7 +189,7 @@ def find_mask(name: str) -> Strategy:
 
 
 def check_strategy(name: str, grid: tuple[int, ...], num_hidden: int) -> None:
-    """Try a mask on a batch of two. Raises UserError where it fails, or gives no priorities."""
+    """Try a mask on a batch of two. Raises UserError if it fails or returns no priorities."""
     strategy, wanted = find_mask(name), (2, math.prod(grid))
     try:
         priority = strategy(Draw(0, 0, torch.arange(2)), grid, num_hidden)

@@ -16,7 +16,7 @@ from hpm.models.patches import interpolate_positions
 
 Images = Float[Tensor, "batch channels *size"]
 Signal = Float[Tensor, "batch patches"]
-# `MaskedImageModel.predict_loss` of the teacher, or that compiled.
+# `MaskedImageModel.predict_loss` of the teacher, possibly compiled.
 PredictLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -38,13 +38,14 @@ GRID_POSITIONS = ("encoder.pos_embed", "decoder_pos_embed")
 
 
 class SmallTeacher:
-    """The teacher on smaller images: its own weights, the positions interpolated.
+    """The teacher applied to smaller images, with interpolated position embeddings.
 
-    A quarter of the patches costs about a quarter; the map is brought back to the whole grid.
+    Its predictions are interpolated back to the full grid. The cost is roughly proportional to the
+    number of patches.
 
     Args:
-        teacher: whose weights are shared, as they change.
-        small: of the same architecture, for smaller images; it is taken over.
+        teacher: model whose weights are shared.
+        small: model of the same architecture for smaller images, which is modified.
     """
 
     def __init__(self, teacher: MaskedImageModel, small: MaskedImageModel):
@@ -59,12 +60,12 @@ class SmallTeacher:
 
     @torch.no_grad()
     def predicted_losses(self, images: Images, predict_loss: PredictLoss | None = None) -> Signal:
-        """Predicted losses of whole images of the full size, for each patch of their grid.
+        """Predicted loss of each patch of full-size images.
 
-        predict_loss: the small model's, if it is compiled.
+        predict_loss: compiled `predict_loss` of the small model.
         """
         small, encoder = self.model, self.teacher.encoder
-        if encoder.pos_embed is not None:  # of some encoders it is trained
+        if encoder.pos_embed is not None:  # may be learned: interpolate it again
             weights: dict[str, Tensor] = {"pos_embed": encoder.pos_embed}
             fitted = small.encoder.fit_positions(weights, encoder.grid)["pos_embed"]
             assert small.encoder.pos_embed is not None
@@ -78,7 +79,7 @@ class SmallTeacher:
 def small_image_size(
     image_size: tuple[int, int], patch_size: tuple[int, int], scale: float
 ) -> tuple[int, int]:
-    """The whole number of patches that is nearest to `scale` times the image, in pixels."""
+    """Size in pixels of an image scaled by `scale`, rounded to whole patches."""
     height, width = (
         max(1, round(scale * size / patch)) * patch
         for size, patch in zip(image_size, patch_size, strict=True)
@@ -90,7 +91,7 @@ def small_image_size(
 def predicted_losses(
     predict_loss: PredictLoss, images: Images
 ) -> tuple[Float[Tensor, "batch tokens dim"], Signal]:
-    """Features and predicted losses of whole images, nothing hidden (HPM, section 3.3)."""
+    """Features and predicted losses of full images (HPM, section 3.3)."""
     features, predicted_loss = predict_loss(images)
     return features, predicted_loss.float()
 
@@ -99,8 +100,8 @@ def predicted_losses(
 def predicted_losses_masked(
     predict_loss: PredictLoss, images: Images, priority: Signal, num_hidden: int
 ) -> Signal:
-    """Predicted loss of each patch from images in which it is hidden, as in training: as many
-    masks as hide each patch at least once (two at a mask ratio from 0.5), the mean of each."""
+    """Predicted loss of each patch while it is hidden, as in training. Uses as many masks as are
+    needed to hide each patch once (two at a mask ratio of 0.5 or more), and averages."""
     total, count = torch.zeros_like(priority), torch.zeros_like(priority)
     for visible_ids, hidden_ids in rotating_masks(priority, num_hidden):
         predicted_loss = predict_loss(images, visible_ids, hidden_ids)[1].float()
@@ -113,6 +114,6 @@ def predicted_losses_masked(
 def attention(
     model: MaskedImageModel, images: Images
 ) -> tuple[Float[Tensor, "batch tokens dim"], Signal]:
-    """Features, and the attention of the class token to each patch, mean over heads (AttMask)."""
+    """Features, and the class token's attention to each patch, mean over heads (AttMask)."""
     features, by_head = model.encoder.with_attention(images)
     return features, by_head.mean(1)

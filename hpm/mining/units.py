@@ -1,4 +1,4 @@
-"""Units of k patches along each axis, which are mined and hidden as a whole."""
+"""Units of several patches along each axis, which are mined and hidden together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def unit_grid(grid: tuple[int, ...], unit: int) -> tuple[int, ...]:
-    """Units along each axis. Raises ValueError where they do not divide the grid."""
+    """Number of units along each axis. Raises ValueError if units do not divide the grid."""
     if any(size % unit for size in grid):
         raise ValueError(f"units of {unit} patches along each axis do not divide a grid of {grid}")
     return tuple(size // unit for size in grid)
@@ -19,7 +19,7 @@ def unit_grid(grid: tuple[int, ...], unit: int) -> tuple[int, ...]:
 def unit_of_patches(
     grid: tuple[int, ...], unit: int, device: torch.device | None = None
 ) -> Int[Tensor, " patches"]:
-    """The unit of each patch; units and patches in raster order."""
+    """Index of each patch's unit. Units and patches are in raster order."""
     units = unit_grid(grid, unit)
     found = torch.arange(math.prod(units), device=device).view(units)
     for axis in range(len(grid)):
@@ -42,11 +42,11 @@ def unit_by_unit(
     grid: tuple[int, ...],
     unit: int,
 ) -> Float[Tensor, "batch patches"]:
-    """Priority of each patch: by the rank of its unit, and within a unit by noise in [0, 1).
+    """Priority of each patch: first by its unit, within a unit by noise in [0, 1).
 
     Hiding the top M patches then hides whole units. If M is not a multiple of a unit's size, the
     last unit is hidden in part.
     """
     rank = priority.argsort(dim=1, descending=True).argsort(dim=1)  # 0 is hidden first
-    # Half the noise: ranks differ by 1, and the sum must not round up to the next rank.
+    # Half the noise, so that rounding never reaches the next rank.
     return 0.5 * noise - rank[:, unit_of_patches(grid, unit, priority.device)]

@@ -1,4 +1,4 @@
-"""The architecture of a model: every number that its modules are built from."""
+"""The architecture of a model: all numbers that are needed to build it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PredictorHead = Literal["patch", "scalar"]
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Encoder: width, blocks, heads; the same of both decoders; usual patch size in pixels."""
+    """Width, depth and heads of the encoder and of both decoders; default patch size in pixels."""
 
     embed_dim: int
     depth: int
@@ -37,10 +37,7 @@ SIZES: dict[str, ModelSize] = {
 
 @dataclass(frozen=True)
 class Decoders:
-    """The reconstructor, the loss predictor, and what they share.
-
-    The fields are the arguments of `MaskedImageModel` of the same names.
-    """
+    """The decoders' part of an architecture: the arguments of `MaskedImageModel` of these names."""
 
     decoder_dim: int
     decoder_depth: int
@@ -57,7 +54,7 @@ class Decoders:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that fixes an encoder, and the decoders of a whole model.
+    """The architecture of an encoder, and of the decoders of a whole model.
 
     Sizes are in pixels along each axis: (height, width).
     """
@@ -68,23 +65,22 @@ class Architecture:
     channels: int
     embed_dim: int
     depth: int
-    num_heads: int | None = None  # None: differs between blocks (Hiera)
+    num_heads: int | None = None  # None if it differs between blocks (Hiera)
     class_token: bool = True
-    decoders: Decoders | None = None  # None: an encoder alone
+    decoders: Decoders | None = None  # None for an encoder only
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: object = "architecture") -> Architecture:
-        """The architecture that a checkpoint or a backbone file describes.
+        """Read the architecture from the JSON of a checkpoint or backbone file.
 
-        Keys that older files lack get their defaults; keys that describe something else are
-        ignored.
+        Keys that older files lack take their defaults; unrelated keys are ignored.
 
         Args:
-            content: one flat dictionary, as `to_json` writes it.
-            source: what the content was read from, for the error message.
+            content: a flat dictionary, as written by `to_json`.
+            source: where the content was read from, for the error message.
 
         Raises:
-            UserError: where a key is missing, or a value cannot be right.
+            UserError: if a key is missing or a value is invalid.
         """
         model = content.get("model")
         if model is not None and not str(model).startswith(TIMM):
@@ -103,7 +99,7 @@ class Architecture:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """One flat dictionary of plain values, as checkpoints and backbone files hold it."""
+        """A flat dictionary of plain values, as stored in checkpoints and backbone files."""
         content = asdict(self)
         decoders = content.pop("decoders") or {}
         if self.model is None:
@@ -113,22 +109,22 @@ class Architecture:
         return {name: value for name, value in (content | sizes).items() if value is not None}
 
     def encoder(self) -> Architecture:
-        """The encoder alone."""
+        """The architecture without decoders."""
         return replace(self, decoders=None)
 
     def with_target_dim(self, target_dim: int) -> Architecture:
-        """The same model for another target, of so many values per patch."""
+        """The same model for a target with `target_dim` values per patch."""
         return replace(self, decoders=replace(self.need_decoders(), target_dim=target_dim))
 
     def need_decoders(self) -> Decoders:
-        """The decoders of a whole model. ValueError where this is an encoder alone."""
+        """The decoders of a whole model. Raises ValueError for an encoder only."""
         if self.decoders is None:
             raise ValueError("this is the architecture of an encoder alone, without decoders")
         return self.decoders
 
 
 def resolve_model(config: PretrainConfig) -> Architecture:
-    """The architecture that a config asks for. UserError where timm's model cannot be used."""
+    """The architecture of a config. Raises UserError if timm's model cannot be used."""
     if config.model.startswith(TIMM):
         encoder = _timm_encoder(config)
         size = nearest_size(encoder["embed_dim"])
@@ -155,12 +151,13 @@ def resolve_model(config: PretrainConfig) -> Architecture:
 
 
 def nearest_size(embed_dim: int) -> ModelSize:
-    """Ours of the nearest width: its decoders serve encoders that are not ours."""
+    """Our size of the nearest width, whose decoder settings are used for timm's encoders."""
     return min(SIZES.values(), key=lambda size: abs(size.embed_dim - embed_dim))
 
 
 def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
-    """What the architecture says of timm's encoder. UserError where it cannot be used."""
+    """The encoder's part of the architecture for timm's model. Raises UserError if it cannot be
+    used."""
     from hpm.models.timm_models import timm_shape
 
     shape = dict(timm_shape(config.model.removeprefix(TIMM)))
@@ -175,8 +172,7 @@ def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _decoders(content: Mapping[str, Any], source: object) -> Decoders:
-    """The decoders that a file describes; where the predictor's shape is not given, it is the
-    reconstructor's."""
+    """Read the decoders' part. The predictor's shape defaults to the reconstructor's."""
     dim, depth, heads = (
         _count(content, f"decoder_{name}", source) for name in ("dim", "depth", "heads")
     )

@@ -1,4 +1,4 @@
-"""From plain numbers to models."""
+"""Build models from their architecture."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from hpm.models.vit import VisionTransformer
 def build_encoder(
     architecture: Architecture, seed: int | None = None, drop_path: float = 0.0
 ) -> Encoder:
-    """An encoder, randomly initialised: timm's where the architecture names one, else ours.
+    """Build a randomly initialised encoder: timm's if the architecture names one, else ours.
 
-    With a seed, from that seed and without touching the global random state.
+    With a seed, the global random state is neither used nor changed.
     """
     with seeded(seed):
         if architecture.model is not None:
@@ -47,8 +47,8 @@ def build_encoder(
 
 
 def build_model(architecture: Architecture, seed: int = 0) -> MaskedImageModel:
-    """A whole model, each part of it initialised from a seed of its own that follows from `seed`;
-    the global random state is left alone. ValueError for the architecture of an encoder alone."""
+    """Build a whole model. Each part is initialised from its own seed, derived from `seed`; the
+    global random state is not changed. Raises ValueError for the architecture of an encoder."""
     with seeded(seed):
         model = MaskedImageModel(
             build_encoder(architecture, part_seed(seed, "encoder")),
@@ -67,9 +67,10 @@ def build_classifier(
     drop_path: float = 0.0,
     seed: int = 0,
 ) -> Classifier:
-    """An encoder with these weights (random ones for None) and a new head, initialised from `seed`.
+    """An encoder with these weights (None: random ones) and a new head, initialised from `seed`.
 
-    Positions are interpolated for another image size. Raises ValueError where patches do not fit.
+    Positions are interpolated for another image size. Raises UserError if the image size is not a
+    multiple of the patch size.
     """
     size = image_size or architecture.image_size
     with seeded(seed):
@@ -83,8 +84,8 @@ def resized_encoder(
     image_size: tuple[int, ...],
     drop_path: float = 0.0,
 ) -> Encoder:
-    """An encoder with these weights (random ones for None), its positions interpolated for another
-    image size. Raises UserError where the patches do not fit into it."""
+    """An encoder with these weights (None: random ones), with positions interpolated for another
+    image size. Raises UserError if the image size is not a multiple of the patch size."""
     check_image_size(image_size, architecture.patch_size)
     encoder = build_encoder(replace(architecture, image_size=image_size), drop_path=drop_path)
     if weights is not None:
@@ -94,7 +95,7 @@ def resized_encoder(
 
 
 def check_image_size(image_size: Sequence[int], patch_size: Sequence[int]) -> None:
-    """Raises UserError where an image is not made of whole patches."""
+    """Raise UserError if an image size is not a multiple of the patch size."""
     for image, patch in zip(image_size, patch_size, strict=True):
         if image < patch or image % patch:
             fitting = max(1, round(image / patch)) * patch

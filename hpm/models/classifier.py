@@ -1,4 +1,4 @@
-"""The encoder with a classifier on top, as it is fine-tuned."""
+"""An encoder with a classifier on top, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HEAD_STD = 2e-5
 
 
 class Classifier(nn.Module):
-    """Pooled tokens, a norm and a linear head (MAE, appendix A.1).
+    """Pooling, a norm and a linear head (MAE, appendix A.1).
 
-    pool="mean": the mean of the patches, then `fc_norm`, which takes the place of the encoder's
-    own norm. pool="cls": the class token after the encoder's norm. The head starts near zero
-    (deviation 2e-5), and positions are trained along. Raises ValueError for pool="cls" where the
-    encoder has no class token.
+    pool="mean": the mean of the patches, then `fc_norm`, which replaces the encoder's norm.
+    pool="cls": the class token after the encoder's norm. The head is initialised near zero (std
+    2e-5), and position embeddings are trained. Raises ValueError for pool="cls" if the encoder has
+    no class token.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "mean"):
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         return self.head(self.pooled(images))
 
     def pooled(self, images: Float[Tensor, "batch channels *size"]) -> Float[Tensor, "batch dim"]:
-        """What the head reads."""
+        """The input of the head."""
         tokens = self.encoder(images)
         patches = tokens[:, self.encoder.num_prefix_tokens :]
         return self.fc_norm(patches.mean(1) if self.pool == "mean" else tokens[:, 0])

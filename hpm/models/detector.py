@@ -23,17 +23,17 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """The last map of an encoder -> maps of strides 4, 8, 16, 32 and 64 (ViTDet, section 3).
+    """Maps of strides 4, 8, 16, 32 and 64 from the last map of an encoder (ViTDet, section 3).
 
-    The map is rescaled by transposed convolutions or max-pooling, then each level has a 1x1 and a
-    3x3 convolution, each with a layer norm over the channels. The coarsest level is every second
-    place of the one before.
+    The map is rescaled by transposed convolutions or max-pooling, followed by a 1x1 and a 3x3
+    convolution per level, each with a layer norm over the channels. The coarsest level subsamples
+    the one before.
 
     Args:
-        dim: channels of the map.
-        channels: of each level.
-        times: how often the map is doubled in size for each of the first four levels; below 0:
-            halved (see `doublings`).
+        dim: channels of the encoder's map.
+        channels: channels of each level.
+        times: number of times the map is doubled in size for each of the first four levels;
+            negative for halving (see `doublings`).
     """
 
     def __init__(self, dim: int, channels: int, times: Sequence[int]):
@@ -61,10 +61,10 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class DetectorBackbone(nn.Module):
-    """An encoder and its feature pyramid, as torchvision's detectors take them.
+    """An encoder and its feature pyramid, as a backbone for torchvision's detectors.
 
-    The encoder's own norm, which stands behind its last block, is left out, and positions are
-    trained along. Raises UserError where the patches are not square with a power of 2 as side.
+    The encoder's final norm is removed, and position embeddings are trained. Raises UserError
+    unless patches are square with a power of 2 as side.
     """
 
     def __init__(self, encoder: Encoder, channels: int = 256):
@@ -85,18 +85,18 @@ class DetectorBackbone(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> OrderedDict[str, Float[Tensor, "batch dim _ _"]]:
-        """Maps of strides 4 to 64, in float32 also under autocast: anchors take their precision."""
+        """Maps of strides 4 to 64, in float32 even under autocast, because anchors take the dtype
+        of the maps."""
         (last,) = self.encoder.feature_maps(images, [len(self.encoder.blocks) - 1])
         return OrderedDict((name, x.float()) for name, x in self.pyramid(last).items())
 
 
 class PadImages(nn.Module):
-    """The first and last step of torchvision's detectors, without their resizing and normalising.
+    """Replaces the transform of torchvision's detectors, without resizing and normalisation.
 
-    Images are padded with zeros, below and to the right, to one size: that of the largest, or at
-    least `minimum`, rounded up to a multiple of `multiple` pixels. Predicted masks are pasted into
-    images of their original size, unless `paste_masks` is False: then they stay as they are
-    predicted, [N 1 28 28] within their boxes.
+    Images are zero-padded at the bottom and right to the size of the largest, at least `minimum`,
+    rounded up to a multiple of `multiple` pixels. Predicted masks are pasted into the images, or,
+    if `paste_masks` is False, returned as predicted, [N 1 28 28] within their boxes.
     """
 
     paste_masks = True
@@ -111,7 +111,7 @@ class PadImages(nn.Module):
         images: Sequence[Float[Tensor, "channels _ _"]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[Any, list[dict[str, Tensor]] | None]:
-        """Images -> torchvision's ImageList; targets stay as they are."""
+        """Pad images to torchvision's ImageList; targets are returned unchanged."""
         image_list = need("torchvision.models.detection.image_list", "finetune", "detection")
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (
@@ -130,7 +130,7 @@ class PadImages(nn.Module):
         image_shapes: list[tuple[int, int]],
         original_image_sizes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Masks [N 1 28 28] of the boxes -> masks [N 1 H W] of the images."""
+        """Paste the masks of boxes [N 1 28 28] into masks of images [N 1 H W]."""
         roi_heads = need("torchvision.models.detection.roi_heads", "finetune", "detection")
         if self.training or not self.paste_masks:
             return result
@@ -157,25 +157,25 @@ def build_detector(
     In training it takes a list of images [C H W], of any sizes, and a list of targets (`boxes`
     [N 4] as x0 y0 x1 y1 in pixels, `labels` [N] from 1, `masks` [N H W]) and returns its losses by
     name. Otherwise it takes images and returns, for each, `boxes`, `labels`, `scores` and `masks`
-    [N 1 H W] of probabilities. Images are taken as they are: already normalised, and not resized.
+    [N 1 H W] of probabilities. Images must be normalised; they are not resized.
 
-    The images of a batch are padded to one size, and attention sees that padding, as in ViTDet.
+    The images of a batch are padded to one size, and attention includes the padding, as in ViTDet.
 
     Args:
-        encoder: a plain ViT; stochastic depth is its own.
+        encoder: a plain ViT, with its own stochastic depth.
         num_classes: without the background, which is class 0.
         masks: predict masks as well as boxes.
         channels: of the pyramid and of the convolutions of the heads.
         window_size: side, in patches, of the windows of all blocks but the last of every quarter
-            (see VisionTransformer). Default: as the encoder has it.
+            (see VisionTransformer). Default: the encoder's own setting.
         fixed_size: pad all images to the encoder's `image_size` (if they are not larger), as
             ViTDet does, so that positions stay the same. timm's encoders need it.
         anchor_sizes: in pixels, one for each of the strides 4, 8, 16, 32 and 64.
-        options: anything else that torchvision's class takes.
+        options: further arguments of torchvision's class.
 
     Raises:
-        UserError: where the encoder has other patches than square ones with a power of 2 as side,
-            or has no window attention.
+        UserError: unless the encoder has square patches with a power of 2 as side, and, for
+            `window_size`, window attention.
     """
     job = "detection"
     faster_rcnn = need("torchvision.models.detection.faster_rcnn", "finetune", job)
@@ -208,20 +208,20 @@ def build_detector(
     model.transform = PadImages(
         max(STRIDES[-1], encoder.patch_size[0]), encoder.image_size if fixed_size else (1, 1)
     )
-    # In bfloat16 the borders of boxes would be whole pixels apart.
+    # bfloat16 would round the coordinates of boxes to several pixels.
     heads = model.roi_heads
     for part in (model.rpn.head, heads.box_predictor, *([heads.mask_predictor] if masks else [])):
-        part.register_forward_hook(_give_float32)
+        part.register_forward_hook(_float32_hook)
     return model
 
 
-def _give_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """A forward hook."""
+def _float32_hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook that converts the output to float32."""
     return _to_float32(output)
 
 
 def _to_float32(output: Any) -> Any:
-    """A tensor, or lists and tuples of tensors, in float32."""
+    """Convert a tensor, or nested lists and tuples of tensors, to float32."""
     if isinstance(output, Tensor):
         return output.float()
     return type(output)(_to_float32(part) for part in output)

@@ -1,4 +1,4 @@
-"""What every encoder is, whatever it is made of."""
+"""The base class of encoders."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hpm.models.patches import grid_size
 
 
 class Encoder(nn.Module):
-    """Turns images into one token per visible patch, in front of them the prefix tokens.
+    """Maps images to prefix tokens followed by one token per visible patch.
 
-    The prefix tokens (class token first, then registers; there may be none) have no place in the
+    Prefix tokens (the class token first, then registers; possibly none) have no position in the
     image. Patches are numbered in raster order of `grid`.
     """
 
     image_size: tuple[int, ...]  # pixels along each axis
-    patch_size: tuple[int, ...]  # pixels of what is hidden or visible as a whole
+    patch_size: tuple[int, ...]  # pixels along each axis of the unit that is hidden or visible
     grid: tuple[int, ...]
     num_patches: int
     channels: int
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
     ) -> list[Float[Tensor, "batch dim *grid"]]:
         """Patch tokens after each of these blocks (numbered from 0), not normed, as maps.
 
-        The prefix tokens are left out. Raises UserError where the encoder is no plain ViT.
+        Prefix tokens are dropped. Raises UserError unless the encoder is a plain ViT.
         """
         raise UserError(f"a {type(self).__name__} has no maps of single blocks: take a plain ViT")
 
@@ -58,10 +58,10 @@ class Encoder(nn.Module):
     def with_attention(
         self, images: Float[Tensor, "batch channels *size"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch heads patches"]]:
-        """Features of whole images, and how the class token attends to the patches in the last
-        block. Not every encoder can tell."""
+        """Features of full images, and the attention of the class token to the patches in the last
+        block. Not supported by every encoder."""
         raise NotImplementedError
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Weights of the same encoder on another grid, positions resampled to this one's."""
+        """Resample the positions in weights of the same encoder from `grid` to this one's grid."""
         raise NotImplementedError

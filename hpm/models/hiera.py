@@ -1,4 +1,4 @@
-"""timm's Hieras as encoders that run on a subset of their mask units."""
+"""timm's Hiera models as encoders that run on a subset of their mask units."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hpm.models.vit import run_block
 
 
 class HieraEncoder(Encoder):
-    """Hiera (Ryali et al. 2023, arXiv 2306.00989): a hierarchical encoder whose patches, for us,
-    are its mask units, 32 pixels wide in the standard models.
+    """Hiera (Ryali et al. 2023, arXiv 2306.00989), a hierarchical encoder. Its mask units, 32
+    pixels wide in the standard models, are the patches of this encoder.
 
-    A mask unit begins as 8 by 8 tokens and ends as one. Attention is within units at first and
-    among all of them later, so hidden units are left out throughout. There are no prefix tokens.
-    Arguments and errors as of TimmEncoder; the size of the mask units is the model's.
+    A mask unit starts as 8 x 8 tokens and ends as one. Attention is first within units and later
+    global, so that hidden units can be dropped throughout. There are no prefix tokens. Arguments
+    and errors are those of TimmEncoder; the model determines the size of the mask units.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class HieraEncoder(Encoder):
     def pyramid(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Feature maps [B C H W] of all stages, finest first, as detection heads want them.
+        """Feature maps [B C H W] of all stages, finest first, for dense prediction.
 
-        They are as large as the image divided by 4, 8, 16 and 32, in the standard models.
+        Their strides are 4, 8, 16 and 32 in the standard models.
         """
         x, maps = self._embed(images, None), []
         for number, block in enumerate(self.blocks):
@@ -88,10 +88,9 @@ class HieraEncoder(Encoder):
         return maps
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Weights of the same encoder on another grid, positions resampled (as by timm).
+        """Resample the positions in weights of the same encoder from `grid`, as timm does.
 
-        Those with positions within windows have global ones of fixed size, which are resampled as
-        the model runs.
+        Models with window positions resample their global positions in `forward`.
         """
         if self.pos_embed_win is not None or grid == self.grid:
             return weights
@@ -104,10 +103,10 @@ class HieraEncoder(Encoder):
     def _embed(
         self, images: Tensor, visible_ids: Tensor | None
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Tokens of the visible units with their positions, in the order that the blocks expect."""
+        """Tokens of the visible units with positions, in the order that the blocks expect."""
         if visible_ids is None:
             return self.unroll(self.patch_embed(images) + self._positions())
-        # The first convolution looks over the borders of the units: hidden pixels are blanked.
+        # The first convolution reaches across the borders of units: zero out hidden pixels.
         visible = images.new_zeros(len(images), self.num_patches).scatter_(1, visible_ids, 1)
         x = self.patch_embed(images, mask=visible.reshape(-1, 1, *self.grid))
         x = self.unroll(x + self._positions())
@@ -117,8 +116,8 @@ class HieraEncoder(Encoder):
         return x.gather(2, index).flatten(1, 2)
 
     def _positions(self) -> Float[Tensor, "1 tokens dim"]:
-        """One for each token; or (Bolya et al. 2023, arXiv 2311.05613) the sum of a coarse global
-        map and of one that is the same in every unit."""
+        """One position per token; or the sum of a coarse global map and of one that is repeated in
+        every unit (Bolya et al. 2023, arXiv 2311.05613)."""
         assert self.pos_embed is not None
         if self.pos_embed_win is None:
             return self.pos_embed

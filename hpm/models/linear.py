@@ -1,4 +1,4 @@
-"""The linear layer: PyTorch's, but for a faster kernel on a CPU."""
+"""A linear layer that uses a faster kernel on CPUs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """As `nn.Linear`, of the same names and values."""
+    """`nn.Linear` with the same parameters and values."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`. In float32 on a CPU by oneDNN, which adds the bias while it multiplies; PyTorch's
-    own way copies the bias to the whole output first and then has the product added to it."""
-    plain = (
+    """`F.linear`, in float32 on a CPU by oneDNN, which fuses the bias into the product. PyTorch
+    first copies the bias to the whole output."""
+    use_default = (
         x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
@@ -28,11 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
     )
-    return F.linear(x, weight, bias) if plain else OneDnnLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias) if use_default else OneDnnLinear.apply(x, weight, bias)
 
 
 def _onednn() -> Any:
-    """PyTorch's operator for it, where this build has it."""
+    """PyTorch's oneDNN operator, or None if this build lacks it."""
     if not torch.backends.mkldnn.is_available():
         return None
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -42,7 +42,7 @@ ONEDNN = _onednn()
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """The kernel of the compiler's CPU backend has no gradient of its own."""
+    """Adds a backward pass to oneDNN's operator, which has none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ class Decoder(nn.Module):
     def features(
         self, tokens: Float[Tensor, "batch tokens dim"], num_outputs: int
     ) -> Float[Tensor, "batch outputs dim"]:
-        """What the head reads."""
+        """The input of the head."""
         *before, last = self.blocks
         for block in before:
             tokens = run_block(block, tokens, self.checkpoint_activations)
@@ -51,7 +51,7 @@ class LossPredictor(Decoder):
     ) -> Float[Tensor, "batch outputs"]:
         features = self.features(tokens, num_outputs)
         # The mean of a linear layer's outputs is one linear layer with its mean weight and bias.
-        # In float32: the order of nearby losses is what is learned, and what is mined by.
+        # In float32, because the order of similar losses matters.
         device_type = "cpu" if features.is_meta else features.device.type  # meta: no autocast
         with torch.autocast(device_type, enabled=False):
             weight, bias = self.head.weight.float().mean(0), self.head.bias.float().mean()
@@ -59,22 +59,22 @@ class LossPredictor(Decoder):
 
 
 class MaskedImageModel(nn.Module):
-    """Encoder on the visible patches; two decoders of one make on all of them.
+    """An encoder of the visible patches, and two decoders that run on all patches.
 
-    Both decoders read the same `decoder_embed` output, mask token and fixed positions. The
-    reconstructor predicts the target of each hidden patch, the predictor (if there is one) the
-    loss that this prediction will have.
+    Both decoders share the output of `decoder_embed`, the mask token and fixed positions. The
+    reconstructor predicts the target of each hidden patch; the predictor, if there is one, predicts
+    the loss of that prediction.
 
     Args:
-        encoder: runs on images and visible_ids.
+        encoder: called with images and visible_ids.
         decoder_dim, decoder_depth, decoder_heads: shape of both decoders.
         target_dim: values per patch of the target (default: the patch's pixels).
         with_predictor: False for a plain masked autoencoder.
-        predictor_dim, predictor_depth, predictor_heads: where the predictor's shape is its own.
+        predictor_dim, predictor_depth, predictor_heads: shape of the predictor, if different.
         predictor_head: `patch`, the mean of as many outputs as a patch has pixels (the paper's), or
             `scalar`.
-        detach_predictor: keep the predictor's loss from all but the predictor.
-        with_cover: have a learned patch, which can take the place of visible ones.
+        detach_predictor: stop the gradient of the predictor's loss at the predictor's input.
+        with_cover: have a learned patch that can replace visible ones.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class MaskedImageModel(nn.Module):
         self.init_decoder_weights()
 
     def init_decoder_weights(self, seed: int | None = None) -> None:
-        """Initialise everything but the encoder; with a seed, each part from a seed of its own.
+        """Initialise everything but the encoder; with a seed, each part from its own derived seed.
 
-        Two models of the same seed then differ only in the parts that one of them lacks.
+        Models of the same seed then have equal weights in all parts that they share.
         """
         parts: dict[str, nn.Module | nn.Parameter | None] = {
             "decoder_embed": self.decoder_embed,
@@ -143,8 +143,8 @@ class MaskedImageModel(nn.Module):
         hidden_ids: Int[Tensor, "batch hidden"],
         covered_ids: Int[Tensor, "batch covered"] | None = None,
     ) -> tuple[Float[Tensor, "batch hidden values"], Float[Tensor, "batch hidden"] | None]:
-        """Predict targets and losses of the hidden patches from the visible ones, of which those
-        in `covered_ids` show a learned patch instead of theirs."""
+        """Predict targets and losses of the hidden patches from the visible ones. Visible patches
+        in `covered_ids` are replaced by the learned patch."""
         if covered_ids is not None:
             images = self._with_cover(images, covered_ids)
         features = self.encoder(images, visible_ids)
@@ -161,10 +161,10 @@ class MaskedImageModel(nn.Module):
         visible_ids: Int[Tensor, "batch visible"] | None = None,
         hidden_ids: Int[Tensor, "batch hidden"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch predicted"]]:
-        """What the teacher does: features, and predicted loss of every patch of whole images, or of
-        the hidden patches where ids are given.
+        """(features, predicted loss of every patch of full images, or of the hidden patches if ids
+        are given), as used by the teacher. Does not run the reconstructor.
 
-        Raises ValueError where the model has no predictor. The reconstructor is not run.
+        Raises ValueError if the model has no predictor.
         """
         if self.predictor is None:
             raise ValueError("this model has no loss predictor")
@@ -184,7 +184,7 @@ class MaskedImageModel(nn.Module):
         return self.predictor(self.predictor_embed(tokens), num_outputs)
 
     def _with_cover(self, images: Images, covered_ids: Tensor) -> Images:
-        """The images with the learned patch in some places: nothing of what was there is left."""
+        """Replace patches of the images by the learned patch."""
         assert self.cover is not None
         patches = patchify(images, self.encoder.patch_size)
         cover = self.cover.to(patches.dtype).expand(*covered_ids.shape, -1)
@@ -195,9 +195,8 @@ class MaskedImageModel(nn.Module):
     def _decoder_tokens(self, features: Tensor, visible_ids: Tensor, hidden_ids: Tensor) -> Tensor:
         """[B P+N D]: prefix tokens, visible patches, then mask tokens of the hidden ones.
 
-        Attention does not care for the order, so nothing is put back into raster order: each
-        token carries its position, and the hidden patches are simply the last. All
-        prefix tokens have the one of index 0, which is zeros.
+        Tokens are not put back into raster order, because attention is permutation-equivariant and
+        each token carries its position. All prefix tokens have position 0, which is zeros.
         """
         visible = self.decoder_embed(features)
         hidden = self.mask_token.to(visible.dtype).expand(*hidden_ids.shape, -1)

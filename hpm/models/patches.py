@@ -18,7 +18,7 @@ Size = tuple[int, ...]
 
 
 def grid_size(image_size: Sequence[int], patch_size: Sequence[int]) -> Size:
-    """Number of patches along each axis. Raises ValueError where they do not fit."""
+    """Number of patches along each axis. Raises ValueError if they do not divide the image."""
     if len(image_size) != len(patch_size):
         raise ValueError(f"image size {image_size} and patch size {patch_size} differ in length")
     for image, patch in zip(image_size, patch_size, strict=True):
@@ -65,9 +65,10 @@ def gather_patches(values: Tensor, ids: Tensor) -> Tensor:
 def interpolate_positions(
     positions: Float[Tensor, "1 tokens dim"], grid: Size, new_grid: Size
 ) -> Float[Tensor, "1 new_tokens dim"]:
-    """Positions of a class token and of a 2-D grid of patches, resampled to another grid (bicubic).
+    """Interpolate the positions of a 2-D grid of patches to another grid (bicubic).
 
-    As vision transformers are fine-tuned at another image size (Dosovitskiy et al. 2021, 3.2).
+    The position of the class token, which comes first, is kept. For fine-tuning at another image
+    size (Dosovitskiy et al. 2021, 3.2).
     """
     if grid == new_grid:
         return positions
@@ -81,11 +82,11 @@ def interpolate_positions(
 def resample_projection(
     weight: Float[Tensor, "dim channels height width"], patch_size: Size
 ) -> Float[Tensor, "dim channels new_height new_width"]:
-    """A patch projection for patches of another size.
+    """Resize a patch projection to patches of another size.
 
-    Each is the least-squares answer to: an enlarged (bicubic) patch should give the token that the
-    patch itself gave (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4). Resampling the
-    weights as if they were an image would scale the tokens by the share of pixels.
+    The result is the least-squares solution such that a resized (bicubic) patch gives the token of
+    the original patch (FlexiViT, Beyer et al. 2023, arXiv 2212.08013, section 3.4). Interpolating
+    the weights like an image would change the scale of the tokens.
     """
     before = tuple(weight.shape[2:])
     if before == patch_size:
@@ -101,9 +102,9 @@ def resample_projection(
 def sincos_positions(grid: Size, dim: int) -> Float[Tensor, "tokens dim"]:
     """Fixed sine-cosine positions of a class token (zeros) and of every patch, in raster order.
 
-    The channels are shared equally among the axes, the last axis (columns) first; each share
-    holds sines, then cosines, of the coordinate at frequencies falling from 1 to 1 / 10000
-    (Vaswani et al. 2017, used as by masked autoencoders). Computed in float64.
+    The channels are divided equally among the axes, the last axis (columns) first. Each part holds
+    sines, then cosines, of the coordinate at frequencies from 1 to 1 / 10000 (Vaswani et al. 2017;
+    laid out as in MAE). Computed in float64.
     """
     if dim % (2 * len(grid)):
         raise ValueError(f"dimension {dim} cannot be shared by {len(grid)} axes of sines, cosines")

@@ -1,4 +1,4 @@
-"""Maps of several strides from a plain Vision Transformer, whose own are all of one."""
+"""Feature maps of several strides from a plain Vision Transformer, whose maps have one stride."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NormLayer = Callable[[int], nn.Module]  # number of channels -> norm of maps [B 
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of maps."""
+    """Layer norm over the channels of maps [B C H W]."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=LAYER_NORM_EPS)
@@ -31,11 +31,11 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def blocks_to_read(depth: int) -> list[int]:
-    """Numbers, from 0, of the four blocks whose maps a segmentation head reads.
+    """0-based indices of the four blocks whose maps a segmentation head reads.
 
-    3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, as BEiT (Bao et al. 2022, arXiv 2106.08254) and MAE
-    read them for ADE20K; the last blocks of the four quarters otherwise. An encoder of fewer than
-    four blocks has some of them read twice.
+    3, 5, 7, 11 of 12 and 7, 11, 15, 23 of 24, as in BEiT (Bao et al. 2022, arXiv 2106.08254) and
+    MAE for ADE20K; otherwise the last block of each quarter. Indices repeat for encoders of fewer
+    than four blocks.
     """
     if depth in (12, 24):
         return [depth // 3 - 1, depth // 2 - 1, depth * 2 // 3 - 1, depth - 1]
@@ -43,10 +43,10 @@ def blocks_to_read(depth: int) -> list[int]:
 
 
 def doublings(encoder: Encoder) -> list[int]:
-    """How often an encoder's map must be doubled in size for each of the strides 4, 8, 16 and 32;
-    below 0: halved. A patch whose side is not a power of 2 is taken for the nearest.
+    """Number of times an encoder's map must be doubled in size for each of the strides 4, 8, 16 and
+    32; negative for halving. The patch size is rounded to a power of 2.
 
-    Raises UserError where patches are not square.
+    Raises UserError if patches are not square.
     """
     if len(encoder.patch_size) != 2 or encoder.patch_size[0] != encoder.patch_size[1]:
         raise UserError(
@@ -58,10 +58,10 @@ def doublings(encoder: Encoder) -> list[int]:
 
 
 def rescaling(times: int, widths: Sequence[int], norm_layer: NormLayer) -> nn.Sequential:
-    """Maps [B widths[0] h w] doubled in size `times` times by transposed convolutions, a norm and a
-    GELU between them; for times < 0 halved by max-pooling, and the same for 0.
+    """Layers that double maps [B widths[0] h w] in size `times` times by transposed convolutions,
+    with a norm and a GELU in between; for times < 0, that halve them by max-pooling.
 
-    `widths` are the channels before and after each convolution. Odd sizes are halved upwards.
+    `widths`: channels before and after each convolution. Halving rounds up.
     """
     layers: list[nn.Module] = []
     for number in range(times):

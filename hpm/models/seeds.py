@@ -1,4 +1,4 @@
-"""Random initial weights as a function of a seed and the name of a part of the model."""
+"""Seeds for initial weights, derived from a seed and the name of a part of the model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 def part_seed(seed: int, part: str) -> int:
-    """A seed of its own for each part of a model."""
+    """A different seed for each part of a model."""
     digest = hashlib.blake2b(f"{seed} {part}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # PyTorch's seeds are signed
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from this seed inside the block and leave the global random state as it was; with None,
-    draw from the global random state."""
+    """Seed PyTorch inside the context, and restore the global random state afterwards. With None,
+    do nothing."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Encoders with a head that says the class of every pixel."""
+"""Encoders with a head that classifies every pixel."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ IGNORED = 255
 
 
 class LinearSegmenter(nn.Module):
-    """Frozen features and one linear layer on the patch tokens, upsampled to the image.
+    """A linear layer on frozen patch tokens; its logits are upsampled to the image.
 
-    The tokens are standardised by a batch norm without weights of its own, as MAE does for linear
-    probing (appendix A.1): encoders differ in the scale of their features, and so a learning rate
-    means the same for all of them, while the whole stays a linear function of the features.
+    The tokens are standardised by a batch norm without affine parameters, as in MAE's linear
+    probing (appendix A.1): encoders differ in the scale of their features, and this makes learning
+    rates comparable. The result is still a linear function of the features.
 
     Args:
-        encoder: any; its weights are frozen here.
-        num_classes: what is scored.
+        encoder: any encoder, whose weights are frozen here.
+        num_classes: number of classes.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int):
@@ -49,8 +49,7 @@ class LinearSegmenter(nn.Module):
     def features(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch dim rows columns"]:
-        """What the head reads, before it is standardised; the same for every head, so it can be
-        computed once for several."""
+        """The features before standardisation, which several heads can share."""
         return self.encoder.patch_map(self.encoder(images), images.shape[2:])
 
 
@@ -58,23 +57,23 @@ class UPerNetSegmenter(nn.Module):
     """A plain Vision Transformer with UPerNet's head, fine-tuned as a whole (BEiT, Bao et al. 2022;
     MAE, appendix A.4).
 
-    Maps of four blocks are brought to strides 4, 8, 16 and 32 by transposed convolutions and
-    max-pooling. An FCN head on the third of them helps in training. The encoder's own norm, which
-    stands behind its last block, is left out, and positions are trained along.
+    Maps of four blocks are rescaled to strides 4, 8, 16 and 32 by transposed convolutions and
+    max-pooling. In training, an auxiliary FCN head reads the third. The encoder's final norm is
+    removed, and position embeddings are trained.
 
     Args:
-        encoder: a plain ViT; stochastic depth is its own.
-        num_classes: what is scored.
+        encoder: a plain ViT, with its own stochastic depth.
+        num_classes: number of classes.
         channels: of the head. Default: the encoder's width.
-        blocks: the four that are read, numbered from 0. Default: see `blocks_to_read`.
+        blocks: 0-based indices of the four blocks to read. Default: see `blocks_to_read`.
         auxiliary_channels: of the FCN head.
-        norm_layer: makes the norm of that many channels. Batch statistics are those of one process;
-            pass nn.SyncBatchNorm, or call nn.SyncBatchNorm.convert_sync_batchnorm on the model, to
-            take them over all processes (on GPUs).
+        norm_layer: called with the number of channels. Batch statistics are per process; pass
+            nn.SyncBatchNorm, or call nn.SyncBatchNorm.convert_sync_batchnorm on the model, to
+            synchronise them (on GPUs).
         dropout: rate before the classifiers.
 
     Raises:
-        UserError: where the encoder has no square patches.
+        UserError: if the encoder's patches are not square.
     """
 
     def __init__(
@@ -112,10 +111,9 @@ class UPerNetSegmenter(nn.Module):
             Float[Tensor, "batch classes height width"], Float[Tensor, "batch classes height width"]
         ]
     ):
-        """Normalised images -> logits of every pixel; in training, those of the auxiliary head as
-        well.
+        """Normalised images -> logits of every pixel; in training, also the auxiliary ones.
 
-        Raises UserError in training on a single image, which has no statistics of a batch.
+        Raises UserError in training with a single image, because batch norm needs several.
         """
         if self.training and len(images) == 1 and not self._any_batch_size():
             raise UserError("UPerNet cannot be trained on batches of one image: take 2 or more")
@@ -133,7 +131,7 @@ class UPerNetSegmenter(nn.Module):
         return [rescale(x) for rescale, x in zip(self.pyramid, maps, strict=True)]
 
     def _any_batch_size(self) -> bool:
-        """Whether no norm needs the statistics of several images of this process."""
+        """Whether no norm needs a batch of several images."""
         return not any(type(m) is nn.BatchNorm2d for m in self.modules())
 
 
@@ -143,8 +141,8 @@ def segmentation_loss(
     labels: Integer[Tensor, "batch height width"],
     ignore: int = IGNORED,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy, its mean over the pixels that have a label; that of the auxiliary head counts
-    0.4 (Zhao et al. 2017). 0 where no pixel has a label."""
+    """Mean cross-entropy over the labelled pixels, plus 0.4 times that of the auxiliary head (Zhao
+    et al. 2017). 0 if no pixel has a label."""
     labels = labels.long()
     labelled = (labels != ignore).sum().clamp(min=1)
     total = main.new_zeros((), dtype=torch.float32)
@@ -163,11 +161,11 @@ def sliding_window(
     num_classes: int,
     batch_size: int = 16,
 ) -> Float[Tensor, "batch {num_classes} height width"]:
-    """Logits of whole images from a model that reads square windows of them.
+    """Sliding-window inference: logits of full images from a model of square windows.
 
-    Windows stand `stride` pixels apart, the last of each axis at the border; where they overlap,
-    logits are averaged. Images smaller than the window are padded with zeros below and to the
-    right. `batch_size` windows at most pass the model at once.
+    Windows are `stride` pixels apart, the last along each axis at the border. Logits are averaged
+    where windows overlap. Images smaller than a window are zero-padded at the bottom and right. At
+    most `batch_size` windows are passed to the model at once.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"a stride of {stride} leaves gaps between windows of {window} pixels")
@@ -192,6 +190,6 @@ def sliding_window(
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Where windows along one axis begin."""
+    """Start of each window along one axis."""
     last = side - window
     return [*range(0, last, stride), last]

@@ -1,9 +1,9 @@
 """timm's plain Vision Transformers as encoders that run on a subset of their patches.
 
-This encoder and that of Hiera (`hpm.models.hiera`) take the parts that they need from a timm model,
-under timm's names, and run them on the visible patches alone. They leave out pooling and the head.
-Where timm normalises the pooled features only (`fc_norm`, or the norm in Hiera's head), each token
-is normalised by it here, under the name `norm`.
+This encoder and Hiera's (`hpm.models.hiera`) take the modules that they need from a timm model,
+under timm's names, and run them on the visible patches only, without pooling and head. If timm
+normalises only pooled features (`fc_norm`, or the norm in Hiera's head), that norm is applied to
+each token here, under the name `norm`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from hpm.models.vit import run_block
 
 
 class TimmEncoder(Encoder):
-    """A plain Vision Transformer of timm: any prefix tokens, added or rotary positions.
+    """A plain Vision Transformer of timm, with any prefix tokens and absolute or rotary positions.
 
     Args:
-        name: timm's, e.g. `vit_tiny_patch16_224`, with or without the tag of its weights.
+        name: timm's name, e.g. `vit_tiny_patch16_224`, with or without a pretrained tag.
         image_size: pixels along each axis.
         patch_size: pixels of a patch along each axis (default: the model's own).
         channels: of the images.
         drop_path: rate of stochastic depth in the last block.
         pretrained: start from timm's weights, resampled to these sizes.
-        timm_options: anything else that timm.create_model takes, e.g. a smaller depth.
+        timm_options: further arguments of timm.create_model, e.g. a smaller depth.
 
     Raises:
-        UserError: where the model is unknown, cannot run on a subset, or its weights are not there.
-        ValueError: where sizes do not fit each other.
+        UserError: if the model is unknown, cannot run on a subset of patches, or its weights are
+            not available.
+        ValueError: if the sizes do not match.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class TimmEncoder(Encoder):
         self.blocks = model.blocks
         self.norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
         if self.rope is not None:
-            # Jittered positions would be drawn from the global random state.
+            # Position jitter would draw from the global random state.
             self.rope.aug_active = False
 
     def forward(
@@ -118,7 +119,7 @@ class TimmEncoder(Encoder):
     def _start(
         self, images: Tensor, visible_ids: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Tokens as the first block takes them, and the other arguments of each block."""
+        """(input of the first block, further arguments of each block)."""
         patches = patchify(images, self.patch_size)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
@@ -130,7 +131,7 @@ class TimmEncoder(Encoder):
         return self.norm_pre(x), options
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Weights of the same encoder on another grid, added positions resampled (as by timm)."""
+        """Resample the absolute positions in weights of the same encoder, as timm does."""
         if self.pos_embed is None or grid == self.grid:
             return weights
         prefix = self.pos_embed.shape[1] - self.num_patches
@@ -141,7 +142,7 @@ class TimmEncoder(Encoder):
     def _embed(
         self, patches: Float[Tensor, "batch patches values"]
     ) -> Float[Tensor, "batch patches dim"]:
-        """timm's convolution, on patches that are already cut: nothing hidden is looked at."""
+        """timm's patch convolution, applied to patches, so that hidden ones are not computed."""
         proj = self.patch_embed.proj
         weight = proj.weight.movedim(1, -1).flatten(1)
         return self.patch_embed.norm(F.linear(patches, weight, proj.bias))
@@ -158,7 +159,8 @@ class TimmEncoder(Encoder):
         patches: Float[Tensor, "batch visible dim"],
         visible_ids: Int[Tensor, "batch visible"] | None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Prefix and patches in one row; a model adds positions to all, to the patches, or none."""
+        """Concatenate prefix and patches. Models add positions to all tokens, to patches, or to
+        none."""
         if self.pos_embed is not None:
             first = self.pos_embed.shape[1] - self.num_patches
             positions = self.pos_embed[:, first:].expand(patches.shape[0], -1, -1)
@@ -170,11 +172,11 @@ class TimmEncoder(Encoder):
         return torch.cat([prefix, patches], dim=1)
 
     def _rotations(self, visible_ids: Tensor | None) -> list[Tensor] | None:
-        """Rotary positions of the visible patches, for each block; None where there are none."""
+        """Rotary positions of the visible patches for each block, or None."""
         if self.rope is None:
             return None
         cached = hasattr(self.rope, "feat_shape")
-        # [N 2d], or of each block and head: [blocks heads N 2d]
+        # [N 2d], or [blocks heads N 2d]
         rotations = self.rope.get_embed() if cached else self.rope.get_embed(shape=self.grid)
         each = list(rotations) if rotations.ndim == 4 else [rotations] * len(self.blocks)
         if visible_ids is None:
@@ -185,7 +187,7 @@ class TimmEncoder(Encoder):
 
 
 def timm_encoder(name: str, **options: Any) -> TimmEncoder | HieraEncoder:
-    """The encoder of a timm model of either kind; options as of TimmEncoder."""
+    """The encoder of a timm model, ViT or Hiera. options: those of TimmEncoder."""
     kind = HieraEncoder if timm_module(name) == "hiera" else TimmEncoder
     return kind(name, **options)
 
@@ -193,12 +195,12 @@ def timm_encoder(name: str, **options: Any) -> TimmEncoder | HieraEncoder:
 def pretrained_weights(
     encoder: TimmEncoder | HieraEncoder, **timm_options: Any
 ) -> dict[str, Tensor]:
-    """timm's weights for this encoder, fitted to its sizes.
+    """timm's pretrained weights for this encoder, resampled to its sizes.
 
-    From the disk, or else from the network; UserError where they are in neither.
+    Read from the cache or downloaded. Raises UserError if they are not available.
     """
     size: tuple[int, ...] = encoder.image_size
-    if isinstance(encoder, HieraEncoder):  # which timm cannot resample
+    if isinstance(encoder, HieraEncoder):  # timm cannot resample Hiera's weights
         size = need("timm", "timm", encoder.name).get_pretrained_cfg(encoder.name).input_size[1:]
     with torch.random.fork_rng(devices=[]):
         found = type(encoder)(

@@ -1,4 +1,4 @@
-"""timm's models by name: which of them can be encoders here, their shapes, inputs and weights."""
+"""timm's models by name: which are supported, their shapes, inputs and weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ UNSUPPORTED = {
     "swin_transformer_v2": "its attention runs in windows of the whole grid",
     "vision_transformer_hybrid": "its patches come from a convolutional network",
 }
-OTHERWISE = "it is neither a plain Vision Transformer nor a Hiera"
+OTHER_REASON = "it is neither a plain Vision Transformer nor a Hiera"
 
 
 @lru_cache
 def timm_shape(name: str) -> dict[str, Any]:
-    """What can be known of a timm model without building it: patch_size, embed_dim, depth,
-    num_heads (not of a Hiera), class_token, and whether the size of the patches is fixed.
+    """Shape of a timm model, found on the meta device: patch_size, embed_dim, depth, num_heads (not
+    for Hiera), class_token, and `fixed`, whether the patch size cannot be changed.
 
-    Raises UserError where the model is unknown, or cannot run on a subset of its patches.
+    Raises UserError if the model is unknown, or cannot run on a subset of its patches.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = create_model(name, pretrained=False)
@@ -52,8 +52,8 @@ def timm_shape(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TimmInput:
-    """The images that timm's weights of a model were trained on: normalised by mean and std of each
-    channel, full scale being 1."""
+    """Input of a model's pretrained weights: image size, channels, and mean and std of each channel
+    on a scale of 0 to 1."""
 
     image_size: tuple[int, int]
     channels: int
@@ -62,7 +62,7 @@ class TimmInput:
 
 
 def timm_input(name: str) -> TimmInput:
-    """As timm says it. UserError where it has no such model."""
+    """The input of a model according to timm. Raises UserError for an unknown model."""
     timm_module(name)
     config = need("timm", "timm", f"model {PREFIX}{name}").get_pretrained_cfg(name)
     if config is None:
@@ -72,7 +72,7 @@ def timm_input(name: str) -> TimmInput:
 
 
 def check_weights(name: str) -> None:
-    """Raises UserError where timm has no weights for this model at all."""
+    """Raise UserError if timm has no weights for this model."""
     timm = need("timm", "timm", f"model {PREFIX}{name}")
     timm_module(name)
     config = timm.get_pretrained_cfg(name)
@@ -90,7 +90,7 @@ def create_model(name: str, pretrained: bool, **options: Any) -> Any:
         if not pretrained:
             raise
         raise UserError(
-            f"the weights of {PREFIX}{name} cannot be had ({_first_sentence(error)}); "
+            f"the weights of {PREFIX}{name} are not available ({_first_sentence(error)}); "
             f"looked for in {_cache(timm, name)} and then on the network: put them there, or "
             "train without --pretrained"
         ) from None
@@ -101,7 +101,8 @@ def _first_sentence(error: Exception) -> str:
 
 
 def timm_module(name: str) -> str:
-    """timm's module (file) of the model. UserError where there is none such, or it is of no use."""
+    """The module of timm that defines a model. Raises UserError if the model is unknown or
+    unsupported."""
     timm = need("timm", "timm", f"model {PREFIX}{name}")
     architecture, _, tag = name.partition(".")
     known = timm.list_models(pretrained=True) if tag else timm.list_models()
@@ -111,19 +112,16 @@ def timm_module(name: str) -> str:
     module = _defining_module(timm.model_entrypoint(architecture)).rpartition(".")[2]
     if module not in SUPPORTED:
         raise UserError(
-            f"{PREFIX}{name} cannot run on a part of its patches alone: "
-            f"{UNSUPPORTED.get(module, OTHERWISE)}; take one that can, such as "
+            f"{PREFIX}{name} cannot run on a subset of its patches: "
+            f"{UNSUPPORTED.get(module, OTHER_REASON)}; take one that can, such as "
             f"{PREFIX}vit_small_patch16_224 or {PREFIX}hiera_tiny_224"
         )
     return module
 
 
 def _defining_module(entrypoint: Callable[..., Any]) -> str:
-    """The module of timm that defines the class of a model.
-
-    That is the module of the entry point, unless the user registered the model with
-    `timm.models.register_model`.
-    """
+    """The module of timm that defines the class of a model: that of its entry point, unless the
+    user registered the model with `timm.models.register_model`."""
     if entrypoint.__module__.startswith("timm."):
         return entrypoint.__module__
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -132,12 +130,12 @@ def _defining_module(entrypoint: Callable[..., Any]) -> str:
 
 
 def mask_unit(model: Any) -> tuple[int, ...]:
-    """Pixels of a Hiera's mask unit."""
+    """Size of a Hiera's mask unit in pixels."""
     return tuple(s * u for s, u in zip(model.patch_stride, model.mask_unit_size, strict=True))
 
 
 def _cache(timm: Any, name: str) -> str:
-    """Where timm keeps the weights that it has fetched."""
+    """The cache folder of timm's weights."""
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.hf_hub_id:
         return str(need("huggingface_hub.constants", "timm", "--pretrained").HF_HUB_CACHE)

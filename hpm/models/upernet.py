@@ -1,4 +1,4 @@
-"""UPerNet's head (Xiao et al. 2018, arXiv 1807.10221) and the FCN head that helps to train it."""
+"""The head of UPerNet (Xiao et al. 2018, arXiv 1807.10221) and its auxiliary FCN head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resize(
 
 
 class ConvNormRelu(nn.Sequential):
-    """A convolution that keeps the size, its norm, and a ReLU."""
+    """A convolution with padding, a norm and a ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, norm_layer: NormLayer):
         convolution = nn.Conv2d(
@@ -34,7 +34,7 @@ class ConvNormRelu(nn.Sequential):
 
 
 class PixelClassifier(nn.Sequential):
-    """Dropout of whole channels and a linear layer at every place of a map."""
+    """Channel dropout and a 1x1 convolution."""
 
     def __init__(self, dim: int, num_classes: int, dropout: float = 0.1):
         linear = nn.Conv2d(dim, num_classes, 1)
@@ -45,8 +45,8 @@ class PixelClassifier(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """Context of the whole image: the map beside its averages over grids of 1, 2, 3 and 6 cells a
-    side, fused by a 3x3 convolution (Zhao et al. 2017, arXiv 1612.01105)."""
+    """Pyramid pooling (Zhao et al. 2017, arXiv 1612.01105): concatenates a map with its averages
+    over 1, 2, 3 and 6 cells per side, and fuses them with a 3x3 convolution."""
 
     def __init__(self, dim: int, channels: int, norm_layer: NormLayer):
         super().__init__()
@@ -64,17 +64,17 @@ class PyramidPooling(nn.Module):
 
 
 class UPerNetHead(nn.Module):
-    """A pyramid of maps, from fine to coarse -> scores of the classes at the finest stride.
+    """Class logits at the finest stride from a pyramid of maps, ordered from fine to coarse.
 
-    The coarsest map passes pyramid pooling, is added step by step to the finer ones (1x1 lateral
-    convolutions, then 3x3 ones), and all levels are brought to the finest size and fused.
+    The coarsest map goes through pyramid pooling and is added top-down to the finer ones (1x1
+    lateral, then 3x3 convolutions). All levels are resized to the finest and fused.
 
     Args:
-        dim: channels of every map.
-        channels: of all maps within the head.
-        num_classes: what is scored.
+        dim: channels of every input map.
+        channels: of all maps inside the head.
+        num_classes: number of classes.
         levels: number of maps.
-        norm_layer: makes the norm of that many channels.
+        norm_layer: called with the number of channels.
         dropout: rate before the classifier.
     """
 
@@ -103,7 +103,7 @@ class UPerNetHead(nn.Module):
     def fused(
         self, maps: list[Float[Tensor, "batch dim _ _"]]
     ) -> Float[Tensor, "batch channels rows columns"]:
-        """What the classifier reads."""
+        """The input of the classifier."""
         *finer, coarsest = maps
         level = self.pooling(coarsest)
         levels = [level]
@@ -118,8 +118,7 @@ class UPerNetHead(nn.Module):
 
 
 class FCNHead(nn.Sequential):
-    """A 3x3 convolution and a classifier (Long et al. 2015, arXiv 1411.4038): scores of the classes
-    at the stride of its map."""
+    """A 3x3 convolution and a classifier (FCN; Long et al. 2015, arXiv 1411.4038)."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Vision Transformer encoder that can run on a subset of its patches; named as timm's."""
+"""A Vision Transformer encoder that can run on a subset of its patches. Parameter names are
+timm's."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class Attention(nn.Module):
         num_outputs: int | None = None,
         windows: Windows | None = None,
     ) -> Float[Tensor, "batch outputs dim"]:
-        """Of all tokens, or of the last `num_outputs` alone, which attend to all; or of all
-        patches, each within its window."""
+        """Attention of all tokens, or of only the last `num_outputs` tokens, to all tokens; with
+        `windows`, of patches within their window."""
         if num_outputs is None:
             q, k, v = self._heads(x)
         else:
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     def of_first_token(
         self, x: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens"]:
-        """How the first token shares its attention among all tokens; each row adds up to 1."""
+        """Attention weights of the first token; each row sums to 1."""
         q, k, _ = self._heads(x)
         scores = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5
         return scores.float().softmax(-1)
@@ -94,10 +95,8 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for whole samples, at random, in training (stochastic depth).
-
-    What is kept is scaled up, so that the expectation stays.
-    """
+    """Stochastic depth: in training, drops a residual branch at random for each sample, and scales
+    the others up to keep the expectation."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -127,22 +126,22 @@ class Block(nn.Module):
         num_outputs: int | None = None,
         windows: Windows | None = None,
     ) -> Float[Tensor, "batch outputs dim"]:
-        """All tokens, or the last `num_outputs` alone: nothing is computed for the others that
-        those do not need. With windows, patches attend within theirs."""
+        """Output of all tokens, or of only the last `num_outputs`, without computing the others.
+        With `windows`, patches attend within their window."""
         attended = self.drop_path(self.attn(self.norm1(x), num_outputs, windows))
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool, **options: Any) -> Tensor:
-    """The block; with checkpointing, its activations are computed again when they are needed."""
+    """Run a block, optionally with activation checkpointing."""
     if checkpoint_activations and torch.is_grad_enabled():
         return checkpoint(block, x, use_reentrant=False, **options)
     return block(x, **options)
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of patches, its weight shaped as the convolution that timm makes of it."""
+    """Linear projection of patches, with its weight shaped as timm's convolution."""
 
     def __init__(self, patch_size: tuple[int, ...], channels: int, dim: int):
         super().__init__()
@@ -153,8 +152,8 @@ class PatchEmbed(nn.Module):
     def forward(
         self, patches: Float[Tensor, "batch patches values"]
     ) -> Float[Tensor, "batch patches dim"]:
-        # Working on patches already cut, rather than convolving, lets the caller embed only the
-        # visible ones: cheaper, and no hidden pixel can reach the encoder.
+        # Unlike a convolution, this embeds only visible patches: it is cheaper, and no hidden pixel
+        # can reach the encoder.
         weight = self.proj.weight.movedim(1, -1).flatten(1)
         return linear(patches, weight, self.proj.bias)
 
@@ -171,12 +170,12 @@ class VisionTransformer(Encoder):
         num_heads: attention heads of a block.
         mlp_ratio: hidden width of a block's MLP, relative to `embed_dim`.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0 in the first.
-        window_size: side, in patches, of the windows in which all blocks attend but the last of
-            every quarter, which attend globally (ViTDet). Default: all attend globally. No weight
-            depends on it, so it may be changed at any time.
+        window_size: side of the attention windows in patches. The last block of every quarter
+            attends globally (ViTDet). Default: all blocks attend globally. No weight depends on it,
+            so it may be changed at any time.
 
     Raises:
-        ValueError: where sizes do not fit each other.
+        ValueError: if the sizes do not match.
     """
 
     def __init__(
@@ -241,19 +240,19 @@ class VisionTransformer(Encoder):
         return [maps[number] for number in blocks]
 
     def _block_options(self, images: Tensor, visible_ids: Tensor | None) -> list[dict[str, Any]]:
-        """What each block is told about its windows."""
+        """Keyword arguments of each block: its windows, if it has any."""
         if self.window_size is None:
             return [{}] * len(self.blocks)
         if visible_ids is not None:
             raise ValueError("window attention needs all patches of an image")
         windows = Windows(grid_size(images.shape[2:], self.patch_size), self.window_size)
-        everywhere = quarter_ends(len(self.blocks))
-        return [{} if n in everywhere else {"windows": windows} for n in range(len(self.blocks))]
+        global_blocks = quarter_ends(len(self.blocks))
+        return [{} if n in global_blocks else {"windows": windows} for n in range(len(self.blocks))]
 
     def with_attention(
         self, images: Float[Tensor, "batch channels *size"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch heads patches"]]:
-        """Features of whole images, and how the class token attends to the patches in the last
+        """Features of full images, and the attention of the class token to the patches in the last
         block."""
         x = self._embed(images, None)
         *before, final = self.blocks
@@ -266,7 +265,7 @@ class VisionTransformer(Encoder):
 
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
         """Class token and visible patches with their positions."""
-        batch = images.shape[0]  # which len(images) would fix in an exported graph
+        batch = images.shape[0]  # len(images) would be a constant in an exported graph
         patches = patchify(images, self.patch_size)
         assert self.pos_embed is not None
         grid = grid_size(images.shape[2:], self.patch_size)
@@ -280,18 +279,18 @@ class VisionTransformer(Encoder):
         return torch.cat([cls_token, x], dim=1)
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Weights of the same encoder on another grid, positions resampled to this one's."""
+        """Resample the positions in weights of the same encoder from `grid` to this one's grid."""
         positions = interpolate_positions(weights["pos_embed"], grid, self.grid)
         return weights | {"pos_embed": positions}
 
 
 def quarter_ends(depth: int) -> list[int]:
-    """Numbers of the last blocks of the four quarters of an encoder, counted from 0."""
+    """0-based indices of the last block of each quarter of an encoder."""
     return [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform linear weights (the patch projection as one), zero biases, unit norms."""
+    """Xavier-uniform weights of linear layers and patch projections, zero biases, norms of one."""
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         if module.bias is not None:

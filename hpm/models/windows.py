@@ -1,4 +1,4 @@
-"""Attention within windows of the grid of patches, for any number of axes."""
+"""Window attention on a grid of patches with any number of axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpm.models.patches import Size, patchify, unpatchify
 
 
 class Windows(NamedTuple):
-    """How the patches of a grid are divided: windows of `size` patches along each axis."""
+    """A grid of patches, divided into windows of `size` patches along each axis."""
 
     grid: Size
     size: int
@@ -26,11 +26,11 @@ def window_attention(
     v: Float[Tensor, "batch heads tokens size"],
     windows: Windows,
 ) -> Float[Tensor, "batch heads tokens size"]:
-    """Attention of each patch to the patches of its window and to the prefix tokens, which
-    themselves attend to everything (after ViTDet, Li et al. 2022, arXiv 2203.16527, section 3).
+    """Patches attend to their window and to the prefix tokens; prefix tokens attend to all tokens
+    (after ViTDet, Li et al. 2022, arXiv 2203.16527, section 3).
 
-    The last windows of an axis are smaller where the grid is not a multiple of their size: nothing
-    attends to what they are padded with. With one window this is global attention.
+    If the grid is not a multiple of the window, the last windows are padded, and the padding is
+    masked out. With a single window this is global attention.
     """
     grid = windows.grid
     prefix = q.shape[2] - prod(grid)
@@ -55,7 +55,7 @@ def window_attention(
 def _cut(
     x: Float[Tensor, "batch heads patches size"], grid: Size, window: Size
 ) -> Float[Tensor, "batch_windows heads inside size"]:
-    """The windows as a batch, those of the first sample first; padded with zeros."""
+    """Cut patches into a batch of zero-padded windows, ordered by sample."""
     heads, size = x.shape[1], x.shape[3]
     maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, grid)
     cut = patchify(F.pad(maps, _padding(grid, window)), window)
@@ -65,7 +65,7 @@ def _cut(
 def _join(
     x: Float[Tensor, "batch_windows heads inside size"], grid: Size, window: Size, batch: int
 ) -> Float[Tensor, "batch heads patches size"]:
-    """The inverse of `_cut`, which drops the padding."""
+    """The inverse of `_cut`; drops the padding."""
     heads = x.shape[1]
     counts = tuple(-(-side // w) for side, w in zip(grid, window, strict=True))
     cut = x.transpose(1, 2).reshape(batch, prod(counts), -1)
@@ -76,7 +76,7 @@ def _join(
 
 
 def _padding(grid: Size, window: Size) -> list[int]:
-    """As F.pad takes it: last axis first, nothing in front and what is missing behind."""
+    """Padding at the end of each axis, in the order of F.pad (last axis first)."""
     missing = [-side % w for side, w in zip(grid, window, strict=True)]
     return [n for behind in reversed(missing) for n in (0, behind)]
 
@@ -84,7 +84,7 @@ def _padding(grid: Size, window: Size) -> list[int]:
 def _not_padding(
     grid: Size, window: Size, prefix: int, device: torch.device
 ) -> Bool[Tensor, "windows 1 1 keys"] | None:
-    """Which keys of each window are tokens; None where all are."""
+    """True for the keys of each window that are not padding; None without padding."""
     padding = _padding(grid, window)
     if not any(padding):
         return None

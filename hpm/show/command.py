@@ -1,4 +1,4 @@
-"""`hpm show`: what a model makes of some images, as a figure or as a page to browse."""
+"""`hpm show`: draw panels of a model's outputs on images, as a figure or a page to browse."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hpm.weights.resolve import Trained, load
 
 FIGURES = (".png", ".pdf", ".svg", ".jpg")
 PAGES = (".html", ".htm")
-MOST = {FIGURES: 100, PAGES: 2000}  # images: figures are drawn in memory, pages are one file
-AT_A_TIME = 64
-NAMED = 3  # unreadable images that are named
+MAX_IMAGES = {FIGURES: 100, PAGES: 2000}  # figures are drawn in memory, pages are one file
+BATCH_SIZE = 64
+MAX_NAMED = 3  # unreadable images that are named
 
 
 def show(config: ShowConfig) -> Path:
-    """Draw some images of the data. Returns the file's path; UserError on bad input."""
+    """Draw some images of the data. Returns the path of the file. Raises UserError on bad input."""
     path = Path(config.out)
     _check(config, path)
     trained = open_trained(config.run, config.device)
@@ -51,7 +51,7 @@ def show(config: ShowConfig) -> Path:
     if path.suffix.lower() in PAGES:
         about = [describe_mask(trained.config, config, share)] if trained.config else []
         if config.panels is None and reasons:
-            about.append(cannot(reasons))
+            about.append(describe_unavailable(reasons))
         write_gallery(shown, path, title, names, about)
     else:
         draw(shown, path, title)
@@ -59,7 +59,7 @@ def show(config: ShowConfig) -> Path:
 
 
 def open_trained(run: str, device: str) -> Trained:
-    """Load what is to be shown, ready to run, and say what was assumed of it."""
+    """Load weights in eval mode on the device, and print notes about them."""
     trained = load(run)
     for note in trained.notes:
         print(note)
@@ -69,8 +69,8 @@ def open_trained(run: str, device: str) -> Trained:
     return trained
 
 
-def cannot(reasons: dict[Panel, str]) -> str:
-    """In one line, what cannot be shown and why."""
+def describe_unavailable(reasons: dict[Panel, str]) -> str:
+    """One line that lists the unavailable panels and why."""
     by_reason: dict[str, list[str]] = {}
     for panel in PANELS:
         if panel in reasons:
@@ -81,24 +81,24 @@ def cannot(reasons: dict[Panel, str]) -> str:
 
 
 def mines(trained: Trained) -> bool:
-    """Whether there is anything that says which patches are hard."""
+    """Whether the weights can choose hard patches."""
     config, teacher = trained.config, trained.teacher
     if config is None or teacher is None:
         return False
     return config.mask == "attention" or teacher.predictor is not None or config.mines_by_memory
 
 
-def hard_share(asked: float | None, trained: Trained) -> float:
-    """The share asked for, or that at the end of the training; 0 where nothing is mined."""
-    if asked is not None and not mines(trained):
+def hard_share(requested: float | None, trained: Trained) -> float:
+    """The requested share, by default that at the end of training; 0 without mining."""
+    if requested is not None and not mines(trained):
         raise UserError(f"hard_share: {trained.name} has no loss predictor: leave it out")
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     return trained.config.hard_shares[1] if trained.config and mines(trained) else 0.0
 
 
 def check_shares(trained: Trained, share: float | None, mask_ratio: float | None) -> None:
-    """Raises UserError where they make no mask."""
+    """Raise UserError if no mask can be drawn with these shares."""
     if share is not None and not 0 <= share <= 1:
         raise UserError(f"hard_share is {share:g}; it must lie between 0 and 1")
     if mask_ratio is None:
@@ -126,49 +126,49 @@ def _check(config: ShowConfig, path: Path) -> None:
         raise UserError("images and num_masks must be at least 1")
     if path.suffix.lower() not in FIGURES + PAGES:
         raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg, .jpg or .html file")
-    (most,) = (number for kinds, number in MOST.items() if path.suffix.lower() in kinds)
-    if config.images > most:
-        page = "a page (--out show.html) holds more" if most < MOST[PAGES] else "show fewer"
+    (limit,) = (number for kinds, number in MAX_IMAGES.items() if path.suffix.lower() in kinds)
+    if config.images > limit:
+        page = "a page (--out show.html) holds more" if limit < MAX_IMAGES[PAGES] else "show fewer"
         raise UserError(
-            f"images is {config.images}, but a {path.suffix} file holds at most {most}: {page}"
+            f"images is {config.images}, but a {path.suffix} file holds at most {limit}: {page}"
         )
     if config.panels is not None and not config.panels:
         raise UserError(f"panels is empty: name some of {', '.join(PANELS)}")
 
 
 def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
-    """The panels asked for, or all that the file can show; UserError where it cannot."""
-    able = tuple(panel for panel in PANELS if panel not in reasons)
+    """The requested panels, by default all that are available. Raises UserError for others."""
+    available = tuple(panel for panel in PANELS if panel not in reasons)
     if config.panels is None:
         if reasons:
-            print(cannot(reasons))
-        return able
+            print(describe_unavailable(reasons))
+        return available
     for panel in config.panels:
         if panel in reasons:
             raise UserError(
                 f"panels: {config.run} cannot show {panel}: {reasons[panel]}; available: "
-                f"{', '.join(able)}"
+                f"{', '.join(available)}"
             )
     return config.panels
 
 
 def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
-    """Some images of the data, and where they lie; those that cannot be read are named."""
+    """Read random images of the data and their paths. Prints those that cannot be read."""
     splits = open_source(config.data)
     source: Source = splits.test or splits.train
     rng = np.random.default_rng([config.seed, len(source)])
     some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
     height, width = trained.encoder.image_size
-    reading = evaluation_batches(some, (height, width), trained.encoder.channels, AT_A_TIME)
-    batches = list(track(reading, "reading", -(-len(some) // AT_A_TIME)))
+    reading = evaluation_batches(some, (height, width), trained.encoder.channels, BATCH_SIZE)
+    batches = list(track(reading, "reading", -(-len(some) // BATCH_SIZE)))
     problems = [f"{some.path(i)}: {what}" for b in batches for i, what in b.unreadable]
     batches = [batch for batch in batches if len(batch.images)]
     if not batches:
         raise UserError(f"{source.name}: no image of {len(some)} can be read ({problems[0]})")
-    for problem in problems[:NAMED]:
+    for problem in problems[:MAX_NAMED]:
         print(f"passed over: {problem}")
-    if len(problems) > NAMED:
-        print(f"passed over: {len(problems) - NAMED} more")
+    if len(problems) > MAX_NAMED:
+        print(f"passed over: {len(problems) - MAX_NAMED} more")
     indices = torch.cat([batch.indices for batch in batches])
     images = torch.cat([batch.images for batch in batches])
     return Batch(images, indices, []), [some.path(int(index)) for index in indices]

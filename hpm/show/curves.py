@@ -1,7 +1,7 @@
-"""Curves as inline SVG, readable without a script.
+"""Draw curves as inline SVG, which needs no script.
 
-With `chart.js`, a line and the values follow the pointer or finger through all of them. The script
-reads the values from a data block `curves`, which has one entry for each `.chart`, in order.
+`chart.js` adds a cursor that shows the values at a step in all charts. It reads them from the data
+block `curves`, which has one entry per `.chart`, in order.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-# At most twice as many points are drawn of a curve: the lowest and highest of each part.
-PARTS = 150
-FEW = 30  # points that are marked one by one
+BINS = 150  # a long curve is reduced to the lowest and highest point of each bin
+MAX_MARKED = 30  # curves of at most so many points get a mark at each point
 
 
 @dataclass
 class Curve:
-    """Values at rising steps, finite ones alone."""
+    """Finite values at increasing steps."""
 
     name: str
     steps: list[int]
@@ -28,13 +27,13 @@ class Curve:
 
 
 def make_curve(name: str, points: list[tuple[int, float]]) -> Curve:
-    """Thin points (step, value) out, without hiding a spike."""
+    """Reduce points (step, value) to at most about 2 * BINS, keeping spikes."""
     points = sorted((step, value) for step, value in points if math.isfinite(value))
-    if len(points) > 2 * PARTS:
+    if len(points) > 2 * BINS:
         inner, kept = points[1:-1], [points[0]]
-        for part in range(PARTS):
-            some = inner[part * len(inner) // PARTS : (part + 1) * len(inner) // PARTS]
-            extremes = {min(some, key=lambda p: p[1]), max(some, key=lambda p: p[1])}
+        for number in range(BINS):
+            binned = inner[number * len(inner) // BINS : (number + 1) * len(inner) // BINS]
+            extremes = {min(binned, key=lambda p: p[1]), max(binned, key=lambda p: p[1])}
             kept += sorted(extremes)
         points = [*kept, points[-1]]
     return Curve(name, [step for step, _ in points], [value for _, value in points])
@@ -43,9 +42,9 @@ def make_curve(name: str, points: list[tuple[int, float]]) -> Curve:
 def draw_chart(
     title: str, about: str, curves: list[Curve], last_step: int, from_zero: bool
 ) -> tuple[str, dict[str, Any]]:
-    """A card with curves over the steps 0 to last_step: (HTML, its values for the script).
+    """Draw a card with curves over the steps 0 to `last_step`: (HTML, values for the script).
 
-    about: a line that says what is drawn. from_zero: the axis begins at 0.
+    about: the caption. from_zero: start the y axis at 0.
     """
     low, high = _range(curves, from_zero)
     right = max(last_step, 1)
@@ -66,7 +65,7 @@ def draw_chart(
         points = [(across(s), down(v)) for s, v in zip(curve.steps, curve.values, strict=True)]
         path = "M" + "L".join(f"{x} {y}" for x, y in points)
         lines.append(f'<path class="curve c{place}" d="{path}"/>')
-        if len(points) <= FEW:
+        if len(points) <= MAX_MARKED:
             marks = "".join(f"M{x} {y}h0" for x, y in points)
             lines.append(f'<path class="marks c{place}" d="{marks}"/>')
         labels.append(f'<i class="dot c{place}" hidden></i>')
@@ -74,7 +73,7 @@ def draw_chart(
             f'<span class="key c{place}">{escape(curve.name)} '
             f"<b>{_number(curve.values[-1])}</b></span>"
         )
-    spoken = "; ".join(
+    label = "; ".join(
         f"{curve.name} from {_number(curve.values[0])} at step {curve.steps[0]} to "
         f"{_number(curve.values[-1])} at step {curve.steps[-1]}"
         for curve in curves
@@ -84,7 +83,7 @@ def draw_chart(
         f'<figure class="card chart"><h3>{escape(title)}</h3>'
         f'<div class="keys">{"".join(keys)}<span class="at">step {_number(step)}</span></div>'
         f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(f"{title}: {spoken}")}">{"".join(lines)}'
+        f'role="img" aria-label="{escape(f"{title}: {label}")}">{"".join(lines)}'
         f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
         f"<figcaption>{escape(about)}</figcaption></figure>"
     )
@@ -101,12 +100,12 @@ def draw_chart(
 
 
 def _range(curves: list[Curve], from_zero: bool) -> tuple[float, float]:
-    """Lowest and highest value of the axis, with some air."""
+    """Lowest and highest value of the axis, with a margin."""
     values = [value for curve in curves for value in curve.values]
     low, high = min(values), max(values)
     low = min(low, 0.0) if from_zero else low
-    air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return (low if from_zero and low == 0 else low - air), high + air
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return (low if from_zero and low == 0 else low - margin), high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -115,7 +114,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5; the script writes them alike."""
+    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5. `chart.js` formats numbers alike."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("e-0", "e-")

@@ -1,7 +1,7 @@
-"""Panels that show what a model makes of images, computed and drawn.
+"""Compute and draw panels of a model's outputs on images.
 
-image, actual loss, predicted loss, mask, reconstruction, principal components of the features, and
-the attention of the class token.
+Panels: image, actual loss, predicted loss, mask, reconstruction, principal components of the
+features, attention of the class token.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ TITLES: dict[Panel, str] = {
     "attention": "attention",
 }
 MASKED: tuple[Panel, ...] = ("actual", "predicted", "mask", "reconstruction")  # need the decoders
-TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # what a run draws meanwhile
-AT_A_TIME = 16  # images in memory
+TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # drawn during training
+BATCH_SIZE = 16
 GREY = 128
 
 Map = Float[Tensor, "batch patches"]
@@ -50,25 +50,25 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 
 @dataclass
 class Picture:
-    """What is shown of a batch of images; None is what was not asked for, or cannot be shown."""
+    """The panels of a batch of images; None for those that are unavailable or not requested."""
 
     images: Tensor  # [B C H W], as in a batch
     grid: tuple[int, ...]
-    actual: Map | None = None  # NaN where no mask hid the patch
+    actual: Map | None = None  # NaN for patches that no mask hid
     predicted: Map | None = None
     mask: Bool[Tensor, "batch patches"] | None = None  # True where hidden
-    reconstruction: Tensor | None = None  # as the images; hidden patches are predicted ones
+    reconstruction: Tensor | None = None  # shaped like images; hidden patches are predicted
     pca: Float[Tensor, "batch patches 3"] | None = None  # 0 to 1
     attention: Float[Tensor, "batch heads patches"] | None = None
 
     @property
     def panels(self) -> list[Panel]:
-        """What it holds, in the order of PANELS."""
+        """The available panels, in the order of PANELS."""
         return [name for name in PANELS if name == "image" or getattr(self, name) is not None]
 
 
 def unavailable_panels(trained: Trained) -> dict[Panel, str]:
-    """The panels that a file cannot show, and why."""
+    """The panels that are unavailable for these weights, and why."""
     reasons: dict[Panel, str] = {}
     if trained.model is None or trained.teacher is None or trained.config is None:
         reasons |= dict.fromkeys(MASKED, "it has a backbone only, no decoders")
@@ -79,7 +79,7 @@ def unavailable_panels(trained: Trained) -> dict[Panel, str]:
             target = trained.find_target(_device(trained.encoder))
             if not isinstance(target, PixelTarget):
                 reasons["reconstruction"] = f"its target is {trained.config.target}, not pixels"
-        except UserError as error:  # the frozen model or the codebook that it learned from
+        except UserError as error:  # the frozen model or codebook of its target is missing
             reasons["actual"] = reasons["reconstruction"] = str(error)
     if not trained.encoder.has_class_token:
         reasons["attention"] = "its encoder has no class token"
@@ -99,14 +99,14 @@ def picture(
     panels: Collection[Panel] = TRAINING,
     progress: bool = False,
 ) -> Picture:
-    """What a file shows of a batch's images [B C H W]: of the panels those that it can.
+    """Compute the requested panels that are available, for images [B C H W].
 
-    The mask is one that training would draw at this hard share; the actual loss is the mean over
-    `num_masks` random masks; mask_ratio is that of the training unless given.
+    The mask is drawn as in training at this hard share. The actual loss is the mean over
+    `num_masks` random masks. mask_ratio defaults to that of training.
     """
     wanted = set(panels) - set(unavailable_panels(trained))
-    split = zip(images.split(AT_A_TIME), sample_ids.split(AT_A_TIME), strict=True)
-    steps = track(split, "computing", -(-len(images) // AT_A_TIME)) if progress else split
+    split = zip(images.split(BATCH_SIZE), sample_ids.split(BATCH_SIZE), strict=True)
+    steps = track(split, "computing", -(-len(images) // BATCH_SIZE)) if progress else split
     parts = [
         _show(trained, part, ids, wanted, hard_share, num_masks, seed, mask_ratio)
         for part, ids in steps
@@ -128,7 +128,7 @@ def _show(
     seed: int,
     mask_ratio: float | None,
 ) -> dict[str, Tensor]:
-    """Each panel of some images under its name, on the CPU; of the PCA the features."""
+    """The panels of one batch by name, on the CPU. For `pca`, the features."""
     device = _device(trained.encoder)
     normalized = normalize(images, torch.tensor(trained.mean), torch.tensor(trained.std))
     normalized, sample_ids = normalized.to(device), sample_ids.to(device)
@@ -158,14 +158,14 @@ def _masked(
     seed: int,
     mask_ratio: float | None,
 ) -> dict[str, Tensor]:
-    """The panels that hide patches, or ask how well hidden ones are predicted."""
+    """The panels that involve hidden patches."""
     model, teacher, config = trained.model, trained.teacher, trained.config
     assert model is not None and teacher is not None and config is not None
     ratio = config.mask_ratio if mask_ratio is None else mask_ratio
     found: dict[str, Tensor] = {}
     predicted = None
     miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
-    # A memory of losses knows training images alone: here, losses take its place.
+    # The memory covers training images only; use losses measured now instead.
     by_losses = config.mines_by_memory and bool(wanted & {"mask", "reconstruction"})
     if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
@@ -197,10 +197,10 @@ def reconstruct(
     hidden_ids: Int[Tensor, "batch hidden"],
     target: PixelTarget,
 ) -> Float[Tensor, "batch channels height width"]:
-    """The images with their hidden patches predicted.
+    """Replace the hidden patches of images by their predictions.
 
-    A normalised patch does not tell its own mean and deviation, so those of the true patch are
-    put back: the picture then shows the structure that was predicted, not its brightness.
+    Predictions of normalised patches are given the mean and standard deviation of the true patch:
+    the picture shows the predicted structure, with the true brightness and contrast.
     """
     prediction = model(images, visible_ids, hidden_ids)[0].float()
     patches = patchify(images, model.encoder.patch_size)
@@ -213,7 +213,7 @@ def reconstruct(
 
 
 def _as_loaded(normalized: Tensor, trained: Trained, like: Tensor) -> Tensor:
-    """Back to the units of a batch of images."""
+    """Undo the normalisation, to the units and dtype of `like`."""
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     pixels = (normalized * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255
     if like.dtype == torch.uint8:
@@ -224,11 +224,11 @@ def _as_loaded(normalized: Tensor, trained: Trained, like: Tensor) -> Tensor:
 def principal_colours(
     features: Float[Tensor, "batch patches dim"],
 ) -> Float[Tensor, "batch patches 3"]:
-    """The three principal components of all these patches together as red, green and blue, 0 to 1.
+    """The first three principal components of all patches as red, green and blue in [0, 1].
 
-    Each is stretched to its range, less the extreme hundredths. A component has no sign of its own:
-    its largest loading is made positive, so that the same features always give the same colours.
-    A component that does not vary is 0.5.
+    Each is stretched from its 1st to its 99th percentile. The sign of a component is chosen such
+    that its largest loading is positive, so that the colours are reproducible. A constant component
+    becomes 0.5.
     """
     rows = features.flatten(0, 1).double()
     rows = rows - rows.mean(0)
@@ -244,7 +244,7 @@ def principal_colours(
 
 
 def pixels(shown: Picture, row: int) -> dict[Panel, Pixels]:
-    """The panels of one image as RGB; images in their own size, maps a pixel a patch."""
+    """The panels of one image as RGB: images at full size, maps with one pixel per patch."""
     image = as_rgb(shown.images[row], shown.images[row])
     found: dict[Panel, Pixels] = {"image": image}
     for name in ("actual", "predicted"):
@@ -264,14 +264,14 @@ def pixels(shown: Picture, row: int) -> dict[Panel, Pixels]:
 
 
 def head_pixels(shown: Picture, row: int) -> list[Pixels]:
-    """The attention of each head, a pixel a patch; none where there is no attention."""
+    """The attention of each head, one pixel per patch; empty without attention."""
     if shown.attention is None:
         return []
     return [colours(head.view(shown.grid).numpy()) for head in shown.attention[row]]
 
 
 def draw(shown: Picture, path: Path, title: str) -> None:
-    """Write the figure, a row per image, as PNG (or what the suffix says)."""
+    """Write a figure with one row per image. The suffix determines the format (default PNG)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -294,11 +294,11 @@ def draw(shown: Picture, path: Path, title: str) -> None:
 
 
 def as_rgb(image: Tensor, like: Tensor) -> Pixels:
-    """[C H W] -> uint8 [H W 3]: grey is repeated, alpha left out; of many channels the first three
-    are shown, of two their mean.
+    """Convert [C H W] to uint8 [H W 3] for display.
 
-    But for pictures in 8 bits each channel is stretched to what `like` has of it, less the extreme
-    hundredths: other values have no brightness of their own.
+    Repeats grey and drops alpha. Shows the first three of many channels, and the mean of two.
+    Channels other than 8-bit grey and RGB are stretched from the 1st to the 99th percentile of
+    `like`.
     """
     if image.dtype != torch.uint8 or len(image) not in (1, 3, 4):
         values, like = image[:3].float(), like[:3].float()
@@ -311,7 +311,7 @@ def as_rgb(image: Tensor, like: Tensor) -> Pixels:
 
 
 def _grey_out(image: Pixels, hidden: Bool[np.ndarray, "rows columns"]) -> Pixels:
-    """The image with hidden patches in grey."""
+    """Paint the hidden patches grey."""
     patch = np.ones((image.shape[0] // hidden.shape[0], image.shape[1] // hidden.shape[1]))
     covered = np.kron(hidden, patch)[..., None].astype(bool)
     return np.where(covered, np.uint8(GREY), image)

@@ -1,4 +1,4 @@
-"""The page of `hpm show`: a strip of panels per image, each to be enlarged.
+"""The page of `hpm show`: a strip of panels per image, which a click enlarges.
 
 Without JavaScript it is a plain list of pictures.
 """
@@ -30,7 +30,7 @@ MEANING: dict[Panel, str] = {
     "patches of similar colour have similar features.",
     "attention": "which patches the class token attends to in the last block, mean over heads.",
 }
-SHARP = 128  # pixels below which an image is drawn without smoothing
+SHARP = 128  # images narrower than this (in pixels) are shown without smoothing
 
 
 HINT = """
@@ -50,8 +50,7 @@ def write_gallery(
 ) -> None:
     """Write the page.
 
-    Args:
-        names: of the images. about: lines on how they were made.
+    names: of the images. about: lines that describe the settings.
     """
     panels = "".join(f"<dt>{TITLES[n]}</dt><dd>{MEANING[n]}</dd>" for n in shown.panels)
     lines = "".join(f"<p>{escape(line)}</p>" for line in about)
@@ -84,7 +83,7 @@ def strip(figures: str, columns: int) -> str:
 
 
 def figure(panel: np.ndarray, title: str, values: str, name: str) -> str:
-    """A panel [H W 3] with its caption; `values` is what its colours stand for."""
+    """A panel [H W 3] with its caption. `values`: the range of its colours, as text."""
     height, width = panel.shape[:2]
     kind: Literal["PNG", "JPEG"] = "PNG" if width < SHARP else "JPEG"
     sharp = ' class="map"' if width < SHARP else ""
@@ -97,8 +96,8 @@ def figure(panel: np.ndarray, title: str, values: str, name: str) -> str:
 
 
 def value_range(shown: Picture, row: int, panel: Panel) -> str:
-    """The values of the darkest and of the brightest patch, of the actual loss alone: the predicted
-    one has an order, but mostly no unit."""
+    """The range of the actual loss, as text. Empty for other panels: the predicted loss usually has
+    an order but no unit."""
     if panel != "actual" or shown.actual is None:
         return ""
     known = shown.actual[row][~shown.actual[row].isnan()]

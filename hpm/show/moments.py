@@ -1,4 +1,4 @@
-"""The held-out images at some moments of the training, kept small for the report."""
+"""Snapshots of the panels of held-out images during training, for the report."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from hpm.core.errors import UserError
 from hpm.core.files import read_tensors, write_tensors
 from hpm.show.figures import Picture, as_rgb
 
-SIDE = 128  # pixels of the longer side at most
-MOST = 10  # moments that are shown
+MAX_SIDE = 128  # pixels of the longer side
+MAX_MOMENTS = 10  # shown in a report
 
 
 @dataclass
 class Moment:
-    """What the figure of one step shows; None where the model has no such thing."""
+    """The panels at one step; None if the model lacks them."""
 
     step: int
     images: np.ndarray  # uint8 [B H W 3]
     mask: np.ndarray  # bool [B rows columns], True where hidden
-    actual: np.ndarray  # float32 [B rows columns], NaN where unknown
+    actual: np.ndarray  # float32 [B rows columns], NaN for patches that no mask hid
     predicted: np.ndarray | None
-    reconstruction: np.ndarray | None  # as the images
+    reconstruction: np.ndarray | None  # shaped like images
 
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
-    """Write what a picture shows into `folder`, images reduced to at most 128 pixels a side."""
+    """Write the panels of a picture into `folder`, images shrunk to at most 128 pixels a side."""
     assert shown.mask is not None and shown.actual is not None
     grid = (len(shown.images), *shown.grid)
     tensors = {
@@ -48,18 +48,19 @@ def keep_moment(shown: Picture, folder: Path, step: int) -> None:
 
 
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
-    """At most ten moments at these steps, the first and the last among them.
+    """Read at most ten moments at these steps, including the first and the last.
 
-    Others are of a training that was taken up again from before them.
+    Files of other steps are ignored: a resumed run may have discarded those steps.
     """
     names = {step: folder / f"step_{step:08d}.safetensors" for step in steps}
     files = {step: path for step, path in names.items() if path.exists()}
     found = sorted(files)
-    if len(found) > MOST:
-        found = [found[place] for place in np.linspace(0, len(found) - 1, MOST).round().astype(int)]
+    if len(found) > MAX_MOMENTS:
+        places = np.linspace(0, len(found) - 1, MAX_MOMENTS).round().astype(int)
+        found = [found[place] for place in places]
     moments = []
     for step in found:
-        with contextlib.suppress(UserError, KeyError):  # a damaged one is left out
+        with contextlib.suppress(UserError, KeyError):  # skip damaged files
             parts = {name: part.numpy() for name, part in read_tensors(files[step])[0].items()}
             moments.append(
                 Moment(
@@ -79,6 +80,6 @@ def _small(images: Tensor, like: Tensor) -> Tensor:
     small = []
     for image, original in zip(images, like, strict=True):
         picture = Image.fromarray(as_rgb(image, original))
-        picture.thumbnail((SIDE, SIDE))
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
         small.append(torch.from_numpy(np.array(picture)))
     return torch.stack(small)

@@ -1,4 +1,4 @@
-"""What is measured, drawn and recorded while a run trains."""
+"""Evaluate, draw and record a run during training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIGURE_IMAGES = 8
 
 
 def evaluate(run: PretrainingRun) -> None:
-    """Measure on the held-out images and draw some of them; the main process alone."""
+    """Measure the losses on the held-out images and draw some of them, in the main process."""
     held_out, config = run.images.held_out, run.config
     if held_out is None or not distributed.is_main():
         return
@@ -47,9 +47,9 @@ def evaluate(run: PretrainingRun) -> None:
 
 
 def picture_held_out(run: PretrainingRun) -> Picture | None:
-    """Picture some of the held-out images as they are now, and keep that for the report.
+    """Compute the panels of some held-out images and save them for the report.
 
-    The main process alone; None where there is no image to look at.
+    Runs in the main process. Returns None without held-out images.
     """
     held_out, config = run.images.held_out, run.config
     if held_out is None or not distributed.is_main():
@@ -70,12 +70,12 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
 
 
 def probe(run: PretrainingRun, ongoing: OngoingProbe) -> None:
-    """Probe the features on the labelled images, and keep the weights if they are the best yet."""
-    began = time.perf_counter()
+    """Probe the features on the labelled images, and save the weights if they are the best yet."""
+    start = time.perf_counter()
     run.model.eval()
     values = ongoing.measure(run.trained, run.device, run.log.info_once)
     run.model.train()
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     run.probe_seconds += seconds
     best = values["linear"] > run.best_probe.get("linear", -1)
     if best:
@@ -91,7 +91,7 @@ def probe(run: PretrainingRun, ongoing: OngoingProbe) -> None:
 
 @contextlib.contextmanager
 def session_recorded(run: PretrainingRun) -> Iterator[None]:
-    """Record when this stretch of training begins and ends, and why; leave a report behind."""
+    """Record when this session begins and ends, and why; write the report at its end."""
     if not distributed.is_main():
         yield
         return
@@ -112,14 +112,14 @@ def session_recorded(run: PretrainingRun) -> Iterator[None]:
 
 
 def refresh_report(run: PretrainingRun) -> None:
-    """Write the report as of now."""
+    """Write the report."""
     if distributed.is_main():
         with run.log.never_fail("writing the report"):
             write_report(run.files.folder)
 
 
 def _reason(stopped: BaseException) -> str:
-    """Why a run ended early, in a line."""
+    """Why a run ended early, in one line."""
     if isinstance(stopped, Interrupted):
         return f"by {signal.Signals(stopped.signal_number).name}, saved"
     if isinstance(stopped, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What our HTML pages share: one self-contained file that opens offline, and pictures inside it."""
+"""Parts shared by the HTML pages, each of which is one self-contained file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from PIL import Image
 
 @cache
 def asset(name: str) -> str:
-    """A file of CSS or JavaScript from `hpm/show/assets`, without its last line break."""
+    """A CSS or JavaScript file from `hpm/show/assets`, without its last line break."""
     return (files("hpm.show") / "assets" / name).read_text(encoding="utf-8").removesuffix("\n")
 
 
 def page(title: str, body: str, script: str = "", style: str = "", fetches: bool = False) -> str:
-    """One HTML document that needs nothing beside itself, light or dark as the reader has it.
+    """A self-contained HTML document that follows the reader's light or dark theme.
 
     Args:
         title: plain text, escaped here.
-        body: HTML; whoever writes it escapes what it takes from elsewhere (`escape`). Classes that
-            the style knows: `cards` of `card`, `row` (of buttons), `scroll` (around what may be
-            wider than the page), `faint`, `warning`, `map` (an image of few, sharp pixels).
-        script: JavaScript, run when the body is there. Only this very text may run, and the page
-            may fetch nothing: the browser is told so, should anything slip in.
-        style: CSS of this page alone, after what all share.
-        fetches: the page may talk to the server that it came from (and to no other).
+        body: HTML, in which the caller has escaped all foreign text. CSS classes: `cards` of
+            `card`, `row` (of buttons), `scroll` (around wide content), `faint`, `warning`, `map`
+            (an image shown without smoothing).
+        script: JavaScript, run after the body. The content security policy allows only this text
+            to run, and no requests.
+        style: further CSS of this page.
+        fetches: allow requests to the page's own server.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -54,16 +54,16 @@ def page(title: str, body: str, script: str = "", style: str = "", fetches: bool
 def data_block(name: str, values: Any) -> str:
     """Values for a script: `JSON.parse(document.getElementById(name).textContent)`.
 
-    Raises ValueError on NaN and infinity, which JSON does not know.
+    Raises ValueError for NaN and infinity, which JSON lacks.
     """
     text = json.dumps(values, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{escape(name)}">{text}</script>'
 
 
 def image_uri(image: np.ndarray, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
-    """A uint8 image [H W 3] as a data URI, for the `src` of an `img`.
+    """A uint8 image [H W 3] as a data URI for the `src` of an `img`.
 
-    PNG may have a fourth channel, opacity; JPEG is a tenth of the size for photographs.
+    PNG may have a fourth channel (alpha). For photographs, JPEG takes a tenth of the bytes.
     """
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, optimize=True)
@@ -71,10 +71,10 @@ def image_uri(image: np.ndarray, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
 
 
 def colours(values: np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
-    """A map of values [H W] as uint8 [H W 3] in the colours of the figures, bright is high.
+    """Values [H W] as uint8 [H W 3] in the colour map of the figures; bright is high.
 
-    low, high: the values of the darkest and of the brightest colour (default: those of the map).
-    What is not finite is grey.
+    low, high: values of the darkest and brightest colour (default: minimum and maximum). Values
+    that are not finite are grey.
     """
     from matplotlib import colormaps
 

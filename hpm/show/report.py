@@ -23,8 +23,8 @@ from hpm.show.report_figures import charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.run_folder import RunFolder
 
-# Options that `schedule.resolve` fills in: their values were mostly not chosen by the user.
-WORKED_OUT = (
+# Options that `schedule.resolve` fills in, and that the user rarely sets.
+RESOLVED = (
     "patch_size",
     "hard_share_start",
     "hard_share_end",
@@ -35,11 +35,11 @@ WORKED_OUT = (
     "precision",
 )
 
-NAMED = 20  # unreadable images that are listed
+MAX_LISTED = 20  # unreadable images
 
 
 def run_report(config: ReportConfig) -> Path:
-    """Write the report of a run folder again. Raises UserError where it is none."""
+    """Rewrite the report of a run folder. Raises UserError if it is not one."""
     folder = Path(config.run).expanduser()
     if not RunFolder(folder).config_file.is_file():
         raise UserError(f"{config.run}: no run folder of hpm pretrain (it has no config.yaml)")
@@ -51,7 +51,7 @@ def run_report(config: ReportConfig) -> Path:
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
-    """Write `report.html` from what is in the run folder. Returns its path."""
+    """Write `report.html` from the files of the run folder. Returns its path."""
     run = RunFolder(folder)
     metrics = read_lines(folder / "metrics.jsonl")
     metrics = [line for line in metrics if isinstance(line.get("step"), int)]
@@ -85,7 +85,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 def _head(
     folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], sessions: list[Session]
 ) -> str:
-    """Which run, how far it is, and its latest numbers."""
+    """Name, progress and latest numbers of the run."""
     last: dict[str, Any] = {}
     for line in metrics:
         last |= line
@@ -100,7 +100,7 @@ def _head(
     elif step and step == total:
         progress += ", finished"
     elif last_session and last_session.reason is None:
-        progress += ", in training when this was written"
+        progress += ", still training when this was written"
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",
@@ -127,7 +127,7 @@ def _head(
 
 
 def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Session]) -> str:
-    """What went wrong, as far as it is known; nothing where nothing did."""
+    """A list of problems; empty if there were none."""
     found = []
     log = folder / "train.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
@@ -135,33 +135,31 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
     count = max([int(line["unreadable"]) for line in metrics if "unreadable" in line], default=0)
     count = max(count, len(unreadable))
     if count:
-        names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:NAMED])
-        more = f"<li>and {len(unreadable) - NAMED} more, all in train.log</li>"
+        names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:MAX_LISTED])
+        more = f"<li>and {len(unreadable) - MAX_LISTED} more, all in train.log</li>"
         found.append(
             f"<details><summary>{counted(count, 'image')} could not be read and "
             f"{'were' if count > 1 else 'was'} passed over</summary>"
-            f"<ul>{names}{more * (len(unreadable) > NAMED)}</ul></details>"
+            f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
     for number, session in enumerate(sessions):
         latest = number == len(sessions) - 1
         where = f"at step {session.last_step:,}" if session.last_step is not None else ""
         if session.reason is None and not latest:
-            found.append(f"The training that began {escape(session.began)} was killed.")
+            found.append(f"The session that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
-            ended, goes_on = "Failed" if session.failed else "Stopped", ""
+            ended, resumed = "Failed" if session.failed else "Stopped", ""
             if not latest:
-                goes_on = f"; it went on from step {sessions[number + 1].first_step:,}"
-            found.append(f"{ended} {where}: {escape(str(session.reason))}{goes_on}.")
+                resumed = f"; resumed from step {sessions[number + 1].first_step:,}"
+            found.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
     if not found:
         return ""
     items = "".join(f"<li>{item}</li>" for item in found)
-    return (
-        f'<div class="card problems"><h3 class="warning">What went wrong</h3><ul>{items}</ul></div>'
-    )
+    return f'<div class="card problems"><h3 class="warning">Problems</h3><ul>{items}</ul></div>'
 
 
 def _evaluations(folder: Path) -> str:
-    """What `hpm eval` has measured of this run; nothing where that is nothing."""
+    """A table of this run's evaluations; empty if there are none."""
     rows = ""
     for saved in saved_evaluations(folder):
         whose = saved.weights or ""
@@ -195,7 +193,7 @@ def _usage(folder: Path) -> str:
 
 
 def _configuration(options: dict[str, Any]) -> str:
-    """The options that were set, then all others."""
+    """Options with non-default values, then all others."""
     defaults = json.loads(
         json.dumps(
             {
@@ -208,7 +206,7 @@ def _configuration(options: dict[str, Any]) -> str:
     chosen = {
         name: value
         for name, value in options.items()
-        if name not in WORKED_OUT and (name not in defaults or value != defaults[name])
+        if name not in RESOLVED and (name not in defaults or value != defaults[name])
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
@@ -218,8 +216,8 @@ def _configuration(options: dict[str, Any]) -> str:
 
 
 def _sessions(sessions: list[Session], config_file: Path) -> str:
-    """Versions and device of the latest session, and when each began and ended."""
-    if not sessions:  # of a version that recorded none
+    """Versions and device of the latest session, and begin and end of each session."""
+    if not sessions:  # written by a version that did not record sessions
         lines = config_file.read_text(encoding="utf-8").splitlines()
         noted = [line.lstrip("# ") for line in lines if line.startswith("#")]
         return f"<p>{'<br>'.join(map(escape, noted))}</p>"
@@ -259,7 +257,7 @@ def _size(options: dict[str, Any]) -> str:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    """config.yaml as it is: a report must not depend on what the options are called today."""
+    """The content of config.yaml, unchecked, so that reports of older versions can be rewritten."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

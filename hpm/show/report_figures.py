@@ -1,4 +1,4 @@
-"""The pictures of a report: the metrics as curves, and what the model finds hard over time."""
+"""The figures of a report: curves of the metrics, and panels of held-out images over time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpm.show.page import colours, image_uri
 
 
 class Chart(NamedTuple):
-    """A title, a line that explains it, the metrics that it shows and what they are called."""
+    """A chart: its title and caption, and a label for each metric that it shows."""
 
     title: str
     about: str
@@ -76,13 +76,13 @@ CHARTS = (
     Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
     Chart(
         "Data wait",
-        "Share of the time spent waiting for images: more --workers help where it is high.",
+        "Share of the time spent waiting for images. If it is high, pass more --workers.",
         {"data_wait": "main process"},
         from_zero=True,
     ),
     Chart("Memory", "Peak in GB.", {"memory_gb": "main process"}, from_zero=True),
 )
-# Not drawn: other ways to count steps, and numbers that the report gives in words.
+# Not drawn: other counts of steps, and numbers that the report gives elsewhere.
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
 VIEWS = {
@@ -91,11 +91,11 @@ VIEWS = {
     "mask": "mask",
     "reconstruction": "reconstruction",
 }
-SMALL = 64  # images up to this side are kept without loss, their pixels shown sharp
+SMALL = 64  # images up to this side, in pixels, are stored as PNG and shown without smoothing
 
 
 def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """All metrics that there are, and what the script needs of them."""
+    """(HTML of the charts of all logged metrics, their values for the script)."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in metrics:
         for name, value in line.items():
@@ -123,7 +123,7 @@ def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, A
 
 
 def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
-    """A row per held-out image, a column per moment, and a way to switch what is shown."""
+    """A table with a row per held-out image and a column per moment, and a switch of the panel."""
     if not moments:
         reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
@@ -169,7 +169,7 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
 
 
 def _cell(moment: Moment, views: list[str], row: int) -> str:
-    """All views of one image at one moment, one over the other; the page shows one of them."""
+    """All panels of one image at one moment, stacked; the page shows one of them."""
     if row >= len(moment.images):
         return ""
     about = f"of image {row + 1} at step {moment.step}"
@@ -194,5 +194,5 @@ def _cell(moment: Moment, views: list[str], row: int) -> str:
 
 
 def _photo(image: np.ndarray) -> str:
-    """A data URI: small images without loss, larger ones as JPEG, a tenth of the size."""
+    """A data URI: PNG for small images, JPEG, which takes a tenth of the bytes, for larger ones."""
     return image_uri(image, "PNG" if max(image.shape) <= SMALL else "JPEG")

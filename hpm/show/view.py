@@ -1,9 +1,8 @@
-"""`hpm view`: a page on this machine to try a model on images; a small server behind it.
+"""`hpm view`: a local web page to try a model on images, and its server.
 
-The page sends an image (or the number of an example) with its settings and gets pictures back. The
-server keeps nothing between two requests and writes nothing to disk. It listens to this machine
-alone, and answers only what was addressed to it by that name: a page from elsewhere could otherwise
-reach it through a name of its own that leads here (DNS rebinding).
+The page sends an image (or the number of an example) with settings, and receives panels. The server
+keeps no state between requests and writes nothing to disk. It binds to the loopback address, and
+checks the Host header of each request against DNS rebinding.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from hpm.data.arrays import UnreadableImage, at_depth, is_deep, open_image
 from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
-from hpm.show.command import cannot, check_shares, hard_share, mines, open_trained
+from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
 from hpm.show.figures import (
     MASKED,
     TITLES,
@@ -47,14 +46,14 @@ from hpm.weights.resolve import Trained
 
 ADDRESS = "127.0.0.1"
 PORT, PORTS_TRIED = 7860, 40
-LIMIT = 32 * 2**20  # bytes of an image
+MAX_BYTES = 32 * 2**20  # of an image
 EXAMPLES = 6
-PATIENCE = 60  # seconds without a byte after which a request is given up
+TIMEOUT = 60  # seconds without data after which a request is dropped
 
 
 @dataclass
 class Viewer:
-    """A model that is ready to run, and some examples for it; one request after another."""
+    """A model in eval mode and example images. Handles one request at a time."""
 
     trained: Trained
     examples: Tensor  # [examples C H W], as in a batch
@@ -69,16 +68,16 @@ class Viewer:
         about = {
             "title": self.trained.name,
             "input": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
-            "not_shown": cannot(reasons) if reasons else "",
+            "not_shown": describe_unavailable(reasons) if reasons else "",
             "panels": [panel for panel in PANELS if panel not in reasons],
             "features_only": all(panel in reasons for panel in MASKED),
             "mines": mines(self.trained),
             "mask_ratio": config.mask_ratio if config else 0.75,
-            # As many as leave one patch visible.
+            # Leaves one patch visible.
             "most_hidden": math.floor(100 * (1 - 1 / self.trained.encoder.num_patches)) / 100,
             "hard_share": hard_share(None, self.trained),
             "num_masks": self.num_masks,
-            "limit": LIMIT,
+            "limit": MAX_BYTES,
             "examples": [
                 {"name": name, "src": image_uri(as_rgb(image, image))}
                 for name, image in zip(self.example_names, self.examples, strict=True)
@@ -87,7 +86,7 @@ class Viewer:
         return view_page(about)
 
     def answer(self, settings: dict[str, str], body: bytes) -> dict[str, Any]:
-        """The panels of an image at these settings, or what is wrong under "error"."""
+        """The panels of an image with these settings, or {"error": message}."""
         try:
             with self.lock:
                 return self._show(settings, body)
@@ -130,7 +129,7 @@ class Viewer:
         }
 
     def _image(self, settings: dict[str, str], body: bytes) -> Tensor:
-        """[1 C H W]: the example, or what was uploaded."""
+        """The example or the uploaded image, [1 C H W]."""
         if "example" in settings:
             number = _number(settings, "example", 0)
             if number not in range(len(self.examples)):
@@ -142,7 +141,7 @@ class Viewer:
             deep = is_deep(image)
             view = evaluation_view(image, (height, width), self.trained.encoder.channels)
         except (UnreadableImage, OSError, MemoryError) as error:
-            # Pillow names the buffer that it was given, which says nothing to the user.
+            # Hide a message of Pillow that names only the buffer.
             text = one_line(error)
             reason = "" if "BytesIO" in text else f" ({text})"
             raise UserError(f"this file cannot be read as an image{reason}") from None
@@ -150,14 +149,14 @@ class Viewer:
 
 
 def view(config: ViewConfig) -> None:
-    """Serve the page until Ctrl-C. UserError on bad input."""
+    """Serve the page until Ctrl-C. Raises UserError on bad input."""
     if config.num_masks < 1:
         raise UserError(f"num_masks is {config.num_masks}; it must be at least 1")
     trained = open_trained(config.run, config.device)
     viewer = Viewer(trained, *_examples(config.data, trained), config.num_masks)
     reasons = unavailable_panels(trained)
     if reasons:
-        print(cannot(reasons))
+        print(describe_unavailable(reasons))
     server = make_server(viewer, config.port)
     address = f"http://{ADDRESS}:{server.server_port}/"
     print(f"{config.run} can be tried at {address} (Ctrl-C stops it)", flush=True)
@@ -169,11 +168,12 @@ def view(config: ViewConfig) -> None:
         print("\nstopped")
     finally:
         server.server_close()
-        viewer.lock.acquire()  # what is being computed is not torn apart
+        viewer.lock.acquire()  # wait for a running request
 
 
 def make_server(viewer: Viewer, port: int | None) -> ThreadingHTTPServer:
-    """A server on this port, or on the first free one from 7860 on. UserError where it is taken."""
+    """A server on this port, by default on the first free one from 7860. Raises UserError if it is
+    taken."""
     ports = range(PORT, PORT + PORTS_TRIED) if port is None else [port]
     for candidate in ports:
         if not 0 <= candidate < 2**16:
@@ -187,7 +187,7 @@ def make_server(viewer: Viewer, port: int | None) -> ThreadingHTTPServer:
 
 
 class Server(ThreadingHTTPServer):
-    """Knows the viewer, its page, and by which names it may be addressed."""
+    """Holds the viewer, its page, and the accepted Host headers."""
 
     daemon_threads = True
 
@@ -198,7 +198,7 @@ class Server(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        # A reader who goes away is no error.
+        # A closed connection is not an error.
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
     (or with example=N and no body) gives its panels as JSON."""
 
     server: Server
-    timeout = PATIENCE
+    timeout = TIMEOUT
 
     def do_GET(self) -> None:
         if not self._is_ours():
@@ -223,8 +223,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         url, length = urlsplit(self.path), self.headers.get("Content-Length", "")
         known = length.isascii() and length.isdigit()
-        # Read before any answer: who is still sending may never see one.
-        body = self.rfile.read(int(length)) if known and int(length) <= LIMIT else b""
+        # Read the body before answering: a client that is still sending may miss the answer.
+        body = self.rfile.read(int(length)) if known and int(length) <= MAX_BYTES else b""
         if not self._is_ours():
             self._refuse(
                 HTTPStatus.FORBIDDEN, "this server accepts requests from its own page only"
@@ -233,8 +233,8 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "post images to /show")
         elif not known:
             self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is required")
-        elif int(length) > LIMIT:
-            message = f"this image has more than {LIMIT // 2**20} MB"
+        elif int(length) > MAX_BYTES:
+            message = f"this image has more than {MAX_BYTES // 2**20} MB"
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
         else:
             settings = {name: values[-1] for name, values in parse_qs(url.query).items()}
@@ -267,10 +267,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
-    """Some images of the data asked for; else of the run's, or of the built-in ones.
+    """Example images from `data`, by default from the run's data, else the built-in ones.
 
-    A checkpoint alone may come from anyone, and its config name any folder: only that of a run
-    folder is opened unasked.
+    The run's data is used only for a run folder: a checkpoint alone may come from anyone, and its
+    config may name any folder.
     """
     height, width = trained.encoder.image_size
     of_run = trained.config.data if trained.config and trained.folder else ""

@@ -11,7 +11,7 @@ from hpm.show.page import asset, data_block, page
 
 
 def view_page(about: dict[str, Any]) -> str:
-    """The page for a model, as `Viewer.page` describes it."""
+    """The page for a model. about: see `Viewer.page`."""
     lines = [f"The model takes {about['input']}; images are cropped to their centre."]
     if about["features_only"]:
         lines.append("These weights show features only.")
@@ -39,7 +39,7 @@ features: of this image alone, so that two images cannot be compared by them.</p
 
 
 def _settings(about: dict[str, Any]) -> str:
-    """Sliders for what has an effect; none for a backbone alone."""
+    """Sliders for the settings that have an effect; none for a backbone."""
     if about["features_only"]:
         return '<div id="settings" hidden></div>'
     low = min(0.01, about["most_hidden"])

@@ -1,4 +1,4 @@
-"""What a target is: the base class of all targets, built-in or not."""
+"""The base class of all targets."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Ids = Int[Tensor, "batch hidden"]
 
 @dataclass(frozen=True)
 class TargetInputs:
-    """What a target is told about the images and the model when it is built.
+    """The properties of images and model from which a target is built.
 
     Args:
         patch_size: pixels of a patch along each axis.
         grid: patches along each axis.
         channels: of the images.
         embed_dim: width of the encoder, and so of the teacher's features.
-        mean, std: [C], by which the images are normalised.
-        device: where the images will be.
-        fetch: whether a model may be downloaded; False where its name comes from a file.
+        mean, std: [C], with which the images are normalised.
+        device: of the images.
+        fetch: whether a model may be downloaded; False if its name comes from a file.
     """
 
     patch_size: tuple[int, ...]
@@ -48,30 +48,30 @@ class TargetInputs:
 
 
 class Target(ABC):
-    """What the reconstructor predicts for each patch, and how far off a prediction is.
+    """Defines what the reconstructor predicts for each patch, and the loss of a prediction.
 
     A target is computed once per batch, without gradients. Its patch loss is what the student
     minimises, and what the predictor learns to rank.
 
     A subclass sets `dim`, the number of values per patch that the reconstructor predicts, and
-    `needs_teacher` where it is computed from the teacher's features of the whole image. Arguments
-    of its constructor after the first are set by `--target-options name=value`; they are converted
-    to the types of their annotations.
+    `needs_teacher` if it is computed from the teacher's features of the full image. Arguments of
+    its constructor after the first are set by `--target-options name=value`, and converted to the
+    types of their annotations.
     """
 
     dim: int
     needs_teacher: bool = False
-    # Options of the config that belong to this target; others refuse them.
+    # Options of the config that only this target accepts.
     config_options: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        """Raises UserError where the target cannot work with these options."""
-        return  # most targets work with all of them
+        """Raise UserError if the target cannot be used with these options."""
+        return  # most targets have no restrictions
 
     @classmethod
     def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> Target:
-        """The target of a checked config; `options` are those of `--target-options`."""
+        """Build the target of a checked config. options: those of `--target-options`."""
         return cls(inputs, **options)  # type: ignore[call-arg]
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Target(ABC):
     ) -> Tensor:
         """Normalised images -> the target of every patch, [B N values].
 
-        features: the teacher's, of the whole image, where the target needs them.
+        features: the teacher's features of the full image, if `needs_teacher`.
         """
 
     @abstractmethod

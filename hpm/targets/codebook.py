@@ -1,4 +1,4 @@
-"""Discrete tokens of patches: a codebook learned by k-means (`hpm tokenize`), the nearest code."""
+"""Codebooks for discrete patch tokens, learned by k-means (`hpm tokenize`)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hpm.targets.frozen_model import FrozenModel, load_frozen
 
 Vectors = Float[Tensor, "batch patches dim"]
 
-ROWS_AT_A_TIME = 8192
+CHUNK_SIZE = 8192  # rows per distance computation
 
-STILL = 1e-4  # relative gain of a round of k-means below which it has converged
+CONVERGED = 1e-4  # k-means stops below this relative decrease of the inertia
 
 
 @dataclass
 class Codebook:
-    """Codes [K D], and of what: `pixels` of patches of a size, or features of a frozen model."""
+    """Codes [K D] of `pixels` of patches, or of features of a frozen model (`of`)."""
 
     codes: Float[Tensor, "codes dim"]
     of: str
@@ -42,16 +42,16 @@ class Codebook:
     def vectors(
         self, pixels: Float[Tensor, "batch channels height width"], grid: tuple[int, ...]
     ) -> Vectors:
-        """What is compared with the codes, of images with values in [0, 1]."""
+        """The vectors to compare with the codes, for images with values in [0, 1]."""
         if self.frozen is not None:
             features = self.frozen(pixels, (grid[0], grid[1]))
             return torch.nn.functional.normalize(features, dim=-1)
-        # Without its mean: a code is a shape and a contrast, not a brightness.
+        # Subtract the mean, so that codes represent structure rather than brightness.
         patches = patchify(pixels, self.patch_size)
         return patches - patches.mean(-1, keepdim=True)
 
     def nearest(self, vectors: Vectors) -> Int[Tensor, "batch patches"]:
-        """The number of the nearest code of each patch."""
+        """The index of the nearest code of each patch."""
         return nearest_code(vectors.flatten(0, 1), self.codes)[0].view(vectors.shape[:2])
 
     def save(self, path: Path) -> None:
@@ -60,7 +60,8 @@ class Codebook:
 
 
 def load_codebook(path: str) -> Codebook:
-    """Raises UserError where the file is none, or names a model that is not on disk."""
+    """Load a codebook. Raises UserError if the file is not one, or names a model that is not on
+    disk."""
     tensors, about = read_tensors(Path(path).expanduser())
     if about.get("kind") != "hpm codebook":
         raise UserError(f"{path} is no codebook: make one by hpm tokenize DATA --out {path}")
@@ -72,17 +73,17 @@ def load_codebook(path: str) -> Codebook:
 def kmeans(
     vectors: Float[Tensor, "vectors dim"], k: int, rounds: int, generator: torch.Generator
 ) -> tuple[Float[Tensor, "codes dim"], float]:
-    """Lloyd's algorithm from a k-means++ start: (codes, inertia).
+    """Lloyd's algorithm with k-means++ initialisation: (codes, inertia).
 
-    The inertia is the sum of squared distances to the nearest code. A code that loses all of its
-    vectors moves to the one that is furthest from any code.
+    The inertia is the sum of squared distances to the nearest code. A code without vectors moves to
+    the vector that is furthest from its nearest code.
     """
-    codes = _spread_start(vectors, k, generator)
+    codes = _kmeans_plus_plus(vectors, k, generator)
     before = math.inf
     for _ in track(range(rounds), "k-means"):
         nearest, distances = nearest_code(vectors, codes)
         inertia = distances.double().sum().item()
-        if inertia > before * (1 - STILL):
+        if inertia > before * (1 - CONVERGED):
             break
         before = inertia
         sums = torch.zeros_like(codes).index_add_(0, nearest, vectors)
@@ -93,16 +94,16 @@ def kmeans(
     return codes, nearest_code(vectors, codes)[1].double().sum().item()
 
 
-def _spread_start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each code is drawn with a chance in proportion to
-    the squared distance to those before."""
+def _kmeans_plus_plus(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each code is drawn with a probability proportional
+    to the squared distance to the nearest earlier code."""
     first = int(torch.randint(len(vectors), (1,), generator=generator))
     codes = [vectors[first]]
     distances = (vectors - codes[0]).square().sum(1)
     for _ in range(k - 1):
-        reach = distances.double().cumsum(0)
-        place = float(torch.rand(1, generator=generator)) * reach[-1]
-        codes.append(vectors[torch.searchsorted(reach, place).clamp(max=len(vectors) - 1)])
+        cumulative = distances.double().cumsum(0)
+        drawn = float(torch.rand(1, generator=generator)) * cumulative[-1]
+        codes.append(vectors[torch.searchsorted(cumulative, drawn).clamp(max=len(vectors) - 1)])
         distances = torch.minimum(distances, (vectors - codes[-1]).square().sum(1))
     return torch.stack(codes)
 
@@ -110,10 +111,10 @@ def _spread_start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor
 def nearest_code(
     vectors: Float[Tensor, "vectors dim"], codes: Float[Tensor, "codes dim"]
 ) -> tuple[Int[Tensor, " vectors"], Float[Tensor, " vectors"]]:
-    """(number of the nearest code, squared distance to it) of each vector."""
+    """(index of the nearest code, squared distance to it) of each vector."""
     ids, distances = [], []
     lengths = codes.square().sum(1)
-    for part in vectors.split(ROWS_AT_A_TIME):
+    for part in vectors.split(CHUNK_SIZE):
         squared = lengths - 2 * part @ codes.T
         least, nearest = squared.min(1)
         ids.append(nearest)

@@ -1,4 +1,4 @@
-"""Features of a frozen model."""
+"""Target: features of a frozen model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpm.targets.frozen_model import FrozenModel, load_frozen
 
 
 class FrozenTarget(Target):
-    """The features that a frozen model gives the patch, seeing the whole image."""
+    """Patch features of a frozen model on the full image."""
 
     config_options: ClassVar = ("target_model",)
 

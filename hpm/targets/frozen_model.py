@@ -1,4 +1,4 @@
-"""Any vision model of timm or Hugging Face, frozen: what it makes of each patch of an image."""
+"""Patch features of a frozen vision model from timm or Hugging Face."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Pixels = Float[Tensor, "batch channels height width"]
 
 
 class FrozenModel(nn.Module):
-    """A frozen model, fed as it wants to be fed.
+    """A frozen model with its own preprocessing.
 
     Args:
-        extract: normalised RGB images of its size -> features, [B D H W].
+        extract: maps normalised RGB images of `size` to features [B D H W].
         model: holds the weights.
-        size: (height, width) in pixels of its images.
-        mean, std: by which its images are normalised, of values in [0, 1].
+        size: (height, width) of its input in pixels.
+        mean, std: normalisation of its input, on a scale of 0 to 1.
     """
 
     mean: Tensor
@@ -49,18 +49,18 @@ class FrozenModel(nn.Module):
             self.dim: int = self.features(torch.zeros(1, 3, 8, 8)).shape[1]
         except (ValueError, RuntimeError) as error:
             name = type(model).__name__
-            raise UserError(f"{name}: its features cannot be laid on a grid ({error})") from None
+            raise UserError(f"{name}: its features do not form a grid ({error})") from None
 
     @torch.no_grad()
     def features(self, pixels: Pixels) -> Float[Tensor, "batch dim rows columns"]:
-        """Images with values in [0, 1], grey or RGB, of any size -> features on its own grid."""
+        """Features on the model's own grid, for grey or RGB images of any size in [0, 1]."""
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         if tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bicubic", antialias=True)
         return self.extract((pixels.clamp(0, 1) - self.mean) / self.std).float()
 
     def forward(self, pixels: Pixels, grid: tuple[int, int]) -> Float[Tensor, "batch patches dim"]:
-        """Features of every patch of a grid, resampled from the model's own where they differ."""
+        """Features of every patch of a grid, resampled if the model's own grid differs."""
         features = self.features(pixels)
         if tuple(features.shape[-2:]) != grid:
             features = F.interpolate(features, grid, mode="bilinear", antialias=True)
@@ -68,10 +68,10 @@ class FrozenModel(nn.Module):
 
 
 def load_frozen(name: str, fetch: bool = True) -> FrozenModel:
-    """`timm/NAME`, `hf/NAME`, or a folder that holds a model of either.
+    """Load `timm/NAME`, `hf/NAME`, or a folder with a model of either.
 
-    fetch: from the network where it is not on disk. A name that comes from a file of weights and
-    not from the user must not be. Raises UserError where the model cannot be had.
+    fetch: download the model if it is not on disk; pass False for a name that comes from a weights
+    file and not from the user. Raises UserError if the model is not available.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -102,7 +102,7 @@ def _load_timm(model_name: str, name: str, fetch: bool) -> FrozenModel:
     def load() -> Any:
         config = None if local else timm.get_pretrained_cfg(model_name)
         if not (fetch or local or (config and config.hf_hub_id)):
-            # Of other addresses timm knows no way to look at the disk alone.
+            # For other URLs, timm has no way to use only its cache.
             raise OSError("not of the hub")
         return timm.create_model(model_name, pretrained=True, num_classes=0)
 
@@ -111,7 +111,7 @@ def _load_timm(model_name: str, name: str, fetch: bool) -> FrozenModel:
 
 
 def of_timm(model: Any, config: dict[str, Any]) -> FrozenModel:
-    """A model of timm with its data config (input_size, mean, std)."""
+    """Wrap a timm model. config: its data config (input_size, mean, std)."""
     _, height, width = config["input_size"]
 
     patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -140,8 +140,10 @@ def _load_hugging_face(model_name: str, name: str, fetch: bool) -> FrozenModel:
 
 
 def of_hugging_face(model: Any, preprocessing: dict[str, Any]) -> FrozenModel:
-    """A vision model of transformers (or the vision half of a pair, as of CLIP) with the contents
-    of its preprocessor_config.json."""
+    """Wrap a vision model of transformers, or the vision tower of a model such as CLIP.
+
+    preprocessing: the contents of its preprocessor_config.json.
+    """
     model = getattr(model, "vision_model", model)
     size = getattr(model.config, "image_size", None) or _input_size(preprocessing)
     height, width = (size, size) if isinstance(size, int) else size
@@ -160,12 +162,12 @@ def of_hugging_face(model: Any, preprocessing: dict[str, Any]) -> FrozenModel:
 def _on_grid(
     features: Tensor, size: torch.Size, patch_size: int | tuple[int, int] | None, dim: int
 ) -> Float[Tensor, "batch dim rows columns"]:
-    """Features of any layout as [B D H W]: tokens (without those in front that are no patches),
-    or a map with the channels first or last."""
+    """Rearrange features to [B D H W], from tokens (prefix tokens are dropped) or from a map with
+    channels first or last."""
     if features.ndim == 4:
         return features if features.shape[1] == dim else features.permute(0, 3, 1, 2)
     if patch_size is None:
-        raise ValueError("a model of tokens that does not tell its patch size")
+        raise ValueError("it returns tokens, and its patch size is unknown")
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     rows, columns = size[0] // height, size[1] // width
     if rows * columns > features.shape[1]:

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients."""
+"""Target: histograms of oriented gradients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HOG_CELL = 8  # pixels
 
 
 class HogTarget(Target):
-    """Histograms of oriented gradients (MaskFeat): of every channel, nine directions in cells of 8
-    pixels (of the patch, where 8 does not divide it), each histogram of unit length."""
+    """Histograms of oriented gradients (MaskFeat): nine directions for each channel, in cells of 8
+    pixels (or one cell per patch if 8 does not divide it), normalised to unit length."""
 
     def __init__(self, patch_size: tuple[int, ...], channels: int):
         self.cells = tuple(HOG_CELL if size % HOG_CELL == 0 else size for size in patch_size)
-        # How many cells a patch has along each axis.
+        # Cells per patch along each axis.
         self.per_patch = tuple(p // c for p, c in zip(patch_size, self.cells, strict=True))
         self.dim = math.prod(self.per_patch) * channels * HOG_BINS
 
@@ -46,8 +46,8 @@ def hog(
 ) -> Float[Tensor, "batch values rows columns"]:
     """Histograms of oriented gradients of every cell and channel (Dalal and Triggs 2005).
 
-    Central differences (none across the border), unsigned directions in nine bins, weighted by the
-    gradient's length, without interpolation between bins; each histogram of L2 norm 1.
+    Central differences (zero at the border), unsigned directions in nine bins, weighted by gradient
+    magnitude, without interpolation between bins. Each histogram has L2 norm 1.
     """
     batch, channels, height, width = images.shape
     rows, columns = height // cell[0], width // cell[1]

@@ -1,4 +1,4 @@
-"""Pixels, raw or normalised per patch."""
+"""Targets: pixels, raw or normalised per patch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from hpm.mining.losses import squared_error
 from hpm.models.patches import gather_patches, patchify
 from hpm.targets.base import Ids, Images, Patches, PatchLoss, Target, TargetInputs
 
-EPS = 1e-6  # of the variance, for patches of one colour
+EPS = 1e-6  # added to the variance, for constant patches
 
 
 class PixelTarget(Target):
     """Pixels of the patch, raw or standardised within it (MAE); HPM's targets.
 
-    Whichever is reconstructed, the predictor may rank by the loss in the other: they differ by the
-    variance of the patch.
+    The predictor may rank by the loss in either; the two differ by the variance of the patch.
     """
 
     config_options: ClassVar = ("ranking_signal",)
@@ -70,7 +69,7 @@ def pixel_target(
 
 
 def patch_statistics(patches: Patches) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B N 1] of each patch, by which normalised pixels are undone."""
+    """Mean and standard deviation [B N 1] of each patch, with which pixels are normalised."""
     mean = patches.mean(-1, keepdim=True)
     variance = patches.var(-1, keepdim=True)
     return mean, (variance + EPS).sqrt()

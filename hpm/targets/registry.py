@@ -1,4 +1,4 @@
-"""Targets by name: the built-in ones, those of installed packages, and those of the user's files.
+"""Find targets by name: built-in ones, those of installed packages, and those of the user's files.
 
 `--target` is the name of a built-in target, of an entry point in the group `hpm.targets`, or a
 dotted name such as `my_module:MyTarget`.
@@ -35,7 +35,7 @@ assert set(BUILT_IN) == set(get_args(TargetName))
 
 
 def check_target(config: PretrainConfig) -> None:
-    """Raises UserError for the first option that does not go together with the target."""
+    """Raise UserError for the first option that is incompatible with the target."""
     kind = find_target(config.target)
     for option, owner in options_of_others(config.target).items():
         value = getattr(config, option)
@@ -54,7 +54,7 @@ def check_target(config: PretrainConfig) -> None:
 
 
 def options_of_others(target: str) -> dict[str, str]:
-    """Options of the config that have no effect with a target: the target that each belongs to."""
+    """Options that have no effect with this target, and the target that each belongs to."""
     own = find_target(target).config_options
     return {
         option: name
@@ -72,11 +72,11 @@ def make_target(
     device: torch.device,
     fetch: bool = True,
 ) -> Target:
-    """The target of a checked config; `mean` and `std` are those that images are normalised by.
+    """Build the target of a checked config. mean, std: normalisation of the images.
 
-    fetch: False where the config comes from a file and not from the user: then no model is
-    downloaded and no module imported that the file names. Raises UserError where something that
-    the target needs is missing or does not fit.
+    fetch: False if the config comes from a file and not from the user; then no model is downloaded
+    and no module imported. Raises UserError if something that the target needs is missing or does
+    not match.
     """
     patch_size = architecture.patch_size
     inputs = TargetInputs(
@@ -94,10 +94,10 @@ def make_target(
 
 
 def find_target(name: str, trusted: bool = True) -> type[Target]:
-    """The class of a target. Raises UserError where there is none of this name.
+    """Find the class of a target. Raises UserError if there is none of this name.
 
-    trusted: the user gave the name. Where it comes from a file of weights, a dotted name is looked
-    up among the modules that are imported already, since importing one runs its code.
+    trusted: whether the name comes from the user. If it comes from a weights file, a dotted name is
+    looked up only among imported modules, because importing a module runs its code.
     """
     plugins = {point.name: point for point in entry_points(group=GROUP)}
     if name in BUILT_IN:
@@ -120,12 +120,12 @@ def find_target(name: str, trusted: bool = True) -> type[Target]:
 
 
 def _load(name: str, reference: str) -> type[Target]:
-    """The class that `module:Class` refers to; modules in the working folder are found too."""
+    """Import `module:Class`; modules in the working directory are found, too."""
     folder = os.getcwd()
     sys.path.append(folder)
     try:
         kind = EntryPoint(name, reference, GROUP).load()
-    except Exception as error:  # of the user's own code, whatever it is
+    except Exception as error:  # the user's code may raise anything
         raise UserError(f"target {name} cannot be imported: {one_line(error)}") from error
     finally:
         sys.path.remove(folder)
@@ -135,9 +135,9 @@ def _load(name: str, reference: str) -> type[Target]:
 
 
 def read_options(kind: type[Target], texts: tuple[str, ...]) -> dict[str, Any]:
-    """The values of `name=value` texts, as the constructor of the target annotates them.
+    """Parse `name=value` texts, by the annotations of the target's constructor.
 
-    Raises UserError where the target has no such option, or a value does not fit.
+    Raises UserError for an unknown option or an invalid value.
     """
     if not texts:
         return {}

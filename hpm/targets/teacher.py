@@ -1,4 +1,4 @@
-"""Features of the EMA teacher."""
+"""Target: features of the EMA teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
 
 
 class TeacherTarget(Target):
-    """The features that the EMA teacher gives the patch, seeing the whole image."""
+    """Patch features of the EMA teacher on the full image."""
 
     needs_teacher = True
 

@@ -1,4 +1,4 @@
-"""Tokens of a codebook."""
+"""Target: tokens of a codebook."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpm.targets.codebook import Codebook, load_codebook
 
 
 class TokenTarget(Target):
-    """The number of the nearest code of a codebook (as in BEiT), predicted by cross-entropy."""
+    """The index of the nearest code of a codebook, with a cross-entropy loss (as in BEiT)."""
 
     config_options: ClassVar = ("codebook",)
 
@@ -53,7 +53,7 @@ class TokenTarget(Target):
         self, images: Images, features: Tensor | None = None
     ) -> Int[Tensor, "batch patches 1"]:
         vectors = self.codebook.vectors(self.inputs.to_pixels(images), self.inputs.grid)
-        # In full precision: rounded distances would often name another code.
+        # In float32: rounded distances would often select another code.
         device_type = "cpu" if images.is_meta else images.device.type  # meta: no autocast
         with torch.autocast(device_type, enabled=False):
             return self.codebook.nearest(vectors)[..., None]

@@ -1,6 +1,6 @@
-"""Build a pre-training from its config: images, settings, folder, models, optimiser, log.
+"""Build a pre-training from its config: images, options, folder, models, optimiser, log.
 
-Each step takes what the ones before it returned, so that their order cannot be mistaken.
+Each step takes the results of the previous ones, which fixes their order.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from hpm.weights.run_folder import RunFolder
 
 
 def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
-    """The run of a config, at the latest checkpoint of its folder if there is one.
+    """Build a run, restored from the latest checkpoint of its folder if there is one.
 
-    Raises UserError where the folder, the data or the weights do not fit the config.
+    Raises UserError if the folder, the data or the weights do not fit the config.
     """
     images = open_images(config)
     files = RunFolder(Path(config.out))
@@ -69,8 +69,8 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     for part in (model.encoder, model.reconstructor, model.predictor):
         if part is not None:
             part.checkpoint_activations = config.checkpoint_activations
-    # Only the training step runs what is compiled, always on one shape. Figures, measures and
-    # probes take the modules themselves: their other shapes would compile it anew.
+    # Only the training step, whose shapes never change, uses the compiled functions. Figures,
+    # measures and probes have other shapes, which would trigger recompilation.
     student = distributed.data_parallel(_compile(model, compiled))
     eager_miner = make_miner(config, architecture, teacher.model, memory, target.needs_teacher)
     predict_loss = _compile(eager_miner.model.predict_loss, compiled)
@@ -103,13 +103,13 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
         probe_seconds=meta.get("probe_seconds", 0.0),
     )
     if checkpoint:
-        notes.append(f"going on from {checkpoint.path}, step {step}")
+        notes.append(f"resuming from {checkpoint.path}, step {step}")
     _introduce(run, notes, resumed=checkpoint is not None)
     return run
 
 
 def open_images(config: PretrainConfig) -> TrainingImages:
-    """The images to train on and those to measure on."""
+    """Open the data, and hold out images for evaluation."""
     splits = open_source(config.data)
     train, held_out = splits.train, None
     if config.holdout > 0 and splits.test is not None:
@@ -124,8 +124,8 @@ def open_images(config: PretrainConfig) -> TrainingImages:
 def settle(
     config: PretrainConfig, images: TrainingImages, files: RunFolder, device: torch.device
 ) -> PretrainConfig:
-    """The config, its open options replaced by what they mean here. An interrupted run keeps the
-    learning rate that it began with."""
+    """Resolve the options that depend on data and machine. A resumed run keeps its learning
+    rate."""
     if config.base_lr is None:
         config = dataclasses.replace(config, base_lr=distributed.from_main(files.base_lr()))
     return resolve(config, len(images.source), device, distributed.world_size())
@@ -134,7 +134,7 @@ def settle(
 def claim_folder(
     files: RunFolder, config: PretrainConfig, images: TrainingImages
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Lock the folder; (its latest checkpoint, lines for the log)."""
+    """Lock the folder. Returns (its latest checkpoint, lines for the log)."""
     note = distributed.main_first(
         lambda: claim(files, config, len(images.source), images.fingerprint)
     )
@@ -145,7 +145,7 @@ def claim_folder(
 def channel_statistics(
     config: PretrainConfig, source: Source, architecture: Architecture
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, full scale being 1."""
+    """Mean and standard deviation of each channel, on a scale of 0 to 1."""
     if config.normalize == "imagenet":
         return IMAGENET_MEAN, IMAGENET_STD
     if config.normalize == "timm":
@@ -157,7 +157,7 @@ def channel_statistics(
 
 
 def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:
-    """Load the weights that a new run starts from, where it names some; lines for the log."""
+    """Load the weights of --init or --pretrained. Returns lines for the log."""
     if config.init:
         return [initialise(model, config.init, config.init_partial, config.init_teacher)]
     if config.pretrained:
@@ -167,7 +167,7 @@ def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:
 
 
 def _load_pretrained(model: MaskedImageModel) -> None:
-    """timm's weights, fetched by one process; the others then find them on the disk."""
+    """Load timm's weights. One process downloads them for all."""
     encoder = model.encoder
     assert isinstance(encoder, (TimmEncoder, HieraEncoder))
 
@@ -182,7 +182,7 @@ def _load_pretrained(model: MaskedImageModel) -> None:
 def make_memory(
     config: PretrainConfig, source: Source, model: MaskedImageModel, device: torch.device
 ) -> HardnessMemory | None:
-    """Where something is to be remembered: losses, or what the teacher predicted."""
+    """A memory of losses or predictions, if the options need one."""
     if config.mask not in HARD_SHARES or (config.mine_by, config.mine_every) == ("teacher", 1):
         return None
     progress = config.mine_by == "progress"
@@ -190,17 +190,17 @@ def make_memory(
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether student and teacher are compiled."""
+    """Whether to compile student and teacher."""
     return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
 def _compile(part: Any, compiled: bool) -> Any:
-    """A module or function, compiled where that is asked for."""
+    """Compile a module or function if `compiled`."""
     return torch.compile(part, dynamic=False) if compiled else part
 
 
 def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
-    """The first lines of the log."""
+    """Log the first lines of a session."""
     config, total, count = run.config, run.schedule.total, len(run.images.source)
     lines = [_introduction(run)]
     lines += [] if resumed else few_steps(config, total, count)

@@ -1,4 +1,4 @@
-"""Refuse what cannot work before anything is loaded: one clear line each."""
+"""Check the options of a pre-training before anything is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MINED_BY_LOSS = tuple(mask for mask in HARD_SHARES if mask != "attention")
 
 
 def check_pretrain(config: PretrainConfig) -> None:
-    """Raises UserError for the first option that cannot work, alone or with another."""
+    """Raise UserError for the first invalid option or combination of options."""
     check_rules(config)
     _check_model(config)
     architecture = resolve_model(config)
@@ -45,7 +45,7 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 
 def _check_model(config: PretrainConfig) -> None:
-    """What timm has is checked where it is asked for its shape, by `resolve_model`."""
+    """Check --model, --pretrained and --init. `resolve_model` checks the names of timm's models."""
     ours = not config.model.startswith(TIMM)
     if ours and config.model not in SIZES:
         raise UserError(
@@ -55,9 +55,12 @@ def _check_model(config: PretrainConfig) -> None:
     if not config.pretrained:
         return
     if ours:
-        raise UserError(f"pretrained: there are none of {config.model}; name a model {TIMM}NAME")
+        raise UserError(
+            f"pretrained: there are no pretrained weights for {config.model}; pass --model "
+            f"{TIMM}NAME"
+        )
     if config.init:
-        raise UserError("pretrained and init are two different starts: pass one of them")
+        raise UserError("pretrained and init both set the first weights: pass one of them")
     from hpm.models.timm_models import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
@@ -66,7 +69,7 @@ def _check_model(config: PretrainConfig) -> None:
 def _check_timm_input(config: PretrainConfig) -> None:
     if not config.model.startswith(TIMM):
         raise UserError(
-            f"normalize timm is of timm's models, but model is {config.model}: pass --normalize "
+            f"normalize timm needs a model of timm, but model is {config.model}: pass --normalize "
             f"imagenet or measured, or --model {TIMM}NAME"
         )
     from hpm.models.timm_models import timm_input
@@ -94,7 +97,7 @@ def _check_sizes(architecture: Architecture) -> None:
                 f"the nearest that fits is --image-size {fitting}"
             )
     widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
-    if architecture.model is None:  # timm's own fit
+    if architecture.model is None:  # timm's models are consistent
         widths.insert(0, ("embed_dim", "num_heads"))
     numbers = architecture.to_json()
     for dim, heads in widths:
@@ -104,7 +107,7 @@ def _check_sizes(architecture: Architecture) -> None:
 
 
 def sizes_of(architecture: Architecture) -> list[tuple[int, int]]:
-    """(pixels of the image, pixels of a patch) along each axis."""
+    """(size of the image, size of a patch) in pixels along each axis."""
     return list(zip(architecture.image_size, architecture.patch_size, strict=True))
 
 
@@ -115,10 +118,10 @@ def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
         find_mask(config.mask)
     visible = int(patches * (1 - config.mask_ratio))
     if visible in (0, patches):
-        lacking, mend = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
+        missing, remedy = ("visible", "smaller") if visible == 0 else ("hidden", "larger")
         raise UserError(
-            f"mask_ratio {config.mask_ratio} leaves no {lacking} patch of {patches}: "
-            f"pass a {mend} --mask-ratio, or smaller patches"
+            f"mask_ratio {config.mask_ratio} leaves no {missing} patch of {patches}: "
+            f"pass a {remedy} --mask-ratio, or smaller patches"
         )
     by_teacher = not config.mines_by_memory
     if config.mask in MINED_BY_LOSS and config.predictor_loss == "none" and by_teacher:

@@ -1,4 +1,4 @@
-"""The folder of a training with labels: locked, resumed from its checkpoint, saved into."""
+"""The folder of a supervised training: locking, resuming and saving."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hpm.weights.checkpoint import list_checkpoints, load_checkpoint, restore, s
 
 @dataclass
 class TrainingFolder:
-    """Where a training keeps its checkpoint.
+    """The folder of a training.
 
-    folder: its own; nothing else trains into it at the same time.
-    kind: what it is, in messages, such as `fine-tuning`.
-    identity: what must be the same for it to go on (options, data, first weights), as JSON has it.
+    folder: used by one training at a time.
+    kind: name of the kind of training in messages, such as `fine-tuning`.
+    identity: values that must be unchanged to resume (options, data, first weights), JSON-like.
     """
 
     folder: Path
@@ -38,8 +38,8 @@ class TrainingFolder:
         return self.folder / "checkpoints"
 
     def claim(self) -> str | None:
-        """Make and lock the folder (see `hpm.core.lock`); `release` gives it back. Returns a line
-        for the user, if there is something to say."""
+        """Create and lock the folder (see `hpm.core.lock`) until `release`. Returns a line for the
+        log, or None."""
         return distributed.main_first(lambda: lock.acquire(self.folder))
 
     def release(self) -> None:
@@ -48,9 +48,9 @@ class TrainingFolder:
     def resume(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, unreadable: UnreadableImages
     ) -> int:
-        """Put back what the latest checkpoint holds. Returns its step, 0 where there is none.
+        """Restore the latest checkpoint. Returns its step, or 0 if there is none.
 
-        UserError where the checkpoint is of another training.
+        Raises UserError if the checkpoint belongs to another training.
         """
         distributed.main_first(lambda: remove_stale(self.folder, self.checkpoints))
         found = distributed.from_main(list_checkpoints(self.checkpoints))
@@ -76,7 +76,7 @@ class TrainingFolder:
         step: int,
         unreadable: UnreadableImages,
     ) -> None:
-        """Write a checkpoint in place of the one before."""
+        """Write a checkpoint, which replaces the previous one."""
         meta = {"step": step, "identity": self.identity, "unreadable": unreadable.problems}
         distributed.main_first(
             lambda: save_checkpoint(self.checkpoints, model, None, optimizer, meta, keep=1)

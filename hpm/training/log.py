@@ -1,5 +1,4 @@
-"""What a run tells while it trains: progress bar, train.log, metrics.jsonl, TensorBoard, and a
-tracker."""
+"""Log a run: progress bar, train.log, metrics.jsonl, TensorBoard and a tracker."""
 
 from __future__ import annotations
 
@@ -31,12 +30,11 @@ from hpm.core.errors import one_line
 from hpm.core.files import write_text
 from hpm.training.trackers import Tracker, start_tracker
 
-# A plain line is printed this many times where there is no terminal for a bar.
-PLAIN_LINES = 50
+PLAIN_LINES = 50  # lines of progress over a run, if stderr is not a terminal
 
 
 class TrainingProgress(Progress):
-    """The bar with step and time, and below it the latest numbers: 80 columns hold one of them."""
+    """A bar with step and time, and the latest numbers on a second line to fit 80 columns."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -45,10 +43,10 @@ class TrainingProgress(Progress):
 
 
 class RunLog:
-    """Writes to the run folder and to the screen; the processes other than the main stay silent.
+    """Logs to the run folder, the terminal and, with a config, to its tracker.
 
-    A log that cannot be written is said once and never stops training. With a config, the tracker
-    that it names is told as well.
+    Inactive except in the main process. Errors of logging are reported once and never stop
+    training.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class RunLog:
             self._progress.start()
 
     def close(self) -> None:
-        """Leave the screen and the files in order."""
+        """Stop the progress bar and close all files."""
         if self._progress:
             self._progress.stop()
         if self._tensorboard:
@@ -107,7 +105,7 @@ class RunLog:
         self._track(lambda tracker: tracker.close(self._last_step >= self.total_steps))
 
     def info(self, text: str) -> None:
-        """A line for the screen and for train.log."""
+        """Log a line to the terminal and to train.log."""
         if not self.active:
             return
         self.console.print(text, markup=False)
@@ -118,13 +116,13 @@ class RunLog:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def info_once(self, text: str) -> None:
-        """The same, but nothing where that line was logged this way before."""
+        """Like `info`, but logs each line only once."""
         if text not in self._logged_once:
             self._logged_once.add(text)
             self.info(text)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Named numbers of a step, for metrics.jsonl, TensorBoard and the tracker."""
+        """Log numbers to metrics.jsonl, TensorBoard and the tracker."""
         if not self.active:
             return
         self._last_step = step
@@ -137,11 +135,11 @@ class RunLog:
         self._track(lambda tracker: tracker.metrics(step, values))
 
     def figure(self, step: int, path: Path) -> None:
-        """The latest figure, for the tracker."""
+        """Log a figure to the tracker."""
         self._track(lambda tracker: tracker.figure(step, path))
 
     def progress(self, step: int, status: str) -> None:
-        """Move the bar, or now and then print a line where there is none."""
+        """Update the bar; without a terminal, print a line now and then."""
         if self._progress:
             self._progress.update(self._task, completed=step, status=status)
         elif self.active:
@@ -152,7 +150,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def never_fail(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong in here is said, once of each such thing, and training goes on."""
+        """Turn any error in the block into a warning, once for each `what`."""
         try:
             yield
         except Exception as error:
@@ -162,22 +160,22 @@ class RunLog:
                 with contextlib.suppress(OSError):
                     self.info(f"warning: {what} failed ({text})")
 
-    def _track(self, tell: Callable[[Tracker], None]) -> None:
-        """Tell the tracker. One that fails is left alone: it has tried again itself, and every
-        further failure would hold training up as long."""
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        """Call the tracker, and drop it if it fails: it has already retried, and every further
+        failure would delay training as long."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             with self.never_fail(self._tracking):
-                tell(tracker)
+                call(tracker)
                 self._tracker = tracker
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory in GB: the GPU's, or this process's where there is none."""
+    """Peak memory in GB: on the GPU if there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts what the process that started this one held in ru_maxrss
+    if status.exists():  # on Linux, ru_maxrss includes the peak of the parent process
         (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())
         return int(peak) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -185,7 +183,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop what an interrupted run logged beyond the checkpoint that it goes on from."""
+    """Drop lines that an interrupted run logged after the checkpoint that it resumes from."""
     if not path.exists():
         return
     kept = []

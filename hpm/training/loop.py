@@ -1,14 +1,14 @@
 """The training loop of pre-training, fine-tuning, segmentation and detection.
 
-A training is an object with the attributes and methods of `Training` and a function that takes one
-optimiser step. `train` runs the steps that are left:
+A training is an object with the attributes and methods of `Training`, and a function that takes one
+optimiser step. `train` runs the remaining steps:
 
     with stop_signals() as stop:
         train(training, training.train_step, stop, [Event(every(100), training.evaluate)])
 
-It fetches batches, takes steps, reads and logs the losses, calls the events, saves, and stops on a
-signal. What a step computes is up to the training; `accumulated`, `optimizer_step` and `autocast`
-are the pieces that steps have in common:
+It fetches batches, takes steps, logs the losses, calls the events, saves, and stops on a signal.
+The training defines what a step computes; `accumulated`, `optimizer_step` and `autocast` are
+building blocks for it:
 
     def train_step(self, batch: Batch, step: int) -> StepResult:
         losses = []
@@ -45,11 +45,11 @@ Part = TypeVar("Part")
 
 @dataclass
 class StepResult:
-    """What an optimiser step leaves behind, on the device: nothing here was waited for.
+    """The result of an optimiser step: tensors on the device, not synchronised.
 
-    losses: scalars by name. Their means are logged, and one that is not finite stops the training.
+    losses: scalars by name. Their means are logged; a non-finite one stops the training.
     measures: further scalars to log, which may be NaN.
-    tensors: what `Training.not_finite` may want to keep for a replay.
+    tensors: tensors that `Training.not_finite` may save for a replay.
     """
 
     losses: dict[str, Tensor]
@@ -61,14 +61,14 @@ class StepResult:
         return self.losses | self.measures
 
 
-TrainStep = Callable[[Any, int], StepResult]  # (batch, 0-based step), without waiting
+TrainStep = Callable[[Any, int], StepResult]  # (batch, 0-based step); must not synchronise
 
 
 class Event(NamedTuple):
-    """Something that happens between two steps, such as an evaluation or a figure.
+    """Something to do between steps, such as an evaluation or a figure.
 
-    due: whether it happens after this many steps.
-    run: does it; all processes call it, and wait for the main one at its end.
+    due: whether to run after this many steps.
+    run: called by all processes, which then wait for the main one.
     """
 
     due: Callable[[int], bool]
@@ -77,10 +77,10 @@ class Event(NamedTuple):
 
 @runtime_checkable
 class Training(Protocol):
-    """What the loop asks of a training.
+    """What the loop needs from a training.
 
-    step: optimiser steps done. The loop counts it up; a resumed training starts at that of its
-        checkpoint.
+    step: number of optimiser steps done, which the loop increments. A resumed training starts at
+        the step of its checkpoint.
     """
 
     step: int
@@ -90,49 +90,48 @@ class Training(Protocol):
 
     @property
     def total_steps(self) -> int:
-        """Its length."""
+        """Number of steps of the whole training."""
         ...
 
     @property
     def images_per_step(self) -> int:
-        """Over all processes."""
+        """Number of images per step over all processes."""
         ...
 
     @property
     def log_every(self) -> int:
-        """Steps from one reading of the losses to the next."""
+        """Steps between two log entries."""
         ...
 
     def batches(self) -> Iterator[Any]:
-        """This process's batches, from the present step to the last; see `counted_batches`."""
+        """This process's batches, from `step` to the last; see `counted_batches`."""
         ...
 
     def describe(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
-        """(further numbers to log, such as the learning rate; the text for the progress bar), given
-        the means of the losses and measures since the last reading."""
+        """(further numbers to log, such as the learning rate; text for the progress bar), given the
+        means of losses and measures since the last log entry."""
         ...
 
     def not_finite(self, batch: Any, result: StepResult) -> UserError:
-        """The error to raise where a loss of this step, now `step`, is not finite."""
+        """The error to raise for a non-finite loss. `step` is the number of the failed step."""
         ...
 
     def saves(self, steps_done: int) -> bool:
-        """Whether to save after this many steps. The loop also saves where it is stopped."""
+        """Whether to save after this many steps. The loop also saves when it is stopped."""
         ...
 
     def save(self) -> None:
-        """Write a checkpoint of `step`; all processes call it."""
+        """Write a checkpoint. All processes call it."""
         ...
 
 
 def train(
     training: Training, train_step: TrainStep, stop: Stop, events: Sequence[Event] = ()
 ) -> None:
-    """Take all steps that are left.
+    """Run the remaining steps.
 
-    Events run after the losses are read and before a checkpoint is saved. Raises Interrupted, once
-    saved, where any process was told to stop, and UserError where a loss is not finite or too many
-    images are unreadable.
+    Events run after logging and before saving. Raises Interrupted, after saving, if any process
+    received a stop signal, and UserError if a loss is not finite or too many images are unreadable.
     """
     batches, interval = training.batches(), Interval()
     for step in range(training.step, training.total_steps):
@@ -147,7 +146,7 @@ def train(
         if not (due or saving or logging or stopping):
             continue
         log_losses(training, interval)
-        # Several processes agree here, where they wait for each other anyway.
+        # Several processes agree on stopping here, where they synchronise anyway.
         stop_signal = max(distributed.gather(stop.received))
         for event in due:
             event.run()
@@ -160,15 +159,15 @@ def train(
 
 
 class Interval:
-    """The steps since the losses were last read, and the time that they took."""
+    """The steps since the last log entry, and their time."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, StepResult]] = []  # (batch, result)
         self.data_wait = 0.0  # seconds
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
     def next_batch(self, batches: Iterator[Part]) -> Part:
-        """The next batch; the time spent waiting for it is added up."""
+        """The next batch. Adds the time to load it to `data_wait`."""
         start = time.perf_counter()
         batch = next(batches)
         self.data_wait += time.perf_counter() - start
@@ -176,18 +175,18 @@ class Interval:
 
 
 def log_losses(training: Training, interval: Interval) -> None:
-    """Log the mean losses of the steps, and stop if one is not finite.
+    """Log the mean losses of the steps. Raises `not_finite` if one is not finite.
 
-    The only place where the loop waits for the device.
+    This is the only place where the loop synchronises with the device.
     """
     results = [result for _, result in interval.steps]
     rows = torch.stack([torch.stack(list(result.scalars.values())) for result in results])
     rows = distributed.mean(rows).cpu()
-    seconds = time.perf_counter() - interval.began
+    seconds = time.perf_counter() - interval.start
     finite = rows[:, : len(results[0].losses)].isfinite().all(1)
     if not finite.all():
         first = int((~finite).nonzero()[0])
-        training.step += first + 1 - len(rows)  # so that all that is said names that step
+        training.step += first + 1 - len(rows)  # messages name the failed step
         raise training.not_finite(*interval.steps[first])
     training.unreadable.check(training.log.info)
     means = dict(zip(results[0].scalars, rows.mean(0).tolist(), strict=True))
@@ -207,17 +206,17 @@ def log_losses(training: Training, interval: Interval) -> None:
 
 
 def every(steps: int, total_steps: int) -> Callable[[int], bool]:
-    """When an event is due that happens every so many steps and after the last one."""
+    """`Event.due` for every `steps` steps, and after the last one."""
     return lambda steps_done: steps_done % steps == 0 or steps_done == total_steps
 
 
 def counted_batches(
     loader: Iterable[Part], unreadable: UnreadableImages, batch_size: int
 ) -> Iterator[Part]:
-    """The batches of a loader, what it could not read being counted.
+    """The batches of a loader, adding unreadable images to `unreadable`.
 
-    batch_size: samples in each batch of this process. UserError where one has fewer, because no
-    readable image was left to stand in.
+    batch_size: samples in each batch of this process. Raises UserError for a smaller batch, which
+    means that no readable image is left.
     """
     for batch in loader:
         indices: Tensor = batch.indices  # type: ignore[attr-defined]
@@ -229,10 +228,10 @@ def counted_batches(
 
 
 def accumulated(model: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts of a batch, one after another. In the block after each, gradients add up; they are
-    averaged over the processes in the last alone.
+    """Iterate over the parts of a batch for gradient accumulation. Gradients are averaged over the
+    processes only in the last part.
 
-    model: as `hpm.core.distributed.data_parallel` returns it.
+    model: as returned by `hpm.core.distributed.data_parallel`.
     """
     for number, part in enumerate(parts, 1):
         with distributed.no_gradient_sync(model, last=number == len(parts)):
@@ -245,10 +244,10 @@ def optimizer_step(
     learning_rate: float,
     clip_grad: float | None = None,
 ) -> Tensor | None:
-    """Clip the gradients to this norm, update the weights, and clear the gradients.
+    """Clip the gradients to the norm `clip_grad`, update the weights, and clear the gradients.
 
-    learning_rate: multiplied by `lr_scale` in the parameter groups that have one. Returns the norm
-    before it was clipped; None where nothing is clipped.
+    learning_rate: multiplied by the `lr_scale` of parameter groups that have one. Returns the
+    gradient norm before clipping, or None without clipping.
     """
     with phase("optimiser"):
         for group in optimizer.param_groups:
@@ -262,7 +261,9 @@ def optimizer_step(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass. precision: `float32`, `bfloat16`, or `auto`, which is bfloat16
-    on a GPU and float32 on a CPU."""
+    """Autocast context for a forward pass.
+
+    precision: `float32`, `bfloat16`, or `auto`, which is bfloat16 on a GPU and float32 on a CPU.
+    """
     enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

@@ -1,4 +1,4 @@
-"""A training whose loss is not finite: what is kept of it, and what the user reads."""
+"""Handle a loss that is not finite: save the batch, and write an error with advice."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hpm.weights.checkpoint import list_checkpoints
 from hpm.weights.run_folder import RunFolder
 
 LOSSES = ("reconstruction_loss", "predictor_loss")
-READINGS = 20  # before a checkpoint that its losses are compared with
-NEAR = 2.0  # times the median of those
+WINDOW = 20  # logged losses before a checkpoint, whose median its loss is compared with
+MAX_RATIO = 2.0  # of a good checkpoint's loss to that median
 
 
 def not_finite_error(
     files: RunFolder, step: int, tensors: StateDict, config: PretrainConfig
 ) -> UserError:
-    """Save the tensors of the step for a replay. The error says where they are, which checkpoint is
-    still good, and what to change."""
+    """Save the step's tensors for a replay. Returns an error that names the file, the last good
+    checkpoint, and what to change."""
     file = files.folder / f"not_finite_step_{step:08d}_rank_{distributed.rank()}.safetensors"
     write_tensors(file, tensors, {"batch_of_step": step})
     checkpoints = list_checkpoints(files.checkpoints)
@@ -36,10 +36,10 @@ def not_finite_error(
 
 
 def judge_checkpoints(checkpoints: Sequence[Path], metrics: Sequence[dict[str, Any]]) -> str:
-    """Which checkpoint to go back to: the latest whose losses were near the ones read before it.
+    """Find the latest checkpoint whose losses had not risen yet; returns a text.
 
-    Losses often grow for some steps before they are not finite, and a checkpoint of that time is
-    finite, but no good. checkpoints: oldest first; metrics: the lines of metrics.jsonl.
+    Losses often rise for some steps before they become non-finite; checkpoints of that time are
+    finite but useless. checkpoints: oldest first. metrics: the lines of metrics.jsonl.
     """
     if not checkpoints:
         return "there is no checkpoint yet"
@@ -54,7 +54,7 @@ def judge_checkpoints(checkpoints: Sequence[Path], metrics: Sequence[dict[str, A
 
 
 def advice(config: PretrainConfig) -> str:
-    """What to change, of what is not so already."""
+    """What to change in the configuration."""
     changes = []
     if config.base_lr:
         changes.append(f"lower --base-lr (it is {config.base_lr:g})")
@@ -66,14 +66,14 @@ def advice(config: PretrainConfig) -> str:
 
 
 def _risen(step: int, metrics: Sequence[dict[str, Any]]) -> str | None:
-    """Which loss had risen when a checkpoint was written, in words; None for none."""
+    """Describe the loss that had risen at the step of a checkpoint; None if none had."""
     for name in LOSSES:
-        read = [line[name] for line in metrics if name in line and line["step"] <= step]
-        if len(read) < 2:
+        values = [line[name] for line in metrics if name in line and line["step"] <= step]
+        if len(values) < 2:
             continue
-        usual = statistics.median(read[-1 - READINGS : -1])
-        if not read[-1] <= NEAR * usual:
-            return f"at step {step} {name} was {read[-1]:.3g}, before that {usual:.3g}"
+        median = statistics.median(values[-1 - WINDOW : -1])
+        if not values[-1] <= MAX_RATIO * median:
+            return f"at step {step} {name} was {values[-1]:.3g}, before that {median:.3g}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Optimiser and schedules; a schedule is a pure function of the step."""
+"""Optimiser, parameter groups, and schedules as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 from hpm.models.encoder import Encoder
 
-# Names of encoders' parameters, ours and timm's.
+# Parameter names in our encoders and timm's.
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "rope")
 FREQUENCIES = "rope.freqs"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weight decay on matrices and tokens, none on 1-D parameters (biases, norms) and
-    on the frequencies of rotary positions."""
+    """Two groups: with weight decay (matrices, tokens), and without (1-D parameters such as biases
+    and norms, and RoPE frequencies)."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if p.ndim > 1 and not name.endswith(FREQUENCIES)]
     other = [p for name, p in trained if p.ndim <= 1 or name.endswith(FREQUENCIES)]
@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def adamw(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused into one kernel."""
+    """Fused AdamW over `parameter_groups`."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
@@ -38,12 +38,12 @@ def adamw(
 def layer_decay_groups(
     model: nn.Module, lr: float, layer_decay: float, weight_decay: float
 ) -> list[dict]:
-    """Parameter groups whose learning rates fall by `layer_decay` from each layer to the one below.
+    """Parameter groups with layer-wise learning rate decay (BEiT; MAE, appendix A.1; ViTDet).
 
-    All that is not of the model's encoder (heads, pyramids) and the encoder's norm are at `lr`; the
-    last block one factor below, and so on; tokens, positions and patch projection are the lowest
-    layer (BEiT; MAE, appendix A.1; ViTDet). No weight decay on 1-D parameters, on prefix tokens and
-    on positions. Each group has its `lr_scale`. Raises ValueError where there is no encoder.
+    The top layer, at `lr`, is everything outside of the encoder (heads, pyramids) and the encoder's
+    final norm. Each block below is scaled by a further factor `layer_decay`; tokens, positions and
+    patch projection are the lowest layer. No weight decay on 1-D parameters, prefix tokens and
+    positions. Each group has an `lr_scale`. Raises ValueError unless the model has one encoder.
     """
     encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, Encoder)]
     if len(encoders) != 1:
@@ -75,7 +75,7 @@ def layer_decay_groups(
 def learning_rate(
     step: float, total_steps: float, warmup_steps: float, peak: float, minimum: float = 0.0
 ) -> float:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum`."""
+    """Linear warm-up from 0 to `peak`, then cosine decay to `minimum`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1e-12, total_steps - warmup_steps))
@@ -109,10 +109,10 @@ def polynomial_rate(
 
 
 def ema_decay(step: float, horizon_start: float, horizon_end: float, ramp_steps: float) -> float:
-    """Teacher's decay, rising linearly over the first `ramp_steps` between two horizons.
+    """The teacher's EMA decay, increasing linearly over the first `ramp_steps`.
 
-    A horizon is the number of steps that the average reaches back: decay = 1 - 1 / horizon, so
-    the paper's 0.999 -> 0.9999 are horizons of 1,000 and 10,000 steps.
+    A horizon is the time constant of the average in steps: decay = 1 - 1 / horizon. The paper's
+    0.999 -> 0.9999 correspond to horizons of 1,000 and 10,000 steps.
     """
     start, end = 1 - 1 / max(1.0, horizon_start), 1 - 1 / max(1.0, horizon_end)
     return start + min(1.0, step / max(1.0, ramp_steps)) * (end - start)

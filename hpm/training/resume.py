@@ -1,5 +1,4 @@
-"""Whether a run may go on: with the options and the data that it began with, however and wherever
-they are written."""
+"""Check that a run is resumed with the same options and data, however they are spelled."""
 
 from __future__ import annotations
 
@@ -27,16 +26,21 @@ from hpm.weights.run_folder import RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
-NAMES = (TIMM, "hf/")  # of models, that are no paths
+NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
 DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
 def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
-    """Take a run folder for a resolved config and that many training images with this fingerprint:
-    lock it (see `hpm.core.lock`) and clear it of what killed saves left.
+    """Lock a run folder (see `hpm.core.lock`), remove stale temporary files, and write config.yaml
+    or check it.
 
-    Returns a line for the log, if any. UserError where the folder holds anything else, or another
-    process trains into it.
+    Args:
+        config: resolved.
+        count: number of training images.
+        found: their fingerprint.
+
+    Returns a line for the log, or None. Raises UserError if the folder holds something else, or if
+    another process trains into it.
     """
     if not run.config_file.exists() and run.folder.exists() and not _is_empty(run.folder):
         raise UserError(f"{run.folder} exists and is no run folder; choose another --out")
@@ -48,7 +52,7 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
         check_data(run.folder, read_meta(latest), config.data, count, found)
         check_options(run.folder, before, config, count)
         return note
-    # A run that never wrote a checkpoint has nothing to lose: its folder is taken over.
+    # A run without a checkpoint has nothing to lose, so its config may be overwritten.
     header = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
         f"{platform.python_version()}, {platform.platform()}\n"
@@ -61,10 +65,10 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
 
 
 def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, count: int) -> None:
-    """UserError for the first option that means something else than it did.
+    """Raise UserError for the first option whose meaning has changed.
 
-    before: the options of config.yaml; one that it lacks is of a later version, and not compared.
-    count: training images. Where the data lie is no matter here: see `check_data`.
+    before: the options of config.yaml; options that it lacks were added in a later version, and are
+    not compared. count: number of training images. See `check_data` for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     batch_size = config.global_batch_size
@@ -75,12 +79,12 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
 
     free = {name for name in now if may_change(name)} | {"data"}
     length = (before.get("steps") or before.get("epochs", 0) * (count // batch_size)) or total
-    if length == total:  # whether it was given in epochs or in steps
+    if length == total:  # the same length may be given in epochs or in steps
         free |= {"steps", "epochs"}
     for name, value in now.items():
         if name in free or name not in before:
             continue
-        if meaning(name, before[name], steps) != meaning(name, value, steps):
+        if canonical(name, before[name], steps) != canonical(name, value, steps):
             raise UserError(
                 f"{folder} holds another run: there {name} is {before[name]}, here {value}; "
                 f"choose another --out (with --init {folder} to start from its weights)"
@@ -90,13 +94,13 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
 def check_data(
     folder: Path, meta: dict[str, Any], data: str, count: int, found: Fingerprint
 ) -> None:
-    """UserError where the training images are not those of a checkpoint's meta data. A run of
-    before fingerprints were kept is told by the path of its data and by their number."""
-    began = meta["num_images"]
-    if count != began:
+    """Raise UserError if the training images are not those of a checkpoint's metadata. Checkpoints
+    without a fingerprint, of older versions, are compared by number of images and path."""
+    num_images = meta["num_images"]
+    if count != num_images:
         raise UserError(
-            f"{data} has {counted(count, 'training image')}, but the run began with {began}: put "
-            "the data back, or choose another --out"
+            f"{data} has {counted(count, 'training image')}, but the run began with {num_images}: "
+            "put the data back, or choose another --out"
         )
     if (known := meta.get("fingerprint")) and found:
         if changed := differing(known, found):
@@ -114,8 +118,11 @@ def check_data(
         )
 
 
-def meaning(name: str, value: Any, steps: Callable[[str], float]) -> Any:
-    """An option's value, the same for all ways to write it. steps: of a duration."""
+def canonical(name: str, value: Any, steps: Callable[[str], float]) -> Any:
+    """An option's value in a form that does not depend on its spelling.
+
+    steps: converts a duration to steps.
+    """
     if value is None:
         return None
     if name in SIZES:

@@ -1,4 +1,4 @@
-"""A pre-training at the step where it stands; `hpm.training.build.build_run` makes one."""
+"""The state of a pre-training; `hpm.training.build.build_run` creates it."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from hpm.weights.run_folder import RunFolder
 class TrainingImages:
     """The images of a run.
 
-    source: those that are trained on. held_out: those that are measured on. has_split: whether the
-    data have a split of their own for that. fingerprint: by which the data are known again.
+    source: training images. held_out: images for evaluation. has_split: whether held_out comes from
+    a split of its own. fingerprint: identifies the data when the run is resumed.
     """
 
     source: Source
@@ -58,29 +58,29 @@ class TrainingImages:
 
 @dataclass
 class PretrainingRun:
-    """Everything that a pre-training works with, and how far it is: a `Training` of the loop.
+    """The components and progress of a pre-training; implements `Training` of the loop.
 
     Args:
-        config: resolved, so that no option is left open.
-        schedule: its durations in steps.
+        config: resolved (see `schedule.resolve`).
+        schedule: durations in steps.
         architecture: of the model.
-        images: to train on, and to measure on.
+        images: training and held-out images.
         files: the run folder.
-        mean, std: of each channel, full scale being 1.
+        mean, std: of each channel, on a scale of 0 to 1.
         model: the student.
-        teacher: its EMA.
-        target: what is reconstructed.
-        memory: what is remembered about each image's patches, where something is.
+        teacher: EMA of the student.
+        target: computes what is reconstructed.
+        memory: memory of losses or predictions for each image, if used.
         optimizer: of the student.
-        student: the model as the training step runs it: compiled, where that was asked for, and
-            its gradients averaged over the processes.
-        miner: as the training step runs it, likewise compiled.
-        eager_miner: the same for figures and measures, whose shapes would compile it anew.
-        log: where numbers and messages go.
+        student: the model for the training step: compiled if configured, and wrapped to average
+            gradients over the processes.
+        miner: the miner for the training step, compiled if configured.
+        eager_miner: the miner for figures and measures, not compiled.
+        log: log of numbers and messages.
         unreadable: images that could not be read.
         step: optimiser steps done.
-        best_probe: step and top-1 in percent of the best probe so far.
-        probe_seconds: spent in probes.
+        best_probe: step and top-1 accuracy (%) of the best probe so far.
+        probe_seconds: total time of the probes.
     """
 
     config: PretrainConfig
@@ -125,7 +125,7 @@ class PretrainingRun:
 
     @property
     def num_hidden(self) -> int:
-        """How many patches are hidden, M."""
+        """Number of hidden patches, M."""
         return self.miner.num_hidden
 
     @cached_property
@@ -135,7 +135,7 @@ class PretrainingRun:
 
     @property
     def trained(self) -> Trained:
-        """The model as it is now, for measures and figures."""
+        """The current model, for measures and figures."""
         return Trained(
             self.config.out,
             self.architecture,
@@ -150,7 +150,7 @@ class PretrainingRun:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """This process's part of each batch, from the present step to the last."""
+        """This process's part of each batch, from `step` to the last."""
         config, source = self.config, self.images.source
         views = TrainingViews(
             self.image_size,
@@ -180,16 +180,16 @@ class PretrainingRun:
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """A batch's images [B C H W] -> normalised float32 on the device."""
+        """Move images [B C H W] to the device, and normalise them to float32."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.mean_and_std)
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Autocast context for a forward pass."""
         return autocast(self.device, self.config.precision)
 
     def seen(self, batch: Batch) -> Seen | None:
-        """Which images a batch shows and where in them, on the device, where that is remembered."""
+        """The images and crops of a batch, on the device; None without a memory."""
         if self.memory is None:
             return None
         assert batch.crops is not None, "training views come with their crops"
@@ -199,7 +199,7 @@ class PretrainingRun:
         )
 
     def num_hard(self, step: int) -> int:
-        """How many of the hidden patches are mined in a 0-based step: int(M alpha)."""
+        """Number of mined patches in a 0-based step: int(M alpha)."""
         config = self.config
         if config.mask not in HARD_SHARES:
             return 0
@@ -208,7 +208,7 @@ class PretrainingRun:
         return int(self.num_hidden * alpha)
 
     def describe(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
-        """The schedules of the last step, for the log; the losses, for the progress bar."""
+        """(scheduled values of the last step for the log, losses for the progress bar)."""
         step = self.step - 1
         values = {
             "learning_rate": self.schedule.learning_rate(step),
@@ -222,7 +222,7 @@ class PretrainingRun:
         return values, status
 
     def not_finite(self, batch: Batch, result: StepResult) -> UserError:
-        """Keeps the batch; the error says where, and which checkpoint is still good."""
+        """Save the batch. The error names the file and the last good checkpoint."""
         tensors = {"images": batch.images, "indices": batch.indices} | result.tensors
         return not_finite_error(self.files, self.step, tensors, self.config)
 
@@ -244,7 +244,7 @@ class PretrainingRun:
         )
 
     def save_best(self) -> None:
-        """Write the checkpoint that the probe found best; it is never pruned."""
+        """Write the checkpoint of the best probe, which is never pruned."""
         distributed.main_first(
             lambda: write_checkpoint(
                 self.files.best_checkpoint,
@@ -257,7 +257,7 @@ class PretrainingRun:
         )
 
     def save_backbone(self) -> None:
-        """Write the backbone of a finished run, once."""
+        """Write the backbone of a finished run, unless it exists."""
         if not self.files.backbone.exists():
             save_backbone(
                 self.files.backbone, self.model.encoder, self.architecture, self.mean, self.std

@@ -1,4 +1,4 @@
-"""Durations: converted to steps once, when the data and the number of processes are known."""
+"""The schedule of a run: durations in steps, and default values that depend on data and machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEW_IMAGES = 10
 
 @dataclass(frozen=True)
 class Schedule:
-    """All durations, in steps; what follows from them is a pure function of the step."""
+    """All durations in steps. Every scheduled value is a pure function of the step."""
 
     total: int
     steps_per_epoch: int
@@ -42,12 +42,12 @@ class Schedule:
         return self.total / self.steps_per_epoch
 
     def epoch(self, step: int) -> int:
-        """0-based epoch that a 0-based step belongs to."""
+        """0-based epoch of a 0-based step."""
         return step // self.steps_per_epoch
 
     def hard_share_progress(self, step: int) -> float:
-        """Share of training, in (0, 1], that the hard share of a 0-based step stands for: by steps,
-        or by whole epochs as in the paper."""
+        """Progress of training in (0, 1] at a 0-based step, for the hard share: counted in steps,
+        or in whole epochs as in the paper."""
         if self.hard_share_by == "epoch":
             return min(1.0, (self.epoch(step) + 1) / self.epochs)
         return (step + 1) / self.total
@@ -69,7 +69,7 @@ class Schedule:
 
 
 def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
-    """The schedule of a resolved config for that many training images."""
+    """The schedule of a resolved config for `num_images` training images."""
     batch_size = config.global_batch_size
     steps_per_epoch = num_images // batch_size
     total = num_steps(config, batch_size, num_images)
@@ -93,15 +93,15 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
 
 
 def num_steps(config: PretrainConfig, batch_size: int, num_images: int) -> int:
-    """Length of the training."""
+    """Length of training in steps."""
     return config.steps or config.epochs * (num_images // batch_size)
 
 
 def default_base_lr(steps: int, batch_size: int) -> float:
-    """Base learning rate where none is given: larger for shorter trainings.
+    """Default base learning rate: larger for shorter training.
 
-    The paper's 1.5e-4 x (100,000 / steps)^0.75, where the peak, base x batch / 256, is kept at or
-    below the highest that was measured (docs/recipes.md), and the base never below the paper's.
+    1.5e-4 x (100,000 / steps)^0.75, but at least the paper's 1.5e-4, and with the peak (base x
+    batch / 256) at most the highest that was measured (docs/recipes.md).
     """
     by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
     base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
@@ -109,7 +109,7 @@ def default_base_lr(steps: int, batch_size: int) -> float:
 
 
 def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
-    """A line for the log where the training is short: what to change."""
+    """A warning for the log if training is short."""
     if total >= FEW_STEPS or config.data == "demo":  # the demo is made to be short
         return []
     per_epoch = num_images // config.global_batch_size
@@ -121,7 +121,7 @@ def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
 
 
 def few_images(num_images: int) -> list[str]:
-    """A line for the log where there is next to nothing to train on."""
+    """A warning for the log if there are very few training images."""
     if num_images >= FEW_IMAGES:
         return []
     are = "is" if num_images == 1 else "are"
@@ -132,7 +132,7 @@ def few_images(num_images: int) -> list[str]:
 
 
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:
-    """A line for the log where a warm-up ends after the training does."""
+    """A warning for the log if the warm-up is longer than the training."""
     if warmup <= total:
         return []
     return [
@@ -144,7 +144,10 @@ def long_warmup(text: str, warmup: float, total: int) -> list[str]:
 def resolve(
     config: PretrainConfig, num_images: int, device: torch.device, world_size: int
 ) -> PretrainConfig:
-    """Replace what was left open by what it means for this data, model and machine."""
+    """Replace None and `auto` by their values for this data, model and machine.
+
+    Raises UserError if the batch size does not fit.
+    """
     architecture = resolve_model(config)
     share = config.accumulate * world_size * config.repeat_augment
     batch_size = config.batch_size or min(256, num_images) // share * share

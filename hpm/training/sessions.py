@@ -1,6 +1,6 @@
-"""When a run began and ended, on what machine, and why: sessions.jsonl in the run folder.
+"""Record the sessions of a run in sessions.jsonl: when, on what machine, and why each one ended.
 
-A run that is stopped and goes on has several sessions; one that was killed has no end.
+A run that is resumed has several sessions. A session that was killed has no end.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ FINISHED = "finished"
 
 @dataclass
 class Session:
-    """One stretch of training."""
+    """One uninterrupted part of a training."""
 
     began: str
     first_step: int
     total_steps: int
     environment: dict[str, Any] = field(default_factory=dict)
-    ended: str | None = None  # None: it is going on, or was killed
+    ended: str | None = None  # None if it is running or was killed
     last_step: int | None = None
     reason: str | None = None
-    failed: bool = False  # by an error, not by being told to stop
+    failed: bool = False  # ended by an error rather than a signal
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers of a run may depend on, in words."""
+    """Versions and hardware that results may depend on."""
     on_gpu = device.type == "cuda"
     return {
         "hpm": __version__,
@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def begin(folder: Path, step: int, total_steps: int, device: torch.device) -> None:
-    """Record that training begins, or goes on, at this step."""
+    """Record that training starts or resumes at this step."""
     _append(
         folder,
         {
@@ -72,7 +72,7 @@ def begin(folder: Path, step: int, total_steps: int, device: torch.device) -> No
 
 
 def end(folder: Path, step: int, reason: str, failed: bool = False) -> None:
-    """Record that it ended there, why, and whether by an error."""
+    """Record that training ended at this step, why, and whether by an error."""
     _append(
         folder,
         {
@@ -86,10 +86,10 @@ def end(folder: Path, step: int, reason: str, failed: bool = False) -> None:
 
 
 def read_sessions(folder: Path) -> list[Session]:
-    """All sessions, oldest first; none of a run of before they were recorded."""
+    """All sessions, oldest first; empty for runs of versions that did not record them."""
     sessions: list[Session] = []
     for line in read_lines(folder / FILE):
-        with contextlib.suppress(KeyError):  # of another version
+        with contextlib.suppress(KeyError):  # written by another version
             if line["event"] == "begin":
                 sessions.append(
                     Session(line["time"], line["step"], line["total_steps"], line["environment"])
@@ -102,7 +102,7 @@ def read_sessions(folder: Path) -> list[Session]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, less those that a killed process left half written."""
+    """The objects of a JSON Lines file, skipping lines that a killed process left incomplete."""
     if not path.exists():
         return []
     found = []

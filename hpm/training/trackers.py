@@ -1,6 +1,6 @@
-"""Weights & Biases and MLflow: told the numbers and figures of a run, where the user wants that.
+"""Log metrics and figures to Weights & Biases or MLflow (`--tracker`).
 
-Both read their usual environment variables: where to, as whom, in which project.
+Both are configured by their usual environment variables (server, credentials, project).
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from hpm.core.files import write_text
 
 
 class Tracker(ABC):
-    """Whatever of it fails may raise: the log says so once and goes on without."""
+    """Interface of a tracker. Methods may raise: `RunLog` warns once and stops tracking."""
 
-    id: str  # by which it is found again
+    id: str  # the tracker's own id of the run
 
     @abstractmethod
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Named numbers of a step."""
+        """Log numbers of a step."""
 
     @abstractmethod
     def figure(self, step: int, path: Path) -> None:
-        """The latest figure, a PNG."""
+        """Log a figure (PNG)."""
 
     @abstractmethod
     def close(self, finished: bool) -> None:
-        """The training ended, or was stopped before its end."""
+        """End tracking. finished: whether training is complete rather than interrupted."""
 
 
 def check_tracker(name: TrackerName) -> None:
-    """Raises UserError where a tracker's package is missing, or where it has nowhere to write."""
+    """Raise UserError if the tracker's package is missing, or if it has nowhere to write."""
     if name == "none":
         return
     library = need(name, name, f"--tracker {name}")
     if name == "mlflow":
         try:
-            library.MlflowClient()  # contacts nobody yet
+            library.MlflowClient()  # does not contact the server yet
         except Exception as error:
             reason = one_line(error, 160)
             raise UserError(
@@ -55,10 +55,7 @@ def check_tracker(name: TrackerName) -> None:
 def start_tracker(
     name: TrackerName, folder: Path, config: dict[str, Any], resumed: bool
 ) -> Tracker | None:
-    """Begin to track a run, or go on with the one that a resumed run was tracked as.
-
-    The tracker's own id of it is kept in `tracker.json` of the run folder.
-    """
+    """Start to track a run. A resumed run continues under the id stored in its `tracker.json`."""
     if name == "none":
         return None
     file = folder / "tracker.json"
@@ -71,7 +68,7 @@ def start_tracker(
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases; without WANDB_PROJECT, in the project hpm."""
+    """Weights & Biases. The default project is hpm."""
 
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
         self.library = need("wandb", "wandb", "--tracker wandb")
@@ -82,7 +79,8 @@ class WandbTracker(Tracker):
             id=run_id,
             resume="allow",
             config=config,
-            # Options such as workers may differ when a run goes on; the screen stays ours.
+            # Some options, such as workers, may change when a run is resumed. wandb must not
+            # capture the console.
             settings=self.library.Settings(allow_val_change=True, console="off"),
         )
         self.id = self.run.id
@@ -98,11 +96,10 @@ class WandbTracker(Tracker):
 
 
 class MlflowTracker(Tracker):
-    """MLflow; without MLFLOW_EXPERIMENT_NAME, in the experiment hpm."""
+    """MLflow. The default experiment is hpm."""
 
     def __init__(self, folder: Path, config: dict[str, Any], run_id: str | None):
-        # A server that does not answer holds training up for a minute or so, not for a quarter of
-        # an hour; it is asked no more after that.
+        # By default, a server that does not answer would block training for a quarter of an hour.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         library = need("mlflow", "mlflow", "--tracker mlflow")
@@ -117,7 +114,7 @@ class MlflowTracker(Tracker):
         place = found.experiment_id if found else self.client.create_experiment(experiment)
         self.id = self.client.create_run(place, run_name=folder.name).info.run_id
         params = [self.entities.Param(option, str(value)) for option, value in config.items()]
-        for start in range(0, len(params), 100):  # the most that it takes at once
+        for start in range(0, len(params), 100):  # MLflow's limit per request
             self.client.log_batch(self.id, params=params[start : start + 100])
 
     def metrics(self, step: int, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""A trained encoder with its own normalisation: images in, features out."""
+"""The backbone: a trained encoder with its own normalisation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Backbone(nn.Module):
     """A trained encoder with its own normalisation.
 
     forward: images [B C H W] -> pooled [B D], the mean of the patches (or the class token with
-    pool="cls"), and patches [B N D], both after the final norm. The type of the images says what
-    they are:
+    pool="cls"), and patches [B N D], both after the final norm. The dtype determines how images are
+    treated:
 
     - uint8, uint16: pixels, normalised here;
-    - floating point: normalised already, by `preprocess` (of pictures), by `normalize` (of pixels)
-      or by hand with `mean` and `std`, whose full scale is 1.
+    - floating point: already normalised, by `preprocess` (pictures), `normalize` (pixels) or with
+      `mean` and `std`, which are on a scale of 0 to 1.
 
-    UserError where images do not fit the encoder, and where floating-point images are plainly
-    pixels that were not normalised.
+    Raises UserError if images do not fit the encoder, or if floating-point images are evidently not
+    normalised.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         self.pool = pool
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        # What the brightest pixel is normalised to; unknown of data in units of its own.
+        # Largest normalised value; 0 if unknown, for data in other units.
         in_units = all(0 <= m <= 1 for m in mean)
         self._brightest = max((1 - m) / s for m, s in zip(mean, std, strict=True)) * in_units
 
@@ -62,7 +62,7 @@ class Backbone(nn.Module):
     def tokens(
         self, images: Normalized
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (None where the encoder has none) and patches of normalised images."""
+        """Class token (None if the encoder has none) and patches of normalised images."""
         tokens = self.encoder(images)
         cls_token = tokens[:, 0] if self.encoder.has_class_token else None
         return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
@@ -70,25 +70,26 @@ class Backbone(nn.Module):
     def normalize(
         self, pixels: Shaped[Tensor, "batch channels height width"], full_scale: float | None = None
     ) -> Normalized:
-        """Pixels -> normalised float32, on the encoder's device.
+        """Normalise pixels to float32 on the encoder's device.
 
-        full_scale: of the pixels; by default that of their type for uint8 and uint16, and 255 for
-        floating point, as batches of deep images are loaded.
+        full_scale: largest pixel value. Default: that of the dtype for uint8 and uint16, and 255
+        for floating point, like batches of deep images.
         """
         return normalize(pixels.to(self.mean.device), self.mean, self.std, full_scale)
 
     def preprocess(self, pictures: Any, crop_share: float = 1.0) -> Normalized:
-        """One or several pictures -> normalised images, as an evaluation sees them.
+        """Turn one or several pictures into normalised images, as in evaluation.
 
-        Each is cut to the largest centred box of the encoder's shape and resized (bicubic,
-        antialiased); crop_share as in `hpm eval`.
+        Each is cropped to the largest centred box of the encoder's aspect ratio and resized
+        (bicubic, antialiased).
 
         Args:
-            pictures: Pillow images, paths of image files, or arrays uint8 or uint16 [H W C] or
-                [H W]; one, or a list of them.
+            pictures: Pillow image, path of an image file, or uint8 or uint16 array [H W C] or
+                [H W]; or a list of these.
+            crop_share: as in `hpm eval`.
 
         Raises:
-            UserError: naming what cannot be read, or has other channels than the encoder.
+            UserError: if a picture cannot be read, or its channels are not those of the encoder.
         """
         several = isinstance(pictures, (list, tuple))
         views = []
@@ -113,7 +114,7 @@ class Backbone(nn.Module):
         return height, width
 
     def _normalized(self, images: Any) -> Normalized:
-        """Images that fit the encoder, in its weights' type. UserError for all others."""
+        """Check images, normalise pixels, and convert to the dtype of the weights."""
         if not isinstance(images, Tensor):
             raise UserError(
                 f"images are of type {_kind(images)}, not a tensor [B C H W]: pass "
@@ -149,11 +150,11 @@ class Backbone(nn.Module):
         return images.to(weight.device, weight.dtype)
 
     def _full_scale(self, images: Tensor) -> int | None:
-        """1 or 255 where floating-point images are plainly pixels of that scale.
+        """1 or 255 if floating-point images are evidently pixels of that scale, else None.
 
-        Normalised images have values below 0, unless every pixel is brighter than the mean. Of
-        those that have none, the ones that end where pixels do, or far beyond the brightest
-        normalised pixel, are taken for pixels.
+        Normalised images have negative values, unless every pixel is brighter than the mean.
+        Images without negative values count as pixels if their maximum is typical of pixels in
+        [0, 1], or far above the largest normalised value.
         """
         if torch.compiler.is_compiling() or not images.numel():
             return None
@@ -168,7 +169,7 @@ def opened(picture: Any) -> Opened:
     if isinstance(picture, (str, Path)):
         return open_image(picture)
     if isinstance(picture, Image.Image):
-        return picture.copy()  # what reads it may turn or shrink it in place
+        return picture.copy()  # decoding may rotate or shrink it in place
     if not isinstance(picture, np.ndarray):
         raise UserError(
             f"preprocess takes paths, Pillow images and arrays, but got {_kind(picture)}; "

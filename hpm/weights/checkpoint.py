@@ -1,7 +1,8 @@
-"""Files of tensors: written atomically, loaded without executing anything, and pruned.
+"""Write, read and prune checkpoints.
 
-A checkpoint is one safetensors file: the tensors under `model.`, `teacher.`, `optimizer.` and
-`rng.`, everything else as JSON in the file's header."""
+A checkpoint is one safetensors file: tensors under `model.`, `teacher.`, `optimizer.`, `memory.`
+and `rng.`, everything else as JSON in the file's header.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from hpm.core.files import StateDict, check_meta, read_tensors, write_tensors
 
 @dataclass
 class Checkpoint:
-    """Everything that a run needs to go on."""
+    """Everything that is needed to resume a run."""
 
     path: Path
     model: StateDict
@@ -26,7 +27,7 @@ class Checkpoint:
     optimizer: StateDict
     memory: StateDict
     rng: StateDict
-    meta: dict[str, Any]  # step, config, architecture, statistics, what could not be read ...
+    meta: dict[str, Any]  # step, config, architecture, statistics, unreadable images, ...
 
 
 def save_checkpoint(
@@ -54,10 +55,10 @@ def write_checkpoint(
     meta: dict[str, Any],
     memory: nn.Module | None = None,
 ) -> None:
-    """Write everything that training goes on from.
+    """Write everything that is needed to resume, including the state of the global generator.
 
-    That includes the state of the global random generator. It is the same however often the run was
-    interrupted: only the training itself may draw from that generator, loaders have their own.
+    Only the training may draw from that generator (data loaders have their own), so that its state
+    does not depend on interruptions.
     """
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if teacher is not None:
@@ -79,12 +80,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint whole. Raises UserError where the file is not one, or is damaged."""
+    """Read a checkpoint. Raises UserError if the file is damaged or is not a checkpoint."""
     return parse_checkpoint(path, *read_tensors(path))
 
 
 def parse_checkpoint(path: Path, tensors: StateDict, meta: dict[str, Any]) -> Checkpoint:
-    """Take the tensors and the JSON of a checkpoint apart. Raises UserError where it is not one."""
+    """Split the tensors of a checkpoint into its parts. Raises UserError if it is not one."""
     check_meta(path, meta)
     parts: dict[str, StateDict] = {
         "model": {},
@@ -106,7 +107,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     memory: nn.Module | None = None,
 ) -> None:
-    """Put everything back where it was."""
+    """Restore model, teacher, optimiser, memory and random generators."""
     load_exactly(model, checkpoint.model, checkpoint.path)
     if teacher is not None:
         load_exactly(teacher, checkpoint.teacher, checkpoint.path)
@@ -116,7 +117,7 @@ def restore(
     for name, value in checkpoint.optimizer.items():
         parameter_name, _, kind = name.partition("|")
         parameter = parameters[parameter_name]
-        # The fused kernel wants its step counters in float32 beside the parameter.
+        # Fused AdamW needs its step counters in float32 on the parameter's device.
         optimizer.state[parameter][kind] = value.to(parameter.device, torch.float32)
     torch.set_rng_state(checkpoint.rng["cpu"])
     if "cuda" in checkpoint.rng and torch.cuda.is_available():
@@ -124,7 +125,7 @@ def restore(
 
 
 def load_exactly(module: nn.Module, state: StateDict, path: Path) -> None:
-    """Load a state of the same names and shapes; UserError names the first that differs."""
+    """Load a state dict. Raises UserError, naming the first difference in names or shapes."""
     problems = compare(module, state)
     if problems:
         raise UserError(f"{path}: of another architecture ({problems[0]}; {differ(problems)})")
@@ -132,12 +133,12 @@ def load_exactly(module: nn.Module, state: StateDict, path: Path) -> None:
 
 
 def differ(problems: list[str]) -> str:
-    """How many tensors do."""
+    """`1 tensor differs`, `2 tensors differ`."""
     return "1 tensor differs" if len(problems) == 1 else f"{len(problems)} tensors differ"
 
 
 def compare(module: nn.Module, state: StateDict) -> list[str]:
-    """What differs between a module's tensors and a state, a line each."""
+    """The differences between a module's tensors and a state dict, one line each."""
     own = module.state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is not known" for name in state if name not in own]

@@ -1,4 +1,4 @@
-"""What a file of weights holds."""
+"""The contents of a weights file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hpm.weights.format import ReadableFormat
 
 @dataclass
 class Contents:
-    """The tensors of a file of weights, and what is known about them.
+    """The tensors of a weights file, and what is known about them.
 
-    Tensors have our names, those of `MaskedImageModel`, unless `recognised` is False.
+    Tensors are named as in `MaskedImageModel`, unless `recognised` is False.
     """
 
     name: str  # as the user gave it
@@ -27,13 +27,13 @@ class Contents:
     architecture: Architecture | None = None  # None until it is derived from the shapes
     mean: list[float] | None = None
     std: list[float] | None = None
-    config: PretrainConfig | None = None  # None: no training of ours, or a backbone alone
+    config: PretrainConfig | None = None  # None for another library's weights, or a backbone
     step: int | None = None
-    folder: Path | None = None  # the run's
-    format: ReadableFormat | None = None  # None: ours, or not recognised
-    unused: list[str] = field(default_factory=list)  # names in the file
-    metadata: dict[str, Any] = field(default_factory=dict)  # the JSON beside another library's file
-    notes: list[str] = field(default_factory=list)  # what was found, and what was assumed
+    folder: Path | None = None  # run folder
+    format: ReadableFormat | None = None  # None if ours, or not recognised
+    unused: list[str] = field(default_factory=list)  # names of tensors in the file
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON beside another library's file
+    notes: list[str] = field(default_factory=list)  # findings and assumptions, for the user
 
     @property
     def recognised(self) -> bool:

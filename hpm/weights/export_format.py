@@ -1,4 +1,4 @@
-"""What a format offers that `hpm export` writes."""
+"""The base class of formats that `hpm export` writes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ Outputs = dict[str, Tensor]
 
 @dataclass
 class ExportSource:
-    """What is exported: a backbone with its normalisation, and the whole model where the format
-    holds the decoder too."""
+    """A backbone to export, and the whole model if the format includes the decoder."""
 
     trained: Trained
     backbone: Backbone
@@ -52,14 +51,14 @@ class WritableFormat:
     suffixes: tuple[str, ...] = ()
 
     def unsupported(self, source: ExportSource) -> str | None:
-        """Why the format cannot hold this model, or None where it can."""
+        """Why the format does not support this model, or None if it does."""
         return None
 
     def write(self, source: ExportSource, path: Path) -> None:
         raise NotImplementedError
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
-        """The other library's outputs for normalised images [B C H W], from the file alone."""
+        """The outputs of the file, in the other library, for normalised images [B C H W]."""
         raise NotImplementedError
 
     def our_outputs(self, source: ExportSource, images: Tensor) -> Outputs:
@@ -68,12 +67,12 @@ class WritableFormat:
         return {"pooled": pooled, "patches": patches}
 
     def code(self, source: ExportSource, path: Path) -> str:
-        """Python to paste, which loads the file and runs it on `images`."""
+        """Python code that loads the file and runs it on `images`."""
         raise NotImplementedError
 
 
 def unless_plain_vit(source: ExportSource, library: str) -> str | None:
-    """Why a library that has only the plain ViT cannot hold this encoder, if so."""
+    """Why a library that has only the plain ViT does not support this encoder, or None."""
     if isinstance(source.encoder, VisionTransformer):
         return None
     name = f"{PREFIX}{source.encoder.name}"

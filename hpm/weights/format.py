@@ -1,4 +1,4 @@
-"""What a file format has to offer to be read, and to be written."""
+"""Base classes of weight formats, for reading and for writing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar
 from hpm.core.files import StateDict
 from hpm.weights.renaming import Rules, join_qkv, rename, unwrap
 
-# Tensors that our models do not have: heads and poolers, and the mask token of a plain ViT.
+# Tensors that our models lack: heads, poolers, and the mask token of a plain ViT.
 UNUSED = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "pooler.", "classifier.", "embeddings.")
 
 
 class ReadableFormat:
-    """Weights of another library, recognised by the names of their tensors."""
+    """Another library's weights, recognised by their tensor names."""
 
     description: ClassVar[str]
     rules: ClassVar[Rules]  # from their names to ours
@@ -22,14 +22,14 @@ class ReadableFormat:
     has_predictor: ClassVar[bool] = False
 
     def matches(self, names: set[str]) -> bool:
-        """Whether tensors of these names (without wrappers) are of this format."""
+        """Whether these tensor names (without wrapper prefixes) are of this format."""
         raise NotImplementedError
 
     def to_ours(self, state: StateDict) -> tuple[StateDict, list[str]]:
-        """The tensors under our names, and the names in the file of those that are not used."""
+        """(tensors under our names, names in the file of unused tensors)."""
         bare = {unwrap(name): tensor for name, tensor in state.items()}
         if "norm.weight" not in bare and "fc_norm.weight" in bare:
-            # The model norms after pooling; ours norms each token with the same weights.
+            # The model normalises after pooling; ours normalises each token with these weights.
             bare = {re.sub(r"^fc_norm\.", "norm.", name): t for name, t in bare.items()}
         renamed = {rename(name, self.rules): (name, tensor) for name, tensor in bare.items()}
         unused = [old for new, (old, _) in renamed.items() if new.startswith(UNUSED)]

@@ -1,4 +1,4 @@
-"""The formats of other software: those that are read, and those that `hpm export` writes."""
+"""The weight formats that can be read, and those that `hpm export` can write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpm.weights.published import PublishedHpm, PublishedMae
 from hpm.weights.timm import Timm
 from hpm.weights.torchvision import Torchvision
 
-# The first that matches counts: a format with a decoder comes before the one without.
+# The first match is used: formats with a decoder come before those without.
 READABLE: tuple[ReadableFormat, ...] = (
     PublishedHpm(),
     PublishedMae(),
@@ -19,7 +19,7 @@ READABLE: tuple[ReadableFormat, ...] = (
     HuggingFaceMae(),
     HuggingFaceViT(),
 )
-# By the name that --to takes.
+# By value of --to.
 WRITABLE: dict[str, WritableFormat] = {
     "timm": Timm(),
     "hf": HuggingFaceViT(),

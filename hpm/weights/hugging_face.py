@@ -1,4 +1,4 @@
-"""Hugging Face's ViT and ViTMAE: read from files or folders, and written as folders."""
+"""Read Hugging Face's ViT and ViTMAE from files or folders, and write them as folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unl
 from hpm.weights.format import ReadableFormat, starts
 from hpm.weights.renaming import Rules, rename, split_qkv
 
-BICUBIC = 3  # as PIL, and with it preprocessor_config.json, numbers it
+BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 
 # Names in files on the hub, and the names that transformers gives since version 5.
 TO_OURS: Rules = (
@@ -41,7 +41,7 @@ TO_OURS: Rules = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
-# To the names that every version of transformers reads.
+# Names that every version of transformers reads.
 TO_HUGGING_FACE: Rules = (
     (r"^encoder\.cls_token$", "embeddings.cls_token"),
     (r"^encoder\.pos_embed$", "embeddings.position_embeddings"),

@@ -1,4 +1,4 @@
-"""Starting a model from other weights: `--init`."""
+"""Initialise a model from other weights (`--init`)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from hpm.weights.shapes import square_image
 def initialise(
     model: MaskedImageModel, path: str | Path, partial: bool, teacher: bool = False
 ) -> str:
-    """Start a model from weights of ours or of another library, and say what was done.
+    """Load our own or another library's weights into a model. Returns a line for the log.
 
-    Positions and patch projection are resampled where the model's image or patch size is another.
+    Positions and patch projection are resampled to the model's image and patch size.
 
     Args:
-        path: what `resolve` takes.
-        partial: whether to accept weights for a part of the model alone.
-        teacher: take the teacher's weights.
+        path: see `resolve`.
+        partial: accept weights for only a part of the model.
+        teacher: load the teacher's weights.
 
     Raises:
-        UserError: where the file does not fit, or fits in part without `partial`.
+        UserError: if the file does not match, or matches in part without `partial`.
     """
-    # A model of timm's has tensors of its own; those of the file keep their names for it.
+    # timm's encoders have timm's tensor names, so those of the file are not converted.
     ours = isinstance(model.encoder, VisionTransformer)
     contents = resolve(path, convert=ours or teacher)
     state, notes = contents.student, contents.notes[:1]
@@ -56,13 +56,13 @@ def initialise(
 def load_initial(
     model: MaskedImageModel, state: StateDict, path: Path, partial: bool, unused: Sequence[str] = ()
 ) -> str:
-    """Load the tensors that match, and say how many did.
+    """Load the matching tensors. Returns a line that says how many matched.
 
-    Raises UserError where none match, or some are missing and `partial` is False.
+    Names without the prefix `encoder.` are taken for those of an encoder.
 
-    unused: names of further tensors in the file, which are reported as left over.
+    unused: names of further tensors in the file, to report as unused.
 
-    A file whose names lack the `encoder.` in front is taken for an encoder without decoders.
+    Raises UserError if none match, or if some are missing and `partial` is False.
     """
     own = model.state_dict()
     if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
@@ -84,7 +84,7 @@ def load_initial(
 
 
 def _by_part(own: StateDict, matching: StateDict) -> str:
-    """How many tensors of each part matched: `encoder 52 of 52, predictor none of 16`."""
+    """Number of matching tensors in each part: `encoder 52 of 52, predictor none of 16`."""
     counts: dict[str, list[int]] = {}
     for name in own:
         count = counts.setdefault(name.partition(".")[0], [0, 0])
@@ -100,10 +100,10 @@ def _first_names(names: Sequence[str]) -> str:
 def resample(
     state: StateDict, encoder: VisionTransformer, image_size: Sequence[int] | None
 ) -> tuple[StateDict, list[str]]:
-    """Fit positions and patch projection to the encoder's grid and patch size; returns the weights
-    and a note on each change.
+    """Resample positions and patch projection to the encoder's grid and patch size. Returns the
+    weights and a note for each change.
 
-    image_size: that of the weights; None: a square is assumed.
+    image_size: of the weights. None: assume a square.
     """
     notes: list[str] = []
     state = dict(state)
@@ -134,7 +134,7 @@ def resample(
 
 
 def _known_shape(contents: Contents) -> tuple[int | None, Sequence[int] | None]:
-    """(attention heads, image size) of the weights, as far as the file or its JSON says them."""
+    """(attention heads, image size) of the weights; None if the file and its JSON lack them."""
     if contents.architecture is not None:
         return contents.architecture.num_heads, contents.architecture.image_size
     return contents.metadata.get("num_heads"), contents.metadata.get("image_size")

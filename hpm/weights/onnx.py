@@ -1,4 +1,4 @@
-"""ONNX, which is written: the backbone with its normalisation in one file."""
+"""Write a backbone with its normalisation as one ONNX file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hpm.weights.backbone import Backbone
 from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
 
 JOB = "export to onnx"
-ONNX_LIMIT = 2 * 10**9  # bytes of a protocol buffer
+ONNX_LIMIT = 2 * 10**9  # bytes; the limit of protocol buffers
 
 
 class Onnx(WritableFormat):
-    """One ONNX file: pixels in, normalised inside; pooled features and patches out."""
+    """One ONNX file that maps pixels, normalised inside, to pooled features and patches."""
 
     suffixes: tuple[str, ...] = (".onnx",)
 
@@ -35,7 +35,7 @@ class Onnx(WritableFormat):
 
     def write(self, source: ExportSource, path: Path) -> None:
         height, width = source.encoder.image_size
-        # Two images: of one, the exporter would take the batch for fixed.
+        # Two images, because the exporter treats a batch of one as fixed.
         images = torch.zeros(2, source.encoder.channels, height, width)
         model = _FromPixels(_expressible(source.backbone))
         write_onnx(model, images, path, ["pooled", "patches"])
@@ -66,7 +66,7 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path, outputs: list[str])
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # What the exporter has to say of its own insides helps nobody here.
+            # Hide the exporter's internal warnings.
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 model.eval(),
@@ -99,7 +99,7 @@ def run_onnx(path: Path, images: Tensor) -> Outputs:
 
 
 class _FromPixels(nn.Module):
-    """A backbone fed with pixels whose full scale is 1."""
+    """A backbone that takes pixels in [0, 1]."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()

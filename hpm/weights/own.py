@@ -69,7 +69,7 @@ def read_own(path: Path, tensors: StateDict, metadata: dict[str, Any]) -> Conten
 
 
 class OwnBackbone(WritableFormat):
-    """Our own backbone file with its JSON."""
+    """Our own format of backbone files."""
 
     suffixes = (".safetensors",)
 

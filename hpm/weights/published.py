@@ -9,7 +9,7 @@ from hpm.weights.renaming import Rules
 
 
 class PublishedMae(ReadableFormat):
-    """A masked autoencoder (He et al. 2022): timm's names, and `decoder_` before the decoder's."""
+    """MAE (He et al. 2022): timm's names, with the prefix `decoder_` for the decoder."""
 
     description = "a masked autoencoder (MAE) with its decoder"
     rules: ClassVar[Rules] = (
@@ -25,7 +25,7 @@ class PublishedMae(ReadableFormat):
 
 
 class PublishedHpm(PublishedMae):
-    """Hard Patches Mining (Wang et al. 2023): MAE's names, and `_losspred` for the predictor's."""
+    """HPM (Wang et al. 2023): MAE's names, with the suffix `_losspred` for the predictor."""
 
     description = "a published checkpoint of Hard Patches Mining"
     rules = (

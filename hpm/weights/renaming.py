@@ -14,7 +14,7 @@ from hpm.core.files import StateDict
 
 Rules = tuple[tuple[str, str], ...]  # (regular expression, replacement)
 
-# What training scripts, torch.compile and larger models put before every name.
+# Prefixes added by training scripts, torch.compile and larger models.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|vit)\.)+")
 
 
@@ -24,14 +24,14 @@ def unwrap(name: str) -> str:
 
 
 def rename(name: str, rules: Rules) -> str:
-    """Apply every rule that matches, one after another."""
+    """Apply every matching rule, in order."""
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def join_qkv(state: StateDict) -> StateDict:
-    """Put queries, keys and values into one tensor, as ours are; a missing bias becomes zeros."""
+    """Concatenate queries, keys and values into one tensor; a missing bias becomes zeros."""
     joined = {name: t for name, t in state.items() if not re.search(r"\.attn\.[qkv]\.", name)}
     for name in state:
         if ".attn.q." in name:
@@ -48,7 +48,7 @@ def join_qkv(state: StateDict) -> StateDict:
 
 
 def split_qkv(state: StateDict) -> StateDict:
-    """Undo `join_qkv`."""
+    """The inverse of `join_qkv`."""
     split: StateDict = {}
     for name, tensor in state.items():
         if ".attn.qkv." not in name:

@@ -1,4 +1,4 @@
-"""What a file of weights is: ours, or another library's."""
+"""Recognise and load weights: ours or another library's."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hpm.weights.trained import Trained, build
 
 __all__ = ["Backbone", "Trained", "load", "load_encoder", "resolve", "save_backbone"]
 
-# Keys of state dicts in a PyTorch file, in order of preference; "" is the file itself.
+# Keys of state dicts in a PyTorch file, in order of preference; "" is the top level.
 STUDENT_KEYS = ("state_dict", "model", "")
 TEACHER_KEYS = ("ema_state_dict", "state_dict_ema", "model_ema")
-# Beginnings of names that a plain Vision Transformer with decoders has.
+# Prefixes of tensor names in a plain Vision Transformer with decoders.
 KNOWN_PARTS = (
     "encoder.",
     "decoder_embed.",
@@ -45,17 +45,17 @@ def load_encoder(
 ) -> Backbone:
     """The encoder of a run folder, a checkpoint or a backbone file, in evaluation mode.
 
-    image_size (height, width) in pixels: other than that of the training, with its positions
-    interpolated. Raises UserError where the path holds no encoder, or the size does not fit.
+    image_size: (height, width) in pixels. If it differs from that of training, positions are
+    interpolated. Raises UserError if the path has no encoder, or the size does not match.
     """
     with random_state_kept():
         return load(path).backbone(pool, teacher, image_size).eval()
 
 
 def load(path: str | Path) -> Trained:
-    """Build the encoder, and the whole model where it is there, of whatever `resolve` finds.
+    """Build the encoder, and the whole model if there is one, from a path (see `resolve`).
 
-    Raises UserError where the file is not recognised, or its tensors do not fit.
+    Raises UserError if the file is not recognised, or its tensors do not match.
     """
     contents = resolve(path)
     require_recognised(contents)
@@ -65,16 +65,16 @@ def load(path: str | Path) -> Trained:
 
 
 def resolve(path: str | Path, convert: bool = True) -> Contents:
-    """Read weights, and find out what they are.
+    """Read weights, and recognise their format.
 
     Args:
         path: a run folder (its latest checkpoint, or else its backbone), a checkpoint, a backbone,
             a file in one of the formats of `READABLE`, a folder of Hugging Face's, or `timm/NAME`
             for timm's own weights.
-        convert: False leaves another library's tensors under their own names.
+        convert: rename another library's tensors to ours.
 
     Raises:
-        UserError: where there is no such file, or it cannot be read.
+        UserError: if there is no such file, or it cannot be read.
     """
     name, path = str(path), Path(path).expanduser()
     if not path.exists():
@@ -96,13 +96,13 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
 
 
 def recognise(names: Iterable[str]) -> ReadableFormat | None:
-    """The format whose tensors have these names, or None."""
+    """The format with these tensor names, or None."""
     bare = {unwrap(name) for name in names}
     return next((known for known in READABLE if known.matches(bare)), None)
 
 
 def require_recognised(contents: Contents) -> None:
-    """Raises UserError, which lists the known formats, where a file has none of them."""
+    """Raise UserError, listing the known formats, if a file was not recognised."""
     if not contents.recognised:
         known = "; ".join(known.description for known in READABLE)
         raise UserError(
@@ -112,7 +112,7 @@ def require_recognised(contents: Contents) -> None:
 
 
 def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> Contents:
-    """The contents of a file that is not ours, under our names if it is recognised."""
+    """The contents of another library's file, with our tensor names if it is recognised."""
     found = next(states[key] for key in (*STUDENT_KEYS, *TEACHER_KEYS, *states) if key in states)
     known = recognise(found) if convert else None
     if known is None:
@@ -145,7 +145,7 @@ def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> C
 
 
 def _read_states(path: Path) -> dict[str, StateDict]:
-    """The state dicts of a PyTorch file under their keys, or that of a folder under ""."""
+    """The state dicts of a PyTorch file by key, or that of a folder under ""."""
     if not path.is_dir():
         return read_torch_file(path)
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))

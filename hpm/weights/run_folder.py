@@ -29,7 +29,7 @@ class RunFolder:
 
     @property
     def moments(self) -> Path:
-        """The held-out images at each evaluation, for the report."""
+        """Panels of held-out images at each evaluation, for the report."""
         return self.folder / "moments"
 
     @property
@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def best_checkpoint(self) -> Path:
-        """What the probe while training found best."""
+        """The checkpoint of the best probe during training."""
         return self.checkpoints / "best.safetensors"
 
     @property
@@ -59,18 +59,18 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def base_lr(self) -> float | None:
-        """That of an interrupted or finished run, which its continuation keeps; None without."""
+        """The learning rate of an existing run, which is kept when it is resumed; else None."""
         if not self.config_file.exists() or self.latest_checkpoint() is None:
             return None
         return read_config(self.config_file).get("base_lr")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    mend = "mend it, or choose another --out"
+    remedy = "repair it, or choose another --out"
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): {mend}") from error
+        raise UserError(f"{path} is damaged ({one_line(error)}): {remedy}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (it holds no options): {mend}")
+        raise UserError(f"{path} is damaged (it holds no options): {remedy}")
     return content

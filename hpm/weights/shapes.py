@@ -23,7 +23,7 @@ from hpm.models.vit import LAYER_NORM_EPS
 from hpm.weights import hugging_face
 from hpm.weights.contents import Contents, size_text
 
-# Width of an attention head in all published models but ViT-H, which is among SIZES.
+# Width of an attention head in all published models except ViT-H, which is in SIZES.
 HEAD_DIM, DECODER_HEAD_DIM = 64, 32
 
 
@@ -44,7 +44,7 @@ def complete(contents: Contents) -> None:
 
 
 def derive_architecture(contents: Contents) -> Architecture:
-    """The architecture that these tensors are of, decoders included where there are some.
+    """The architecture of these tensors, including decoders if there are any.
 
     Raises UserError where the shapes are not those of a Vision Transformer.
     """
@@ -79,7 +79,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def check_metadata(contents: Contents) -> None:
-    """Refuse what our encoder does not do, and values of the wrong type."""
+    """Refuse features that our encoder lacks, and values of the wrong type."""
     path, metadata = contents.path, contents.metadata
     activation = metadata.get("hidden_act", "gelu")
     if activation != "gelu":
@@ -145,7 +145,7 @@ def _tensor(contents: Contents, name: str, axes: int) -> Tensor:
 
 
 def _count_blocks(state: StateDict, prefix: str) -> int:
-    """How many blocks there are; gaps are found when the weights are loaded."""
+    """Number of blocks. Gaps are detected when the weights are loaded."""
     names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
     return len({name.partition(".")[0] for name in names})
 
@@ -172,7 +172,7 @@ def _image_size(contents: Contents, patch_size: tuple[int, int]) -> tuple[int, i
 
 
 def _heads(contents: Contents, name: str, dim: int, guess: float) -> int:
-    """Attention heads: as the JSON says, or as guessed where that divides the width."""
+    """Number of attention heads: from the JSON, else guessed from the width."""
     heads = contents.metadata.get(name, guess)
     if heads != int(heads) or heads < 1 or dim % int(heads):
         raise UserError(
@@ -183,7 +183,7 @@ def _heads(contents: Contents, name: str, dim: int, guess: float) -> int:
 
 
 def _summary(contents: Contents, found: Architecture) -> str:
-    """What was derived, in words."""
+    """A line that describes what was derived."""
     sizes = size_text(found.image_size), size_text(found.patch_size)
     parts = [
         f"width {found.embed_dim}",
@@ -219,7 +219,7 @@ def _normalisation(contents: Contents, channels: int) -> tuple[list[float], list
 
 
 def _target(contents: Contents, architecture: Architecture) -> str | None:
-    """The target of the reconstructor; None where there is none, or it predicts no pixels."""
+    """The target of the reconstructor; None without one, or if it does not predict pixels."""
     decoders = architecture.decoders
     if decoders is None:
         return None
@@ -252,7 +252,7 @@ def _add(contents: Contents, *items: str) -> str:
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    """Whether it is a list of so many numbers."""
+    """Whether it is a list of this many numbers."""
     return (
         isinstance(values, (list, tuple))
         and len(values) == count

@@ -1,4 +1,4 @@
-"""timm: its ViT is read and written, and its own pretrained weights are loaded by name."""
+"""timm: read and write its ViT weights, and load its pretrained weights by name."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Timm(ReadableFormat, WritableFormat):
         return {"pooled": model(images), "patches": patches}
 
     def arguments(self, source: ExportSource) -> tuple[str, dict[str, Any]]:
-        """timm's name and everything in which the model differs from it."""
+        """(timm's model name, arguments of `timm.create_model` in which the model differs)."""
         encoder = source.encoder
         options: dict[str, Any] = {
             "img_size": encoder.image_size,
@@ -64,7 +64,7 @@ class Timm(ReadableFormat, WritableFormat):
         options["patch_size"] = encoder.patch_size
         if not _is_distilled(encoder):
             options["global_pool"] = {"mean": "avg", "cls": "token"}[source.backbone.pool]
-            # Or else timm would pool first and norm then.
+            # Otherwise timm would normalise after pooling.
             options["use_fc_norm" if _is_eva(encoder) else "fc_norm"] = False
         if isinstance(encoder, TimmEncoder):
             return encoder.name, options
@@ -90,7 +90,7 @@ class Timm(ReadableFormat, WritableFormat):
 
 
 def pretrained(name: str) -> Contents:
-    """timm's own weights of `timm/NAME`, for images as they were trained on.
+    """timm's pretrained weights of `timm/NAME`, at their own image size.
 
     Raises UserError where timm has none, or they are not on the disk and cannot be fetched.
     """
@@ -120,7 +120,7 @@ def pretrained(name: str) -> Contents:
 
 
 def _is_distilled(encoder: Any) -> bool:
-    """DeiT's with two tokens, whose pooling is timm's own."""
+    """Is it a distilled DeiT? Its two tokens are pooled in timm's own way."""
     return getattr(encoder, "dist_token", None) is not None
 
 
@@ -129,5 +129,5 @@ def _is_eva(encoder: Any) -> bool:
 
 
 def _hiera_name(name: str) -> str:
-    """Hiera's last norm is in its head."""
+    """timm's name of a tensor of Hiera, whose final norm is in its head."""
     return f"head.{name}" if name.startswith("norm.") else name

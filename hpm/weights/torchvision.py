@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer, which is written."""
+"""Write weights for torchvision's VisionTransformer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TO_TORCHVISION: Rules = (
 
 
 class Torchvision(WritableFormat):
-    """A state dict for torchvision's VisionTransformer, which gives the class token."""
+    """A state dict for torchvision's VisionTransformer, which outputs the class token."""
 
     suffixes: tuple[str, ...] = (".safetensors", ".pth")
 
@@ -92,7 +92,7 @@ class Torchvision(WritableFormat):
 
 
 def to_torchvision(state: StateDict) -> StateDict:
-    """Our encoder (without `encoder.`) under torchvision's names."""
+    """Rename an encoder's tensors (without `encoder.`) to torchvision's names."""
     return {rename(name, TO_TORCHVISION): tensor for name, tensor in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""A trained encoder, and the whole model where a file holds it."""
+"""Build the encoder, and the whole model if there is one, from a weights file."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Built = TypeVar("Built", bound=nn.Module)
 
 @dataclass
 class Trained:
-    """A trained encoder, how its input is normalised, and, where they were kept (in a checkpoint,
-    not in a backbone file), the whole model and its teacher."""
+    """A trained encoder and the normalisation of its input; from a checkpoint, also the whole model
+    and its teacher."""
 
     name: str
     architecture: Architecture
@@ -42,26 +42,26 @@ class Trained:
     teacher: MaskedImageModel | None = None
     config: PretrainConfig | None = None
     folder: Path | None = None
-    step: int | None = None  # of the training, where it is known
-    target: Target | None = None  # of a run that is in training; see `find_target`
-    miner: Miner | None = None  # likewise; see `find_miner`
+    step: int | None = None  # of the training, if known
+    target: Target | None = None  # of a run in training; see `find_target`
+    miner: Miner | None = None  # of a run in training; see `find_miner`
     notes: list[str] = field(
         default_factory=list
     )  # what was assumed about other libraries' weights
 
     def find_target(self, device: torch.device) -> Target:
-        """What the model was trained to reconstruct. UserError where a part of it is not here."""
+        """The target that the model was trained to reconstruct. Raises UserError if a part of it is
+        not available."""
         assert self.config is not None
         if self.target is None:
-            # The config comes from a file, so that nothing it names is fetched.
+            # The config comes from a file: do not download anything that it names.
             self.target = make_target(
                 self.config, self.architecture, self.mean, self.std, device, fetch=False
             )
         return self.target
 
     def find_miner(self) -> Miner:
-        """What mined in training, or would go on to; without a memory, which a file of weights has
-        of the training images alone."""
+        """The miner of the training, without its memory, which covers the training images only."""
         assert self.config is not None and self.teacher is not None
         if self.miner is None:
             self.miner = make_miner(self.config, self.architecture, self.teacher)
@@ -120,7 +120,7 @@ def build(contents: Contents) -> Trained:
 
 
 def encoder_state(state: StateDict) -> StateDict:
-    """The encoder's tensors, without `encoder.` in front."""
+    """The encoder's tensors, without the prefix `encoder.`."""
     prefix = "encoder."
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
@@ -128,7 +128,7 @@ def encoder_state(state: StateDict) -> StateDict:
 def _filled(
     make: Callable[[], Built], state: StateDict, path: Path, architecture: Architecture
 ) -> Built:
-    """A module with these weights. UserError names the first that is missing or of another shape.
+    """Load weights into a module. Raises UserError, naming the first missing or mismatched tensor.
 
     Our own models are compared before anything is allocated: names alone may claim any number of
     blocks. timm's are not, as they may compute buffers that no file holds.

@@ -100,7 +100,7 @@ for name, call in calls.items():
     if drawn() != expected:
         changed.append(name)
 assert not changed, changed
-assert "going on from" in (out / "run" / "train.log").read_text()
+assert "resuming from" in (out / "run" / "train.log").read_text()
 """
 
 

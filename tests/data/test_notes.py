@@ -123,19 +123,19 @@ def test_workers_by_default(cores, expected, monkeypatch):
 
 
 def test_unreadable_images_are_counted_once():
-    told = []
+    reported = []
     unreadable = UnreadableImages(FileSource("x", [f"{i}.png" for i in range(10)]), 0.2)
     for problems in ([(3, "broken")], [(3, "broken")], [(4, "gone")]):
         unreadable.add(problems)
-        unreadable.check(told.append)
-    assert told == [
+        unreadable.check(reported.append)
+    assert reported == [
         "cannot read 3.png (broken), passed over",
         "cannot read 4.png (gone), passed over",
     ]
     again = UnreadableImages(unreadable.source, 0.2, unreadable.problems)
     again.add([(4, "gone"), (5, "broken")])
     with pytest.raises(hpm.UserError, match="3 of 10 images.*more than max_unreadable 0.2.*--max-"):
-        again.check(told.append)
+        again.check(reported.append)
 
 
 @pytest.fixture(scope="module")

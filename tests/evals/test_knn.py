@@ -68,16 +68,16 @@ def test_each_image_once_with_its_own_label(tmp_path):
     images = write_images(tmp_path, classes=2, per_class=7)
     (images / "class_0" / "002.png").write_bytes(b"broken")
     source = open_source(str(images)).train
-    told = []
+    reported = []
     found = extract(
         lambda views: {"mean": views.float().mean((2, 3))},
         source,
         source.labels,
         (20, 20),
         3,
-        ImageReader(4, 0, told.append),
+        ImageReader(4, 0, reported.append),
     )["mean"]
-    assert len(found.features) == len(found.labels) == 13 and len(told) == 1
+    assert len(found.features) == len(found.labels) == 13 and len(reported) == 1
     expected, labels = [], []
     for index in range(len(source)):
         if "class_0/002" not in source.path(index):

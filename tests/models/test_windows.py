@@ -78,9 +78,9 @@ def test_an_encoder_whose_one_window_holds_all_is_the_global_one(checkpointing):
     torch.testing.assert_close(tokens, encoder(images)[:, 1:])
 
 
-def test_only_blocks_with_windows_are_told_of_them():
+def test_only_some_blocks_have_windows():
     encoder = VisionTransformer((64, 64), (16, 16), 3, 32, 8, 2, window_size=3)
-    told = encoder._block_options(torch.zeros(1, 3, 64, 64), None)
-    assert [number for number, options in enumerate(told) if not options] == [1, 3, 5, 7]
+    block_options = encoder._block_options(torch.zeros(1, 3, 64, 64), None)
+    assert [number for number, options in enumerate(block_options) if not options] == [1, 3, 5, 7]
     with pytest.raises(ValueError, match="all patches"):
         encoder(torch.zeros(1, 3, 64, 64), torch.tensor([[0, 1]]))

@@ -31,7 +31,7 @@ def pretrain(folder, out, **changes):
 
 def test_a_finished_run_has_one(finished_run):
     text = finished_run.report.read_text()
-    assert "step 8 of 8, finished" in text and "What went wrong" not in text
+    assert "step 8 of 8, finished" in text and "Problems" not in text
     for title in ("Reconstruction loss", "Ranking accuracy", "Hard share", "Memory", "Data wait"):
         assert f"<h3>{title}" in text
     assert [int(n) for n in re.findall(r'<th scope="col">step (\d+)</th>', text)] == [0, 8]
@@ -52,7 +52,7 @@ def test_it_says_where_and_why_a_run_stopped(image_folder, tmp_path, monkeypatch
     assert "step 4 of 8" in text and "Stopped at step 4: at once, by Ctrl-C." in text
     run = pretrain(image_folder, tmp_path / "run")
     text = run.report.read_text()
-    assert "step 8 of 8, finished" in text and "at once, by Ctrl-C; it went on from step 4." in text
+    assert "step 8 of 8, finished" in text and "at once, by Ctrl-C; resumed from step 4." in text
     assert [s.first_step for s in read_sessions(run.folder)] == [0, 4]
 
 
@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_half_a_line(run_folder):
     begin = json.loads(sessions[0]) | {"step": 8}
     (run_folder / "sessions.jsonl").write_text("\n".join([sessions[0], json.dumps(begin), ""]))
     text = write_report(run_folder).read_text()
-    assert re.search(r"The training that began [^<]* was killed\.", text)
+    assert re.search(r"The session that began [^<]* was killed\.", text)
 
 
 def test_the_command_writes_it_again(run_folder, tmp_path, capsys):

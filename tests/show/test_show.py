@@ -126,10 +126,10 @@ def test_more_images_than_a_file_holds(finished_run, image_folder, tmp_path):
 def test_progress_is_shown_while_reading_and_computing(
     finished_run, image_folder, tmp_path, monkeypatch
 ):
-    told = []
+    tracked = []
 
     def track(steps, description, total):
-        told.append((description, total))
+        tracked.append((description, total))
         return steps
 
     for module in ("hpm.show.command", "hpm.show.figures"):
@@ -144,7 +144,7 @@ def test_progress_is_shown_while_reading_and_computing(
             device="cpu",
         )
     )
-    assert told == [("reading", 1), ("computing", 3)]
+    assert tracked == [("reading", 1), ("computing", 3)]
 
 
 def test_unreadable_images_are_named(finished_run, image_folder, tmp_path, capsys):

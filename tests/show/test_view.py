@@ -20,7 +20,7 @@ import hpm
 from hpm.core.errors import UserError
 from hpm.show import view
 from hpm.show.options import ViewConfig
-from hpm.show.view import LIMIT, Viewer, make_server
+from hpm.show.view import MAX_BYTES, Viewer, make_server
 from hpm.weights.resolve import load
 
 
@@ -138,7 +138,7 @@ def test_who_may_ask(server):
 @pytest.mark.parametrize(
     "header, status, words",
     [
-        (("Content-Length", str(LIMIT + 1)), 413, "more than 32 MB"),
+        (("Content-Length", str(MAX_BYTES + 1)), 413, "more than 32 MB"),
         (("Content-Length", "-1"), 411, "Content-Length"),
         (("Transfer-Encoding", "chunked"), 411, "Content-Length"),
     ],
@@ -318,13 +318,13 @@ def test_a_file_that_is_no_image(browser, server, tmp_path):
 
 
 def test_a_stale_answer_never_replaces_a_newer_one(browser, server, monkeypatch):
-    """The first answer is held back until two newer ones have been asked for."""
+    """The first answer is held back until two newer requests have been made."""
     driven = Driven(browser, server)
     driven.pictures()
-    held, asked, answer = threading.Event(), [], server.viewer.answer
+    held, answered, answer = threading.Event(), [], server.viewer.answer
 
     def slow(settings, body):
-        asked.append(settings["seed"])
+        answered.append(settings["seed"])
         if settings["seed"] == "1":
             assert held.wait(60)
         return answer(settings, body)
@@ -337,7 +337,7 @@ def test_a_stale_answer_never_replaces_a_newer_one(browser, server, monkeypatch)
     newest = driven.pictures("newest.png")
     expected = sources(answer({"seed": "3", "mask_ratio": "0.75", "hard_share": "0.5"}, png(5)))
     assert newest == expected
-    assert asked == ["1", "3"]  # what was overtaken is not even computed
+    assert answered == ["1", "3"]  # what was overtaken is not even computed
     driven.page.close()
 
 

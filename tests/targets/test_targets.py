@@ -140,9 +140,9 @@ def test_frozen_models_of_hugging_face():
     resnet = transformers.ResNetModel(
         transformers.ResNetConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], embedding_size=8)
     )
-    told = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2], "size": 64}
+    preprocessing = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2], "size": 64}
     for model, dim, size in ((clip, 24, 32), (dino, 24, 32), (resnet, 16, 64)):
-        frozen = of_hugging_face(model.eval(), told)
+        frozen = of_hugging_face(model.eval(), preprocessing)
         assert frozen.size == (size, size) and frozen.dim == dim
         assert frozen(torch.rand(1, 3, 16, 16), (4, 4)).shape == (1, 16, dim)
         assert frozen.mean.flatten().tolist() == pytest.approx([0.4] * 3)

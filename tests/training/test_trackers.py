@@ -25,7 +25,7 @@ def stop_and_go_on(folder, out, monkeypatch, tracker):
 
 
 class FakeWandb(ModuleType):
-    """As much of wandb as we use; remembers what it was told, run by run."""
+    """As much of wandb as we use; records the calls, run by run."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -41,7 +41,7 @@ class FakeWandb(ModuleType):
 
 class FakeRun:
     def __init__(self, library, options):
-        self.library, self.options, self.told, self.ended = library, options, [], None
+        self.library, self.options, self.logged, self.ended = library, options, [], None
         self.id = options["id"] or "new"
 
     def may(self, call):
@@ -49,7 +49,7 @@ class FakeRun:
             raise RuntimeError(f"no network\nfor {call}")
 
     def log(self, values, step):
-        self.told.append((step, values))
+        self.logged.append((step, values))
         self.may("log")
 
     def finish(self, exit_code):
@@ -65,13 +65,13 @@ def fake_wandb(monkeypatch):
     return library
 
 
-def test_a_tracker_is_told_what_metrics_jsonl_is_told(image_folder, tmp_path, fake_wandb):
+def test_a_tracker_receives_what_metrics_jsonl_has(image_folder, tmp_path, fake_wandb):
     run = pretrain(image_folder, tmp_path / "run", tracker="wandb")
     (tracked,) = fake_wandb.runs
-    numbers = [(step, values) for step, values in tracked.told if "figure" not in values]
+    numbers = [(step, values) for step, values in tracked.logged if "figure" not in values]
     lines = [dict(line) for line in run.metrics()]
     assert numbers == [(line.pop("step"), line) for line in lines]
-    figures = [(step, values) for step, values in tracked.told if "figure" in values]
+    figures = [(step, values) for step, values in tracked.logged if "figure" in values]
     assert figures == [(8, {"figure": f"image {run.figures / 'step_00000008.png'}"})]
     options = tracked.options
     assert (options["project"], options["name"]) == ("hpm", "run")
@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_is_said_once(tmp_path, fake_wandb, capfd, call):
     errors = capfd.readouterr().err
     assert errors.count("warning:") == 1
     assert f"warning: tracking by wandb failed (no network for {call})" in errors
-    assert len(fake_wandb.runs[0].told) == {"init": 0, "log": 1, "finish": 6}[call]
+    assert len(fake_wandb.runs[0].logged) == {"init": 0, "log": 1, "finish": 6}[call]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -123,14 +123,14 @@ class FakeClient:
     """As much of MLflow's client as we use."""
 
     def __getattr__(self, call):
-        def tell(*arguments, **options):
-            self.told.append((call, arguments, options))
+        def record(*arguments, **options):
+            self.requests.append((call, arguments, options))
             info = SimpleNamespace(run_id="new")
             return {"get_experiment_by_name": None, "create_experiment": "7"}.get(
                 call, SimpleNamespace(info=info)
             )
 
-        return tell
+        return record
 
 
 @pytest.fixture
@@ -140,25 +140,25 @@ def fake_mlflow(monkeypatch):
         Param=lambda key, value: (key, value),
         Metric=lambda key, value, timestamp, step: (step, key, value),
     )
-    library.MlflowClient = type("Client", (FakeClient,), {"told": []})
+    library.MlflowClient = type("Client", (FakeClient,), {"requests": []})
     library.get_tracking_uri = lambda: "sqlite:///mlflow.db"
     monkeypatch.setitem(sys.modules, "mlflow", library)
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     return library
 
 
-def test_mlflow_is_told_the_same(image_folder, tmp_path, fake_mlflow, monkeypatch):
+def test_mlflow_receives_the_same(image_folder, tmp_path, fake_mlflow, monkeypatch):
     run = stop_and_go_on(image_folder, tmp_path / "run", monkeypatch, "mlflow")
-    told = fake_mlflow.MlflowClient.told
-    calls = [call for call, _, _ in told]
+    requests = fake_mlflow.MlflowClient.requests
+    calls = [call for call, _, _ in requests]
     assert calls[:3] == ["get_experiment_by_name", "create_experiment", "create_run"]
     assert calls.count("create_run") == 1
-    assert ("update_run", ("new",), {"status": "RUNNING"}) in told
-    ends = [arguments for call, arguments, _ in told if call == "set_terminated"]
+    assert ("update_run", ("new",), {"status": "RUNNING"}) in requests
+    ends = [arguments for call, arguments, _ in requests if call == "set_terminated"]
     assert ends == [("new", "KILLED"), ("new", "FINISHED")]
-    params = dict(p for _, _, options in told for p in options.get("params", []))
+    params = dict(p for _, _, options in requests for p in options.get("params", []))
     assert params["mask_ratio"] == "0.75" and params["tracker"] == "mlflow"
-    metrics = [m for _, _, options in told for m in options.get("metrics", [])]
+    metrics = [m for _, _, options in requests for m in options.get("metrics", [])]
     expected = [
         (line["step"], name, value)
         for line in run.metrics()
@@ -167,7 +167,7 @@ def test_mlflow_is_told_the_same(image_folder, tmp_path, fake_mlflow, monkeypatc
     ]
     # Speeds are the only numbers that differ between what was logged before and after a stop.
     assert [m[:2] for m in metrics] == [m[:2] for m in expected]
-    figures = [arguments[1] for call, arguments, _ in told if call == "log_artifact"]
+    figures = [arguments[1] for call, arguments, _ in requests if call == "log_artifact"]
     assert [Path(path).name for path in figures] == ["step_00000004.png", "step_00000008.png"]
 
 

@@ -1,4 +1,4 @@
-"""Weights of others: recognised, mapped to ours with the same outputs, or refused in one line."""
+"""Other libraries' weights: recognised, converted with equal outputs, or refused with one line."""
 
 import argparse
 import json

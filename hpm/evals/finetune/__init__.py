@@ -77,8 +77,7 @@ class Options(LabelledEvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each backbone, and for a linear layer on raw pixels where baselines are asked
-    for."""
+    """Yield a row for each backbone and, with baselines, for a linear layer on raw pixels."""
     from hpm.evals.files import training_folder
     from hpm.evals.finetune.training import check_finetune, finetune
 
@@ -89,7 +88,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         check_finetune(options, backbone.architecture)
     data = task.labelled(options.train_share)
     if options.baselines:
-        task.held_out(data)  # refused now or never
+        task.held_out(data)  # check now that each class has enough images
     test_images = 0
     for backbone in task.backbones:
         random = backbone.name == RANDOM
@@ -104,7 +103,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
 
 def _linear_layer_on_pixels(task: Task, data: Labelled) -> Measured:
-    """The baseline without a network, with the default options of the linear probe."""
+    """Baseline without a network: a linear probe of raw pixels with default options."""
     from hpm.evals import linear
     from hpm.evals.features import extract, raw_pixels
 

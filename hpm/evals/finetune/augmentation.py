@@ -23,7 +23,7 @@ from hpm.evals.finetune import Options
 
 @dataclass(frozen=True)
 class FinetuneViews:
-    """Random crop, flip and RandAugment by timm, the same for the same (seed, epoch, index)."""
+    """Random crop, flip and RandAugment by timm, a function of (seed, epoch, index)."""
 
     size: tuple[int, int]
     channels: int
@@ -36,7 +36,7 @@ class FinetuneViews:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed all generators that timm draws from."""
+    """Seed all random generators that timm uses."""
     words = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(words[0])
     np.random.seed(words[1])  # noqa: NPY002
@@ -44,7 +44,8 @@ def seed_everything(*key: int) -> None:
 
 
 class Augmentation:
-    """The views that a fine-tuning trains on, and the loss of a batch, mixed and erased by timm."""
+    """The training views of fine-tuning, and the loss of a batch with timm's mixup, CutMix and
+    random erasing."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Augmentation:
         size: tuple[int, int],
         num_classes: int,
     ):
-        """mean: of each channel [C], full scale being 1, on the device. size: (height, width)."""
+        """mean: of each channel [C], on a scale of 0 to 1, on the device. size: (height, width)."""
         self.mean = mean
         data = need("timm.data", "finetune", "fine-tuning")
         erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
@@ -94,7 +95,7 @@ class Augmentation:
                 color_jitter=None,
                 auto_augment=config.rand_augment,
                 interpolation="bicubic",
-                mean=tuple(colours.tolist()),  # what is moved out of the image is filled with
+                mean=tuple(colours.tolist()),  # fill colour of RandAugment
                 normalize=False,
             )
         except (AssertionError, KeyError, ValueError):
@@ -102,7 +103,7 @@ class Augmentation:
                 f"rand_augment is '{config.rand_augment}', which timm cannot read: write it as "
                 "rand-m9-mstd0.5-inc1, or none"
             ) from None
-        # The last transform turns the image into a tensor; ours are turned where all others are.
+        # Drop the last transform, the conversion to a tensor: `augmented_view` converts.
         transform.transforms.pop()
         return transform
 
@@ -115,7 +116,7 @@ class Augmentation:
             images = self.erase(images)
         if self.mix is not None:
             images, labels = self.mix(images, labels)
-            smoothing = 0.0  # it is in the mixed labels already
+            smoothing = 0.0  # timm's mixup has already smoothed the labels
         with autocast():
             logits = model(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)

@@ -45,8 +45,8 @@ from hpm.training.optim import layer_decay_groups, learning_rate
 from hpm.training.schedule import long_warmup
 
 LOG_EVERY = 10
-# How a fine-tuning is run, not what it learns: may differ when it goes on.
-FREE = {
+# Options that may change when a fine-tuning is resumed, because they do not affect what it learns.
+MAY_CHANGE = {
     "run",
     "compare",
     "baselines",
@@ -63,7 +63,7 @@ FREE = {
 
 
 def check_finetune(config: Options, architecture: Architecture) -> None:
-    """Raises UserError for the first option that cannot work."""
+    """Raise UserError for the first invalid option."""
     size = pair(config.image_size) if config.image_size else architecture.image_size
     check_image_size(size, architecture.patch_size)
     if config.rand_augment != "none" and architecture.channels not in (1, 3):
@@ -97,10 +97,9 @@ def finetune(
     folder: Path,
     reading: ImageReader,
 ) -> TrueClassRanks:
-    """Train a classifier from these encoder weights (random ones for None), then test it.
+    """Train a classifier from these encoder weights (None: random ones), then test it.
 
-    Saves into `folder`, and goes on from there. The test images are looked at once, after the last
-    step.
+    Saves into `folder`, and resumes from there. The test images are used only after the last step.
     """
     check_finetune(config, subject.architecture)
     with random_state_kept(subject.backbone.mean.device):
@@ -116,7 +115,7 @@ def finetune(
 
 
 class FinetuningRun:
-    """A fine-tuning at the step where it stands: a `Training` of the loop.
+    """The state of a fine-tuning; implements `Training` of the loop.
 
     The arguments are those of `finetune`.
     """
@@ -163,23 +162,23 @@ class FinetuningRun:
 
     @property
     def classifier_file(self) -> Path:
-        """Where the trained classifier is written."""
+        """The file of the trained classifier."""
         return self.files.folder / "classifier.safetensors"
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64, of all training images."""
+        """Labels of all training images, int64."""
         return torch.from_numpy(np.asarray(self.data.train_labels, dtype=np.int64))
 
     def resume(self) -> None:
-        """Lock the folder, unless the training is finished, and go on from its checkpoint."""
+        """Lock the folder, unless the training is finished, and resume from its checkpoint."""
         finished = distributed.from_main(self.classifier_file.exists())
         if not finished and (note := self.files.claim()):
             say(note)
         self.step = self.files.resume(self.model, self.optimizer, self.unreadable)
 
     def train(self) -> None:
-        """All steps that are left."""
+        """Run the remaining steps."""
         config = self.config
         self.log = RunLog(self.files.folder, self.step, self.total_steps, distributed.is_main())
         self.log.info(
@@ -212,14 +211,14 @@ class FinetuningRun:
         return StepResult({"loss": torch.stack(losses).mean()})
 
     def learning_rate(self, step: int) -> float:
-        """Of the top layer, in a 0-based step."""
+        """Learning rate of the top layer in a 0-based step."""
         config = self.config
         peak = config.base_lr * self.images_per_step / 256
         warmup = self._steps(config.warmup)
         return learning_rate(step, self.total_steps, warmup, peak, config.min_lr)
 
     def batches(self) -> Iterator[Batch]:
-        """This process's part of each batch, from the present step to the last."""
+        """This process's part of each batch, from `step` to the last."""
         config, world_size = self.config, distributed.world_size()
         sampler = StepSampler(
             len(self.data.train),
@@ -240,11 +239,11 @@ class FinetuningRun:
         return counted_batches(loader, self.unreadable, self.images_per_step // world_size)
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass."""
+        """Autocast context for a forward pass."""
         return autocast(self.device, self.config.precision)
 
     def describe(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
-        """The learning rate of the last step, for the log; the loss, for the progress bar."""
+        """(learning rate of the last step for the log, loss for the progress bar)."""
         return {"learning_rate": self.learning_rate(self.step - 1)}, f"loss {means['loss']:.4f}"
 
     def not_finite(self, batch: Batch, result: StepResult) -> UserError:
@@ -262,7 +261,7 @@ class FinetuningRun:
         self.files.save(self.model, self.optimizer, self.step, self.unreadable)
 
     def save_classifier(self) -> None:
-        """Write the trained classifier, once."""
+        """Write the trained classifier, unless it exists."""
         if distributed.from_main(self.classifier_file.exists()):
             return
         about = {
@@ -280,7 +279,7 @@ class FinetuningRun:
 
     @torch.inference_mode()
     def test(self, reading: ImageReader) -> TrueClassRanks:
-        """Where the true class of each test image stands."""
+        """The rank of the true class of each test image."""
         self.model.eval()
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
         ids, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
@@ -289,20 +288,20 @@ class FinetuningRun:
                 logits = self.model(normalize(batch.images.to(self.device), self.mean, self.std))
             ids.append(batch.indices)
             parts.append(rank(logits.float().cpu(), labels[batch.indices]).ranks)
-        everyones = distributed.rows_of_all(torch.cat(ids))
-        if not len(everyones):
+        all_ids = distributed.rows_of_all(torch.cat(ids))
+        if not len(all_ids):
             raise UserError(f"{self.data.test.name}: no readable image")
-        order = everyones.argsort()
+        order = all_ids.argsort()
         ranks = distributed.rows_of_all(torch.cat(parts))
-        return TrueClassRanks(ranks[order], labels[everyones[order]])
+        return TrueClassRanks(ranks[order], labels[all_ids[order]])
 
     def _steps(self, duration: str) -> float:
         return duration_steps(duration, self.total_steps, self.steps_per_epoch)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a fine-tuning to go on."""
+        """Everything that must be unchanged to resume."""
         options = dataclasses.asdict(self.config)
-        kept = {name: value for name, value in options.items() if name not in FREE}
+        kept = {name: value for name, value in options.items() if name not in MAY_CHANGE}
         return kept | {
             "images": len(self.data.train),
             "classes": self.data.classes,
