@@ -150,7 +150,9 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(image_folder, tmp_path
     assert yaml.safe_load(fresh.config_file.read_text())["base_lr"] == default_base_lr(2, 8)
     log = (fresh.folder / "train.log").read_text()
     assert log.count("2 steps is a short training") == 1
-    assert "a short training" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
+    assert (
+        "short training" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
+    )
 
 
 def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_folder):
@@ -187,7 +189,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "stopped and saved; the same command goes on" in errors
+    assert "stopped and saved; run the same command again" in errors
     (stopped,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert 0 < load_checkpoint(stopped).meta["step"] < 60
     again = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
