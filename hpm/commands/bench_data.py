@@ -24,9 +24,10 @@ from hpm.commands.options import BenchDataConfig
 from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.progress import track
-from hpm.data.arrays import UnreadableImage, open_image, resize
+from hpm.data.arrays import UnreadableImage, resize
 from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
 from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
+from hpm.data.opening import open_image
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
 

@@ -33,11 +33,11 @@ from hpm.data.arrays import (
     UnreadableImage,
     from_pillow,
     is_deep,
-    open_image,
     reading,
 )
 from hpm.data.jpeg import JpegImage
 from hpm.data.loader import num_workers
+from hpm.data.opening import open_image
 from hpm.data.sources import PREPARING, Source, Splits, open_source
 from hpm.data.transforms import decode
 from hpm.data.workers import FORKS

@@ -13,8 +13,9 @@ from jaxtyping import Integer, UInt8
 from PIL import Image
 
 from hpm.core.errors import UserError, counted, one_line
-from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, UnreadableImage, open_image, reading
+from hpm.data.arrays import JPEG_SUFFIXES, ArrayImage, UnreadableImage, reading
 from hpm.data.folders import find_images
+from hpm.data.opening import open_image
 
 IGNORED = 255  # label of pixels that training and metrics ignore
 MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_L")  # added to the name of the image

@@ -16,10 +16,11 @@ from PIL import Image
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin, installed_plugins
 from hpm.data import demo
-from hpm.data.arrays import Opened, open_image
+from hpm.data.arrays import Opened
 from hpm.data.folders import IMAGE_SUFFIXES, described, find_images, images_of
 from hpm.data.inspection import any_deep
 from hpm.data.notes import say_once
+from hpm.data.opening import open_image
 from hpm.data.paths import Paths
 from hpm.data.tables import ArrowSource, ParquetSource, natural
 
@@ -43,7 +44,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Opened:
-        """The image: a Pillow image, or whatever `hpm.data.arrays.open_image` returns for a file or
+        """The image: a Pillow image, or whatever `hpm.data.opening.open_image` returns for a file or
         its bytes. Raises OSError or UnreadableImage."""
         ...
 

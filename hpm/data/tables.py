@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from hpm.core.errors import UserError, one_line
-from hpm.data.arrays import Opened, open_image
+from hpm.data.arrays import Opened
 from hpm.data.inspection import any_deep
+from hpm.data.opening import open_image
 
 
 class TableSource:

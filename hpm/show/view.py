@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from hpm.core.errors import UserError, one_line
-from hpm.data.arrays import UnreadableImage, at_depth, is_deep, open_image
+from hpm.data.arrays import UnreadableImage, at_depth, is_deep
 from hpm.data.loader import evaluation_batches
+from hpm.data.opening import open_image
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hpm.core.errors import UserError, one_line
-from hpm.data.arrays import ArrayImage, Opened, UnreadableImage, open_image
+from hpm.data.arrays import ArrayImage, Opened, UnreadableImage
 from hpm.data.loader import normalize
+from hpm.data.opening import open_image
 from hpm.data.transforms import evaluation_view
 from hpm.models.encoder import Encoder
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hpm
-from hpm.data.arrays import UnreadableImage, open_image
+from hpm.data.arrays import UnreadableImage
 from hpm.data.loader import (
     EvaluationViews,
     TrainingViews,
@@ -25,6 +25,7 @@ from hpm.data.loader import (
     normalize,
     training_loader,
 )
+from hpm.data.opening import open_image
 from hpm.data.sources import FileSource, Subset, open_source
 from hpm.data.transforms import decode, evaluation_view, training_view
 from hpm.show.command import show

@@ -9,8 +9,8 @@ from PIL import Image
 
 import hpm
 from hpm.data import loader, notes
-from hpm.data.arrays import open_image
 from hpm.data.loader import EvaluationViews, training_loader
+from hpm.data.opening import open_image
 from hpm.data.sources import FileSource, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.data.unreadable import UnreadableImages

@@ -9,7 +9,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 import hpm
-from hpm.data.arrays import UnreadableImage, open_image
+from hpm.data.arrays import UnreadableImage
+from hpm.data.opening import open_image
 from hpm.data.pillow import FORMATS
 from hpm.data.transforms import evaluation_view
 from hpm.show import view

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from hpm.data import jpeg
-from hpm.data.arrays import Pixels, UnreadableImage, open_image
+from hpm.data.arrays import Pixels, UnreadableImage
+from hpm.data.opening import open_image
 from hpm.data.transforms import centred_box, decode, evaluation_view, random_crop, training_view
 
 
