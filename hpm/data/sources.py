@@ -44,8 +44,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Opened:
-        """The image: a Pillow image, or what `hpm.data.opening.open_image` returns for a file or its
-        bytes. Raises OSError or UnreadableImage."""
+        """The image: a Pillow image, or what `hpm.data.opening.open_image` returns for a file or
+        its bytes. Raises OSError or UnreadableImage."""
         ...
 
     def read(self, index: int) -> bytes | None:
