@@ -88,7 +88,7 @@ def test_the_sizes_of_many_files_are_looked_up_of_some(photos, monkeypatch):
     looked_up = []
     size = module._size
     monkeypatch.setattr(module, "_size", lambda file: looked_up.append(file) or size(file))
-    monkeypatch.setattr(module, "SIZES", 3)
+    monkeypatch.setattr(module, "MAX_SIZES", 3)
     expected = of(photos)
     assert len(looked_up) == 3 and looked_up[0].endswith("class_0/000.png")
     assert of(photos) == expected
