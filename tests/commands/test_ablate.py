@@ -124,6 +124,7 @@ def test_a_grid_over_seeds(image_folder, tmp_path, capsys):
         ablate(config_of(image_folder, tmp_path / "ablation", **options, base_lr=1e-4))
 
 
+@pytest.mark.slow
 def test_arms_without_labels(image_folder, tmp_path):
     result = run_here(
         "ablate",

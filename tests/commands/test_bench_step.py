@@ -53,6 +53,7 @@ def multiply_adds(**options):
     return step_multiply_adds(resolve_model(config), config)
 
 
+@pytest.mark.slow
 def test_multiply_adds_against_formulas():
     """vit_nano, 64 patches, 48 hidden: what the student learns, and what each way of mining adds,
     by the operations of the layers (to 2 %: a backward pass has no gradient of the images)."""
@@ -119,6 +120,7 @@ def test_the_step_that_is_timed_is_the_one_that_is_counted(options, tmp_path):
     assert all(images.shape[-1] == size for images, *_ in calls)
 
 
+@pytest.mark.slow
 def test_the_papers_sizes():
     """Per image: HPM about 2.3 times MAE (ViT-B/16, 224 px, ratio 0.75)."""
     hpm_config = PretrainConfig("x", "y", model="vit_base")
@@ -169,6 +171,7 @@ def test_no_reading_is_the_first_of_its_turn(monkeypatch):
         assert found["step_ms"] == 1000 and found["step_ms_spread"] == 0
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_method_alone(monkeypatch):
     monkeypatch.setattr(bench, "METHODS", {"HPM": {}})
     ballast = np.ones(2 * 10**8)  # 1.6 GB in this process
@@ -191,6 +194,7 @@ def test_bad_benchmarks():
     assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_runs(tmp_path):
     result = subprocess.run(
         ["bash", "benchmarks/gpu.sh"],

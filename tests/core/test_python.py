@@ -104,6 +104,7 @@ assert "resuming from" in (out / "run" / "train.log").read_text()
 """
 
 
+@pytest.mark.slow
 def test_the_random_state_of_the_caller_is_left_alone(finished_run, image_folder, tmp_path):
     """In a process of its own: the type checks of the tests draw from Python's generator."""
     arguments = map(str, (finished_run.folder, image_folder, tmp_path))

@@ -147,6 +147,7 @@ def damaged(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("protocol", "options"),
     [

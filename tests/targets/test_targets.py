@@ -148,6 +148,7 @@ def test_frozen_models_of_hugging_face():
         assert frozen.mean.flatten().tolist() == pytest.approx([0.4] * 3)
 
 
+@pytest.mark.slow
 def test_a_frozen_model_from_a_folder(tmp_path, image_folder):
     """Saved by transformers, named by its folder; trained on, resumed, shown."""
     transformers = need("transformers", "hf", "x")
