@@ -161,7 +161,7 @@ def test_from_python_and_by_an_entry_point(own_folder, finished_run, image_folde
     monkeypatch.setattr(contract, "entry_points", lambda group: [mine])
     monkeypatch.syspath_prepend(own_folder)
     listed = run_here("eval", "--help").stdout
-    assert "hpm eval nearest " in listed and "Nearest class mean of frozen features." in listed
+    assert "\n  nearest " in listed and "Nearest class mean of frozen features." in listed
     options = {"workers": 0, "baselines": False}
     run, data = str(finished_run.backbone), str(image_folder)
     by_entry_point = hpm.evaluate("nearest", run, data, **options)
