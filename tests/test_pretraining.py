@@ -151,7 +151,8 @@ def test_a_run_keeps_the_learning_rate_that_it_began_with(image_folder, tmp_path
     log = (fresh.folder / "train.log").read_text()
     assert log.count("2 steps is a short training") == 1
     assert (
-        "short training" not in (resumed.folder / "train.log").read_text().partition("going on")[2]
+        "short training"
+        not in (resumed.folder / "train.log").read_text().partition("resuming from")[2]
     )
 
 
