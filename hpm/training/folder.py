@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,3 +82,11 @@ class TrainingFolder:
         distributed.main_first(
             lambda: save_checkpoint(self.checkpoints, model, None, optimizer, meta, keep=1)
         )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A digest of a model's weights and buffers: equal weights have the same on every machine."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpm.core import distributed
 from hpm.core.durations import check_duration, duration_steps
@@ -29,7 +28,7 @@ from hpm.models.architecture import Architecture
 from hpm.models.build import resized_encoder
 from hpm.models.pyramid import STRIDES
 from hpm.models.seeds import part_seed, seeded
-from hpm.training.folder import TrainingFolder
+from hpm.training.folder import TrainingFolder, weights_fingerprint
 from hpm.training.log import RunLog
 from hpm.training.loop import (
     StepResult,
@@ -247,7 +246,7 @@ class DetectorTraining:
             "classes": self.data.classes,
             "masks": self.data.masks,
             "images_per_step": self.images_per_step,
-            "weights": _fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
         }
 
 
@@ -300,11 +299,3 @@ def _images_per_step(options: Options, num_images: int) -> int:
             f"{share} or more can"
         )
     return most // share * share
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """The same for the same weights, on every machine."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpm.core import distributed
 from hpm.core.config import pair
@@ -30,7 +29,7 @@ from hpm.evals.metrics import TrueClassRanks, rank
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
-from hpm.training.folder import TrainingFolder
+from hpm.training.folder import TrainingFolder, weights_fingerprint
 from hpm.training.log import RunLog
 from hpm.training.loop import (
     StepResult,
@@ -306,7 +305,7 @@ class FinetuningRun:
             "images": len(self.data.train),
             "classes": self.data.classes,
             "images_per_step": self.images_per_step,
-            "weights": _fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
         }
 
 
@@ -331,11 +330,3 @@ def _images_per_step(config: Options, num_images: int) -> int:
             f"{config.accumulate}: {share} or more can"
         )
     return most // share * share
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """The same for the same weights, on every machine."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

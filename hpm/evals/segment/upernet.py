@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from hpm.evals.features import EvaluatedBackbone
 from hpm.models.build import resized_encoder
 from hpm.models.seeds import seeded
 from hpm.models.segmenter import UPerNetSegmenter, segmentation_loss
-from hpm.training.folder import TrainingFolder
+from hpm.training.folder import TrainingFolder, weights_fingerprint
 from hpm.training.log import RunLog
 from hpm.training.loop import (
     StepResult,
@@ -254,7 +253,7 @@ class UPerNetTraining:
             "images": len(self.job.train),
             "classes": self.job.classes,
             "images_per_step": self.images_per_step,
-            "weights": _fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
         }
 
 
@@ -272,11 +271,3 @@ def _seed_dropout(*key: int) -> None:
     """Stochastic depth and dropout are a function of (seed, step, process)."""
     word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(word >> np.uint64(1)))
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """The same for the same weights, on every machine."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
