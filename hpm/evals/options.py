@@ -15,30 +15,30 @@ class EvalOptions:
     # Options that do not change the numbers.
     no_effect: ClassVar[tuple[str, ...]] = ("out", "workers", "device", "batch_size")
 
-    run: str
+    run: str = option(may_change=True)
     """Run folder, checkpoint or weights file (including published HPM, MAE, timm and Hugging Face
     ViT weights), or timm/NAME for timm's pretrained weights."""
-    data: str
+    data: str = option(may_change=True)
     """Images, with labels except for hardness and stats (see pretrain). Tests on the val or test
     split if there is one, else on a fifth of the images."""
-    test: str | None = option(None, main=True)
+    test: str | None = option(None, main=True, may_change=True)
     """Test images, if they are not a split of the data."""
-    compare: str | None = option(None, main=True)
+    compare: str | None = option(None, main=True, may_change=True)
     """Second run to compare with; reports paired differences and their confidence intervals."""
-    teacher: bool = option(False, main=True)
+    teacher: bool = option(False, main=True, may_change=True)
     """Use the teacher's (EMA) weights (run folder or checkpoint only)."""
-    baselines: bool = True
+    baselines: bool = option(True, may_change=True)
     """Also measure random weights of the same architecture, and raw pixels."""
-    out: str | None = None
+    out: str | None = option(None, may_change=True)
     """Folder for the results (default: evals/ in the run folder)."""
-    crop_share: float = option(1.0, above=0, at_most=1)
+    crop_share: float = option(1.0, above=0, at_most=1, may_change=True)
     """Fraction of the shorter side that the centre crop keeps. 1 keeps the largest centred box;
     0.875 resizes to image_size / 0.875 first, as is usual for ImageNet."""
     batch_size: int = option(128, at_least=1)
     """Images per forward pass."""
-    workers: int | None = option(None, at_least=0)
+    workers: int | None = option(None, at_least=0, may_change=True)
     """Number of processes that load images (default: one per spare core, at most 16)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
     """Device to compute on; auto uses the GPU if there is one."""
     seed: int = option(0, at_least=0)
     """Random seed of the random-weights baseline, splits, batches and masks."""
@@ -66,7 +66,7 @@ class LabelledEvalOptions(EvalOptions):
     train_share: float = option(1.0, above=0, at_most=1)
     """Fraction of each class's training images to use; 0.01 and 0.1 are the usual few-label
     settings."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1)
+    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
     """Stop if more than this fraction of the images cannot be read."""
 
     @property

@@ -40,12 +40,12 @@ class Options(EvalOptions):
         "figure_images",
     )
 
-    data: str
+    data: str = option(may_change=True)
     """Images with boxes and masks of objects: a folder with COCO's JSON
     (annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json or annotations.json), or demo,
     the built-in images. Tests on the val or test split if there is one, else on a fifth of the
     images. Without masks, boxes alone are learned."""
-    baselines: bool = False
+    baselines: bool = option(False, may_change=True)
     """Also fine-tune random weights of the same architecture (a second full training)."""
     image_size: int | None = option(None, at_least=32, main=True)
     """Side of the training crops in pixels, a multiple of 32 (default: twice that of
@@ -92,18 +92,18 @@ class Options(EvalOptions):
     """Number of boxes per image that the region proposal network passes on."""
     box_batch_size: int = option(128, at_least=1)
     """Number of these boxes per image that the heads are trained on."""
-    score_threshold: float = option(0.05, at_least=0, below=1)
+    score_threshold: float = option(0.05, at_least=0, below=1, may_change=True)
     """Lowest score of a detection."""
-    max_test_images: int | None = option(None, at_least=1)
+    max_test_images: int | None = option(None, at_least=1, may_change=True)
     """Number of test images, drawn at random (default: all)."""
-    figure_images: int = option(6, at_least=0)
+    figure_images: int = option(6, at_least=0, may_change=True)
     """Number of test images to draw with their detections, in a PNG file beside the numbers."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1)
+    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
     """Stop if more than this fraction of the images cannot be read."""
-    checkpoint_every: str = option("5%", duration=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
     @property

@@ -23,7 +23,7 @@ class Options(LabelledEvalOptions):
 
     no_effect: ClassVar[tuple[str, ...]] = ("out", "workers", "device", "checkpoint_every")
 
-    baselines: bool = False
+    baselines: bool = option(False, may_change=True)
     """Also fine-tune random weights of the same architecture (a second full training), and train a
     linear layer on raw pixels."""
     batch_size: int = option(256, at_least=1, main=True)
@@ -72,7 +72,7 @@ class Options(LabelledEvalOptions):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
-    checkpoint_every: str = option("5%", duration=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
 

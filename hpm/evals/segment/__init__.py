@@ -44,12 +44,12 @@ class Options(EvalOptions):
     """Optimiser steps (default: 1000 of the linear head, 2000 of UPerNet)."""
     batch_size: int = option(16, at_least=2, main=True)
     """Crops per optimiser step, summed over all processes."""
-    baselines: bool | None = None  # type: ignore[assignment]
+    baselines: bool | None = option(None, may_change=True)  # type: ignore[assignment]
     """Also measure random weights of the same architecture (default: with the linear head alone;
     UPerNet is trained a second time for it)."""
     train_share: float = option(1.0, above=0, at_most=1)
     """Fraction of the training images to use."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1)
+    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
     """Stop if more than this fraction of the images cannot be read."""
     ignored: int | None = option(None, at_least=0, at_most=255)
     """Label in the masks that neither trains nor counts, as 255 never does (default: the class
@@ -57,9 +57,9 @@ class Options(EvalOptions):
     one_class: bool | None = None
     """The masks number objects: all of them are one class beside the background (default: where
     annotations/instances_*.json has a single category)."""
-    stride: int | None = option(None, at_least=1)
+    stride: int | None = option(None, at_least=1, may_change=True)
     """Pixels from one window to the next in testing (default: two thirds of image_size)."""
-    figure_images: int = option(6, at_least=0)
+    figure_images: int = option(6, at_least=0, may_change=True)
     """Number of test images in the figure."""
     scale: tuple[float, float] = option((0.5, 2.0), above=0, rising=True)
     """Smallest and largest shorter side that training images are resized to before a crop is taken,
@@ -68,7 +68,7 @@ class Options(EvalOptions):
     """Mirror half of the crops."""
     distort: bool = True
     """Change brightness, contrast, saturation and hue at random (images of 1 or 3 channels)."""
-    lr: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), above=0)
+    lr: tuple[float, ...] = option((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), above=0, may_change=True)
     """(linear) Learning rates to try."""
     peak_lr: float = option(1e-4, above=0)
     """(upernet) Learning rate of the head after the warm-up."""
@@ -100,7 +100,7 @@ class Options(EvalOptions):
     see one part at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU and float32 on a CPU."""
-    checkpoint_every: str = option("5%", duration=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True)
     """(upernet) Interval between checkpoints. Run the same command again to resume from the latest
     one."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpm.core import distributed
-from hpm.core.errors import UserError, counted
+from hpm.core.errors import UserError
 from hpm.data.joint import SegmentationTesting, SegmentationTraining
 from hpm.data.segmentation import open_segmentation
 from hpm.data.sources import Source, Subset
@@ -91,18 +91,6 @@ class SegmentationJob:
         """Whole images."""
         channels = backbone.backbone.encoder.channels
         return SegmentationTesting(channels, source.is_deep(), size=self.image_size)
-
-    def images_per_step(self, share: int) -> int:
-        """Crops per step over all processes: a multiple of `share`, at most the training images."""
-        most = min(self.options.batch_size, len(self.train))
-        if most < share:
-            world_size = distributed.world_size()
-            raise UserError(
-                f"{counted(most, 'image')} cannot be a batch of "
-                f"{counted(world_size, 'process', 'processes')} and accumulate "
-                f"{self.options.accumulate}: {share} or more can"
-            )
-        return most // share * share
 
     @cached_property
     def held_out(self) -> np.ndarray:

@@ -30,6 +30,7 @@ from hpm.models.build import resized_encoder
 from hpm.models.segmenter import LinearSegmenter, sliding_window
 from hpm.training.loop import autocast
 from hpm.training.optim import learning_rate
+from hpm.training.supervised import full_batch
 from hpm.weights.segmentation import SegmentationModel
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _train(job: SegmentationJob, probes: list[Probe]) -> None:
     """All heads of all backbones on the same crops and pixels."""
     options, device = job.options, job.task.device
     world_size = distributed.world_size()
-    batch_size = job.images_per_step(world_size)
+    batch_size = full_batch(options.batch_size, len(job.train))
     steps = StepSampler(
         len(job.train), batch_size, job.steps, options.seed, 0, distributed.rank(), world_size
     )
