@@ -4,13 +4,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_hpm, write_images
+from PIL import Image
 from safetensors.torch import load_file
 
 import hpm
 from hpm.core.files import read_tensors, write_tensors
+from hpm.evals import finetune
+from hpm.evals.finetune.augmentation import Augmentation, seed_everything
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, build_encoder
 from hpm.models.patches import interpolate_positions
@@ -248,3 +252,13 @@ def test_presets_have_the_papers_settings():
     assert (base.epochs, base.base_lr, base.layer_decay, base.drop_path) == (100, 5e-4, 0.8, 0.1)
     assert (large.epochs, large.batch_size) == (50, 1024)
     assert base.crop_share == large.crop_share == 0.875 and not base.baselines
+
+
+def test_every_strength_of_rand_augment_can_be_drawn():
+    """At the highest strength timm asks for posterize with no bit, which Pillow refuses."""
+    options = finetune.Options("run", "data", rand_augment="rand-m10-inc1")
+    augmentation = Augmentation(options, torch.full((3,), 0.5), 3, (16, 16), 2)
+    image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
+    for seed in range(60):  # each draws 2 of 15 operations
+        seed_everything(seed)
+        augmentation.views.transform(image)

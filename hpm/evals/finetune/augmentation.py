@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,8 @@ class Augmentation:
             ) from None
         # Drop the last transform, the conversion to a tensor: `augmented_view` converts.
         transform.transforms.pop()
+        for part in transform.transforms:
+            keep_one_bit(getattr(part, "ops", ()))
         return transform
 
     def loss(
@@ -120,3 +123,15 @@ class Augmentation:
         with autocast():
             logits = model(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+
+def keep_one_bit(operations: Iterable[Any]) -> None:
+    """Let timm's posterize keep at least one bit: at its highest magnitudes it keeps none, which
+    Pillow refuses."""
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_at_least_one, operation.level_fn)
+
+
+def _at_least_one(level_fn: Callable[..., tuple[int]], *arguments: Any) -> tuple[int]:
+    return (max(1, *level_fn(*arguments)),)
