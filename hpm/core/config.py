@@ -56,7 +56,8 @@ class ModelOptions:
 
     model: str = option("vit_small", main=True)
     """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge, or timm/NAME for a
-    plain Vision Transformer or Hiera from timm. The decoders are sized to match."""
+    plain Vision Transformer or Hiera from timm. An encoder of your own: MODULE:CLASS, or the name
+    of an entry point in the group hpm.encoders. The decoders are sized to match."""
     pretrained: bool = False
     """Start from timm's pretrained weights; requires --model timm/NAME. Also changes the default of
     --normalize."""
