@@ -178,7 +178,7 @@ def _run_turn(run: PretrainingRun, batch: Batch) -> None:
 def noise_batch(run: PretrainingRun) -> Batch:
     """A batch of noise images."""
     config = run.config
-    size = (config.global_batch_size, config.channels, *run.image_size)
+    size = (config.global_batch_size, config.channels, *run.architecture.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
     batch = Batch(images, torch.arange(len(images)), [], whole)

@@ -31,6 +31,12 @@ RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 
 PredictorLoss = Literal["relative", "absolute", "none"]
 
+PatchSize = tuple[int, int] | tuple[int, int, int]
+
+Tubes = Literal["none", "mean", "max"]
+
+Positions = Literal["sincos", "sincos_1d"]
+
 TrackerName = Literal["none", "wandb", "mlflow"]
 
 TIMM = "timm/"
@@ -63,12 +69,17 @@ class ModelOptions:
     --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
-    patch_size: int | tuple[int, int] | tuple[int, int, int] | None = option(None, main=True)
+    patch_size: int | PatchSize | None = option(None, main=True)
     """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
     model for timm/NAME). For clips also frames,height,width (default: 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
     files."""
+    positions: Positions = "sincos"
+    """Fixed positions. sincos: sines and cosines of each axis (as in MAE). sincos_1d: of the
+    patch's number (as in VideoMAE)."""
+    class_token: bool = True
+    """Give the encoder a class token. VideoMAE has none."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
@@ -85,7 +96,7 @@ class VideoOptions:
     """Number of frames per clip of a video; 1 for images."""
     frame_stride: int = option(4, at_least=1)
     """Number of the video's frames from one frame of a clip to the next, counted by time stamps."""
-    mine_tubes: Literal["none", "mean", "max"] = "none"
+    mine_tubes: Tubes = "none"
     """Mine whole tubes, the patches at one place of all frames, by the mean or maximum of their
     predicted losses. none mines single patches."""
     decoder_keep: float = option(1.0, above=0, at_most=1)

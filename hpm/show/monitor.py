@@ -55,7 +55,7 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
     if held_out is None or not distributed.is_main():
         return None
     some = Subset(held_out, np.arange(min(FIGURE_IMAGES, len(held_out))))
-    batches = evaluation_batches(some, run.image_size, config.channels, FIGURE_IMAGES)
+    batches = evaluation_batches(some, run.view_size, config.channels, FIGURE_IMAGES)
     batch = next(iter(batches), None)
     if batch is None or not len(batch.images):
         return None

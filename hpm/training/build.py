@@ -151,8 +151,8 @@ def channel_statistics(
     if config.normalize == "timm":
         trained_on = timm_input(config.model.removeprefix(TIMM))
         return trained_on.mean, trained_on.std
-    height, width = architecture.image_size
-    min_side = min(architecture.patch_size)
+    height, width = architecture.image_size[-2:]
+    min_side = min(architecture.patch_size[-2:])
     return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
 
 

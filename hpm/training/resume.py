@@ -126,7 +126,7 @@ def canonical(name: str, value: Any, steps: Callable[[str], float]) -> Any:
     if value is None:
         return None
     if name in SIZES:
-        return pair(value)
+        return tuple(value) if name == "patch_size" and not isinstance(value, int) else pair(value)
     if name in PATHS:
         return value if value.startswith(NAMES) else _resolved(value)
     if name in DURATIONS:

@@ -118,9 +118,9 @@ class PretrainingRun:
         return self.config.log_every
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def view_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, width = self.architecture.image_size
+        height, width = self.architecture.image_size[-2:]
         return height, width
 
     @property
@@ -153,12 +153,12 @@ class PretrainingRun:
         """This process's part of each batch, from `step` to the last."""
         config, source = self.config, self.images.source
         views = TrainingViews(
-            self.image_size,
+            self.view_size,
             config.channels,
             config.seed,
             config.crop_scale,
             config.flip,
-            min(self.architecture.patch_size),
+            min(self.architecture.patch_size[-2:]),
         )
         views.cache = make_cache(config.cache, source, partial(views.decoded, source))
         if views.cache:
@@ -180,7 +180,8 @@ class PretrainingRun:
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Move images [B C H W] to the device, and normalise them to float32."""
+        """Move images [B C H W], or clips [B C T H W], to the device, and normalise them to
+        float32."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.mean_and_std)
 
@@ -189,13 +190,14 @@ class PretrainingRun:
         return autocast(self.device, self.config.precision)
 
     def seen(self, batch: Batch) -> Seen | None:
-        """The images and crops of a batch, on the device; None without a memory."""
+        """The images, crops and times of a batch, on the device; None without a memory."""
         if self.memory is None:
             return None
         assert batch.crops is not None, "training views come with their crops"
         return Seen(
             batch.indices.to(self.device, non_blocking=True),
             batch.crops.to(self.device, non_blocking=True),
+            batch.times if batch.times is None else batch.times.to(self.device, non_blocking=True),
         )
 
     def num_hard(self, step: int) -> int:
