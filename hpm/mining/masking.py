@@ -107,6 +107,18 @@ def make_mask(
     return hide_top(priority, num_hidden)
 
 
+def random_mask(
+    draw: Draw, grid: tuple[int, ...], mask_ratio: float, tubes: Tubes = "none", purpose: int = 0
+) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
+    """(visible_ids, hidden_ids): random patches, or random tubes."""
+    places = grid if tubes == "none" else grid[1:]
+    count = math.prod(places)
+    visible, hidden = hide_top(draw.noise(count, purpose), num_hidden_patches(count, mask_ratio))
+    if tubes == "none":
+        return visible, hidden
+    return at_all_times(visible, grid), at_all_times(hidden, grid)
+
+
 def over_time(signal: Priority, times: int, tubes: Tubes) -> Float[Tensor, "batch places"]:
     """Mean or maximum of each place over time."""
     by_time = signal.unflatten(1, (times, -1))
