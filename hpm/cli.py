@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def understand(arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
     """What to run, and its options. Raises UserError, or HelpWanted where help was asked for."""
+    arguments = _import_modules(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         raise HelpWanted(_usage())
     name, *rest = arguments
@@ -71,6 +72,22 @@ def understand(arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
         raise UserError(f"no verb '{name}'{nearest(name, known)} (hpm --help lists them)")
     verb = VERBS[name]
     return verb.run, verb.command(f"hpm {name}").parse(rest)
+
+
+def _import_modules(arguments: Sequence[str]) -> Sequence[str]:
+    """Import the modules of `hpm --import MODULE VERB ...`. Returns the other arguments."""
+    while arguments and arguments[0].split("=")[0] == "--import":
+        from hpm.core.plugins import import_plugin
+
+        _, equals, module = arguments[0].partition("=")
+        rest = arguments[1:]
+        if not equals:
+            module, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if not module:
+            raise UserError("--import needs the name of a module: hpm --import MODULE VERB ...")
+        import_plugin(f"--import {module}", module)
+        arguments = rest
+    return arguments
 
 
 def _understand_kind(group: str, arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
@@ -97,7 +114,11 @@ def _group_usage(group: str, kinds: dict[str, Verb]) -> str:
 
 def _usage() -> str:
     head = "usage: hpm VERB ...   (hpm VERB --help for its options)"
-    return "\n".join([head, "", *_listing(ABOUT), "", "  --version", ""])
+    options = {
+        "--import MODULE": "before the verb: import a module of yours that a run needs",
+        "--version": "print the version",
+    }
+    return "\n".join([head, "", *_listing(ABOUT), "", *_listing(options), ""])
 
 
 def _listing(entries: dict[str, str]) -> list[str]:

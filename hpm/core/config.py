@@ -56,15 +56,16 @@ class ModelOptions:
 
     model: str = option("vit_small", main=True)
     """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge, or timm/NAME for a
-    plain Vision Transformer or Hiera from timm. The decoders are sized to match."""
+    plain Vision Transformer or Hiera from timm. An encoder of your own: MODULE:CLASS, or the name
+    of an entry point in the group hpm.encoders. The decoders are sized to match."""
     pretrained: bool = False
     """Start from timm's pretrained weights; requires --model timm/NAME. Also changes the default of
     --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
-    patch_size: int | tuple[int, int] | None = option(None, main=True)
+    patch_size: int | tuple[int, int] | tuple[int, int, int] | None = option(None, main=True)
     """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
-    model for timm/NAME)."""
+    model for timm/NAME). For clips also frames,height,width (default: 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
     """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
     files."""
@@ -74,6 +75,22 @@ class ModelOptions:
     """Number of blocks in each decoder (default: depends on the model)."""
     decoder_heads: int | None = option(None, at_least=1)
     """Number of attention heads in each decoder (default: depends on the model)."""
+
+
+@dataclass
+class VideoOptions:
+    """Video."""
+
+    frames: int = option(1, at_least=1)
+    """Number of frames per clip of a video; 1 for images."""
+    frame_stride: int = option(4, at_least=1)
+    """Number of the video's frames from one frame of a clip to the next, counted by time stamps."""
+    mine_tubes: Literal["none", "mean", "max"] = "none"
+    """Mine whole tubes, the patches at one place of all frames, by the mean or maximum of their
+    predicted losses. none mines single patches."""
+    decoder_keep: float = option(1.0, above=0, at_most=1)
+    """Fraction of the hidden patches that the decoders reconstruct, chosen by running cells
+    (VideoMAE V2). 0.5 about halves the decoders' cost."""
 
 
 @dataclass
@@ -283,6 +300,7 @@ class PretrainConfig(
     PredictorOptions,
     TargetOptions,
     MaskOptions,
+    VideoOptions,
     ModelOptions,
     DataOptions,
 ):

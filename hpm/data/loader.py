@@ -34,11 +34,13 @@ MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
 class Batch:
     """A batch of views.
 
-    images: [B C H W], uint8, or float32 if the source has more than 8 bits, on a scale of 0 to 255.
+    images: [B C H W], or clips [B C T H W]; uint8, or float32 if the source has more than 8 bits,
+    on a scale of 0 to 255.
     indices: int64 [B], index of each sample. unreadable: (index, reason) of each sample that was
     replaced or skipped. crops: float32 [B 4], the position of each view in its image (see
     transforms.Crop), or None. own_ids: int64 [B], unique for each view of a sample, or None with
-    one view per sample.
+    one view per sample. times: float32 [B 2], start and end of each clip as fractions of its
+    video's duration, or None for images.
     """
 
     images: Tensor
@@ -46,6 +48,7 @@ class Batch:
     unreadable: list[tuple[int, str]]
     crops: Tensor | None = None
     own_ids: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def view_ids(self) -> Tensor:
@@ -54,19 +57,22 @@ class Batch:
 
     def parts(self, count: int) -> list[Batch]:
         """Split into equal parts, in order. The first one keeps `unreadable`."""
-        crops, ids = (
-            [None] * count if x is None else x.chunk(count) for x in (self.crops, self.own_ids)
-        )
-        views = zip(self.images.chunk(count), self.indices.chunk(count), crops, ids, strict=True)
-        parts = [Batch(images, indices, [], crop, own) for images, indices, crop, own in views]
+        split = [
+            [None] * count if x is None else x.chunk(count)
+            for x in (self.images, self.indices, self.crops, self.own_ids, self.times)
+        ]
+        parts = [
+            Batch(images, indices, [], crops, ids, times)
+            for images, indices, crops, ids, times in zip(*split, strict=True)
+        ]
         parts[0].unreadable = self.unreadable
         return parts
 
     def pin_memory(self) -> Batch:
-        crops, own_ids = (x if x is None else x.pin_memory() for x in (self.crops, self.own_ids))
-        return Batch(
-            self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops, own_ids
+        places = (
+            x if x is None else x.pin_memory() for x in (self.crops, self.own_ids, self.times)
         )
+        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, *places)
 
 
 @dataclass
@@ -297,14 +303,15 @@ def measure_statistics(
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | None = None) -> Tensor:
-    """Convert pixels [B C H W] to float32 and normalise them by mean and std [C], given on a scale
-    of 0 to 1.
+    """Convert pixels [B C H W], or clips [B C T H W], to float32 and normalise them by mean and
+    std [C], given on a scale of 0 to 1.
 
     full_scale: of the pixels. Default: 65535 for uint16, else 255.
     """
     if full_scale is None:
         full_scale = 65535 if images.dtype == torch.uint16 else 255
-    return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    by_channel = (-1,) + (1,) * max(2, images.ndim - 2)
+    return (images.float() / full_scale - mean.view(by_channel)) / std.view(by_channel)
 
 
 def num_workers(requested: int | None) -> int:

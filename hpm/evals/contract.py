@@ -20,19 +20,15 @@ entry point group `hpm.evaluations`, and any other by its dotted name: `hpm eval
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from hpm.core.errors import UserError, nearest
+from hpm.core.plugins import import_plugin, installed_plugins, module_exists
 from hpm.evals.options import EvalOptions
 
 ENTRY_POINTS = "hpm.evaluations"
@@ -101,18 +97,16 @@ class Evaluation:
 def find(name: str) -> Evaluation:
     """Find an evaluation by name. Raises UserError if there is none or it is incomplete."""
     known = installed()
-    if name in known:
-        return _evaluation(name, _import(name, known[name]))
-    if not _exists(name):
+    if name not in known and not module_exists(name):
         names = ", ".join(known)
         raise UserError(f"no evaluation '{name}'{nearest(name, known)} ({names})")
-    return _evaluation(name, _import(name, name))
+    return _evaluation(name, import_plugin(f"evaluation '{name}'", known.get(name, name)))
 
 
 def installed() -> dict[str, str]:
     """Built-in and registered evaluations, name -> module, without importing them."""
     built_in = {path.stem: f"{__package__}.{path.stem}" for path in _built_in_files()}
-    others = {each.name: each.module for each in entry_points(group=ENTRY_POINTS)}
+    others = {name: each.module for name, each in installed_plugins(ENTRY_POINTS).items()}
     return built_in | {name: others[name] for name in sorted(others.keys() - built_in.keys())}
 
 
@@ -138,24 +132,6 @@ def _built_in_files() -> list[Path]:
 def _text(module: Path) -> str:
     file = module / "__init__.py" if module.is_dir() else module
     return file.read_text(encoding="utf-8")
-
-
-def _exists(module: str) -> bool:
-    """Whether there is such a module, also in the working directory."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # to stay: `run` may import what lies beside it
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _import(name: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"evaluation '{name}' cannot be imported: {reason}") from error
 
 
 def _evaluation(name: str, module: ModuleType) -> Evaluation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -59,7 +59,8 @@ class Architecture:
     Sizes are in pixels along each axis: (height, width).
     """
 
-    model: str | None = field(default=None, kw_only=True)  # `timm/NAME`; None: our own ViT
+    # `timm/NAME`, or an encoder of the user's own (see `own_encoder`); None: our own ViT.
+    model: str | None = field(default=None, kw_only=True)
     image_size: tuple[int, ...]
     patch_size: tuple[int, ...]
     channels: int
@@ -83,8 +84,6 @@ class Architecture:
             UserError: if a key is missing or a value is invalid.
         """
         model = content.get("model")
-        if model is not None and not str(model).startswith(TIMM):
-            raise UserError(f"{source}: model is {model!r}, not {TIMM}NAME")
         needs_heads = model is None or "num_heads" in content
         return cls(
             model=None if model is None else str(model),
@@ -124,9 +123,11 @@ class Architecture:
 
 
 def resolve_model(config: PretrainConfig) -> Architecture:
-    """The architecture of a config. Raises UserError if timm's model cannot be used."""
-    if config.model.startswith(TIMM):
-        encoder = _timm_encoder(config)
+    """The architecture of a config. Raises UserError if timm's or the user's model cannot be
+    used."""
+    if config.model not in SIZES:
+        named = _timm_encoder if config.model.startswith(TIMM) else _own_encoder
+        encoder = named(config)
         size = nearest_size(encoder["embed_dim"])
     else:
         size = SIZES[config.model]
@@ -169,6 +170,35 @@ def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
             f"{width} pixels: leave --patch-size out"
         )
     return {"model": config.model} | shape
+
+
+def _own_encoder(config: PretrainConfig) -> dict[str, Any]:
+    """The encoder's part of the architecture for a model of the user's own. Raises UserError if it
+    cannot be used."""
+    from hpm.models.own_encoder import own_shape
+
+    size, patch_size = pair(config.image_size), pair(config.patch_size or ModelSize.patch_size)
+    check_sizes(size, patch_size)
+    known = [*SIZES, f"{TIMM}NAME"]
+    shape = own_shape(config.model, size, patch_size, config.channels, known)
+    return {"model": config.model, "patch_size": patch_size} | shape
+
+
+def check_sizes(image_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Raise UserError unless patches of this size divide an image."""
+    for image, patch in zip(image_size, patch_size, strict=True):
+        if patch < 1 or image < 1:
+            raise UserError("image_size and patch_size must be at least 1 pixel")
+        if patch > image:
+            raise UserError(
+                f"image_size {image} is smaller than patch_size {patch}: pass smaller patches"
+            )
+        if image % patch:
+            fitting = max(1, round(image / patch)) * patch
+            raise UserError(
+                f"patch_size {patch} does not divide image_size {image}: "
+                f"the nearest that fits is --image-size {fitting}"
+            )
 
 
 def _decoders(content: Mapping[str, Any], source: object) -> Decoders:

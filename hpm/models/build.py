@@ -12,6 +12,7 @@ from hpm.models.architecture import Architecture
 from hpm.models.classifier import Classifier, Pool
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
+from hpm.models.own_encoder import own_encoder
 from hpm.models.patches import grid_size
 from hpm.models.seeds import part_seed, seeded
 from hpm.models.timm_encoder import PREFIX, timm_encoder
@@ -21,14 +22,17 @@ from hpm.models.vit import VisionTransformer
 def build_encoder(
     architecture: Architecture, seed: int | None = None, drop_path: float = 0.0
 ) -> Encoder:
-    """Build a randomly initialised encoder: timm's if the architecture names one, else ours.
+    """Build a randomly initialised encoder: ours, or the one of timm or of the user that the
+    architecture names.
 
     With a seed, the global random state is neither used nor changed.
     """
     with seeded(seed):
         if architecture.model is not None:
-            return timm_encoder(
-                architecture.model.removeprefix(PREFIX),
+            timm_name = architecture.model.removeprefix(PREFIX)
+            own = timm_name == architecture.model
+            return (own_encoder if own else timm_encoder)(
+                timm_name,
                 image_size=architecture.image_size,
                 patch_size=architecture.patch_size,
                 channels=architecture.channels,

@@ -16,6 +16,10 @@ class Encoder(nn.Module):
 
     Prefix tokens (the class token first, then registers; possibly none) have no position in the
     image. Patches are numbered in raster order of `grid`.
+
+    An encoder of your own is called with `image_size`, `patch_size`, `channels` and `drop_path`. It
+    must define `forward`, `embed_dim` and `blocks`; the other attributes default to those of an
+    encoder without prefix tokens and without `pos_embed`.
     """
 
     image_size: tuple[int, ...]  # pixels along each axis
@@ -63,5 +67,13 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
-        """Resample the positions in weights of the same encoder from `grid` to this one's grid."""
-        raise NotImplementedError
+        """Resample the positions in weights of the same encoder from `grid` to this one's grid.
+
+        Raises UserError if the encoder does not support another grid.
+        """
+        if grid != self.grid:
+            raise UserError(
+                f"a {type(self).__name__} has no positions to resample: use the image size of its "
+                "pre-training"
+            )
+        return weights

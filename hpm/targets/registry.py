@@ -6,18 +6,17 @@ dotted name such as `my_module:MyTarget`.
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import os
-import sys
 import typing
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args
 
 import torch
 
 from hpm.core.config import PretrainConfig, TargetName
-from hpm.core.errors import UserError, nearest, one_line
+from hpm.core.errors import UserError, nearest
 from hpm.core.options import convert, describe
+from hpm.core.plugins import find_class
 from hpm.models.architecture import Architecture
 from hpm.models.patches import grid_size
 from hpm.targets.base import Target, TargetInputs
@@ -96,42 +95,12 @@ def make_target(
 def find_target(name: str, trusted: bool = True) -> type[Target]:
     """Find the class of a target. Raises UserError if there is none of this name.
 
-    trusted: whether the name comes from the user. If it comes from a weights file, a dotted name is
-    looked up only among imported modules, because importing a module runs its code.
+    trusted: whether the name comes from the user, see `find_plugin`.
     """
-    plugins = {point.name: point for point in entry_points(group=GROUP)}
     if name in BUILT_IN:
-        return _load(name, BUILT_IN[name])
-    if name in plugins:
-        return _load(name, plugins[name].value)
-    module, colon, attribute = name.partition(":")
-    if not (colon and module and attribute):
-        known = [*BUILT_IN, *sorted(plugins)]
-        raise UserError(
-            f"target is '{name}'{nearest(name, known)} (one of {', '.join(known)}, or MODULE:CLASS)"
-        )
-    if not trusted and module not in sys.modules:
-        raise UserError(
-            f"these weights need the target {name}, but modules named in weights are not imported: "
-            f"in Python, import {module} first; on the command line, use a target that was trained "
-            f"by its entry point of {GROUP}"
-        )
-    return _load(name, name)
-
-
-def _load(name: str, reference: str) -> type[Target]:
-    """Import `module:Class`; modules in the working directory are found, too."""
-    folder = os.getcwd()
-    sys.path.append(folder)
-    try:
-        kind = EntryPoint(name, reference, GROUP).load()
-    except Exception as error:  # the user's code may raise anything
-        raise UserError(f"target {name} cannot be imported: {one_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
-    if not (isinstance(kind, type) and issubclass(kind, Target)):
-        raise UserError(f"target {name} is not a subclass of hpm.targets.base.Target")
-    return kind
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return find_class("target", name, GROUP, BUILT_IN, Target, trusted)
 
 
 def read_options(kind: type[Target], texts: tuple[str, ...]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
-from hpm.core.errors import UserError, counted, nearest
+from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules
 from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
 from hpm.mining.units import unit_grid
-from hpm.models.architecture import SIZES, Architecture, resolve_model
+from hpm.models.architecture import SIZES, Architecture, check_sizes, resolve_model
+from hpm.models.encoder import Encoder
+from hpm.models.own_encoder import find_encoder
 from hpm.targets.registry import check_target, find_target
 from hpm.training.trackers import check_tracker
 
@@ -45,16 +47,10 @@ def check_pretrain(config: PretrainConfig) -> None:
 
 
 def _check_model(config: PretrainConfig) -> None:
-    """Check --model, --pretrained and --init. `resolve_model` checks the names of timm's models."""
-    ours = not config.model.startswith(TIMM)
-    if ours and config.model not in SIZES:
-        raise UserError(
-            f"model is '{config.model}'{nearest(config.model, SIZES)} "
-            f"(one of {', '.join(SIZES)}, or {TIMM}NAME)"
-        )
+    """Check --pretrained and --init. `resolve_model` checks the model's name."""
     if not config.pretrained:
         return
-    if ours:
+    if not config.model.startswith(TIMM):
         raise UserError(
             f"pretrained: there are no pretrained weights for {config.model}; pass --model "
             f"{TIMM}NAME"
@@ -83,21 +79,9 @@ def _check_timm_input(config: PretrainConfig) -> None:
 
 
 def _check_sizes(architecture: Architecture) -> None:
-    for image, patch in sizes_of(architecture):
-        if patch < 1 or image < 1:
-            raise UserError("image_size and patch_size must be at least 1 pixel")
-        if patch > image:
-            raise UserError(
-                f"image_size {image} is smaller than patch_size {patch}: pass smaller patches"
-            )
-        if image % patch:
-            fitting = max(1, round(image / patch)) * patch
-            raise UserError(
-                f"patch_size {patch} does not divide image_size {image}: "
-                f"the nearest that fits is --image-size {fitting}"
-            )
+    check_sizes(architecture.image_size, architecture.patch_size)
     widths = [("decoder_dim", "decoder_heads"), ("predictor_dim", "predictor_heads")]
-    if architecture.model is None:  # timm's models are consistent
+    if architecture.model is None:  # others have been built already
         widths.insert(0, ("embed_dim", "num_heads"))
     numbers = architecture.to_json()
     for dim, heads in widths:
@@ -109,6 +93,13 @@ def _check_sizes(architecture: Architecture) -> None:
 def sizes_of(architecture: Architecture) -> list[tuple[int, int]]:
     """(size of the image, size of a patch) in pixels along each axis."""
     return list(zip(architecture.image_size, architecture.patch_size, strict=True))
+
+
+def _has_attention(model: str) -> bool:
+    """Whether an encoder returns its attention."""
+    if model in SIZES or model.startswith(TIMM):
+        return model in SIZES
+    return find_encoder(model).with_attention is not Encoder.with_attention
 
 
 def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
@@ -141,7 +132,7 @@ def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
         )
     _check_mask_unit(config, grid)
     _check_small_teacher(config, architecture)
-    if config.mask == "attention" and config.model.startswith(TIMM):
+    if config.mask == "attention" and not _has_attention(config.model):
         raise UserError(
             f"mask attention needs the attention of one of our own encoders, but model is "
             f"{config.model}: pass another --mask, or --model vit_small"

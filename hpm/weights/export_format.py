@@ -75,5 +75,6 @@ def unless_plain_vit(source: ExportSource, library: str) -> str | None:
     """Why a library that has only the plain ViT does not support this encoder, or None."""
     if isinstance(source.encoder, VisionTransformer):
         return None
-    name = f"{PREFIX}{source.encoder.name}"
-    return f"{library} cannot express {name}: pass --to timm or onnx"
+    name = source.architecture.model or ""
+    others = "timm or onnx" if name.startswith(PREFIX) else "onnx or safetensors"
+    return f"{library} cannot express {name}: pass --to {others}"

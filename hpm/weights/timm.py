@@ -31,6 +31,12 @@ class Timm(ReadableFormat, WritableFormat):
     def matches(self, names: set[str]) -> bool:
         return "patch_embed.proj.weight" in names and starts(names, "blocks.0.")
 
+    def unsupported(self, source: ExportSource) -> str | None:
+        name = source.architecture.model
+        if name is None or name.startswith(PREFIX):
+            return None
+        return f"timm does not have {name}: pass --to onnx or safetensors"
+
     def write(self, source: ExportSource, path: Path) -> None:
         need("timm", "timm", "export to timm")
         state = source.encoder.state_dict()

@@ -155,10 +155,12 @@ def test_an_evaluation_of_ones_own(own_folder, finished_run, image_folder, name)
 def test_from_python_and_by_an_entry_point(own_folder, finished_run, image_folder, monkeypatch):
     from importlib.metadata import EntryPoint
 
+    from hpm.core import plugins
     from hpm.evals import contract
 
     mine = EntryPoint("nearest", "my_package.my_eval", contract.ENTRY_POINTS)
-    monkeypatch.setattr(contract, "entry_points", lambda group: [mine])
+    for module in (contract, plugins):
+        monkeypatch.setattr(module, "installed_plugins", lambda group: {mine.name: mine})
     monkeypatch.syspath_prepend(own_folder)
     listed = run_here("eval", "--help").stdout
     assert "\n  nearest " in listed and "Nearest class mean of frozen features." in listed
@@ -179,7 +181,7 @@ def test_what_is_no_evaluation(own_folder):
     for name in ("empty", "forgotten"):
         assert_refused(run_here("eval", name, "run", "data"), f"{name} is no evaluation", "Options")
     assert_refused(
-        run_here("eval", "broken", "run", "data"), "'broken' cannot be imported", "nothing"
+        run_here("eval", "broken", "run", "data"), "'broken': importing it failed", "nothing"
     )
     assert_refused(run_here("eval", "kn", "run", "data"), "no evaluation 'kn'; did you mean 'knn'")
     assert_refused(run_here("eval", "no.such", "run", "data"), "no evaluation 'no.such'")

@@ -8,6 +8,7 @@ import torch
 from helpers import TINY, assert_refused, run_hpm, tiny_arguments
 
 import hpm
+from hpm.core import plugins
 from hpm.core.config import PretrainConfig
 from hpm.models.architecture import resolve_model
 from hpm.targets import registry
@@ -100,14 +101,14 @@ def test_options_reach_the_target(in_folder):
 def test_a_file_of_weights_imports_no_module(in_folder, image_folder):
     run = hpm.pretrain(data=str(image_folder), out=str(in_folder / "run"), target=DOTTED, **TINY)
     del sys.modules["mean_colour_target"]
-    with pytest.raises(hpm.UserError, match="modules named in weights are not imported"):
+    with pytest.raises(hpm.UserError, match="a module that a file names is not imported"):
         hpm.evaluate("hardness", str(run.folder), str(image_folder))
     assert "mean_colour_target" not in sys.modules
 
 
 def test_a_target_of_an_installed_package(in_folder, monkeypatch):
     point = EntryPoint("mean_colour", DOTTED, registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(plugins, "installed_plugins", lambda group: {point.name: point})
     assert find_target("mean_colour").__name__ == "MeanColour"
     with pytest.raises(hpm.UserError, match="did you mean 'mean_colour'"):
         find_target("mean_color")
@@ -117,9 +118,9 @@ def test_a_target_of_an_installed_package(in_folder, monkeypatch):
     ("options", "words"),
     [
         ({"target": "pixel"}, "target is 'pixel'; did you mean 'pixels'.* .one of normalized_pix"),
-        ({"target": "nowhere:Target"}, "target nowhere:Target cannot be imported.*nowhere"),
-        ({"target": "broken_target:X"}, "cannot be imported.*nothing_of_this_name"),
-        ({"target": "mean_colour_target:Other"}, "cannot be imported.*Other"),
+        ({"target": "nowhere:Target"}, "target is 'nowhere:Target': no module named 'nowhere'"),
+        ({"target": "broken_target:X"}, "importing it failed: .*nothing_of_this_name"),
+        ({"target": "mean_colour_target:Other"}, "mean_colour_target has no 'Other'"),
         ({"target": "mean_colour_target:no_target"}, "is not a subclass of hpm.targets.base.Targ"),
         ({"target_options": ("a=1",)}, "target_options are for targets of your own, but target is"),
         ({"target": DOTTED, "target_options": ("scale",)}, "has 'scale': write name=value"),
@@ -136,7 +137,7 @@ def test_bad_targets(options, words, in_folder):
 def test_bad_targets_leave_one_line(in_folder, image_folder):
     command = ["pretrain", image_folder, "--out", in_folder / "run"]
     result = run_hpm(*command, "--target=nowhere:Target", cwd=in_folder)
-    assert_refused(result, "target nowhere:Target cannot be imported")
+    assert_refused(result, "target is 'nowhere:Target': no module named")
     assert not (in_folder / "run").exists()
 
 

@@ -1,0 +1,107 @@
+"""Encoders of the user's own, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from hpm.core.errors import UserError, one_line
+from hpm.core.plugins import find_class
+from hpm.models.encoder import Encoder
+from hpm.models.patches import grid_size
+
+ENTRY_POINTS = "hpm.encoders"
+
+
+def find_encoder(name: str, known: Sequence[str] = (), trusted: bool = True) -> type[Encoder]:
+    """Find the class of an encoder: `MODULE:CLASS`, or an entry point of the group `hpm.encoders`.
+
+    known: names of the built-in encoders, for the message. trusted: whether the name comes from the
+    user, see `find_plugin`. Raises UserError if there is no such class.
+    """
+    return find_class("model", name, ENTRY_POINTS, known, Encoder, trusted)
+
+
+def own_encoder(
+    name: str,
+    image_size: Sequence[int],
+    patch_size: Sequence[int],
+    channels: int,
+    drop_path: float = 0.0,
+    trusted: bool = False,
+) -> Encoder:
+    """Build an encoder of the user's own, and fill in the attributes that follow from its
+    arguments.
+
+    Raises UserError if the constructor fails, or leaves out `embed_dim` or `blocks`.
+    """
+    kind = find_encoder(name, trusted=trusted)
+    arguments: Any = {
+        "image_size": tuple(image_size),
+        "patch_size": tuple(patch_size),
+        "channels": channels,
+        "drop_path": drop_path,
+    }
+    try:
+        encoder = kind(**arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"model {name} could not be built: {problem}") from error
+    missing = [
+        attribute for attribute in ("embed_dim", "blocks") if not hasattr(encoder, attribute)
+    ]
+    if missing:
+        raise UserError(f"model {name} lacks {' and '.join(missing)}: set it in its constructor")
+    grid = grid_size(image_size, patch_size)
+    del arguments["drop_path"]
+    defaults = arguments | {
+        "grid": grid,
+        "num_patches": prod(grid),
+        "num_prefix_tokens": 0,
+        "has_class_token": False,
+        "pos_embed": None,
+    }
+    for attribute, value in defaults.items():
+        if not hasattr(encoder, attribute):
+            setattr(encoder, attribute, value)
+    return encoder
+
+
+def own_shape(
+    name: str,
+    image_size: Sequence[int],
+    patch_size: Sequence[int],
+    channels: int,
+    known: Sequence[str],
+) -> dict[str, Any]:
+    """The encoder's part of the architecture of an encoder that the user names, tried on a batch.
+
+    Raises UserError if it cannot be imported, built or run.
+    """
+    find_encoder(name, known)
+    encoder = own_encoder(name, image_size, patch_size, channels, trusted=True).eval()
+    visible = torch.arange(encoder.num_patches)[None, ::2].expand(2, -1)
+    wanted = [2, encoder.num_prefix_tokens + visible.shape[1], encoder.embed_dim]
+    try:
+        with torch.no_grad():
+            tokens = encoder(torch.zeros(2, channels, *image_size), visible)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"model {name} failed on a batch of two images: {problem}") from error
+    if not isinstance(tokens, torch.Tensor) or list(tokens.shape) != wanted:
+        got = list(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise UserError(
+            f"model {name} must return its prefix tokens and the visible patches, a tensor of "
+            f"shape {wanted} here, but it returns {got}"
+        )
+    return {
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": getattr(encoder, "num_heads", None),
+        "class_token": encoder.has_class_token,
+    }
