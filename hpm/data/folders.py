@@ -45,8 +45,8 @@ OTHER_KINDS = {
 HINTS = {
     "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.heic)",
     "raw": "convert raw photographs to JPEG or TIFF",
-    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg), or train on a "
-    "folder of videos alone",
+    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg), or train "
+    "on a folder of videos alone",
 }
 # Folders of images and of annotations in an annotated data set.
 ANNOTATED_NAMES = ("images", "jpegimages")

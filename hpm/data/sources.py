@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin, installed_plugins
-from hpm.data import demo
 from hpm.data.arrays import Opened
+from hpm.data.demo_sources import DemoSource, DemoVideos
 from hpm.data.folders import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
@@ -25,8 +24,8 @@ from hpm.data.folders import (
     find_images,
     images_of,
 )
-from hpm.data.lists import labels_of, read_list
 from hpm.data.inspection import any_deep
+from hpm.data.lists import labels_of, read_list
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
 from hpm.data.paths import Paths
@@ -36,9 +35,7 @@ from hpm.data.video.lists import is_video_list
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.video.sources import (
     CLIP_SUFFIXES,
-    DemoVideos,
     VideoFiles,
-    demo_masks,
     holds_videos,
     video_folder,
     video_list,
@@ -196,32 +193,6 @@ class FileSource:
         return self.paths[index]
 
 
-class DemoSource:
-    """The built-in images of `data/demo.py`."""
-
-    def __init__(self, split: str):
-        self.name = f"demo ({split})"
-        self.split = split
-        self.classes = list(demo.CLASSES)
-        labels: np.ndarray = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
-        self.labels: np.ndarray | None = labels
-
-    def __len__(self) -> int:
-        return demo.SIZES[self.split]
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(demo.render(index, self.split).image)
-
-    def read(self, index: int) -> None:
-        return None
-
-    def is_deep(self) -> bool:
-        return False
-
-    def path(self, index: int) -> str:
-        return f"demo/{self.split}/{index}"
-
-
 class Subset:
     """Some images of another source, in the given order."""
 
@@ -256,11 +227,7 @@ def object_mask(source: Source, index: int) -> np.ndarray | None:
     """bool [H W], True on the objects of an image; None if the source has no masks."""
     if isinstance(source, Subset):
         return object_mask(source.source, int(source.indices[index]))
-    if isinstance(source, DemoSource):
-        return demo.render(index, source.split).mask
-    if isinstance(source, DemoVideos):
-        return demo_masks(source, index, ClipSampling(1, 1))[0]
-    return None
+    return source.mask(index) if isinstance(source, DemoSource | DemoVideos) else None
 
 
 def clip_mask(source: Source, index: int, sampling: ClipSampling) -> np.ndarray | None:
@@ -268,7 +235,7 @@ def clip_mask(source: Source, index: int, sampling: ClipSampling) -> np.ndarray 
     has no masks."""
     if isinstance(source, Subset):
         return clip_mask(source.source, int(source.indices[index]), sampling)
-    return demo_masks(source, index, sampling) if isinstance(source, DemoVideos) else None
+    return source.clip_mask(index, sampling) if isinstance(source, DemoVideos) else None
 
 
 def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:

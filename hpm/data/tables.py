@@ -145,9 +145,7 @@ def _check_columns(where: Path, schema: Any) -> None:
 
     column = _column(schema)
     if column not in schema.names:
-        raise UserError(
-            f"{where}: no column 'image' or 'video' (it has {', '.join(schema.names)})"
-        )
+        raise UserError(f"{where}: no column 'image' or 'video' (it has {', '.join(schema.names)})")
     encoded = schema.field(column).type
     if pyarrow.types.is_struct(encoded) and "bytes" not in [f.name for f in encoded]:
         raise UserError(f"{where}: column '{column}' has no field 'bytes'")

@@ -63,10 +63,21 @@ def training_view(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     flip: bool | Flip = True,
 ) -> tuple[View, Crop]:
-    """Random resized crop (bicubic) and flips; all choices are drawn from `rng`. The frames of a
-    clip are cropped and flipped alike."""
+    """Random resized crop (bicubic) and flips; all choices are drawn from `rng`."""
     with reading():
         box = random_crop(rng, pixels.width, pixels.height, crop_scale)
+        return cropped_view(pixels, size, box, rng, flip)
+
+
+def cropped_view(
+    pixels: Croppable,
+    size: tuple[int, int],
+    box: Box,
+    rng: np.random.Generator,
+    flip: bool | Flip = True,
+) -> tuple[View, Crop]:
+    """A box, resized (bicubic) and flipped at random. The frames of a clip are flipped alike."""
+    with reading():
         view = pixels.resized(size, box)
         left, top, right, bottom = box
         edges = {

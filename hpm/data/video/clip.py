@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,14 +36,13 @@ class Video(Protocol):
         """Decode frames of rising numbers: [frames H W channels in the file], uint8 or float32 in
         units of 255.
 
-        channels: of a view, for the check that frames can be converted to them. least: (height, width) that suffice; larger frames may be reduced to it. Numbers past the
-        end give the last frame. Raises EndsEarly, OSError or UnreadableImage.
+        channels: of a view, for the check that frames can be converted to them. least: (height,
+        width) that suffice; larger frames may be reduced to it. Numbers past the end give the last
+        frame. Raises EndsEarly, OSError or UnreadableImage.
         """
         ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class Clip:
         elif part.dtype != np.uint8 or size == (1, 1):
             view = np.stack([resize(frame, size) for frame in part], 1)
         else:
-            resized = F.interpolate(
-                torch.from_numpy(part), size, mode="bicubic", antialias=True
-            )
+            resized = F.interpolate(torch.from_numpy(part), size, mode="bicubic", antialias=True)
             view = resized.transpose(0, 1).numpy()
         view = view if len(view) == self.channels else recoloured(view, self.channels)
         return np.ascontiguousarray(view)
@@ -101,6 +99,6 @@ def read_clip(
 def middle_frame(video: Video) -> Image.Image:
     """The frame in the middle of a video of 8-bit frames, which is closed then."""
     one = ClipSampling(1, 1)
-    with video:
+    with closing(video):
         clip, _ = read_clip(video, one, lambda length: one.segment_start(length, 0, 1), channels=3)
     return Image.fromarray(np.ascontiguousarray(clip.frames[0]))

@@ -1,5 +1,8 @@
-"""Decode video files by PyAV: seek to the key frame before the clip, and choose frames by their time
-stamps."""
+"""Decode video files by PyAV: seek to the key frame before the clip, choose frames by time stamps.
+
+Headers are wrong often enough: no duration, one of another rate, or time stamps that all are zero.
+Where a header cannot be true, packets are counted instead, without decoding them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -69,10 +72,7 @@ class VideoFile:
             self._container.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._container.close()
 
     @property
@@ -117,13 +117,12 @@ class VideoFile:
         """The frame shown in the middle of each numbered period, fewer if the video ends early;
         None if decoding started behind the first of them."""
         shown: list[Any] = []
-        last, position, counted = None, 0.0, 0
-        for frame in self._decoded():
+        last, position = None, 0.0
+        for counted, frame in enumerate(self._decoded()):
             if timing.stamped and frame.pts is not None:
                 position = (frame.pts - timing.start) / timing.period
             else:
                 position = float(counted)
-            counted += 1
             while position > numbers[len(shown)] + 0.5:
                 if last is None:
                     if not from_start:

@@ -1,17 +1,16 @@
 """The built-in videos: textured objects that move over drifting backgrounds, in ten motions.
 
-Rendered on the fly, each a pure function of (split, index, frame number, size), with label and a mask
-of the object per frame. A class is a motion. Shape, texture, colours, background and its drift are
-drawn independently of it. So are place and size in any one frame: places lie on a torus (an object
-that leaves on one side comes back on the other) and are uniform, sizes are log-uniform and grow or
-shrink in an endless cycle. A single frame therefore tells nothing about the class.
+Rendered on the fly, each a pure function of (split, index, frame number, size), with label and a
+mask of the object per frame. A class is a motion. Shape, texture, colours, background and its drift
+are drawn independently of it. So are place and size in any one frame: places lie on a torus (an
+object that leaves on one side comes back on the other) and are uniform, sizes are log-uniform and
+grow or shrink in an endless cycle. A single frame therefore tells nothing about the class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -54,7 +53,7 @@ class DemoClip:
 def render(
     index: int, split: str = "train", numbers: Sequence[int] = range(LENGTH), size: int = SIZE
 ) -> DemoClip:
-    """Draw frames of the given numbers, `size` x `size` pixels. The scene is the same at every size.
+    """Draw frames of the given numbers, `size` x `size` pixels. The scene is the same at any size.
 
     Raises ValueError for an unknown split, IndexError for an index outside of it.
     """
@@ -88,10 +87,7 @@ class DemoVideo:
     def __init__(self, index: int, split: str):
         self.index, self.split = index, split
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         pass
 
     def read(
@@ -100,7 +96,9 @@ class DemoVideo:
         """uint8 [frames H W 3]."""
         if channels not in (1, 3, 4):
             raise UnreadableImage(f"3 channels instead of {channels}")
-        return render(self.index, self.split, np.minimum(numbers, LENGTH - 1)).frames
+        return render(
+            self.index, self.split, [min(number, LENGTH - 1) for number in numbers]
+        ).frames
 
 
 def _motion(rng: np.random.Generator, name: str, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

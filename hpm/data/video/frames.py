@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 
@@ -36,10 +35,7 @@ class FrameFolder:
         names.sort(key=lambda name: (frame_number(name) or 0, name))
         self.files = [os.path.join(folder, name) for name in names]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         pass
 
     @property

@@ -1,5 +1,4 @@
-"""Lists of videos: `path label` lines, csv, and the annotations of Kinetics and Something-Something.
-"""
+"""Lists of videos: `path label` lines, csv, the annotations of Kinetics and Something-Something."""
 
 from __future__ import annotations
 

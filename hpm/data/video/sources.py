@@ -1,4 +1,4 @@
-"""Sources of videos: files, folders of frames, tables, and the built-in demo."""
+"""Sources of videos: files and folders of frames."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hpm.core.errors import UserError, counted
 from hpm.data.arrays import Opened
@@ -18,12 +17,10 @@ from hpm.data.inspection import any_deep
 from hpm.data.lists import labels_of
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
-from hpm.data.video import demo
 from hpm.data.video.clip import Video, middle_frame
 from hpm.data.video.decoding import open_video, pyav
 from hpm.data.video.frames import FrameFolder, frame_number
 from hpm.data.video.lists import read_video_list
-from hpm.data.video.sampling import ClipSampling
 
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FEWEST_FRAMES = 2  # numbered images that make a folder a video
@@ -79,47 +76,10 @@ class VideoFiles:
         return self.paths[index]
 
 
-class DemoVideos:
-    """The built-in videos of `data/video/demo.py`."""
-
-    holds_videos = True
-
-    def __init__(self, split: str):
-        self.name = f"demo-video ({split})"
-        self.split = split
-        self.classes = list(demo.CLASSES)
-        labels: np.ndarray = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
-        self.labels: np.ndarray | None = labels
-
-    def __len__(self) -> int:
-        return demo.SIZES[self.split]
-
-    def open_video(self, index: int) -> Video:
-        return demo.DemoVideo(index, self.split)
-
-    def open(self, index: int) -> Image.Image:
-        return middle_frame(self.open_video(index))
-
-    def read(self, index: int) -> None:
-        return None
-
-    def is_deep(self) -> bool:
-        return False
-
-    def path(self, index: int) -> str:
-        return f"demo-video/{self.split}/{index}"
-
-
 def holds_videos(source: Any) -> bool:
     """Whether a source (or that of a subset) has `open_video`, which opens the video of an index.
     A source of one's own says so by an attribute `holds_videos`."""
     return bool(getattr(source, "holds_videos", False))
-
-
-def demo_masks(source: DemoVideos, index: int, sampling: ClipSampling) -> np.ndarray:
-    """bool [T H W], True on the object, of the clip in the middle of a built-in video."""
-    numbers = sampling.numbers(sampling.segment_start(demo.LENGTH, 0, 1))
-    return demo.render(index, source.split, np.minimum(numbers, demo.LENGTH - 1).tolist()).masks
 
 
 def video_folder(root: Path, clips: bool) -> VideoFiles:
