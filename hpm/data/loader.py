@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from hpm.core import distributed
 from hpm.core.config import Flip
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import one_line
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import Cache
 from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
+from hpm.data.video.clips import ClipEvaluationViews, ClipViews
+from hpm.data.video.sampling import ClipSampling, Times
+from hpm.data.video.sources import holds_videos
 from hpm.data.workers import batch_loader
 
 MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
@@ -27,7 +30,9 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 Key = tuple[int, ...]  # (epoch, sample index) or, with several views per sample, (..., view index)
-MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
+# A view, its crop, and for clips its times. None where views do not know.
+Made = tuple[View, Crop | None] | tuple[View, Crop | None, Times | None]
+MakeView = Callable[[Source, Key], Made]
 
 
 @dataclass
@@ -138,6 +143,7 @@ class Sample:
     unreadable: list[tuple[int, str]]
     crop: Crop | None = None
     own_id: int = 0
+    times: Times | None = None
 
 
 class Views(Dataset):
@@ -150,7 +156,7 @@ class Views(Dataset):
         self.stand_in = stand_in
         self.deep = source.is_deep()
         channels = getattr(make_view, "channels", 0)
-        if loses_alpha(source.open, len(source), channels):
+        if not holds_videos(source) and loses_alpha(source.open, len(source), channels):
             say_once(
                 f"{source.name}: transparency (a fourth channel) is dropped because "
                 f"channels is {channels}; --channels 4 keeps it"
@@ -162,11 +168,12 @@ class Views(Dataset):
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
-                view, crop = self.make_view(self.source, (epoch, candidate, *number))
+                view, crop, *rest = self.make_view(self.source, (epoch, candidate, *number))
                 view = at_depth(view, self.deep)
                 # The first view's id is its sample's index, as if it were the only view.
                 own_id = candidate + sum(number) * len(self.source)
-                return Sample(view, candidate, unreadable, crop, own_id)
+                times = rest[0] if rest else None
+                return Sample(view, candidate, unreadable, crop, own_id, times)
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, one_line(error)))
         return Sample(None, index, unreadable)
@@ -216,6 +223,23 @@ class StepSampler(Sampler[list[Key]]):
                 yield [(epoch, int(i), k) for i in batch for k in range(self.repeats)]
 
 
+def training_views(
+    source: Source,
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+    crop_scale: tuple[float, float],
+    flip: bool | Flip,
+    min_side: int,
+    sampling: ClipSampling | None = None,
+) -> TrainingViews | ClipViews:
+    """Random views of images, or of videos: clips with `sampling`, else random frames."""
+    if holds_videos(source):
+        clip = sampling or ClipSampling(1, 1)
+        return ClipViews(size, channels, seed, crop_scale, flip, min_side, clip)
+    return TrainingViews(size, channels, seed, crop_scale, flip, min_side)
+
+
 def training_loader(
     source: Source,
     make_view: MakeView,
@@ -242,9 +266,12 @@ def evaluation_batches(
     batch_size: int,
     workers: int = 0,
     crop_share: float = 1.0,
+    sampling: ClipSampling | None = None,
 ) -> Iterator[Batch]:
-    """All readable images once, in order."""
-    make_view = EvaluationViews(size, channels, crop_share=crop_share)
+    """All readable images once, in order; with `sampling`, a clip of each video."""
+    make_view: MakeView = EvaluationViews(size, channels, crop_share=crop_share)
+    if sampling is not None:
+        make_view = ClipEvaluationViews(size, channels, sampling, crop_share=crop_share)
     views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
@@ -255,6 +282,7 @@ def _collate(samples: list[Sample]) -> Batch:
     views = [s.view for s in samples if s.view is not None]
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]
+    times = [s.times for s in samples if s.times is not None]
     unreadable = [problem for s in samples for problem in s.unreadable]
     # In a worker, default_collate stacks in shared memory.
     tensors = [torch.from_numpy(view) for view in views]
@@ -265,41 +293,8 @@ def _collate(samples: list[Sample]) -> Batch:
         unreadable,
         torch.tensor(crops, dtype=torch.float32) if crops else None,
         torch.tensor([s.own_id for s in samples if s.view is not None], dtype=torch.int64),
+        torch.tensor(times, dtype=torch.float32) if times else None,
     )
-
-
-def measure_statistics(
-    source: Source,
-    size: tuple[int, int],
-    channels: int,
-    seed: int,
-    min_side: int = 1,
-    count: int = 512,
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over `count` random images; full scale is 1.
-
-    Raises UserError if no image can be read.
-    """
-    views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
-    sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
-    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
-        sample = views[0, int(index)]
-        if sample.view is None:
-            problem = sample.unreadable[0][1]
-            continue
-        pixels = sample.view.reshape(channels, -1).astype(np.float64) / 255
-        sums += pixels.mean(1)
-        squares += (pixels**2).mean(1)
-        images += 1
-        if images == count:
-            break
-    if images == 0:
-        raise UserError(f"{source.name}: no readable image among {len(source)} ({problem})")
-    mean, mean_square = sums / images, squares / images
-    # Avoid division by zero for a constant channel, yet keep the small std of small values.
-    scale = np.where(mean_square > 0, np.minimum(mean_square, 1), 1)
-    std = np.sqrt(np.maximum(mean_square - mean**2, 1e-6 * scale))
-    return mean.tolist(), std.tolist()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | None = None) -> Tensor:

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from hpm.data.loader import evaluation_batches, normalize
-from hpm.data.sources import Source, object_mask
+from hpm.data.sources import Source, clip_mask, object_mask
 from hpm.data.transforms import evaluation_view
+from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.draw import Draw
 from hpm.mining.losses import ranking_accuracy
 from hpm.mining.masking import random_mask

@@ -13,11 +13,13 @@ import torch
 
 from hpm.core import distributed
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
-from hpm.core.errors import counted
+from hpm.core.errors import UserError, counted
 from hpm.data.fingerprint import fingerprint
-from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD, measure_statistics
+from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.data.sources import Source, hold_out, open_source
+from hpm.data.statistics import measure_statistics
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sources import holds_videos
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import make_miner
 from hpm.mining.teacher import Teacher
@@ -110,8 +112,13 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
 
 def open_images(config: PretrainConfig) -> TrainingImages:
     """Open the data, and hold out images for evaluation."""
-    splits = open_source(config.data)
+    splits = open_source(config.data, clips=config.frames > 1)
     train, held_out = splits.train, None
+    if config.cache == "true" and holds_videos(train):
+        raise UserError(
+            f"cache true keeps decoded images in memory, but {config.data} holds videos: leave it "
+            "out"
+        )
     if config.holdout > 0 and splits.test is not None:
         count = min(config.holdout, len(splits.test))
         held_out = hold_out(splits.test, count, config.seed)[1]

@@ -23,9 +23,11 @@ from hpm.data.loader import (
     normalize,
     num_workers,
     training_loader,
+    training_views,
 )
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.masking import hard_share
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import Miner, Seen
@@ -124,6 +126,11 @@ class PretrainingRun:
         return height, width
 
     @property
+    def sampling(self) -> ClipSampling | None:
+        """Which frames make a clip; None for images."""
+        return clip_sampling(self.config)
+
+    @property
     def num_hidden(self) -> int:
         """Number of hidden patches, M."""
         return self.miner.num_hidden
@@ -152,17 +159,20 @@ class PretrainingRun:
     def batches(self) -> Iterator[Batch]:
         """This process's part of each batch, from `step` to the last."""
         config, source = self.config, self.images.source
-        views = TrainingViews(
+        views = training_views(
+            source,
             self.view_size,
             config.channels,
             config.seed,
             config.crop_scale,
             config.flip,
             min(self.architecture.patch_size[-2:]),
+            self.sampling,
         )
-        views.cache = make_cache(config.cache, source, partial(views.decoded, source))
-        if views.cache:
-            self.log.info("decoded images are kept in memory (--cache)")
+        if isinstance(views, TrainingViews):
+            views.cache = make_cache(config.cache, source, partial(views.decoded, source))
+            if views.cache:
+                self.log.info("decoded images are kept in memory (--cache)")
         sampler = StepSampler(
             len(source),
             config.global_batch_size,

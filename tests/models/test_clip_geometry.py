@@ -90,8 +90,14 @@ def test_no_hidden_pixel_reaches_the_encoder(positions, class_token):
 
 def test_the_architecture_of_clips_in_files():
     config = PretrainConfig(
-        "x", "y", model="vit_nano", frames=4, image_size=16, patch_size=(4, 8, 8),
-        positions="sincos_1d", class_token=False,
+        "x",
+        "y",
+        model="vit_nano",
+        frames=4,
+        image_size=16,
+        patch_size=(4, 8, 8),
+        positions="sincos_1d",
+        class_token=False,
     )
     architecture = resolve_model(config)
     assert architecture.image_size == (4, 16, 16) and architecture.patch_size == (4, 8, 8)
@@ -110,7 +116,9 @@ def test_patches_of_frames_need_clips():
 def test_an_image_model_sees_a_still_clip_as_its_image():
     """With the projection copied and divided, tokens without positions are equal; the positions
     are the image's on average over time, and differ between times."""
-    image = build_model(resolve_model(PretrainConfig("x", "y", "vit_nano", image_size=16, patch_size=8)), 1)
+    image = build_model(
+        resolve_model(PretrainConfig("x", "y", "vit_nano", image_size=16, patch_size=8)), 1
+    )
     model = clip_model()
     state, notes = resample(image.state_dict(), model, (16, 16))
     assert state.keys() == model.state_dict().keys()
@@ -135,12 +143,18 @@ def test_clips_of_another_length():
     still = torch.randn(1, 3, 1, 16, 16)
     weights = state["encoder.patch_embed.proj.weight"]
     embedded = (
-        torch.nn.functional.conv3d(still.expand(-1, -1, frames, -1, -1), weight, stride=weight.shape[2:])
+        torch.nn.functional.conv3d(
+            still.expand(-1, -1, frames, -1, -1), weight, stride=weight.shape[2:]
+        )
         for frames, weight in ((2, before.encoder.patch_embed.proj.weight), (4, weights))
     )
     torch.testing.assert_close(*embedded, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="--frames"):
-        resample(before.state_dict(), build_model(resolve_model(PretrainConfig("x", "y", "vit_nano"))), None)
+        resample(
+            before.state_dict(),
+            build_model(resolve_model(PretrainConfig("x", "y", "vit_nano"))),
+            None,
+        )
 
 
 def test_positions_over_time_are_interpolated_linearly():
