@@ -44,6 +44,8 @@ def check_pretrain(config: PretrainConfig) -> None:
         )
     if config.normalize == "timm":
         _check_timm_input(config)
+    if config.probe and config.frames > 1:
+        raise UserError("probe takes images, but this run is of clips: leave it out")
     check_tracker(config.tracker)
 
 
