@@ -87,6 +87,11 @@ class BenchDataConfig:
     """Images (see pretrain); the training split is used."""
     image_size: int | tuple[int, int] = 224
     """Image size in pixels: one number, or height,width."""
+    frames: int = option(1, at_least=1)
+    """Number of frames per clip of a video, as in pretrain; 1 for images. Clips are then counted as
+    images."""
+    frame_stride: int = option(4, at_least=1)
+    """Number of the video's frames from one frame of a clip to the next."""
     channels: int = option(3, at_least=1, at_most=32)
     """Number of image channels, as in pretrain."""
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)

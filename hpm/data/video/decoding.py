@@ -42,7 +42,7 @@ def open_video(file: str | io.BytesIO) -> VideoFile:
 
 
 @dataclass(frozen=True)
-class _Timing:
+class Timing:
     """Where the frames of a stream lie.
 
     start: time stamp of the first frame. period: of a frame at the mean rate; both in units of the
@@ -55,6 +55,10 @@ class _Timing:
     length: int
     stamped: bool = True
 
+    def stamp(self, number: int) -> float:
+        """The time stamp to seek to. Half a period early: some containers round time stamps."""
+        return self.start + (number - 0.5) * self.period
+
 
 class VideoFile:
     """A video opened by PyAV; see hpm.data.video.clip.Video."""
@@ -64,10 +68,9 @@ class VideoFile:
         self._open()
         try:
             self._check()
-            self._timing = self._by_header()
-            self._scanned = self._timing is None
-            if self._timing is None:
-                self._timing = self._by_packets()
+            header = self._by_header()
+            self._scanned = header is None
+            self.timing = header or self._by_packets()
         except BaseException:
             self._container.close()
             raise
@@ -77,8 +80,7 @@ class VideoFile:
 
     @property
     def length(self) -> int:
-        assert self._timing is not None
-        return self._timing.length
+        return self.timing.length
 
     def read(
         self, numbers: Sequence[int], channels: int = 3, least: tuple[int, int] | None = None
@@ -92,12 +94,10 @@ class VideoFile:
             raise self._unreadable(error) from error
 
     def _read(self, numbers: Sequence[int], least: tuple[int, int] | None) -> np.ndarray:
-        timing = self._timing
-        assert timing is not None
+        timing = self.timing
         found: list[Any] | None = None
         if timing.stamped and numbers[0] > 0:
-            # Half a period early: the time stamps of some containers are rounded.
-            self._seek(timing.start + (numbers[0] - 0.5) * timing.period)
+            self._seek(timing.stamp(numbers[0]))
             found = self._shown(numbers, timing, from_start=False)
         if found is None:  # an index that leads past the clip
             self._rewind()
@@ -105,7 +105,7 @@ class VideoFile:
         assert found is not None
         if len(found) < len(numbers) and not self._scanned:
             self._rewind()
-            self._timing, self._scanned = self._by_packets(), True
+            self.timing, self._scanned = self._by_packets(), True
             if self.length < timing.length:
                 raise EndsEarly
             return self._read(numbers, least)
@@ -113,7 +113,7 @@ class VideoFile:
             raise UnreadableImage("no frame can be decoded")
         return np.stack(self._pictures(found, least))
 
-    def _shown(self, numbers: Sequence[int], timing: _Timing, from_start: bool) -> list[Any] | None:
+    def _shown(self, numbers: Sequence[int], timing: Timing, from_start: bool) -> list[Any] | None:
         """The frame shown in the middle of each numbered period, fewer if the video ends early;
         None if decoding started behind the first of them."""
         shown: list[Any] = []
@@ -197,7 +197,7 @@ class VideoFile:
     def _is_cover(self, stream: Any) -> bool:
         return bool(stream.disposition & self._av.stream.Disposition.attached_pic)
 
-    def _by_header(self) -> _Timing | None:
+    def _by_header(self) -> Timing | None:
         """The timing that the header gives; None if it gives none, or one that cannot be."""
         stream = self._stream
         rate = float(stream.average_rate or 0)
@@ -209,9 +209,9 @@ class VideoFile:
             return None
         period = 1 / (rate * float(stream.time_base))
         length = round(float(duration) / period)
-        return _Timing(float(stream.start_time or 0), period, length) if length else None
+        return Timing(float(stream.start_time or 0), period, length) if length else None
 
-    def _by_packets(self) -> _Timing:
+    def _by_packets(self) -> Timing:
         """The timing of the packets, read without decoding them."""
         packets = [p for p in self._container.demux(self._stream) if p.size and not p.is_corrupt]
         self._rewind()
@@ -221,8 +221,8 @@ class VideoFile:
             period = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
             last = next((p.duration for p in packets if p.pts == stamps[-1]), None) or period
             length = max(1, round((stamps[-1] + last - stamps[0]) / period))
-            return _Timing(float(stamps[0]), period, length)
-        return _Timing(0.0, 1.0, len(packets), stamped=False)
+            return Timing(float(stamps[0]), period, length)
+        return Timing(0.0, 1.0, len(packets), stamped=False)
 
     def _seek(self, stamp: float) -> None:
         try:

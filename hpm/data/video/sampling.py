@@ -14,9 +14,10 @@ Times = tuple[float, float]
 class ClipSampling:
     """A clip of `frames` frames, one of every `stride` frames of the video.
 
-    Frames are numbered at the video's mean rate: number k is the frame shown in the middle of the
-    k-th period. In a video of constant rate that is its k-th frame; in one of variable rate, equal
-    numbers are equal times. A video shorter than the clip repeats its last frame.
+    Frames are numbered at the rate that the video's header names: number k is the frame shown in
+    the middle of the k-th period. In a video of constant rate that is its k-th frame; in one of
+    variable rate, equal numbers are equal times. A video shorter than the clip repeats its last
+    frame.
     """
 
     frames: int = 16
