@@ -180,6 +180,10 @@ def _eval(evaluation: Evaluation, options: Any) -> None:
         print_result(result, Console())
         if result.file:
             print(f"written to {result.file}")
+        if result.file and result.about.get("training"):
+            from hpm.show.evaluation_report import write_evaluation_report
+
+            print(f"report: {write_evaluation_report(result.file)}")
         if result.unwritable:
             raise UserError(result.unwritable)
 

@@ -128,6 +128,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     check_images(data.test, task.trained.architecture.channels, task)
     folder = training_folder("detect", _of_training(options), task.folder)
     task.about |= {"train_images": len(data.train), "classes": len(data.classes)}
+    task.about["training"] = folder.name
     for backbone in task.backbones:
         name = backbone.name
         below = folder / name.replace(" ", "_")

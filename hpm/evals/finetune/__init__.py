@@ -100,6 +100,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     if options.baselines:
         yield _linear_layer_on_pixels(task, data)
     task.about |= {"train_images": len(data.train), "test_images": test_images}
+    task.about |= {"classes": len(data.classes), "training": folder.name}
 
 
 def _linear_layer_on_pixels(task: Task, data: Labelled) -> Measured:
