@@ -16,7 +16,7 @@ def empty(tmp_path_factory):
 
 def refused(image_folder, tmp_path, *words, data=None, extra=(), **changes):
     arguments = [*tiny_arguments(**changes), *extra]
-    result = run_hpm("pretrain", data or image_folder, "--out", tmp_path / "run", *arguments)
+    result = run_here("pretrain", data or image_folder, "--out", tmp_path / "run", *arguments)
     assert_refused(result, *words)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -217,13 +217,13 @@ def test_bad_output_folders(image_folder, tmp_path, finished_run):
 def test_a_damaged_checkpoint_stops_the_run_and_is_kept(image_folder, tmp_path):
     out = tmp_path / "run"
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments()]
-    assert run_hpm(*arguments).returncode == 0
+    assert run_here(*arguments).returncode == 0
     latest = sorted((out / "checkpoints").iterdir())[-1]
     latest.write_bytes(latest.read_bytes()[:1000])
-    assert_refused(run_hpm(*arguments), latest.name, "truncated")
+    assert_refused(run_here(*arguments), latest.name, "truncated")
     assert latest.stat().st_size == 1000
     latest.unlink()  # the checkpoint before it is still there
-    again = run_hpm(*arguments)
+    again = run_here(*arguments)
     assert again.returncode == 0 and "resuming from" in again.stderr and "step 4" in again.stderr
 
 
@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
     assert_refused(result, "no space left; make room, then run the same command again")
     assert not list((out / "checkpoints").iterdir())
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
-    assert run_hpm(*arguments).returncode == 0
+    assert run_here(*arguments).returncode == 0
 
 
 def test_a_full_gpu_is_one_line(monkeypatch, capsys):
@@ -261,7 +261,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
 
 
 def test_eval_and_show(finished_run, image_folder, tmp_path):
-    result = run_hpm("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
+    result = run_here("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
     assert result.returncode == 0, result.stderr
     for words in (
         "trained",
@@ -273,9 +273,9 @@ def test_eval_and_show(finished_run, image_folder, tmp_path):
     ):
         assert words in result.stdout
     figure = tmp_path / "fig.png"
-    result = run_hpm("show", finished_run.folder, image_folder, "--out", figure)
+    result = run_here("show", finished_run.folder, image_folder, "--out", figure)
     assert result.returncode == 0 and figure.stat().st_size > 10_000
-    result = run_hpm("show", finished_run.backbone, image_folder, "--out", figure)
+    result = run_here("show", finished_run.backbone, image_folder, "--out", figure)
     assert result.returncode == 0 and "not shown: actual loss" in result.stdout
     assert_refused(
         run_hpm("show", finished_run.folder, image_folder, "--out", tmp_path / "a.txt"), ".png"

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import TINY, run_hpm, stop_after, tiny_arguments, write_images
+from helpers import TINY, run_here, stop_after, tiny_arguments, write_images
 from safetensors.torch import load_file
 
 import hpm
@@ -334,7 +334,7 @@ def test_interrupted_is_told_apart(tmp_path, image_folder, monkeypatch):
 
 
 def test_pretraining_on_the_command_line(image_folder, tmp_path):
-    result = run_hpm(
+    result = run_here(
         "pretrain", image_folder, "--out", tmp_path / "run", "--config", "demo", *tiny_arguments()
     )
     assert result.returncode == 0, result.stderr
