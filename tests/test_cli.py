@@ -108,7 +108,7 @@ def test_what_bench_data_reads_is_named_as_elsewhere():
         ({"model": "vit_smal"}, ["model is 'vit_smal'", "did you mean 'vit_small'"]),
         ({"predictor_loss": "none"}, ["mask easy_to_hard", "predictor_loss is none"]),
         ({"warmup": "soon"}, ["warmup: 'soon' is not a duration"]),
-        ({"batch_size": 1000}, ["a batch of 1000", "44 images", "--batch-size"]),
+        ({"batch_size": 1000}, ["a batch of 1000", "48 images", "--batch-size"]),
         ({"decoder_dim": 30, "decoder_heads": 4}, ["decoder_dim 30 must be a multiple"]),
         ({"accumulate": 3}, ["accumulate 3 does not divide batch_size 8"]),
         ({"init": "nowhere.pt"}, ["nowhere.pt: no such file"]),
@@ -205,7 +205,11 @@ def test_bad_data(empty, tmp_path, image_folder):
 
 def test_bad_output_folders(image_folder, tmp_path, finished_run):
     result = run_here(
-        "pretrain", image_folder, "--out", finished_run.folder, *tiny_arguments(mask_ratio=0.5)
+        "pretrain",
+        image_folder,
+        "--out",
+        finished_run.folder,
+        *tiny_arguments(mask_ratio=0.5, holdout=8),
     )
     assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5", "--init")
     (tmp_path / "notes.txt").write_text("mine")

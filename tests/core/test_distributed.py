@@ -65,6 +65,7 @@ def test_only_the_main_process_writes(runs):
     assert (runs / "two" / "backbone.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     """A finished run stays finished, whoever asks."""
     before = (runs / "one" / "backbone.safetensors").stat().st_mtime_ns

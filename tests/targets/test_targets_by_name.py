@@ -73,7 +73,6 @@ def test_a_target_in_a_file_trains_by_its_dotted_name(in_folder, image_folder):
         "--target-options",
         "scale=2,squared=true",
         *tiny_arguments(steps=2, log_every=1),
-        cwd=in_folder,
     )
     assert result.returncode == 0, result.stderr
     assert "target_options:\n- scale=2\n- squared=true" in (out / "config.yaml").read_text()
