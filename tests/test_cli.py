@@ -101,10 +101,10 @@ def test_what_bench_data_reads_is_named_as_elsewhere():
     [
         ({"patch_size": 32}, ["image_size 16 is smaller than patch_size 32"]),
         ({"patch_size": 5}, ["patch_size 5 does not divide image_size 16", "--image-size 15"]),
-        ({"mask_ratio": 1.0}, ["mask_ratio is 1.0", "between 0 and 1"]),
-        ({"mask_ratio": -0.5}, ["mask_ratio is -0.5", "between 0 and 1"]),
+        ({"mask_ratio": 1.0}, ["--mask-ratio is 1;", "between 0 and 1"]),
+        ({"mask_ratio": -0.5}, ["--mask-ratio is -0.5", "between 0 and 1"]),
         ({"mask_ratio": 0.99}, ["leaves no visible patch of 16", "smaller --mask-ratio"]),
-        ({"mask_ratio": "high"}, ["mask_ratio cannot be 'high'", "a number"]),
+        ({"mask_ratio": "high"}, ["--mask-ratio cannot be 'high'", "a number"]),
         ({"model": "vit_smal"}, ["model is 'vit_smal'", "did you mean 'vit_small'"]),
         ({"predictor_loss": "none"}, ["mask easy_to_hard", "predictor_loss is none"]),
         ({"warmup": "soon"}, ["warmup: 'soon' is not a duration"]),

@@ -216,8 +216,8 @@ class ImageOptions:
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     flip: bool | Flip = True
-    """Flip images at random, with probability 0.5 per axis: horizontal (or true), vertical, both,
-    or none (or false). Use both for aerial or microscope images."""
+    """Flip images at random, with probability 0.5 per axis: horizontal (the default; also true),
+    vertical, both, or none (also false). Use both for aerial or microscope images."""
     repeat_augment: int = option(1, at_least=1)
     """Number of views per image in a batch, each with its own crop, flip and mask; the image is
     decoded once. Each view counts as an image of the batch and of the epoch."""

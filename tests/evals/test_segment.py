@@ -251,7 +251,7 @@ def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
         ({"stride": 33}, "leaves gaps between windows"),
         ({"crop_share": 0.5}, "leave --crop-share out"),
         ({"head": "upernet", "accumulate": 30}, "60 or more can"),
-        ({"head": "upernet", "layer_decay": 2}, "layer_decay is 2"),
+        ({"head": "upernet", "layer_decay": 2}, "--layer-decay is 2"),
         ({"scale": "2,1"}, "the second must not be below the first"),
         ({"lr": 0}, "lr"),
     ],
