@@ -114,7 +114,7 @@ class Options(EvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each backbone."""
+    """Yield a row for each backbone."""
     from hpm.evals.segment.job import SegmentationJob
     from hpm.evals.segment.linear import train_linear_heads
     from hpm.evals.segment.upernet import train_upernet
