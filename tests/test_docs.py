@@ -91,7 +91,7 @@ def test_a_mistaken_command_is_found():
         parse(["pretrain", "photos/", "--out", "runs/first", "--mask-rato", "0.5"])
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'"):
         parse(["eval", "kn", "runs/first", "flowers/"])
-    with pytest.raises(hpm.UserError, match="mask_ratio is 2"):
+    with pytest.raises(hpm.UserError, match="--mask-ratio is 2"):
         check(parse(["pretrain", "photos/", "--out", "runs/first", "--mask-ratio", "2"]))
 
 

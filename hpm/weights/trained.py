@@ -85,10 +85,8 @@ class Trained:
 
 
 def build(contents: Contents) -> Trained:
-    """Build the models of a file whose architecture is known.
-
-    Raises UserError where its tensors are not those of this architecture.
-    """
+    """Build the models of a file whose architecture is known. Raises UserError if its tensors do
+    not match."""
     architecture, path = contents.architecture, contents.path
     assert architecture and contents.mean and contents.std
     model = teacher = None

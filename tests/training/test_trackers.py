@@ -12,7 +12,7 @@ from hpm.training.log import RunLog
 
 
 def pretrain(folder, out, **changes):
-    return hpm.pretrain(data=str(folder), out=str(out), **TINY | changes)
+    return hpm.pretrain(data=str(folder), out=str(out), **TINY | {"holdout": 8} | changes)
 
 
 def stop_and_go_on(folder, out, monkeypatch, tracker):
