@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm.core.options import describe, option
+from hpm.core.options import option
 
 # The masks that mine, and the share of the hidden patches that are mined (the others are drawn at
 # random), at first and last.
@@ -31,11 +31,8 @@ RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 PredictorLoss = Literal["relative", "absolute", "none"]
 
 PatchSize = tuple[int, int] | tuple[int, int, int]
-
 Tubes = Literal["none", "mean", "max"]
-
 Positions = Literal["sincos", "sincos_1d"]
-
 TrackerName = Literal["none", "wandb", "mlflow"]
 
 TIMM = "timm/"
@@ -69,16 +66,15 @@ class ModelOptions:
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
     patch_size: int | PatchSize | None = option(None, main=True)
-    """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
-    model for timm/NAME). For clips also frames,height,width (default: 2 frames)."""
+    """Patch size in pixels: one number, height,width, or for clips frames,height,width (default:
+    16, 14 for vit_huge, or that of timm/NAME; 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
-    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
-    files."""
+    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy."""
     positions: Positions = "sincos"
-    """Fixed positions. sincos: sines and cosines of each axis (as in MAE). sincos_1d: of the
-    patch's number (as in VideoMAE)."""
+    """Fixed sine-cosine positions: of each axis (sincos, MAE) or of the patch's number (sincos_1d,
+    VideoMAE)."""
     class_token: bool = True
-    """Give the encoder a class token. VideoMAE has none."""
+    """Give the encoder a class token; VideoMAE has none."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
@@ -96,8 +92,8 @@ class VideoOptions:
     frame_stride: int = option(4, at_least=1)
     """Number of the video's frames from one frame of a clip to the next, counted by time stamps."""
     mine_tubes: Tubes = "none"
-    """Mine whole tubes, the patches at one place of all frames, by the mean or maximum of their
-    predicted losses. none mines single patches."""
+    """Mine whole tubes, the patches at one place at all times of a clip, by the mean or maximum of
+    their predicted losses. none mines single patches."""
     decoder_keep: float = option(1.0, above=0, at_most=1)
     """Fraction of the hidden patches that the decoders reconstruct, chosen by running cells
     (VideoMAE V2). 0.5 about halves the decoders' cost."""
@@ -340,12 +336,6 @@ class PretrainConfig(
         """Images per step over all processes. The config must be resolved."""
         assert self.batch_size is not None, "the config is not resolved"
         return self.batch_size
-
-
-def may_change(name: str) -> bool:
-    """Whether an interrupted run may be resumed with another value of an option, because it does
-    not affect what is learned."""
-    return describe(PretrainConfig)[name].rules.may_change
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
