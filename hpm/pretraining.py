@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hpm.core import distributed, lock
 from hpm.core.config import PretrainConfig
+from hpm.core.durations import seconds
 from hpm.core.options import lay_over, make_config, read_preset
 from hpm.core.phases import phase
 from hpm.core.random_state import random_state_kept
@@ -61,7 +62,7 @@ def run_pretraining(config: PretrainConfig) -> Run:
     with (
         distributed.process_group(device),
         random_state_kept(device),
-        stop_signals() as stop,
+        stop_signals(seconds(config.stop_after) if config.stop_after else None) as stop,
     ):
         try:
             ongoing = make_probe(config)  # before the folder is created: it may raise
@@ -77,13 +78,14 @@ def run_pretraining(config: PretrainConfig) -> Run:
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
     """Run the remaining steps, and write the backbone."""
-    if run.step == run.total_steps:
+    finished = run.step == run.total_steps
+    if finished:
         run.log.info(f"{run.config.out} is already finished: nothing to do")
     else:
         with session_recorded(run):
             _train(run, ongoing, stop)
     if distributed.is_main():
-        run.save_backbone()
+        run.save_backbone(overwrite=not finished)
     if best := run.best_probe:
         run.log.info(
             f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "

@@ -204,6 +204,14 @@ class TrainingOptions:
     base_lr: float | None = option(None, at_least=0)
     """Peak learning rate per 256 images in a batch: lr = base_lr * batch_size / 256 (default:
     depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on)."""
+    stop_after: str | None = option(None, may_change=True)
+    """Save and stop after this time, such as 4h or 1d12h, as on SIGTERM. Run the same command again
+    to resume."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: half a cosine, or constant with a linear cooldown at the
+    end, which can be prolonged by running the same command again with more --epochs."""
+    cooldown: str = option("10%", duration=True)
+    """Length of the cooldown at the end of --schedule constant."""
     warmup: str = option("10%", duration=True)
     """Length of the linear learning rate warm-up."""
     weight_decay: float = option(0.05, at_least=0)

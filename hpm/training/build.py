@@ -32,9 +32,16 @@ from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
-from hpm.training.resume import claim
+from hpm.training.resume import claim, length_of
 from hpm.training.run import PretrainingRun, TrainingImages
-from hpm.training.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
+from hpm.training.schedule import (
+    few_images,
+    few_steps,
+    long_warmup,
+    make_schedule,
+    num_steps,
+    resolve,
+)
 from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
 from hpm.weights.initialise import initialise
 from hpm.weights.run_folder import RunFolder
@@ -49,7 +56,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     files = RunFolder(Path(config.out))
     config = settle(config, images, files, device)
     checkpoint, notes = claim_folder(files, config, images)
-    schedule = make_schedule(config, len(images.source))
+    schedule = make_schedule(config, len(images.source), warm_up_start(config, images, checkpoint))
     architecture = resolve_model(config)
     if checkpoint:
         mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
@@ -106,6 +113,8 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     )
     if checkpoint:
         notes.append(f"resuming from {checkpoint.path}, step {step}")
+    if step and step == schedule.start < schedule.total:
+        notes.append(f"prolonged to {schedule.total} steps, with another warm-up and cosine")
     _introduce(run, notes, resumed=checkpoint is not None)
     return run
 
@@ -147,6 +156,23 @@ def claim_folder(
     )
     latest = distributed.from_main(files.latest_checkpoint())
     return load_checkpoint(latest) if latest else None, [note] if note else []
+
+
+def warm_up_start(
+    config: PretrainConfig, images: TrainingImages, checkpoint: Checkpoint | None
+) -> int:
+    """The step from which the schedule warms up: 0, or where a run had ended that is prolonged."""
+    if checkpoint is None or config.schedule == "constant":
+        return 0
+    steps_per_epoch = len(images.source) // config.global_batch_size
+    ended = length_of(checkpoint.meta["config"], steps_per_epoch)
+    if (
+        checkpoint.meta["step"]
+        == ended
+        < num_steps(config, config.global_batch_size, len(images.source))
+    ):
+        return ended
+    return checkpoint.meta.get("schedule_start", 0)
 
 
 def channel_statistics(

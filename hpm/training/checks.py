@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
+from hpm.core.durations import seconds
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules, describe
 from hpm.mining.miner import tubes_of
@@ -47,6 +48,8 @@ def check_pretrain(config: PretrainConfig) -> None:
     if config.probe and config.frames > 1:
         raise UserError("probe takes images, but this run is of clips: leave it out")
     check_tracker(config.tracker)
+    if config.stop_after:
+        seconds(config.stop_after)
 
 
 def _check_model(config: PretrainConfig) -> None:

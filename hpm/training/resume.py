@@ -28,7 +28,7 @@ from hpm.weights.run_folder import RunFolder, read_config
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
 NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
-DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
+DURATIONS = ("warmup", "cooldown", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
 def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
@@ -49,10 +49,13 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
     if run.config_file.exists() and latest is not None:
-        before = read_config(run.config_file)
-        check_data(run.folder, read_meta(latest), config.data, count, found)
-        check_options(run.folder, before, config, count)
-        return note
+        before, meta = read_config(run.config_file), read_meta(latest)
+        check_data(run.folder, meta, config.data, count, found)
+        prolonged = check_options(run.folder, before, config, count, meta["step"])
+        if not prolonged:
+            return note
+        if config.schedule == "constant":
+            run.set_aside_cooldown()
     # A run without a checkpoint has nothing to lose, so its config may be overwritten.
     header = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
@@ -71,11 +74,15 @@ def may_change(name: str) -> bool:
     return describe(PretrainConfig)[name].rules.may_change
 
 
-def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, count: int) -> None:
-    """Raise UserError for the first option whose meaning has changed.
+def check_options(
+    folder: Path, before: dict[str, Any], config: PretrainConfig, count: int, step: int
+) -> bool:
+    """Raise UserError for the first option whose meaning has changed. Returns whether the run is
+    prolonged.
 
     before: the options of config.yaml; options that it lacks were added in a later version, and are
-    not compared. count: number of training images. See `check_data` for the data.
+    not compared. count: number of training images. step: of the latest checkpoint. See `check_data`
+    for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     batch_size = config.global_batch_size
@@ -85,8 +92,11 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
         return duration_steps(duration, total, count // batch_size)
 
     free = {name for name in now if may_change(name)} | {"data"}
-    length = (before.get("steps") or before.get("epochs", 0) * (count // batch_size)) or total
-    if length == total:  # the same length may be given in epochs or in steps
+    length = length_of(before, count // batch_size) or total
+    # The same length may be given in epochs or in steps, and a run may be prolonged: at any time
+    # with a constant learning rate, else when it is finished.
+    prolonged = total > length and (config.schedule == "constant" or step == length)
+    if length == total or prolonged:
         free |= {"steps", "epochs"}
     for name, value in now.items():
         if name in free or name not in before:
@@ -96,6 +106,12 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
                 f"{folder} holds another run: there {name} is {before[name]}, here {value}; "
                 f"choose another --out (with --init {folder} to start from its weights)"
             )
+    return prolonged
+
+
+def length_of(options: dict[str, Any], steps_per_epoch: int) -> int:
+    """Length in steps of a run with these options; 0 if they do not say."""
+    return options.get("steps") or options.get("epochs", 0) * steps_per_epoch
 
 
 def check_data(

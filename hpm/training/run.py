@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -255,11 +256,17 @@ class PretrainingRun:
             )
         )
 
+        if self.step == self.schedule.cooldown_start:
+            self._write(self.files.before_cooldown)
+
     def save_best(self) -> None:
         """Write the checkpoint of the best probe, which is never pruned."""
+        self._write(self.files.best_checkpoint)
+
+    def _write(self, path: Path) -> None:
         distributed.main_first(
             lambda: write_checkpoint(
-                self.files.best_checkpoint,
+                path,
                 self.model,
                 self.teacher.model,
                 self.optimizer,
@@ -268,9 +275,9 @@ class PretrainingRun:
             )
         )
 
-    def save_backbone(self) -> None:
+    def save_backbone(self, overwrite: bool) -> None:
         """Write the backbone of a finished run, unless it exists."""
-        if not self.files.backbone.exists():
+        if overwrite or not self.files.backbone.exists():
             save_backbone(
                 self.files.backbone, self.model.encoder, self.architecture, self.mean, self.std
             )
@@ -285,6 +292,7 @@ class PretrainingRun:
             "num_images": len(self.images.source),
             "fingerprint": self.images.fingerprint,
             "unreadable": self.unreadable.problems,
+            "schedule_start": self.schedule.start,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
         }
