@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def understand(arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
-    """What to run, and its options. Raises UserError, or HelpWanted where help was asked for."""
+    """What to run, and its options. Raises UserError, or HelpWanted for --help."""
     arguments = _import_modules(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         raise HelpWanted(_usage())
@@ -122,7 +122,7 @@ def _usage() -> str:
 
 
 def _listing(entries: dict[str, str]) -> list[str]:
-    """Names and what they stand for, in two columns as wide as the terminal."""
+    """Names and descriptions in two columns, as wide as the terminal."""
     width = min(100, shutil.get_terminal_size().columns)
     indent = max(map(len, entries)) + 4
     lines = []
@@ -180,6 +180,10 @@ def _eval(evaluation: Evaluation, options: Any) -> None:
         print_result(result, Console())
         if result.file:
             print(f"written to {result.file}")
+        if result.file and result.about.get("training"):
+            from hpm.show.evaluation_report import write_evaluation_report
+
+            print(f"report: {write_evaluation_report(result.file)}")
         if result.unwritable:
             raise UserError(result.unwritable)
 
@@ -269,7 +273,7 @@ def _export(config: Any) -> None:
 
 
 def _evaluations(name: str | None = None) -> dict[str, Verb]:
-    """All that are installed; or the one of that name, which may be a module of the reader's."""
+    """All installed evaluations, or the one of this name, which may be the user's own module."""
     from hpm.evals.contract import find, installed
 
     verbs = {}

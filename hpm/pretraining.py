@@ -158,7 +158,7 @@ class Learned(NamedTuple):
     """Results of a forward and backward pass, still on the device."""
 
     losses: Float[Tensor, " 3"]  # reconstruction, predictor, ranking accuracy
-    patch_loss: Float[Tensor, "batch hidden"]  # that the predictor ranks
+    patch_loss: Float[Tensor, "batch decoded"]  # that the predictor ranks
 
 
 def _learn(
@@ -169,14 +169,15 @@ def _learn(
     config: PretrainConfig,
     autocast: torch.autocast,
 ) -> Learned:
-    """Reconstruct the hidden patches, predict how well, and take both losses backward."""
-    hidden_ids = mined.hidden_ids
+    """Reconstruct the hidden patches, or a share of them, predict how well, and take both losses
+    backward."""
+    decoded_ids = mined.decoded_ids
     with phase("forward"):
         with autocast:
             with torch.no_grad():
-                expected = gather_patches(target(images, mined.features), hidden_ids)
+                expected = gather_patches(target(images, mined.features), decoded_ids)
             prediction, predicted_loss = student(
-                images, mined.visible_ids, hidden_ids, mined.covered_ids
+                images, mined.visible_ids, decoded_ids, mined.covered_ids
             )
         patch_loss = target.patch_loss(prediction, expected)
         reconstruction_loss = patch_loss.mean()
@@ -184,7 +185,7 @@ def _learn(
         accuracy = torch.full_like(reconstruction_loss, math.nan)
         patch_loss = patch_loss.detach()
         if predicted_loss is not None or config.mines_by_memory:
-            patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
+            patch_loss = target.ranked_by(patch_loss, images, decoded_ids)
         if predicted_loss is not None:
             if config.predictor_loss == "relative":
                 total, pairs = relative_loss(predicted_loss, patch_loss)

@@ -21,7 +21,7 @@ from helpers import write_images  # noqa: E402
 hypothesis.settings.register_profile("hpm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("hpm")
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # A browser of a test talks to nobody.
@@ -59,7 +59,7 @@ def finished_run(image_folder, tmp_path_factory):
     import hpm
 
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return hpm.pretrain(data=str(image_folder), out=str(out), **TINY)
+    return hpm.pretrain(data=str(image_folder), out=str(out), **TINY | {"holdout": 8})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ def empty(tmp_path_factory):
 
 def refused(image_folder, tmp_path, *words, data=None, extra=(), **changes):
     arguments = [*tiny_arguments(**changes), *extra]
-    result = run_hpm("pretrain", data or image_folder, "--out", tmp_path / "run", *arguments)
+    result = run_here("pretrain", data or image_folder, "--out", tmp_path / "run", *arguments)
     assert_refused(result, *words)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -101,14 +101,14 @@ def test_what_bench_data_reads_is_named_as_elsewhere():
     [
         ({"patch_size": 32}, ["image_size 16 is smaller than patch_size 32"]),
         ({"patch_size": 5}, ["patch_size 5 does not divide image_size 16", "--image-size 15"]),
-        ({"mask_ratio": 1.0}, ["mask_ratio is 1.0", "between 0 and 1"]),
-        ({"mask_ratio": -0.5}, ["mask_ratio is -0.5", "between 0 and 1"]),
+        ({"mask_ratio": 1.0}, ["--mask-ratio is 1;", "between 0 and 1"]),
+        ({"mask_ratio": -0.5}, ["--mask-ratio is -0.5", "between 0 and 1"]),
         ({"mask_ratio": 0.99}, ["leaves no visible patch of 16", "smaller --mask-ratio"]),
-        ({"mask_ratio": "high"}, ["mask_ratio cannot be 'high'", "a number"]),
+        ({"mask_ratio": "high"}, ["--mask-ratio cannot be 'high'", "a number"]),
         ({"model": "vit_smal"}, ["model is 'vit_smal'", "did you mean 'vit_small'"]),
         ({"predictor_loss": "none"}, ["mask easy_to_hard", "predictor_loss is none"]),
         ({"warmup": "soon"}, ["warmup: 'soon' is not a duration"]),
-        ({"batch_size": 1000}, ["a batch of 1000", "44 images", "--batch-size"]),
+        ({"batch_size": 1000}, ["a batch of 1000", "48 images", "--batch-size"]),
         ({"decoder_dim": 30, "decoder_heads": 4}, ["decoder_dim 30 must be a multiple"]),
         ({"accumulate": 3}, ["accumulate 3 does not divide batch_size 8"]),
         ({"init": "nowhere.pt"}, ["nowhere.pt: no such file"]),
@@ -205,7 +205,11 @@ def test_bad_data(empty, tmp_path, image_folder):
 
 def test_bad_output_folders(image_folder, tmp_path, finished_run):
     result = run_here(
-        "pretrain", image_folder, "--out", finished_run.folder, *tiny_arguments(mask_ratio=0.5)
+        "pretrain",
+        image_folder,
+        "--out",
+        finished_run.folder,
+        *tiny_arguments(mask_ratio=0.5, holdout=8),
     )
     assert_refused(result, "holds another run: there mask_ratio is 0.75, here 0.5", "--init")
     (tmp_path / "notes.txt").write_text("mine")
@@ -217,13 +221,13 @@ def test_bad_output_folders(image_folder, tmp_path, finished_run):
 def test_a_damaged_checkpoint_stops_the_run_and_is_kept(image_folder, tmp_path):
     out = tmp_path / "run"
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments()]
-    assert run_hpm(*arguments).returncode == 0
+    assert run_here(*arguments).returncode == 0
     latest = sorted((out / "checkpoints").iterdir())[-1]
     latest.write_bytes(latest.read_bytes()[:1000])
-    assert_refused(run_hpm(*arguments), latest.name, "truncated")
+    assert_refused(run_here(*arguments), latest.name, "truncated")
     assert latest.stat().st_size == 1000
     latest.unlink()  # the checkpoint before it is still there
-    again = run_hpm(*arguments)
+    again = run_here(*arguments)
     assert again.returncode == 0 and "resuming from" in again.stderr and "step 4" in again.stderr
 
 
@@ -242,7 +246,7 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
     assert_refused(result, "no space left; make room, then run the same command again")
     assert not list((out / "checkpoints").iterdir())
     arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
-    assert run_hpm(*arguments).returncode == 0
+    assert run_here(*arguments).returncode == 0
 
 
 def test_a_full_gpu_is_one_line(monkeypatch, capsys):
@@ -261,7 +265,7 @@ def test_a_full_gpu_is_one_line(monkeypatch, capsys):
 
 
 def test_eval_and_show(finished_run, image_folder, tmp_path):
-    result = run_hpm("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
+    result = run_here("eval", "knn", finished_run.folder, image_folder, "--k", "[1,5]")
     assert result.returncode == 0, result.stderr
     for words in (
         "trained",
@@ -273,9 +277,9 @@ def test_eval_and_show(finished_run, image_folder, tmp_path):
     ):
         assert words in result.stdout
     figure = tmp_path / "fig.png"
-    result = run_hpm("show", finished_run.folder, image_folder, "--out", figure)
+    result = run_here("show", finished_run.folder, image_folder, "--out", figure)
     assert result.returncode == 0 and figure.stat().st_size > 10_000
-    result = run_hpm("show", finished_run.backbone, image_folder, "--out", figure)
+    result = run_here("show", finished_run.backbone, image_folder, "--out", figure)
     assert result.returncode == 0 and "not shown: actual loss" in result.stdout
     assert_refused(
         run_hpm("show", finished_run.folder, image_folder, "--out", tmp_path / "a.txt"), ".png"

@@ -14,10 +14,11 @@ import yaml
 import hpm
 from hpm import cli
 from hpm.commands.options import AblateConfig
-from hpm.core.config import PretrainConfig, may_change
+from hpm.core.config import PretrainConfig
 from hpm.core.options import check_rules, describe, make_config
 from hpm.evals.options import EvalOptions
 from hpm.training.checks import check_pretrain
+from hpm.training.resume import may_change
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +92,7 @@ def test_a_mistaken_command_is_found():
         parse(["pretrain", "photos/", "--out", "runs/first", "--mask-rato", "0.5"])
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'"):
         parse(["eval", "kn", "runs/first", "flowers/"])
-    with pytest.raises(hpm.UserError, match="mask_ratio is 2"):
+    with pytest.raises(hpm.UserError, match="--mask-ratio is 2"):
         check(parse(["pretrain", "photos/", "--out", "runs/first", "--mask-ratio", "2"]))
 
 

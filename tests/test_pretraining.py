@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import TINY, run_hpm, stop_after, tiny_arguments, write_images
+from helpers import TINY, run_here, stop_after, tiny_arguments, write_images
 from safetensors.torch import load_file
 
 import hpm
@@ -207,10 +207,10 @@ def test_a_finished_run_is_not_overwritten(finished_run, image_folder):
         }
 
     before = contents()
-    pretrain(image_folder, finished_run.folder)
+    pretrain(image_folder, finished_run.folder, holdout=8)
     assert contents() == before
     with pytest.raises(hpm.UserError, match="another run: there steps is 8, here 9"):
-        pretrain(image_folder, finished_run.folder, steps=9)
+        pretrain(image_folder, finished_run.folder, steps=9, holdout=8)
     assert contents() == before
 
 
@@ -290,7 +290,7 @@ def test_unreadable_held_out_images_are_named_once(tmp_path):
     images = write_images(tmp_path / "images" / "train", per_class=8)
     held_out = write_images(tmp_path / "images" / "val", per_class=2)
     (held_out / "class_0" / "000.png").write_bytes(b"no image")
-    run = pretrain(images.parent, tmp_path / "run", eval_every="50%")
+    run = pretrain(images.parent, tmp_path / "run", eval_every="50%", holdout=8)
     log = (run.folder / "train.log").read_text()
     assert log.count("cannot read") == 1 and "val/class_0/000.png" in log
 
@@ -334,7 +334,7 @@ def test_interrupted_is_told_apart(tmp_path, image_folder, monkeypatch):
 
 
 def test_pretraining_on_the_command_line(image_folder, tmp_path):
-    result = run_hpm(
+    result = run_here(
         "pretrain", image_folder, "--out", tmp_path / "run", "--config", "demo", *tiny_arguments()
     )
     assert result.returncode == 0, result.stderr

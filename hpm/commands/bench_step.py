@@ -38,12 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "predictor_loss": "none",
         "teacher_scale": 1.0,
         "mining_temperature": 0.0,
+        "mine_tubes": "none",
     },
     "HPM": {},
 }
 # Options of a run that neither loads, evaluates nor keeps anything.
 STEP_ONLY: dict[str, Any] = {
-    "data": "demo",
     "holdout": 0,
     "epochs": 1000,
     "init": None,
@@ -120,7 +120,9 @@ def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> Pret
     names = [field.name for field in dataclasses.fields(PretrainConfig)]
     given = {name: getattr(config, name) for name in names}
     normalize = "imagenet" if config.channels == 3 else "measured"  # imagenet reads no images
-    return PretrainConfig(**given | STEP_ONLY | {"normalize": normalize, "out": str(out)} | options)
+    given |= STEP_ONLY | {"normalize": normalize, "out": str(out)}
+    given["data"] = "demo" if config.frames == 1 else "demo-video"
+    return PretrainConfig(**given | options)
 
 
 def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
@@ -176,12 +178,13 @@ def _run_turn(run: PretrainingRun, batch: Batch) -> None:
 
 
 def noise_batch(run: PretrainingRun) -> Batch:
-    """A batch of noise images."""
+    """A batch of images or clips of noise."""
     config = run.config
-    size = (config.global_batch_size, config.channels, *run.image_size)
+    size = (config.global_batch_size, config.channels, *run.architecture.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
-    batch = Batch(images, torch.arange(len(images)), [], whole)
+    times = whole[:, :2] if config.frames > 1 else None
+    batch = Batch(images, torch.arange(len(images)), [], whole, times=times)
     return batch.pin_memory() if run.device.type == "cuda" else batch
 
 
@@ -256,7 +259,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """Print the numbers as a table."""
     size = report["architecture"]["image_size"]
     console.print(
-        f"{report['model']}, {size[0]} x {size[1]} px, batch {report['batch_size']}, "
+        f"{report['model']}, {' x '.join(map(str, size))} px, batch {report['batch_size']}, "
         f"{report['precision']}, {'compiled' if report['compiled'] else 'eager'}, on "
         f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
         f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s",

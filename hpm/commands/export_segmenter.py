@@ -1,4 +1,4 @@
-"""A segmenter as ONNX, checked to give the same outputs there."""
+"""Export a segmenter to ONNX, and check that its outputs are the same."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TOLERANCE = 1e-4
 
 
 class WindowFromPixels(nn.Module):
-    """A segmenter fed with windows of pixels whose full scale is 1: [B C S S] -> logits
-    [B K S S]."""
+    """A segmenter that takes windows of pixels on a scale of 0 to 1: [B C S S] -> logits [B K S
+    S]."""
 
     def __init__(self, model: SegmentationModel):
         super().__init__()
@@ -40,10 +40,8 @@ class WindowFromPixels(nn.Module):
 def export_segmenter(
     model: SegmentationModel, out: Path, report: Callable[[str], Any] = print
 ) -> Path:
-    """Write the model for one window as ONNX; cutting windows is left to who uses it.
-
-    Raises UserError where ONNX Runtime does not give the same outputs; nothing is then left behind.
-    """
+    """Write the model for one window as ONNX; the user cuts images into windows. Raises UserError,
+    and leaves no file, if ONNX Runtime's outputs differ."""
     windows = WindowFromPixels(model.cpu()).eval()
     shape = (model.channels, model.image_size, model.image_size)
     try:
@@ -62,7 +60,8 @@ def export_segmenter(
 
 @torch.no_grad()
 def _difference(model: WindowFromPixels, path: Path, shape: tuple[int, ...]) -> float:
-    """The largest between our logits and the file's. UserError if too large."""
+    """The largest difference between our logits and the file's. Raises UserError if it is too
+    large."""
     largest = 0.0
     for batch in (2, 1):
         images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(batch))

@@ -39,7 +39,7 @@ def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> fl
     def learn(mined: Mined) -> None:
         with torch.no_grad():
             target(images, mined.features)
-        outputs = model(images, mined.visible_ids, mined.hidden_ids, mined.covered_ids)
+        outputs = model(images, mined.visible_ids, mined.decoded_ids, mined.covered_ids)
         sum(output.sum() for output in outputs if output is not None).backward()
 
     mining, mined = _count(lambda: miner.mine(images, draw, num_hard))

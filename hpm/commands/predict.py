@@ -1,4 +1,4 @@
-"""`hpm predict`: what a fine-tuned model makes of a folder of images."""
+"""`hpm predict`: write the predictions of a fine-tuned model for a folder of images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run_predict(config: PredictConfig, report: Report = print) -> Path:
 
 
 def open_images(images: str) -> FileSource:
-    """All images below a folder, whatever its layout, or one image."""
+    """All images below a folder, or a single image."""
     root = Path(images).expanduser()
     if root.is_file():
         return FileSource(images, [root], root=root.parent)
@@ -78,7 +78,7 @@ def open_images(images: str) -> FileSource:
 def write_masks(
     model: SegmentationModel, source: FileSource, out: Path, config: PredictConfig, report: Report
 ) -> Path:
-    """A mask for every readable image, and the names of the classes."""
+    """Write a mask for every readable image, and the names of the classes."""
     files = _mask_files(source, out)
     views = WholeImages(model.channels, source.is_deep(), model.image_size)
     for index, image, size in readable(source, views, config, report):
@@ -91,7 +91,7 @@ def write_masks(
 def write_results(
     model: DetectionModel, source: FileSource, out: Path, config: PredictConfig, report: Report
 ) -> Path:
-    """The objects in all readable images, in one file."""
+    """Write the objects in all readable images into one file."""
     file, side = results_file(out), model.image_size
     views = WholeImages(model.channels, source.is_deep(), side, longest=side)
     write_objects(model, source, readable(source, views, config, report), file)
@@ -101,8 +101,8 @@ def write_results(
 def readable(
     source: Source, views: WholeImages, config: PredictConfig, report: Report
 ) -> Iterator[tuple[int, Any, tuple[int, int]]]:
-    """(number, image as it is loaded, its size in the file) of all readable images; the others are
-    reported."""
+    """Yield (index, loaded image, its size in the file) of every readable image, and report the
+    others."""
     unreadable = UnreadableImages(source, config.max_unreadable)
     batches = dense_batches(source, views, 1, num_workers(config.workers))
     for batch in track(batches, "predicting", total=len(source)):
@@ -113,14 +113,14 @@ def readable(
 
 
 def write_mask(file: Path, labels: UInt8[np.ndarray, "height width"]) -> None:
-    """A PNG of numbers, with the colours of Pascal VOC as its palette."""
+    """Write labels as a PNG with the palette of Pascal VOC."""
     image = Image.fromarray(labels)
     image.putpalette(class_colours(256).tobytes())
     image.save(file, format="PNG")
 
 
 def _mask_files(source: FileSource, out: Path) -> list[Path]:
-    """Where the mask of each image goes: below `out` as the image below its folder."""
+    """The mask file of each image. Subfolders of `out` are those of the images."""
     files: dict[Path, str] = {}
     for index in range(len(source)):
         path = Path(source.path(index))

@@ -1,4 +1,4 @@
-"""What a detector finds in a folder of images, as COCO's JSON."""
+"""Write the objects that a detector finds in a folder of images as COCO JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FILE = "results.json"
 
 
 def results_file(out: Path) -> Path:
-    """Where the results go: `out`, or `results.json` in it where it is no .json file. UserError
-    where that exists."""
+    """The file to write: `out`, or `results.json` in it unless it ends in .json. Raises UserError
+    if the file exists."""
     file = out if out.suffix == ".json" else out / FILE
     if file.exists():
         raise UserError(f"{file} exists: choose another --out")

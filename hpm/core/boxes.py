@@ -13,8 +13,8 @@ BLOCK = 1024  # boxes compared at a time; bounds the memory
 def nms(
     boxes: Float[Tensor, "boxes 4"], scores: Float[Tensor, " boxes"], iou_threshold: float
 ) -> Int[Tensor, " kept"]:
-    """Non-maximum suppression: indices of the boxes (x0 y0 x1 y1) that overlap no better box that
-    is itself kept, best first."""
+    """Non-maximum suppression: indices of the boxes (x0 y0 x1 y1) that do not overlap a better box
+    that is kept, best first."""
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
     for block in order.split(BLOCK):

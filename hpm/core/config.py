@@ -5,12 +5,11 @@ is converted to steps once, by `schedule.py`."""
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from hpm.core.options import describe, option
+from hpm.core.options import option
 
 # The masks that mine, and the share of the hidden patches that are mined (the others are drawn at
 # random), at first and last.
@@ -31,6 +30,9 @@ RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 
 PredictorLoss = Literal["relative", "absolute", "none"]
 
+PatchSize = tuple[int, int] | tuple[int, int, int]
+Tubes = Literal["none", "mean", "max"]
+Positions = Literal["sincos", "sincos_1d"]
 TrackerName = Literal["none", "wandb", "mlflow"]
 
 TIMM = "timm/"
@@ -63,12 +65,16 @@ class ModelOptions:
     --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
-    patch_size: int | tuple[int, int] | tuple[int, int, int] | None = option(None, main=True)
-    """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
-    model for timm/NAME). For clips also frames,height,width (default: 2 frames)."""
+    patch_size: int | PatchSize | None = option(None, main=True)
+    """Patch size in pixels: one number, height,width, or for clips frames,height,width (default:
+    16, 14 for vit_huge, or that of timm/NAME; 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
-    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
-    files."""
+    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy."""
+    positions: Positions = "sincos"
+    """Fixed sine-cosine positions: of each axis (sincos, MAE) or of the patch's number (sincos_1d,
+    VideoMAE)."""
+    class_token: bool = True
+    """Give the encoder a class token; VideoMAE has none."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
@@ -85,9 +91,9 @@ class VideoOptions:
     """Number of frames per clip of a video; 1 for images."""
     frame_stride: int = option(4, at_least=1)
     """Number of the video's frames from one frame of a clip to the next, counted by time stamps."""
-    mine_tubes: Literal["none", "mean", "max"] = "none"
-    """Mine whole tubes, the patches at one place of all frames, by the mean or maximum of their
-    predicted losses. none mines single patches."""
+    mine_tubes: Tubes = "none"
+    """Mine whole tubes, the patches at one place at all times of a clip, by the mean or maximum of
+    their predicted losses. none mines single patches."""
     decoder_keep: float = option(1.0, above=0, at_most=1)
     """Fraction of the hidden patches that the decoders reconstruct, chosen by running cells
     (VideoMAE V2). 0.5 about halves the decoders' cost."""
@@ -232,8 +238,8 @@ class ImageOptions:
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     flip: bool | Flip = True
-    """Flip images at random, with probability 0.5 per axis: horizontal (or true), vertical, both,
-    or none (or false). Use both for aerial or microscope images."""
+    """Flip images at random, with probability 0.5 per axis: horizontal (the default; also true),
+    vertical, both, or none (also false). Use both for aerial or microscope images."""
     repeat_augment: int = option(1, at_least=1)
     """Number of views per image in a batch, each with its own crop, flip and mask; the image is
     decoded once. Each view counts as an image of the batch and of the epoch."""
@@ -308,7 +314,7 @@ class PretrainConfig(
 
     @property
     def hard_shares(self) -> tuple[float, float]:
-        """Share of the hidden patches that are mined, at first and at last."""
+        """Shares of the hidden patches that are mined, at the start and at the end of training."""
         start, end = HARD_SHARES.get(self.mask, (0.0, 0.0))
         if self.hard_share_start is not None:
             start = self.hard_share_start
@@ -316,39 +322,20 @@ class PretrainConfig(
 
     @property
     def mines_by_memory(self) -> bool:
-        """Whether the student's losses of earlier epochs are mined by, instead of a prediction."""
+        """Whether mining uses the student's losses in earlier epochs instead of a prediction."""
         return self.mine_by != "teacher"
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of the warm-up, once the config is resolved."""
+        """Learning rate at the end of the warm-up. The config must be resolved."""
         assert self.base_lr is not None, "the config is not resolved"
         return self.base_lr * self.global_batch_size / 256
 
     @property
     def global_batch_size(self) -> int:
-        """Images per step over all processes, once the config is resolved."""
+        """Images per step over all processes. The config must be resolved."""
         assert self.batch_size is not None, "the config is not resolved"
         return self.batch_size
-
-
-def may_change(name: str) -> bool:
-    """Whether an interrupted run may go on with another value of an option: it then has no
-    influence on what is learned."""
-    return describe(PretrainConfig)[name].rules.may_change
-
-
-def _expected(hint: Any) -> str:
-    """A type in words, such as `a whole number or a list such as [1, 2]`."""
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    if hint in words:
-        return words[hint]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return "a list such as [1, 2]" if str not in arguments else "a list of words"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    return " or ".join(_expected(kind) for kind in arguments if kind is not type(None))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -357,7 +344,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def secondary_mask_ratio(config: PretrainConfig) -> float:
-    """Share of the visible patches that are covered: that asked for, or the mask's own."""
+    """Share of the visible patches that are covered: the option, or else the mask's own default."""
     if config.secondary_mask_ratio is None:
         return 0.25 if config.mask == "uniform" else 0.0
     return config.secondary_mask_ratio

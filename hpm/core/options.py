@@ -16,6 +16,7 @@ import os
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -114,10 +115,17 @@ def _attribute_texts(cls: type) -> dict[str, str]:
     return texts
 
 
-def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
+def make_config(
+    cls: type[Config], values: dict[str, Any], spell: Callable[[str], str] = str
+) -> Config:
     """A dataclass of options from names and values, all of them checked.
 
-    A value may be text as it is typed, a value from YAML, or one of Python's own. Raises UserError.
+    Args:
+        cls: the dataclass.
+        values: by name: text as it is typed, values from YAML, or Python's own.
+        spell: how messages write the name of an option, such as `--mask-ratio`.
+
+    Raises UserError.
     """
     described = describe(cls)
     for name in values:
@@ -126,15 +134,15 @@ def make_config(cls: type[Config], values: dict[str, Any]) -> Config:
     missing = [name for name, each in described.items() if each.required and name not in values]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given")
-    options = cls(**{n: convert(n, value, described[n].hint) for n, value in values.items()})
-    check_rules(options)
+    options = cls(**{n: convert(spell(n), value, described[n].hint) for n, value in values.items()})
+    check_rules(options, spell)
     return options
 
 
-def check_rules(options: Any) -> None:
+def check_rules(options: Any, spell: Callable[[str], str] = str) -> None:
     """Raise UserError for the first option whose value breaks its own rules."""
-    for name, each in describe(type(options)).items():
-        value = getattr(options, name)
+    for option, each in describe(type(options)).items():
+        value, name = getattr(options, option), spell(option)
         if value is None:
             continue
         if each.rules.duration:
@@ -173,7 +181,8 @@ def _check_bounds(name: str, value: float, rules: Rules) -> None:
         wanted = f"be {'below' if rules.at_most is None else 'at most'} {highest:g}"
     else:
         wanted = "be a finite number"
-    raise UserError(f"{name} is {value}; it must {wanted}")
+    shown = f"{value:g}" if isinstance(value, float) else value
+    raise UserError(f"{name} is {shown}; it must {wanted}")
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:

@@ -52,7 +52,7 @@ class Command:
         missing = [self._spell(name) for name in required if name not in values]
         if missing:
             raise UserError(f"{' and '.join(missing)} must be given (see {self.prog} --help)")
-        return make_config(self.options, values)
+        return make_config(self.options, values, self._spell)
 
     def _read(self, arguments: Sequence[str]) -> dict[str, Any]:
         """The text of each option on the command line; a list of texts for repeated options."""
@@ -160,7 +160,7 @@ def _placeholder(hint: Any) -> str:
 
 
 def _default_text(each: Described) -> str:
-    """The default in brackets; empty if the help text explains it already."""
+    """The default in brackets; empty if the help text has it already."""
     value = each.default
     if (
         value is MISSING
@@ -168,6 +168,7 @@ def _default_text(each: Described) -> str:
         or value == ()
         or value == ""
         or (each.is_flag and not value)
+        or "(the default" in each.help
     ):
         return ""
     if isinstance(value, tuple):

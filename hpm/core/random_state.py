@@ -12,8 +12,8 @@ import torch
 
 @contextmanager
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Leave the global random states of Python, NumPy and PyTorch (on a GPU as well, where it is
-    the device) as they were before the block, whatever the block draws or seeds."""
+    """Restore the global random states of Python, NumPy and PyTorch (including the GPU's, if it is
+    the device) after the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [device] if device is not None and device.type == "cuda" else []
     try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "effective rank": "{rank:.1f}",
-    "of": "{of:.0f}",
+    "highest possible": "{of:.0f}",
     "similarity of patches": "{patch_similarity:.3f}",
 }
 

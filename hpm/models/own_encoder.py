@@ -16,7 +16,9 @@ from hpm.models.patches import grid_size
 ENTRY_POINTS = "hpm.encoders"
 
 
-def find_encoder(name: str, known: Sequence[str] = (), trusted: bool = True) -> type[Encoder]:
+def find_encoder(
+    name: str, known: Sequence[str] = ("timm/NAME",), trusted: bool = True
+) -> type[Encoder]:
     """Find the class of an encoder: `MODULE:CLASS`, or an entry point of the group `hpm.encoders`.
 
     known: names of the built-in encoders, for the message. trusted: whether the name comes from the

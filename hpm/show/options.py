@@ -15,12 +15,13 @@ PANELS: tuple[Panel, ...] = typing.get_args(Panel)
 
 @dataclass
 class ReportConfig:
-    """Rewrite the report of a run from the files in its folder."""
+    """Rewrite the report of a run or of an evaluation from the files in its folder."""
 
     run: str
-    """Run folder."""
+    """Run folder, or the JSON file of an evaluation."""
     out: str | None = None
-    """File to write (default: report.html in the run folder)."""
+    """File to write (default: report.html in the folder of the run or of the evaluation's
+    training; FILE.html for the FILE.json of an evaluation that trains nothing)."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -49,6 +50,16 @@ def page(title: str, body: str, script: str = "", style: str = "", fetches: bool
         f"<style>\n{asset('page.css')}\n{style}</style>\n</head>\n<body>\n"
         f"{body}\n" + (f"<script>{script}</script>\n" if script else "") + "</body>\n</html>\n"
     )
+
+
+def names_table(values: Mapping[str, Any]) -> str:
+    """A table of names and values; values that are not text are written as JSON."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(name))}</th>'
+        f"<td>{escape(value if isinstance(value, str) else json.dumps(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f'<table class="names"><tbody>{rows}</tbody></table>'
 
 
 def data_block(name: str, values: Any) -> str:

@@ -16,9 +16,10 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.evals.saved import saved_evaluations
+from hpm.show.evaluation_report import write_evaluation_report
 from hpm.show.moments import read_moments
 from hpm.show.options import ReportConfig
-from hpm.show.page import asset, data_block, page
+from hpm.show.page import asset, data_block, names_table, page
 from hpm.show.report_figures import charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.run_folder import RunFolder
@@ -39,15 +40,19 @@ MAX_LISTED = 20  # unreadable images
 
 
 def run_report(config: ReportConfig) -> Path:
-    """Rewrite the report of a run folder. Raises UserError if it is not one."""
+    """Rewrite the report of a run folder or an evaluation. Raises UserError if it is neither."""
     folder = Path(config.run).expanduser()
-    if not RunFolder(folder).config_file.is_file():
-        raise UserError(f"{config.run}: no run folder of hpm pretrain (it has no config.yaml)")
-    out = Path(config.out).expanduser() if config.out else RunFolder(folder).report
+    out = Path(config.out).expanduser() if config.out else None
+    write = write_evaluation_report if folder.suffix == ".json" else write_report
+    if write is write_report and not RunFolder(folder).config_file.is_file():
+        raise UserError(
+            f"{config.run}: no run folder of hpm pretrain (it has no config.yaml), and no JSON "
+            "file of an evaluation"
+        )
     try:
-        return write_report(folder, out)
+        return write(folder, out)
     except OSError as error:
-        raise disk_error(out, error) from None
+        raise disk_error(out or folder, error) from None
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -210,8 +215,8 @@ def _configuration(options: dict[str, Any]) -> str:
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
-        f"{_table(chosen)}\n<details><summary>{counted(len(rest), 'more option')}, default or "
-        f"derived</summary>{_table(rest)}</details>"
+        f"{names_table(chosen)}\n<details><summary>{counted(len(rest), 'more option')}, default or "
+        f"derived</summary>{names_table(rest)}</details>"
     )
 
 
@@ -234,21 +239,9 @@ def _sessions(sessions: list[Session], config_file: Path) -> str:
     )
     environment = {k: v for k, v in sessions[-1].environment.items() if v is not None}
     return (
-        f'{_table(environment)}\n<div class="scroll sessions"><table>'
+        f'{names_table(environment)}\n<div class="scroll sessions"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(_plain(value))}</td></tr>'
-        for name, value in values.items()
-    )
-    return f'<table class="names"><tbody>{rows}</tbody></table>'
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _size(options: dict[str, Any]) -> str:

@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from hpm.core import lock
-from hpm.core.config import TIMM, PretrainConfig, may_change, pair
+from hpm.core.config import TIMM, PretrainConfig, pair
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_meta, remove_stale, write_text
+from hpm.core.options import describe
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps
@@ -62,6 +63,12 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
     text = yaml.safe_dump(options, sort_keys=False)
     write_text(run.config_file, header + text)
     return note
+
+
+def may_change(name: str) -> bool:
+    """Whether an interrupted run may be resumed with another value of an option, because it does
+    not affect what is learned."""
+    return describe(PretrainConfig)[name].rules.may_change
 
 
 def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, count: int) -> None:
@@ -126,7 +133,7 @@ def canonical(name: str, value: Any, steps: Callable[[str], float]) -> Any:
     if value is None:
         return None
     if name in SIZES:
-        return pair(value)
+        return tuple(value) if name == "patch_size" and not isinstance(value, int) else pair(value)
     if name in PATHS:
         return value if value.startswith(NAMES) else _resolved(value)
     if name in DURATIONS:

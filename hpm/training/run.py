@@ -27,7 +27,7 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
-from hpm.data.video.sampling import ClipSampling
+from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.masking import hard_share
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import Miner, Seen
@@ -120,16 +120,15 @@ class PretrainingRun:
         return self.config.log_every
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def view_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, width = self.architecture.image_size
+        height, width = self.architecture.image_size[-2:]
         return height, width
 
     @property
     def sampling(self) -> ClipSampling | None:
         """Which frames make a clip; None for images."""
-        config = self.config
-        return ClipSampling(config.frames, config.frame_stride) if config.frames > 1 else None
+        return clip_sampling(self.config)
 
     @property
     def num_hidden(self) -> int:
@@ -162,12 +161,12 @@ class PretrainingRun:
         config, source = self.config, self.images.source
         views = training_views(
             source,
-            self.image_size,
+            self.view_size,
             config.channels,
             config.seed,
             config.crop_scale,
             config.flip,
-            min(self.architecture.patch_size),
+            min(self.architecture.patch_size[-2:]),
             self.sampling,
         )
         if isinstance(views, TrainingViews):
@@ -191,7 +190,8 @@ class PretrainingRun:
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Move images [B C H W] to the device, and normalise them to float32."""
+        """Move images [B C H W], or clips [B C T H W], to the device, and normalise them to
+        float32."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.mean_and_std)
 
@@ -200,13 +200,14 @@ class PretrainingRun:
         return autocast(self.device, self.config.precision)
 
     def seen(self, batch: Batch) -> Seen | None:
-        """The images and crops of a batch, on the device; None without a memory."""
+        """The images, crops and times of a batch, on the device; None without a memory."""
         if self.memory is None:
             return None
         assert batch.crops is not None, "training views come with their crops"
         return Seen(
             batch.indices.to(self.device, non_blocking=True),
             batch.crops.to(self.device, non_blocking=True),
+            batch.times if batch.times is None else batch.times.to(self.device, non_blocking=True),
         )
 
     def num_hard(self, step: int) -> int:

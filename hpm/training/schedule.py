@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from hpm.core.config import TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.config import TIMM, PatchSize, PretrainConfig, secondary_mask_ratio
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.models.architecture import resolve_model
@@ -172,10 +172,9 @@ def resolve(
     normalize = config.normalize
     if normalize == "auto":
         normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"
-    height, width = architecture.patch_size
     return dataclasses.replace(
         config,
-        patch_size=(height, width),
+        patch_size=cast(PatchSize, architecture.patch_size),
         hard_share_start=config.hard_shares[0],
         hard_share_end=config.hard_shares[1],
         secondary_mask_ratio=secondary_mask_ratio(config),

@@ -1,4 +1,4 @@
-"""A fine-tuned detector with its preprocessing: pictures in, objects in their pixels out."""
+"""A fine-tuned detector with its preprocessing: images in, objects in their pixels out."""
 
 from __future__ import annotations
 
@@ -39,13 +39,12 @@ Normalized = Float[Tensor, "channels _ _"]
 
 @dataclass(frozen=True)
 class DetectorShape:
-    """What a detector is built from.
+    """Everything needed to build a detector.
 
-    architecture: of the encoder; images are resized to fit into its image_size, a square.
-    classes: names; class n of the detections is classes[n].
-    mean, std: of each channel, full scale being 1.
-    masks: whether it predicts masks besides boxes.
-    window_size, channels, anchor_scale, proposals, score_threshold: options of `hpm eval detect`.
+    architecture: of the encoder; images are resized to fit into its image_size, a square. classes:
+    names; class n of the detections is classes[n]. mean, std: of each channel, on a scale of 0 to
+    1. masks: whether it predicts masks besides boxes. window_size, channels, anchor_scale,
+    proposals, score_threshold: options of `hpm eval detect`.
     """
 
     architecture: Architecture
@@ -61,7 +60,7 @@ class DetectorShape:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: object) -> DetectorShape:
-        """UserError where something is missing; `source` is named then."""
+        """Read the shape from JSON. Raises UserError, naming `source`, if something is missing."""
         names = [name for name in cls.__dataclass_fields__ if name != "architecture"]
         missing = [name for name in ("architecture", *names) if name not in content]
         if missing:
@@ -78,20 +77,20 @@ class DetectorShape:
 
 
 class DetectionModel(nn.Module):
-    """Mask R-CNN (Faster R-CNN without masks) on an encoder, the names of its classes, and how its
-    images are prepared.
+    """Mask R-CNN (Faster R-CNN without masks) with its class names and preprocessing.
 
-    forward: a list of normalised images [C h w], no side longer than `image_size` -> a list of
-    Detections in their pixels. Images are padded to a square of image_size pixels, so what is found
-    in one does not depend on the others. In training: images and their objects -> losses by name.
+    Maps a list of normalised images [C h w], no side longer than `image_size`, to a list of
+    Detections in their pixels. Images are padded to a square of image_size pixels, so that
+    detections do not depend on the other images of a batch. In training, maps images and their
+    objects to losses by name.
 
     Args:
-        shape: what it is built from.
-        encoder: becomes a part of it. Default: a new one.
+        shape: what to build.
+        encoder: becomes part of the model. Default: a new one.
         box_batch_size: proposals per image that the heads are trained on.
 
     Raises:
-        UserError: where the encoder is no plain ViT, or its patches do not fit the pyramid.
+        UserError: if the encoder is not a plain ViT, or its patches do not fit the pyramid.
     """
 
     mean: Tensor
@@ -142,40 +141,39 @@ class DetectionModel(nn.Module):
     def detect(
         self, images: Sequence[Loaded], sizes: Sequence[tuple[int, int]]
     ) -> list[Detections]:
-        """What is found in images as they are loaded (uint8, or float32 with 255 for full scale),
-        resized so that their longer side is image_size.
+        """Detect the objects in loaded images.
 
-        sizes: (height, width) of the files, in whose pixels the detections are. They are on the
-        CPU.
+        images: uint8, or float32 on a scale of 0 to 255, with a longer side of image_size. sizes:
+        (height, width) of their files, in whose pixels the detections are returned, on the CPU.
         """
         return self._found([self.normalize(image) for image in images], sizes)
 
     def normalize(self, image: Loaded) -> Normalized:
-        """An image as it is loaded -> normalised, on the model's device."""
+        """Normalise a loaded image, on the model's device."""
         return normalize(image.to(self.mean.device), self.mean, self.std)
 
     def preprocess(self, picture: Any) -> Normalized:
-        """A picture -> normalised, its longer side resized to image_size.
+        """Resize the longer side to image_size, and normalise.
 
-        picture: a Pillow image, the path of an image file, or an array uint8 or uint16 [H W C] or
-        [H W]. Raises UserError where it cannot be read.
+        picture: a Pillow image, the path of an image file, or an array, uint8 or uint16 [H W C] or
+        [H W]. Raises UserError if it cannot be read.
         """
         return self.normalize(self._loaded(picture)[0])
 
     def predict(self, picture: Any) -> Detections:
-        """The objects in a picture, as `preprocess` takes it, in its own pixels."""
+        """The objects in a picture (see `preprocess`), in its own pixels."""
         image, size = self._loaded(picture)
         return self.detect([image], [size])[0]
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors, with its JSON beside it."""
+        """Write a safetensors file, and its JSON beside it."""
         about = {"kind": KIND, **self.shape.to_json(), "hpm": __version__}
         write_tensors(path, self.state_dict(), about)
         write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def from_file(cls, path: Path, tensors: StateDict, about: Mapping[str, Any]) -> DetectionModel:
-        """Built from what `save` wrote, in evaluation mode."""
+        """The model in a file written by `save`, in evaluation mode."""
         model = cls(DetectorShape.from_json(about, path))
         load_exactly(model, tensors, path)
         return model.eval()
@@ -190,7 +188,7 @@ class DetectionModel(nn.Module):
         ]
 
     def _loaded(self, picture: Any) -> tuple[Loaded, tuple[int, int]]:
-        """A picture as it is loaded, resized, and its (height, width)."""
+        """(the loaded and resized picture, its (height, width))."""
         name = str(picture) if isinstance(picture, (str, Path)) else "the picture"
         try:
             image = opened(picture)
@@ -201,13 +199,13 @@ class DetectionModel(nn.Module):
 
 
 def _target(found: Objects) -> dict[str, Tensor]:
-    """Objects as torchvision takes them: class 0 is the background."""
+    """Objects in torchvision's format, where class 0 is the background."""
     target = {"boxes": found.boxes, "labels": found.classes + 1}
     return target if found.masks is None else target | {"masks": found.masks.to(torch.uint8)}
 
 
 def _scaled(found: dict[str, Tensor], seen: Sequence[int], size: tuple[int, int]) -> Detections:
-    """torchvision's detections in an image of (height, width) `seen`, in pixels of its file."""
+    """torchvision's detections in an image of size `seen`, scaled to the pixels of its file."""
     (rows, columns), (height, width) = seen, size
     boxes = found["boxes"] * torch.tensor([width / columns, height / rows] * 2)
     masks = _pasted(found["masks"], boxes, size) if "masks" in found else None
@@ -219,7 +217,7 @@ def _pasted(
     boxes: Float[Tensor, "detections 4"],
     size: tuple[int, int],
 ) -> Bool[Tensor, "detections height width"]:
-    """Masks of boxes as masks of the image."""
+    """Paste the masks of boxes into masks of the image."""
     heads = need("torchvision.models.detection.roi_heads", "dense", "detection")
     pasted = torch.zeros(len(masks), *size, dtype=torch.bool)
     for start in range(0, len(masks), PASTED_AT_A_TIME):

@@ -1,7 +1,7 @@
-"""Fine-tuned models: found in a run folder, loaded as a module with its preprocessing.
+"""Find and load fine-tuned models.
 
-Such a model is one safetensors file. The `kind` in its JSON says which class reads it; `KINDS`
-lists them.
+A model is one safetensors file. The `kind` in its JSON names the class that reads it; `KINDS` lists
+them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def load_model(path: str | Path) -> Any:
 
 
 def is_finetuned(path: str | Path) -> bool:
-    """Whether the path is the file of a fine-tuned model, or the folder that it lies in (and not
-    the run folder above, which is the backbone's)."""
+    """Whether the path is the file of a fine-tuned model or its folder (but not the run folder
+    above it, whose backbone is meant)."""
     path = Path(path).expanduser()
     if path.is_dir():
         return any((path / name).is_file() for name in MODEL_FILES)
@@ -53,7 +53,7 @@ def is_finetuned(path: str | Path) -> bool:
 
 
 def find_model(path: str | Path) -> Path:
-    """The file of a fine-tuned model. UserError where the path does not name exactly one."""
+    """The file of a fine-tuned model. Raises UserError unless the path names exactly one."""
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -74,7 +74,7 @@ def find_model(path: str | Path) -> Path:
 
 
 def read_model(path: Path) -> nn.Module:
-    """The model of this file, whatever its kind."""
+    """Read a model of any kind."""
     tensors, about = read_tensors(path)
     kind = about.get("kind")
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""A trained segmenter with its preprocessing: pictures in, labels of their pixels out."""
+"""A trained segmenter with its preprocessing: images in, labels of their pixels out."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Segmenter = LinearSegmenter | UPerNetSegmenter
 
 
 class SegmentationModel(nn.Module):
-    """A segmenter, the names of its classes, and how its images are prepared.
+    """A segmenter with its class names and preprocessing.
 
-    forward: normalised images [B C H W], whose shorter side should be `image_size`, -> logits
-    [B K H W], averaged over the windows that they were read in.
+    Maps normalised images [B C H W], whose shorter side should be `image_size`, to logits [B K H
+    W], averaged over sliding windows.
 
     Args:
         segmenter: its encoder's image_size is that of the windows.
-        architecture: the encoder's.
-        classes: names, K of them.
-        mean, std: of each channel, full scale being 1.
-        stride: pixels from one window to the next.
+        architecture: of the encoder.
+        classes: names of the K classes.
+        mean, std: of each channel, on a scale of 0 to 1.
+        stride: pixels between two windows.
     """
 
     mean: Tensor
@@ -74,33 +74,36 @@ class SegmentationModel(nn.Module):
     def labels(
         self, image: Shaped[Tensor, "channels rows columns"], size: tuple[int, int]
     ) -> UInt8[Tensor, "height width"]:
-        """The class of each pixel, of an image as it is loaded (uint8, or float32 with 255 for full
-        scale; its shorter side resized to image_size). size: (height, width) of the result."""
+        """The class of each pixel of a loaded image.
+
+        image: uint8, or float32 on a scale of 0 to 255, with a shorter side of image_size. size:
+        (height, width) of the result.
+        """
         logits = self(normalize(image[None].to(self.mean.device), self.mean, self.std))
         return best_classes(logits, size)
 
     def preprocess(self, picture: Any) -> Float[Tensor, "1 channels height width"]:
-        """A picture -> normalised, its shorter side resized to image_size.
+        """Resize the shorter side to image_size, and normalise: [1 C H W].
 
-        picture: a Pillow image, the path of an image file, or an array uint8 or uint16 [H W C] or
-        [H W]. Raises UserError where it cannot be read.
+        picture: a Pillow image, the path of an image file, or an array, uint8 or uint16 [H W C] or
+        [H W]. Raises UserError if it cannot be read.
         """
         image, _ = self._loaded(picture)
         return normalize(image[None].to(self.mean.device), self.mean, self.std)
 
     def predict(self, picture: Any) -> UInt8[np.ndarray, "height width"]:
-        """The class of each pixel of a picture (see `preprocess`): numbers into `classes`."""
+        """The class of each pixel of a picture (see `preprocess`), as an index into `classes`."""
         image, size = self._loaded(picture)
         return self.labels(image, size).cpu().numpy()
 
     def save(self, path: Path) -> None:
-        """Write it as safetensors, with its JSON beside it."""
+        """Write a safetensors file, and its JSON beside it."""
         about = self.about()
         write_tensors(path, self.segmenter.state_dict(), about)
         write_text(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
     def about(self) -> dict[str, Any]:
-        """What `from_file` needs beside the weights."""
+        """What `from_file` needs besides the weights."""
         head: dict[str, Any] = {"head": "linear"}
         if isinstance(self.segmenter, UPerNetSegmenter):
             head = {
@@ -122,7 +125,7 @@ class SegmentationModel(nn.Module):
 
     @classmethod
     def from_file(cls, path: Path, tensors: StateDict, about: dict[str, Any]) -> SegmentationModel:
-        """Built from what `save` wrote, in evaluation mode."""
+        """The model in a file written by `save`, in evaluation mode."""
         side, classes = about["image_size"], about["classes"]
         architecture = Architecture.from_json(about["architecture"], path)
         encoder = resized_encoder(architecture, None, (side, side))
@@ -138,7 +141,7 @@ class SegmentationModel(nn.Module):
         return cls(segmenter, architecture, classes, *settings).eval()
 
     def _loaded(self, picture: Any) -> tuple[Tensor, tuple[int, int]]:
-        """A picture as it is loaded, and its (height, width)."""
+        """(the loaded picture, its (height, width))."""
         name = str(picture) if isinstance(picture, (str, Path)) else "the picture"
         try:
             image = opened(picture)
@@ -150,10 +153,8 @@ class SegmentationModel(nn.Module):
 def best_classes(
     logits: Float[Tensor, "1 classes rows columns"], size: tuple[int, int]
 ) -> UInt8[Tensor, "height width"]:
-    """The class of the highest score in every pixel, of scores enlarged to `size`.
-
-    Some classes at a time: those of a large photograph would not fit into memory together.
-    """
+    """The highest-scoring class of every pixel, with scores enlarged to `size`. A few classes are
+    enlarged at a time, because all scores of a large photograph would not fit into memory."""
     height, width = size
     best = torch.full((height, width), -torch.inf, device=logits.device)
     labels = torch.zeros(height, width, dtype=torch.uint8, device=logits.device)

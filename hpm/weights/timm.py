@@ -96,10 +96,8 @@ class Timm(ReadableFormat, WritableFormat):
 
 
 def pretrained(name: str) -> Contents:
-    """timm's pretrained weights of `timm/NAME`, at their own image size.
-
-    Raises UserError where timm has none, or they are not on the disk and cannot be fetched.
-    """
+    """timm's pretrained weights of `timm/NAME`, at their own image size. Raises UserError if timm
+    has none, or if they are not on disk and cannot be downloaded."""
     model = name.removeprefix(PREFIX)
     shape = {key: value for key, value in timm_shape(model).items() if key != "fixed"}
     check_weights(model)
@@ -126,7 +124,7 @@ def pretrained(name: str) -> Contents:
 
 
 def _is_distilled(encoder: Any) -> bool:
-    """Is it a distilled DeiT? Its two tokens are pooled in timm's own way."""
+    """Whether it is a distilled DeiT, whose two tokens timm pools in its own way."""
     return getattr(encoder, "dist_token", None) is not None
 
 

@@ -79,15 +79,14 @@ class Trained:
                 raise UserError(f"{self.name} holds a backbone only, no teacher")
             encoder = self.teacher.encoder
         if image_size is not None:
-            encoder = resized_encoder(self.architecture, encoder.state_dict(), pair(image_size))
+            size = (*self.architecture.image_size[:-2], *pair(image_size))
+            encoder = resized_encoder(self.architecture, encoder.state_dict(), size)
         return Backbone(encoder, self.mean, self.std, pool)
 
 
 def build(contents: Contents) -> Trained:
-    """Build the models of a file whose architecture is known.
-
-    Raises UserError where its tensors are not those of this architecture.
-    """
+    """Build the models of a file whose architecture is known. Raises UserError if its tensors do
+    not match."""
     architecture, path = contents.architecture, contents.path
     assert architecture and contents.mean and contents.std
     model = teacher = None

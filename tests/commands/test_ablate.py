@@ -3,7 +3,7 @@ import dataclasses
 import statistics
 
 import pytest
-from helpers import TINY, assert_refused, run_here, run_hpm, tiny_arguments
+from helpers import TINY, assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.commands.ablate import ablate, losses_compare
@@ -191,5 +191,5 @@ def test_bad_comparisons(image_folder, tmp_path):
     refused("mask is set by arm hpm", "mask=random,block", arm=("hpm",))
     assert not (tmp_path / "a").exists()  # all of it before anything runs
     assert_refused(
-        run_hpm("ablate", image_folder, "--out", tmp_path / "a", "--vary"), "needs a value"
+        run_here("ablate", image_folder, "--out", tmp_path / "a", "--vary"), "needs a value"
     )

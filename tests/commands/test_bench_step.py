@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here, run_hpm
+from helpers import assert_refused, run_here
 
 from hpm.commands import bench_step as bench
 from hpm.commands.multiply_adds import step_multiply_adds
@@ -132,7 +132,7 @@ def test_the_papers_sizes():
 
 
 def test_bench_step(tmp_path):
-    result = run_hpm("bench", "step", *SMALL, "--json", tmp_path / "b.json")
+    result = run_here("bench", "step", *SMALL, "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr
     assert "HPM takes" in result.stdout and "teacher, ms" in result.stdout
     report = json.loads((tmp_path / "b.json").read_text())

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import tiny_arguments, write_images
+from helpers import run_here, tiny_arguments, write_images
 from jobs import torchrun
 
 from hpm.core import distributed
@@ -26,10 +26,8 @@ def losses(out):
 def runs(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     options = tiny_arguments(log_every=1, accumulate=2, base_lr=1e-3)
-    for name, processes in (("one", 1), ("two", 2)):
-        result = run_torchrun(
-            "pretrain", image_folder, "--out", folder / name, *options, processes=processes
-        )
+    for name, run in (("one", run_here), ("two", run_torchrun)):
+        result = run("pretrain", image_folder, "--out", folder / name, *options)
         assert result.returncode == 0, result.stderr
     return folder
 
@@ -67,6 +65,7 @@ def test_only_the_main_process_writes(runs):
     assert (runs / "two" / "backbone.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     """A finished run stays finished, whoever asks."""
     before = (runs / "one" / "backbone.safetensors").stat().st_mtime_ns
@@ -81,7 +80,7 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
     ("protocol", "options"),
     [
         ("knn", ["--k=[1,5]"]),
-        ("stats", []),
+        pytest.param("stats", [], marks=pytest.mark.slow),
         pytest.param("attentive", ["--epochs=2"], marks=pytest.mark.slow),
         pytest.param("attentive", ["--epochs=2", "--cache-gb=1e-9"], marks=pytest.mark.slow),
         pytest.param("linear", ["--epochs=3"], marks=pytest.mark.slow),
@@ -92,19 +91,10 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
 def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):
     """Exactly, but for fine-tuning, whose processes augment on their own."""
     found = {}
-    for processes in (1, 2):
+    for processes, run in ((1, run_here), (2, run_torchrun)):
         out = tmp_path / str(processes)
-        result = run_torchrun(
-            "eval",
-            protocol,
-            runs / "one",
-            image_folder,
-            "--out",
-            out,
-            "--workers=0",
-            *options,
-            processes=processes,
-        )
+        command = ["eval", protocol, runs / "one", image_folder, "--out", out, "--workers=0"]
+        result = run(*command, *options)
         assert result.returncode == 0, result.stderr
         (file,) = out.glob("*.json")
         found[processes] = json.loads(file.read_text())
@@ -169,7 +159,7 @@ with distributed.process_group(torch.device("cpu")):
 """
 
 
-@pytest.mark.parametrize("broken", [(3,), (0, 2, 4)])
+@pytest.mark.parametrize("broken", [(0, 2, 4)])
 def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
     """Also where one of the processes can read no image at all."""
     images = write_images(tmp_path / "images", classes=1, per_class=5)

@@ -363,7 +363,7 @@ def satellite_run(satellite, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "satellite"
     np.save(satellite / "class_0" / "broken.npy", np.zeros((9, 9, 5)))
     options = TINY | {"channels": 7, "workers": 1, "flip": "both"}
-    run = hpm.pretrain(data=str(satellite), out=str(out), **options)
+    run = hpm.pretrain(data=str(satellite), out=str(out), **options | {"holdout": 8})
     (satellite / "class_0" / "broken.npy").unlink()
     return run
 

@@ -124,7 +124,7 @@ def test_an_evaluation_of_ones_own(own_folder, finished_run, image_folder, name)
     assert "--power" in helped.stdout and "--train-share" in helped.stdout
 
     data = ["eval", name, finished_run.folder, image_folder, "--workers=0", "--out=evals"]
-    assert_refused(run_here(*data, "--power=0"), "power is 0.0; it must be above 0")
+    assert_refused(run_here(*data, "--power=0"), "--power is 0; it must be above 0")
     compared = run_here(*data, "--power=1", f"--compare={finished_run.backbone}")
     assert compared.returncode == 0, compared.stderr
     (file,) = (own_folder / "evals").glob("*.json")

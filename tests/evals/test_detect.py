@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detecting import TINY, arguments, write_coco
-from helpers import assert_refused, run_here, run_hpm
+from helpers import assert_refused, run_here
 from jobs import torchrun
 from PIL import Image
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from hpm.weights.finetuned import load_model
 def on_demo(finished_run, tmp_path_factory):
     """The whole command line, on the built-in images."""
     out = tmp_path_factory.mktemp("detect")
-    result = run_hpm(
+    result = run_here(
         "eval",
         "detect",
         finished_run.folder,
@@ -229,7 +229,7 @@ def test_the_preset_is_vitdets():
 def test_stopped_by_a_signal_and_gone_on(finished_run, tmp_path):
     data = write_coco(tmp_path / "data")
     command = ["eval", "detect", finished_run.folder, data, *arguments(steps=40)]
-    straight = run_hpm(*command, "--out", tmp_path / "straight")
+    straight = run_here(*command, "--out", tmp_path / "straight")
     assert straight.returncode == 0, straight.stderr
     process = subprocess.Popen(
         [sys.executable, "-m", "hpm", *map(str, command), "--out", str(tmp_path / "stopped")],
@@ -243,7 +243,7 @@ def test_stopped_by_a_signal_and_gone_on(finished_run, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    resumed = run_hpm(*command, "--out", tmp_path / "stopped")
+    resumed = run_here(*command, "--out", tmp_path / "stopped")
     assert resumed.returncode == 0, resumed.stderr
     one, two = (
         load_file(next((tmp_path / name).rglob("detector.safetensors")))

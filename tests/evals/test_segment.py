@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here, run_hpm
+from helpers import assert_refused, run_here
 from jobs import torchrun
 from PIL import Image
 from safetensors.torch import load_file
@@ -161,7 +161,7 @@ def test_two_processes_equal_one(options, finished_run, scenes, tmp_path):
     """Batch norms and the mean of the loss are over the pixels of both."""
     off = {"dropout": 0, "drop_path": 0, "baselines": "false", "figure_images": 0}
     command = ["eval", "segment", finished_run.folder, scenes, *arguments(options | off)]
-    one = run_hpm(*command, "--out", tmp_path / "one")
+    one = run_here(*command, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     two = torchrun("-m", "hpm", *command, "--out", tmp_path / "two")
     assert two.returncode == 0, two.stderr
@@ -251,7 +251,7 @@ def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
         ({"stride": 33}, "leaves gaps between windows"),
         ({"crop_share": 0.5}, "leave --crop-share out"),
         ({"head": "upernet", "accumulate": 30}, "60 or more can"),
-        ({"head": "upernet", "layer_decay": 2}, "layer_decay is 2"),
+        ({"head": "upernet", "layer_decay": 2}, "--layer-decay is 2"),
         ({"scale": "2,1"}, "the second must not be below the first"),
         ({"lr": 0}, "lr"),
     ],

@@ -131,7 +131,6 @@ def test_it_cannot_be_changed_in_place():
         ({"channels": True}, "channels is True"),
         ({"image_size": 32}, "image_size is 32, not a height and a width"),
         ({"patch_size": [8, 0]}, r"patch_size is \[8, 0\]"),
-        ({"model": "vit_large"}, "model is 'vit_large', not timm/NAME"),
         ({"predictor_head": "many"}, "predictor_head is 'many'"),
         ({"predictor_heads": 0}, "predictor_heads is 0"),
     ],

@@ -235,7 +235,7 @@ def test_prefix_tokens_have_no_decoder_position():
         ({"model": "timm/swin_tiny_patch4_window7_224"}, ["cannot run on a subset", "windows"]),
         ({"model": "timm/beit_base_patch16_224"}, ["cannot run on a subset", "bias for each pair"]),
         ({"model": "timm/vit_tiny_r_s16_p8_224"}, ["cannot run on a subset", "convolutional"]),
-        ({"model": "vit_tinyy"}, ["model is 'vit_tinyy'", "'vit_tiny'?", "or timm/NAME"]),
+        ({"model": "vit_tinyy"}, ["model is 'vit_tinyy'", "'vit_tiny'?", "timm/NAME"]),
         ({"model": "timm/hiera_tiny_224", "patch_size": 16}, ["mask units", "32 x 32"]),
         ({"model": "timm/hiera_tiny_224", "image_size": 80}, ["patch_size 32", "--image-size 64"]),
         ({"model": "vit_tiny", "pretrained": True}, ["pretrained", "timm/NAME"]),

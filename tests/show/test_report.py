@@ -75,7 +75,7 @@ def test_a_report_that_fails_never_stops_training(image_folder, tmp_path, monkey
     monkeypatch.setattr(watch, "write_report", fail)
     monkeypatch.setattr(watch, "keep_moment", fail)
     monkeypatch.setattr(watch.sessions, "begin", fail)
-    run = pretrain(image_folder, tmp_path / "run")
+    run = pretrain(image_folder, tmp_path / "run", holdout=8)
     assert run.latest_checkpoint().name == "step_00000008.safetensors"
     errors = capfd.readouterr().err
     assert errors.count("warning: writing the report failed (no space)") == 1

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import architecture_of, assert_refused, run_hpm
+from helpers import architecture_of, assert_refused, run_here
 from PIL import Image
 from published import SHAPE, published
 from safetensors.torch import save_file
@@ -104,11 +104,11 @@ def test_what_is_refused(finished_run, image_folder, tmp_path):
 
 def test_on_the_command_line(finished_run, image_folder, tmp_path):
     run = finished_run.folder
-    result = run_hpm(
+    result = run_here(
         "show", run, image_folder, "--out", tmp_path / "x.png", "--panels", "image,pca"
     )
     assert result.returncode == 0 and (tmp_path / "x.png").exists()
-    result = run_hpm(
+    result = run_here(
         "show", run, image_folder, "--out", tmp_path / "y.png", "--panels", "image,pac"
     )
     assert_refused(result, "panels", "pac", "attention")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_here, run_hpm
+from helpers import TINY, assert_refused, run_here
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +44,7 @@ def test_more_codes_than_different_vectors():
 def test_tokenize_and_train_on_tokens(image_folder, tmp_path):
     file = tmp_path / "codebook.safetensors"
     size = ["--image-size=16", "--patch-size=4"]
-    result = run_hpm("tokenize", image_folder, "--out", file, "--codes=12", *size)
+    result = run_here("tokenize", image_folder, "--out", file, "--codes=12", *size)
     assert result.returncode == 0, result.stderr
     assert "mean squared distance" in result.stdout and f"--codebook {file}" in result.stdout
     before = file.read_bytes()

@@ -221,7 +221,7 @@ def test_a_frozen_model_that_is_nowhere(tmp_path, image_folder, monkeypatch):
             "ranking_signal is pixels, but target is hog: leave",
         ),
         ({"mask": "hardest", "predictor_loss": "none"}, "mask hardest needs a loss predictor"),
-        ({"secondary_mask_ratio": 1.0}, "secondary_mask_ratio is 1.0"),
+        ({"secondary_mask_ratio": 1.0}, "secondary_mask_ratio is 1;"),
         ({"predictor_dim": 30}, "predictor_dim 30 must be a multiple of 4"),
         ({"predictor_depth": 0}, "predictor_depth is 0"),
     ],

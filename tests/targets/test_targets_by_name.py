@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_hpm, tiny_arguments
+from helpers import TINY, assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.core import plugins
@@ -63,7 +63,7 @@ def test_built_in_targets(name):
 def test_a_target_in_a_file_trains_by_its_dotted_name(in_folder, image_folder):
     """Two steps from the command line."""
     out = in_folder / "run"
-    result = run_hpm(
+    result = run_here(
         "pretrain",
         image_folder,
         "--out",
@@ -73,7 +73,6 @@ def test_a_target_in_a_file_trains_by_its_dotted_name(in_folder, image_folder):
         "--target-options",
         "scale=2,squared=true",
         *tiny_arguments(steps=2, log_every=1),
-        cwd=in_folder,
     )
     assert result.returncode == 0, result.stderr
     assert "target_options:\n- scale=2\n- squared=true" in (out / "config.yaml").read_text()
@@ -136,7 +135,7 @@ def test_bad_targets(options, words, in_folder):
 
 def test_bad_targets_leave_one_line(in_folder, image_folder):
     command = ["pretrain", image_folder, "--out", in_folder / "run"]
-    result = run_hpm(*command, "--target=nowhere:Target", cwd=in_folder)
+    result = run_here(*command, "--target=nowhere:Target")
     assert_refused(result, "target is 'nowhere:Target': no module named")
     assert not (in_folder / "run").exists()
 

@@ -7,12 +7,13 @@ import pytest
 from helpers import TINY, stop_after
 
 import hpm
-from hpm.core.config import PretrainConfig, may_change
+from hpm.core.config import PretrainConfig
 from hpm.training.log import RunLog
+from hpm.training.resume import may_change
 
 
 def pretrain(folder, out, **changes):
-    return hpm.pretrain(data=str(folder), out=str(out), **TINY | changes)
+    return hpm.pretrain(data=str(folder), out=str(out), **TINY | {"holdout": 8} | changes)
 
 
 def stop_and_go_on(folder, out, monkeypatch, tracker):

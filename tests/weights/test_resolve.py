@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, architecture_of, assert_refused, run_here, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_here
 from published import SHAPE, published
 from safetensors.torch import load_file, save_file
 from test_golden import FILES, build
@@ -468,7 +468,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
     options = {"workers": 0, "device": "cpu", "baselines": False, "out": str(tmp_path)}
     result = hpm.evaluate("knn", str(hpm_file), str(image_folder), said.append, k=(3,), **options)
     assert "a published checkpoint of Hard Patches Mining" in said[0] and result.hardness
-    shown = run_hpm("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
+    shown = run_here("show", hpm_file, image_folder, "--images", "2", "--out", tmp_path / "x.png")
     assert shown.returncode == 0 and "normalised pixels (assumed)" in shown.stdout, shown.stderr
     hpm.export(hpm_file, "hf", tmp_path / "hf", said.append, with_decoder=True)
     text = (tmp_path / "hf" / "README.md").read_text()
@@ -482,7 +482,7 @@ def test_eval_show_and_export_take_a_published_file(hpm_file, image_folder, tmp_
 
 def test_a_backbone_alone_cannot_reconstruct(image_folder, tmp_path):
     save_file(state_of(encoder_of(SHAPE)), tmp_path / "vit.safetensors")
-    result = run_hpm(
+    result = run_here(
         "show",
         tmp_path / "vit.safetensors",
         image_folder,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpm.core.config import PretrainConfig
+
 # Start and end of a clip, as shares of its video's duration.
 Times = tuple[float, float]
 
@@ -49,3 +51,8 @@ class ClipSampling:
         clip where the last frame is repeated."""
         whole = max(length, self.span)
         return start / whole, (start + self.span) / whole
+
+
+def clip_sampling(config: PretrainConfig) -> ClipSampling | None:
+    """Which frames make a clip of a run; None if it is of images."""
+    return ClipSampling(config.frames, config.frame_stride) if config.frames > 1 else None

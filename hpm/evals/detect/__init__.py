@@ -24,13 +24,13 @@ COLUMNS = {
     "medium": "{AP_medium:.1f}",
     "large": "{AP_large:.1f}",
 }
-# Options of the test alone: with other values a trained detector is tested anew, not trained anew.
+# Options of the test. If they change, a trained detector is only tested again.
 OF_THE_TEST = ("baselines", "score_threshold", "max_test_images", "figure_images")
 
 
 @dataclass
 class Options(EvalOptions):
-    """Fine-tune the encoder as a detector of objects: Mask R-CNN on ViTDet's feature pyramid."""
+    """Fine-tune the encoder as an object detector: Mask R-CNN on ViTDet's feature pyramid."""
 
     no_effect: ClassVar[tuple[str, ...]] = (
         "out",
@@ -112,7 +112,7 @@ class Options(EvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """Two rows for each backbone: average precision by boxes and by masks."""
+    """Yield two rows for each backbone: average precision of boxes and of masks."""
     from functools import partial
 
     from hpm.evals.detect.data import open_data
@@ -128,6 +128,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     check_images(data.test, task.trained.architecture.channels, task)
     folder = training_folder("detect", _of_training(options), task.folder)
     task.about |= {"train_images": len(data.train), "classes": len(data.classes)}
+    task.about["training"] = folder.name
     for backbone in task.backbones:
         name = backbone.name
         below = folder / name.replace(" ", "_")
@@ -152,5 +153,5 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
 
 def _of_training(options: Options) -> Options:
-    """The options with those of the test at their defaults."""
+    """The options, with those of the test set to their defaults."""
     return dataclasses.replace(options, **{name: getattr(Options, name) for name in OF_THE_TEST})

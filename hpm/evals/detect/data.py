@@ -1,4 +1,4 @@
-"""The images of a detection: to train on, and to test on."""
+"""The training and test images of a detection."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hpm.evals.detect import Options
 
 @dataclass(frozen=True)
 class DetectionData:
-    """train, test: images and their objects. classes: names. masks, test_masks: whether the objects
-    of both have masks."""
+    """train, test: images with their objects. classes: names. masks, test_masks: whether the
+    objects of each split have masks."""
 
     train: Source
     test: Source
@@ -26,7 +26,8 @@ class DetectionData:
 
 
 def open_data(options: Options) -> DetectionData:
-    """The images that the options name. Raises UserError where annotations are wrong or missing."""
+    """Open the images that the options name. Raises UserError if annotations are wrong or
+    missing."""
     splits = open_detection(options.data)
     if options.test:
         splits = Splits(splits.train, open_detection(options.test).train)

@@ -1,4 +1,4 @@
-"""Images with the objects that are there, beside those that were found."""
+"""Images with their true objects beside the detected ones."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Row = dict[str, Any]  # an object in COCO's JSON
 def save_figure(
     path: Path, model: DetectionModel, source: Source, found: Found, count: int, title: str
 ) -> None:
-    """Draw some of the test images, evenly spread: the truth on the left, on the right detections
-    with a score of 0.5 or more."""
+    """Draw evenly spaced test images: the true objects on the left, detections with a score of at
+    least 0.5 on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def _shape(image: Row) -> float:
 def draw_objects(
     axis: Any, pixels: Float[np.ndarray, "height width 3"], rows: Sequence[Row], classes: list[str]
 ) -> None:
-    """An image with boxes, masks (where there are any), class names and scores."""
+    """Draw an image with boxes, masks (if there are any), class names and scores."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
@@ -104,8 +104,8 @@ def draw_objects(
 
 
 def as_rgb(image: Shaped[Tensor, "channels height width"]) -> Float[np.ndarray, "height width 3"]:
-    """Pixels from 0 to 1: grey is repeated, of more than three channels the first three are shown.
-    Deep images are stretched to what lies between their extreme hundredths."""
+    """Pixels from 0 to 1. Grey is repeated; of more than three channels, the first three are shown.
+    Images of more than 8 bits are stretched between their 1st and 99th percentiles."""
     values = image[:3].float() if len(image) >= 3 else image[:1].float().expand(3, -1, -1)
     low, high = torch.zeros(3), torch.full((3,), 255.0)
     if image.dtype != torch.uint8:

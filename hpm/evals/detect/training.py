@@ -1,4 +1,4 @@
-"""The fine-tuning of a detector on the training loop."""
+"""Fine-tune a detector."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DetectorTraining(SupervisedTraining):
         )
 
     def train_step(self, batch: DenseBatch, step: int) -> StepResult:
-        """The sum of Mask R-CNN's losses; one update of all layers."""
+        """One update with the sum of Mask R-CNN's losses."""
         options = self.options
         # torchvision draws proposals, and the encoder drops blocks, by the global generators.
         torch.manual_seed(part_seed(options.seed, f"step {step}, process {distributed.rank()}"))
@@ -141,7 +141,7 @@ def build_model(
     options: Options, backbone: EvaluatedBackbone, random: bool, data: DetectionData
 ) -> DetectionModel:
     """A detector with the weights of this encoder (or random ones) and new heads, initialised from
-    the seed. UserError where the encoder does not fit."""
+    the seed. Raises UserError if the encoder does not fit."""
     side = image_size(options, backbone.architecture)
     weights = None if random else backbone.backbone.encoder.state_dict()
     shape = DetectorShape(
@@ -162,7 +162,7 @@ def build_model(
 
 
 def image_size(options: Options, architecture: Architecture) -> int:
-    """Side of the crops. UserError where the maps of the pyramid would not fit into it."""
+    """Side of the crops. Raises UserError if the maps of the pyramid do not fit."""
     multiple = max(STRIDES[-1], *architecture.patch_size)
     wanted = options.image_size or 2 * max(architecture.image_size)
     fitting = max(1, round(wanted / multiple)) * multiple

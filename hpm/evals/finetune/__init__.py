@@ -67,8 +67,8 @@ class Options(LabelledEvalOptions):
     crop_scale: tuple[float, float] = option((0.08, 1.0), above=0, at_most=1, rising=True)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     flip: bool | Flip = True
-    """Flip images at random, with probability 0.5 per axis: horizontal (or true), vertical, both,
-    or none (or false). Use both for aerial or microscope images."""
+    """Flip images at random, with probability 0.5 per axis: horizontal (the default; also true),
+    vertical, both, or none (also false). Use both for aerial or microscope images."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
@@ -100,6 +100,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     if options.baselines:
         yield _linear_layer_on_pixels(task, data)
     task.about |= {"train_images": len(data.train), "test_images": test_images}
+    task.about |= {"classes": len(data.classes), "training": folder.name}
 
 
 def _linear_layer_on_pixels(task: Task, data: Labelled) -> Measured:

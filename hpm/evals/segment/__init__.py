@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from hpm.core.options import option
-from hpm.evals.contract import RANDOM, Measured
+from hpm.evals.contract import RANDOM, TRAINED, Measured
 from hpm.evals.options import EvalOptions
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Options(EvalOptions):
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
-    """A row for each backbone."""
+    """Yield a row for each backbone."""
     from hpm.evals.segment.job import SegmentationJob
     from hpm.evals.segment.linear import train_linear_heads
     from hpm.evals.segment.upernet import train_upernet
@@ -124,6 +124,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         for name, (model, chosen) in train_linear_heads(job).items():
             yield job.measured(name, model, chosen)
         return
+    task.about["training"] = job.folder(TRAINED).parent.name
     for each in task.backbones:
         weights = None if each.name == RANDOM else each.backbone.encoder.state_dict()
         model = train_upernet(job, each, weights, job.folder(each.name))

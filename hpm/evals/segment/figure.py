@@ -31,8 +31,8 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # image, truth, prediction
 def draw_predictions(
     model: SegmentationModel, source: Source, views: SegmentationTesting, ids: Sequence[int]
 ) -> Callable[[Path], Any]:
-    """What writes the figure of these images as PNG. They are predicted at once, and those that
-    cannot be read left out."""
+    """Return a function that writes the figure as PNG. The predictions are made now; unreadable
+    images are left out."""
     rows: list[Row] = []
     for index in ids:
         try:
@@ -46,14 +46,15 @@ def draw_predictions(
 
 
 def _picture(image: Tensor, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-    """As it is loaded -> colours at the size of the labels; the first channel where not of 3."""
+    """A loaded image as RGB at the size of the labels. Unless it has 3 channels, the first one is
+    shown."""
     shown = image.float() if len(image) == 3 else image[:1].float().expand(3, -1, -1)
     pixels = resize(shown[None], size)[0].clamp(0, 255)
     return pixels.permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
 def _colours(count: int) -> UInt8[np.ndarray, "{count} 3"]:
-    """Those of matplotlib's tab20, the strong ones first and without its reds, which are errors."""
+    """matplotlib's tab20 colours, saturated ones first, without the reds, which mark errors."""
     from matplotlib import colormaps
 
     order = [number for number in (*range(0, 20, 2), *range(1, 20, 2)) if number not in (6, 7)]
@@ -70,7 +71,7 @@ def _coloured(
 
 
 def _error(row: Row) -> UInt8[np.ndarray, "height width 3"]:
-    """The image in pale grey, wrong pixels in red, ignored ones in white."""
+    """The image in pale grey, with wrong pixels in red and ignored ones in white."""
     image, truth, predicted = row
     grey = 0.5 * image.mean(2, keepdims=True) + 110
     shown = np.repeat(grey, 3, 2)
@@ -118,7 +119,7 @@ def _write(file: Path, rows: list[Row], classes: list[str]) -> None:
 
 
 def _legend(rows: list[Row], classes: list[str]) -> list[tuple[int, Float[np.ndarray, 3]]]:
-    """Numbers and colours of the classes that are seen, the most common ones where many are."""
+    """Numbers and colours of the classes in the figure; of many, the most common ones."""
     seen = np.zeros(256, np.int64)
     for _, truth, predicted in rows:
         for labels in (truth, predicted):

@@ -1,4 +1,4 @@
-"""One segmentation evaluation: its data and sizes, and a trained and tested model per backbone."""
+"""A segmentation evaluation: its data and sizes, and the test of each trained model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from hpm.models.encoder import Encoder
 from hpm.weights.segmentation import SegmentationModel
 
 STEPS = {"linear": 1000, "upernet": 2000}
-SHARE_HELD_OUT = 5  # one in so many images
+SHARE_HELD_OUT = 5  # one in five images
 
 
 class SegmentationJob:
-    """What both heads need: options with their defaults filled in, images, views.
+    """What both heads need: resolved options, images and views.
 
-    image_size: side in pixels of crops and windows. classes: names. train, test: their images.
+    image_size: side in pixels of crops and windows. classes: names. train, test: images.
     """
 
     def __init__(self, task: Task, options: Options):
@@ -64,7 +64,7 @@ class SegmentationJob:
         task.about |= about
 
     def folder(self, backbone: str) -> Path:
-        """Where the model of one backbone is kept; how it is tested has no part in its name."""
+        """The folder of a backbone's model. Its name does not depend on options of the test."""
         if self.task.folder is None:
             raise UserError(f"{self.options.run} is no run folder: pass --out FOLDER for the model")
         defaults = Options(self.options.run, self.options.data)
@@ -74,7 +74,7 @@ class SegmentationJob:
         return training_folder("segment", options, self.task.folder) / backbone.replace(" ", "_")
 
     def training_views(self, backbone: EvaluatedBackbone, source: Source) -> SegmentationTraining:
-        """Random crops; what an image lacks is filled with the mean colour."""
+        """Random crops, padded with the mean colour."""
         options = self.options
         return SegmentationTraining(
             backbone.backbone.encoder.channels,
@@ -94,11 +94,11 @@ class SegmentationJob:
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """Ids of the training images that choose hyper-parameters: a fifth."""
+        """Ids of the training images (a fifth) that hyper-parameters are chosen on."""
         return _fifth(self.train, self.options.seed)
 
     def _splits(self) -> tuple[Source, Source]:
-        """The images to train on, and those to test on."""
+        """(training images, test images)."""
         options = self.options
         splits = open_segmentation(options.data, options.ignored, options.one_class)
         train, test = splits.train, splits.test
@@ -120,7 +120,7 @@ class SegmentationJob:
         return train, test
 
     def measured(self, name: str, model: SegmentationModel, chosen: dict[str, float]) -> Measured:
-        """The row of one backbone; its model is saved beside the numbers."""
+        """Test the model of a backbone, and save it beside the numbers."""
         if self.task.folder is not None:
             file = self.folder(name) / "segmenter.safetensors"
             distributed.main_first(lambda: model.save(file))
@@ -140,7 +140,7 @@ class SegmentationJob:
 
 
 def default_size(encoder: Encoder) -> int:
-    """Twice the pre-training's size, as a multiple of the patches'."""
+    """Twice the image size of pre-training, rounded to a multiple of the patch size."""
     patch = lcm(*encoder.patch_size)
     return max(1, round(2 * max(encoder.image_size) / patch)) * patch
 

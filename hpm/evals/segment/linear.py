@@ -1,8 +1,8 @@
-"""Linear heads on frozen patch tokens, for a whole grid of learning rates at once.
+"""Linear heads on frozen patch tokens, trained for a whole grid of learning rates at once.
 
-What a linear layer on upsampled tokens is trained on are pixels: each has as features the tokens
-around it, bilinearly interpolated, which is the same as interpolating the layer's outputs. So the
-heads of the linear probe are trained on pixels drawn from random crops.
+The training samples of a linear layer on upsampled tokens are pixels, each with the bilinear
+interpolation of the tokens around it as features. This is the same as interpolating the layer's
+outputs, so the heads of the linear probe can be trained on pixels from random crops.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCALE = 256  # batch size for which a rate of the heads is the rate of a step
 
 @dataclass
 class Probe:
-    """The heads that are trained on one backbone."""
+    """The heads trained on one backbone."""
 
     backbone: EvaluatedBackbone
     segmenter: LinearSegmenter  # its encoder is the backbone's; its head becomes the chosen one
@@ -54,7 +54,8 @@ class Probe:
 def train_linear_heads(
     job: SegmentationJob,
 ) -> dict[str, tuple[SegmentationModel, dict[str, float]]]:
-    """Backbone -> the model with the chosen head, and how it was chosen."""
+    """Returns, for each backbone, the model with the chosen head, and the chosen
+    hyper-parameters."""
     found = {}
     for channels in dict.fromkeys(each.backbone.encoder.channels for each in job.task.backbones):
         # Backbones that see the same images are trained side by side.
@@ -83,7 +84,7 @@ def _new_probe(job: SegmentationJob, backbone: EvaluatedBackbone) -> Probe:
 
 
 def _train(job: SegmentationJob, probes: list[Probe]) -> None:
-    """All heads of all backbones on the same crops and pixels."""
+    """Train all heads of all backbones on the same crops and pixels."""
     options, device = job.options, job.task.device
     world_size = distributed.world_size()
     batch_size = full_batch(options.batch_size, len(job.train))
@@ -119,7 +120,7 @@ def _train(job: SegmentationJob, probes: list[Probe]) -> None:
 def random_places(
     batch: DenseBatch, side: int, seeds: tuple[int, ...]
 ) -> Int[Tensor, "batch pixels 2"]:
-    """Rows and columns of pixels of square crops: the same for the same seeds and sample."""
+    """Rows and columns of random pixels of square crops, a function of the seeds and the sample."""
     draws = [
         np.random.default_rng([*seeds, int(index)]).integers(0, side, (PIXELS, 2))
         for index in batch.indices
@@ -130,7 +131,7 @@ def random_places(
 def pixel_features(
     maps: Float[Tensor, "batch dim rows columns"], places: Int[Tensor, "batch pixels 2"], side: int
 ) -> Float[Tensor, "batch pixels dim"]:
-    """The features of pixels: of the maps, enlarged bilinearly to `side` x `side` pixels."""
+    """Features of single pixels of the maps, enlarged bilinearly to `side` x `side` pixels."""
     at = (2 * places.flip(2).to(maps.dtype) + 1) / side - 1  # x, y from -1 to 1
     found = F.grid_sample(
         maps, at[:, None], mode="bilinear", padding_mode="border", align_corners=False
@@ -146,7 +147,7 @@ def _stacked(batch: DenseBatch) -> Tensor:
 def _labels(
     batch: DenseBatch, places: Int[Tensor, "batch pixels 2"], seen: Bool[Tensor, " images"]
 ) -> tuple[Int[Tensor, " drawn"], Bool[Tensor, " drawn"]]:
-    """The class of each pixel, and whether the choosing heads may learn from it."""
+    """The class of each pixel, and whether the heads that choose may be trained on it."""
     assert isinstance(batch.targets, Tensor)
     sample = torch.arange(len(batch))[:, None]
     labels = batch.targets[sample, places[..., 0], places[..., 1]].long()
@@ -180,7 +181,7 @@ def _chosen(job: SegmentationJob, probe: Probe) -> tuple[SegmentationModel, dict
 
 @torch.inference_mode()
 def _held_out_scores(job: SegmentationJob, probe: Probe, source: Source) -> Float[Tensor, " grid"]:
-    """Mean IoU of each choosing head, in percent, at the size that the encoder sees."""
+    """Mean IoU of each head in percent on the held-out images, at the encoder's image size."""
     backbone, segmenter = probe.backbone.backbone, probe.segmenter
     segmenter.norm.load_state_dict(probe.heads.norm.state_dict())
     weight, bias = _head(probe.heads, CHOOSING)

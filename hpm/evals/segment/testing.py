@@ -1,4 +1,4 @@
-"""What a trained segmenter makes of the test images, as numbers."""
+"""Test a trained segmenter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hpm.weights.segmentation import SegmentationModel
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """The numbers of a segmentation, from the counts of each test image."""
+    """Scores of a segmentation, computed from the pixel counts of each test image."""
 
     counts: PixelCounts
     classes: list[str]
@@ -42,7 +42,7 @@ class SegmentationScores:
         return segmentation_difference(self.counts, other.counts, seed)
 
     def per_class(self) -> dict[str, Numbers]:
-        """Class -> its IoU in percent; without classes that occur nowhere."""
+        """IoU of each class in percent; classes that never occur are left out."""
         return {
             name: {"iou": iou} for name, iou in iou_per_class(self.counts, self.classes).items()
         }
@@ -55,10 +55,8 @@ def test_model(
     task: Task,
     precision: str,
 ) -> PixelCounts:
-    """Counts of all readable test images, in their order, at the size of their files.
-
-    Several processes share the images, and all of them get the whole.
-    """
+    """Pixel counts of all readable test images, in order, at the size of their files. Several
+    processes share the images, and all of them return the counts of all."""
     unreadable = task.unreadable(source)
     rank, world_size = distributed.rank(), distributed.world_size()
     batches = dense_batches(source, views, 1, task.workers, rank, world_size)

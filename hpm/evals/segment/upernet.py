@@ -1,4 +1,4 @@
-"""UPerNet: the whole encoder fine-tuned with labels of pixels (BEiT; MAE, appendix A.4)."""
+"""UPerNet: fine-tune the whole encoder for segmentation (BEiT; MAE, appendix A.4)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class UPerNetTraining(SupervisedTraining):
                 norm_layer=batch_norm(job.task.device),
                 dropout=options.dropout,
             ).to(job.task.device)
-        # Batch norms need two crops or more in every part.
+        # Batch norm needs at least two crops in every part.
         images_per_step = full_batch(
             options.batch_size, len(job.train), options.accumulate, at_least=2
         )
@@ -98,7 +98,8 @@ class UPerNetTraining(SupervisedTraining):
         )
 
     def train_step(self, batch: DenseBatch, step: int) -> StepResult:
-        """Cross-entropy over the labelled pixels of the batch of all processes; one update."""
+        """One update with the cross-entropy over the labelled pixels of the batch of all
+        processes."""
         options = self.options
         _seed_dropout(options.seed, step, distributed.rank())
         parts = batch.parts(options.accumulate)
@@ -152,12 +153,12 @@ def _labelled(batch: DenseBatch) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor:
-    """Crops are of one size, and so one tensor."""
+    """The crops as one tensor: all are of the same size."""
     assert isinstance(values, Tensor)
     return values
 
 
 def _seed_dropout(*key: int) -> None:
-    """Stochastic depth and dropout are a function of (seed, step, process)."""
+    """Make stochastic depth and dropout a function of (seed, step, process)."""
     word = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(word >> np.uint64(1)))

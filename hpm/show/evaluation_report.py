@@ -1,0 +1,206 @@
+"""The page of an evaluation: its numbers, figures and options, and the curves of its trainings."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hpm.core.errors import UserError, counted
+from hpm.core.files import write_text
+from hpm.evals.contract import TRAINED
+from hpm.show.curves import draw_chart, make_curve
+from hpm.show.page import asset, data_block, names_table, page
+from hpm.show.report_figures import Chart
+from hpm.training.sessions import read_lines
+
+CHARTS = (
+    Chart("Loss", "Mean over the steps since the last reading.", {"loss": "loss"}),
+    Chart("Learning rate", "Of the top layer.", {"learning_rate": "AdamW"}, True),
+    Chart("Speed", "Images per second.", {"images_per_second": "all processes"}, True),
+    Chart("Data wait", "Share of the time spent waiting for images.", {"data_wait": "wait"}, True),
+    Chart("Memory", "Peak in GB.", {"memory_gb": "main process"}, True),
+)
+LEFT_OUT = ("step", "unreadable")
+# Shown elsewhere on the page, or of no interest to a reader.
+NOT_OPTIONS = ("architecture", "training")
+MAX_FIGURE_BYTES = 8_000_000
+
+
+def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
+    """Write the page of an evaluation from its JSON file, and the logs of its trainings.
+
+    out: default: `report.html` in the folder of its trainings, or else beside the JSON file under
+    its name. Returns the path. Raises UserError if the file is not of an evaluation.
+    """
+    result = _read(file)
+    about = result["about"]
+    training = file.parent / about["training"] if about.get("training") else None
+    logs = {
+        log.parent.name.replace("_", " "): read_lines(log)
+        for log in sorted(
+            training.glob("*/metrics.jsonl") if training else (),
+            key=lambda log: (log.parent.name != TRAINED, log),
+        )
+    }
+    charts, values = _charts(logs)
+    title = f"hpm: {result['protocol']} of {about['run']} on {about['data']}"
+    parts = [
+        _head(result),
+        "<h2>Numbers</h2>",
+        _numbers(result["values"], "features"),
+        _differences(result.get("differences", {})),
+        _per_class(result.get("per_class", {})),
+        _figures(file, result.get("figures", [])),
+        f"<h2>Curves</h2>{charts}" if charts else "",
+        "<h2>Options</h2>",
+        names_table({name: about[name] for name in about if name not in NOT_OPTIONS}),
+        data_block("curves", values),
+    ]
+    style = f"{asset('report.css')}\n{asset('chart.css')}"
+    path = out or (training / "report.html" if training else file.with_suffix(".html"))
+    write_text(path, page(title, "\n".join(parts), asset("chart.js"), style))
+    return path
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        complete = {"run", "data"} <= result["about"].keys() and result["values"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
+        raise UserError(f"{file}: not the JSON file of an evaluation")
+    return result
+
+
+def _head(result: dict[str, Any]) -> str:
+    about = result["about"]
+    counts = [
+        f"{about[name]:,} {words}"
+        for name, words in (
+            ("train_images", "training images"),
+            ("test_images", "test images"),
+            ("classes", "classes"),
+        )
+        if name in about
+    ]
+    numbers = next(iter(next(iter(result["values"].values())).values()))
+    tiles = "".join(
+        f"<div><b>{value:.1f}</b><span>{escape(_words(name))}, trained</span></div>"
+        for name, value in numbers.items()
+        if not name.endswith(("_low", "_high"))
+    )
+    return (
+        f"<h1>{escape(result['protocol'])} of {escape(str(about['run']))}</h1>\n"
+        f"<p>On {escape(str(about['data']))}: {escape(', '.join(counts))}.</p>\n"
+        f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")}; '
+        "<code>hpm report FILE.json</code> rewrites it.</p>\n"
+        f'<div class="tiles">{tiles}</div>'
+    )
+
+
+def _numbers(values: dict[str, dict[str, dict[str, float]]], first: str) -> str:
+    """A row per features and setting, a column per number with its interval."""
+    rows = [
+        ([features] + ([setting] if len(settings) > 1 else []), numbers)
+        for features, settings in values.items()
+        for setting, numbers in settings.items()
+    ]
+    names = [
+        name
+        for name in dict.fromkeys(name for _, numbers in rows for name in numbers)
+        if not name.endswith(("_low", "_high"))
+    ]
+    several = max((len(words) for words, _ in rows), default=1)
+    heads = [first, *["setting"] * (several - 1), *map(_words, names)]
+    cells = [
+        [*words, *[_with_interval(numbers, name) for name in names]] for words, numbers in rows
+    ]
+    return _grid(heads, cells)
+
+
+def _differences(values: dict[str, dict[str, dict[str, float]]]) -> str:
+    if not values:
+        return ""
+    return (
+        "<h3>Paired differences</h3>\n<p>This run less the one that it is compared with, on the "
+        f"same images, with 95 % intervals.</p>{_numbers(values, 'features')}"
+    )
+
+
+def _per_class(values: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    parts = []
+    for features, settings in values.items():
+        for classes in settings.values():
+            rows = {name: {"": numbers} for name, numbers in classes.items()}
+            parts.append(
+                f"<details><summary>{escape(features)}: {counted(len(rows), 'class', 'classes')}"
+                f"</summary>{_numbers(rows, 'class')}</details>"
+            )
+    return f"<h3>By class</h3>{''.join(parts)}" if parts else ""
+
+
+def _figures(file: Path, names: list[str]) -> str:
+    parts = []
+    for name in names:
+        path = file.parent / name
+        if path.suffix != ".png" or not path.is_file() or path.stat().st_size > MAX_FIGURE_BYTES:
+            continue
+        content = base64.b64encode(path.read_bytes()).decode()
+        caption = _words(path.stem.removeprefix(f"{file.stem}_"))
+        parts.append(
+            f'<figure class="card whole"><img alt="{escape(caption)}" '
+            f'src="data:image/png;base64,{content}"><figcaption>{escape(caption)}</figcaption>'
+            "</figure>"
+        )
+    return f"<h2>Figures</h2>{''.join(parts)}" if parts else ""
+
+
+def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
+    """(HTML of a chart per metric with a curve per training, their values for the script)."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for model, lines in logs.items():
+        for line in lines:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                    points = found.setdefault(name, {}).setdefault(model, [])
+                    points.append((line["step"], float(value)))
+    known = {name for chart in CHARTS for name in chart.names}
+    others = [Chart(_words(name), "", {name: name}) for name in sorted(found.keys() - known)]
+    last_step = max((line["step"] for lines in logs.values() for line in lines), default=0)
+    cards, values = [], []
+    for chart in [CHARTS[0], *others, *CHARTS[1:]]:
+        by_model = found.get(next(iter(chart.names)), {})
+        curves = [make_curve(model, points) for model, points in by_model.items()]
+        curves = [curve for curve in curves if curve.values]
+        if curves:
+            html, data = draw_chart(chart.title, chart.about, curves, last_step, chart.from_zero)
+            cards.append(html)
+            values.append(data)
+    return (f'<div class="cards">{"".join(cards)}</div>' if cards else ""), values
+
+
+def _with_interval(numbers: dict[str, float], name: str) -> str:
+    if numbers.get(name) is None:
+        return ""
+    low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
+    interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
+    return f"{numbers[name]:.4g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
+
+
+def _grid(heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{escape(word)}</th>" for word in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll numbers">{table}</div>'
+
+
+def _words(name: str) -> str:
+    titles = {"mean_iou": "mean IoU", "top1": "top-1", "top5": "top-5"}
+    return titles.get(name, name.replace("_", " "))
