@@ -173,6 +173,14 @@ class DemoConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """Show versions, hardware, decoders and extras: what is missing, and how to get it."""
+
+    json: str | None = None
+    """JSON file to write the findings to."""
+
+
+@dataclass
 class PredictConfig:
     """Write the predictions of a fine-tuned model for a folder of images: masks as PNG, or
     objects as COCO's JSON."""
