@@ -46,8 +46,8 @@ class DataOptions:
 
     data: str
     """Training images or videos: a folder (searched recursively), a list file (`path label` per
-    line), a parquet file or folder, `demo` or `demo-video` for the built-in ones, or MODULE:FUNCTION for a source of your
-    own. If there is a train split, only that is used."""
+    line), a parquet file or folder, `demo` or `demo-video` for the built-in ones, or
+    MODULE:FUNCTION for a source of your own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
