@@ -256,8 +256,8 @@ def _limit(
     largest = max(workers)
     if largest >= cores or workers[largest]["share_of_bare"] < 0.8 * one:
         remedy = (
-            "smaller videos with more key frames, or --repeat-augment, which decodes a clip once for "
-            "several views"
+            "smaller videos with more key frames, --repeat-augment decodes a clip once for several "
+            "views"
             if clips
             else "hpm prepare makes images smaller, --repeat-augment decodes them once for several "
             "views, --cache not again"
