@@ -111,7 +111,8 @@ class SegmentBench(DenseBench):
 
     def loss(self) -> Tensor:
         pixels = normalize(self.images.to(self.device), self.model.mean, self.model.std)
-        return segmentation_loss(*self.trained(pixels), self.targets)
+        logits, auxiliary = self.trained(pixels)
+        return segmentation_loss(logits, auxiliary, self.targets)
 
     def test(self) -> None:
         for image in self.images:
