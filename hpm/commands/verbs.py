@@ -100,6 +100,16 @@ def _bench_step(config: Any) -> None:
     _write_json(report, config.json)
 
 
+def _bench_dense(config: Any) -> None:
+    from rich.console import Console
+
+    from hpm.commands import bench_dense
+
+    report = bench_dense.bench_dense(config)
+    bench_dense.print_report(report, Console())
+    _write_json(report, config.json)
+
+
 def _bench_data(config: Any) -> None:
     from rich.console import Console
 
@@ -185,6 +195,8 @@ def _benchmarks(name: str | None = None) -> dict[str, Verb]:
     options = "hpm.commands.options"
     return {
         "step": Verb(f"{options}:BenchConfig", _bench_step, about="what a training step costs"),
+        "segment": Verb(f"{options}:BenchSegmentConfig", _bench_dense, about="speed of UPerNet"),
+        "detect": Verb(f"{options}:BenchDetectConfig", _bench_dense, about="speed of Mask R-CNN"),
         "data": Verb(
             f"{options}:BenchDataConfig", _bench_data, ("data",), about="how fast images are loaded"
         ),
@@ -223,7 +235,7 @@ ABOUT = {
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
     "report": "rewrite a run's report.html",
     "ablate": "pre-train variants over several seeds and compare them",
-    "bench": "measure the speed of a training step or of data loading",
+    "bench": "measure the speed of training, of dense heads, or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
     "doctor": "show versions, hardware and extras, and what is missing",
     "tokenize": "learn a codebook of discrete tokens as a reconstruction target",
