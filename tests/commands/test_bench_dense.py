@@ -74,7 +74,7 @@ def test_multiply_adds_of_our_linear_layers_are_counted():
 
 
 def test_bad_benchmarks():
-    assert_refused(run_here("bench", "segment", "--batch-size=1"), "batch_size")
+    assert_refused(run_here("bench", "segment", "--batch-size=1"), "--batch-size")
     assert_refused(run_here("bench", "segment", "--image-size=33"), "33")
     assert_refused(run_here("bench", "detect", "--repeats=0"), "repeats")
     assert_refused(
