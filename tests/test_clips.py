@@ -172,7 +172,7 @@ def test_weights_of_images_and_of_other_clips(name, finished_run, clip_run, clip
             ["positions is sincos_1d"],
         ),
         (["--mask=attention", "--class-token=false"], ["class token"]),
-        (["--decoder-keep=0"], ["decoder_keep"]),
+        (["--decoder-keep=0"], ["--decoder-keep is 0"]),
         (["--frames=4", "--probe=x"], ["probe", "clips"]),
     ],
 )

@@ -29,7 +29,8 @@ class BareClips:
             if data is None or not isinstance(video, VideoFile):
                 return video.read(numbers, self.views.channels).transpose(0, 3, 1, 2)
             timing = video.timing
-        wanted, frames = [number + 0.5 for number in numbers], []
+        wanted = [number + 0.5 for number in numbers]
+        frames: list[np.ndarray] = []
         av = pyav()
         reformatter = av.video.reformatter.VideoReformatter()
         with av.open(io.BytesIO(data)) as container:

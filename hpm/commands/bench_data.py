@@ -224,7 +224,7 @@ def _report(
             "ms": {name: 1e3 * seconds for name, seconds in phases.items()},
         },
         "workers": workers,
-        "limit": _limit(phases, workers, usable_cores()),
+        "limit": _limit(phases, workers, usable_cores(), config.frames > 1),
     }
     if config.images_per_second is not None:
         report["wanted"] = config.images_per_second
@@ -239,11 +239,14 @@ def _decoder(source: Source) -> str:
     return "JPEG by simplejpeg" if simplejpeg else "JPEG by Pillow"
 
 
-def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int) -> str:
+def _limit(
+    phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int, clips: bool = False
+) -> str:
     """The bottleneck, in one line."""
     work = phases["decode"] + phases["resize"]
     if phases["read"] > work:
-        return "reading: files come slower than they are decoded (a faster disk, or hpm prepare)"
+        smaller = "smaller files" if clips else "hpm prepare"
+        return f"reading: files come slower than they are decoded (a faster disk, or {smaller})"
     one = workers[1]["share_of_bare"]
     if one < 0.8 * GOAL:
         return (
@@ -252,10 +255,14 @@ def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: 
         )
     largest = max(workers)
     if largest >= cores or workers[largest]["share_of_bare"] < 0.8 * one:
-        return (
-            f"the number of cores ({cores}): all of them decode (hpm prepare makes images smaller, "
-            "--repeat-augment decodes them once for several views, --cache not again)"
+        remedy = (
+            "smaller videos with more key frames, --repeat-augment decodes a clip once for several "
+            "views"
+            if clips
+            else "hpm prepare makes images smaller, --repeat-augment decodes them once for several "
+            "views, --cache not again"
         )
+        return f"the number of cores ({cores}): all of them decode ({remedy})"
     part = "decoding" if phases["decode"] > phases["resize"] else "resizing"
     return f"{part}: more workers load more ({cores} cores are there)"
 

@@ -45,9 +45,9 @@ class DataOptions:
     """Data and output."""
 
     data: str
-    """Training images: a folder (searched recursively), a list file (`path label` per line), a
-    parquet file or folder, `demo` for the built-in images, or MODULE:FUNCTION for a source of your
-    own. If there is a train split, only that is used."""
+    """Training images or videos: a folder (searched recursively), a list file (`path label` per
+    line), a parquet file or folder, `demo` or `demo-video` for the built-in ones, or
+    MODULE:FUNCTION for a source of your own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 

@@ -105,7 +105,7 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     """
     splits = _open(data, trusted, clips)
     if clips and not holds_videos(splits.train):
-        other = ", or --data demo-video" if data == "demo" else ""
+        other = ", or demo-video" if data == "demo" else ""
         raise UserError(f"{data}: images, not videos: pass --frames 1{other}")
     return splits
 

@@ -139,7 +139,7 @@ class VideoFile:
 
     def _decoded(self) -> Iterator[Any]:
         """Frames from the current position; ends where the file is cut off."""
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets():
             if packet.is_corrupt:
                 break
             yield from packet.decode()
@@ -176,6 +176,7 @@ class VideoFile:
             )
         except (av.FFmpegError, ValueError) as error:
             raise self._unreadable(error) from error
+        self._untouched = True  # since it was opened
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def _check(self) -> None:
@@ -213,27 +214,34 @@ class VideoFile:
 
     def _by_packets(self) -> Timing:
         """The timing of the packets, read without decoding them."""
-        packets = [p for p in self._container.demux(self._stream) if p.size and not p.is_corrupt]
+        packets = [(p.pts, p.duration) for p in self._packets() if p.size and not p.is_corrupt]
         self._rewind()
-        stamps = sorted({p.pts for p in packets if p.pts is not None})
+        stamps = sorted({stamp for stamp, _ in packets if stamp is not None})
         if len(stamps) > max(1, 0.5 * len(packets)):
             # The mean rate. The last frame lasts as long as its packet says, or as the others.
             period = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-            last = next((p.duration for p in packets if p.pts == stamps[-1]), None) or period
+            last = dict(packets)[stamps[-1]] or period
             length = max(1, round((stamps[-1] + last - stamps[0]) / period))
             return Timing(float(stamps[0]), period, length)
         return Timing(0.0, 1.0, len(packets), stamped=False)
 
     def _seek(self, stamp: float) -> None:
+        self._untouched = False
         try:
             self._container.seek(int(stamp), stream=self._stream)
         except (self._av.FFmpegError, OSError):
             self._rewind()  # a container without an index
 
+    def _packets(self) -> Iterator[Any]:
+        self._untouched = False
+        yield from self._container.demux(self._stream)
+
     def _rewind(self) -> None:
-        self._container.close()
-        self._open()
-        self._check()
+        """Back to the start, with a decoder that remembers nothing."""
+        if not self._untouched:
+            self._container.close()
+            self._open()
+            self._check()
 
     def _unreadable(self, error: Exception) -> UnreadableImage:
         if isinstance(error, UnreadableImage):
