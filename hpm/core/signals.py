@@ -59,13 +59,15 @@ def hold_stop_signals() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals(after: float | None = None) -> Iterator[Stop]:
+def stop_signals(
+    after: float | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Stop]:
     """Record SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C for the
     training loop. A second Ctrl-C raises KeyboardInterrupt at once.
 
-    after: seconds after which to stop in any case.
+    after: seconds after which to stop in any case. clock: seconds, for tests.
     """
-    stop = Stop(after)
+    stop = Stop(after, clock)
 
     def receive(number: int, frame: Any) -> None:
         if stop.signal and number == signal.SIGINT:
