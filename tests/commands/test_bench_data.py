@@ -66,7 +66,7 @@ def test_refusals(tmp_path, capsys):
     assert main(["bench", "data", "--data", str(tmp_path / "none")]) == 2
     assert main(["bench", "nothing"]) == 2
     errors = capsys.readouterr().err
-    assert "no such folder" in errors and "hpm bench step|data" in errors
+    assert "no such folder" in errors and "hpm bench step|segment|detect|data" in errors
     (tmp_path / "a.jpg").write_bytes(b"nothing")
     with pytest.raises(UserError, match="no image of 1 can be read"):
         bench_data(BenchDataConfig(str(tmp_path)))

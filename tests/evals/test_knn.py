@@ -267,7 +267,7 @@ def test_every_evaluation_sees_that_share(
 
 def test_the_share_of_the_centre_is_checked(finished_run, image_folder):
     for share in (0.0, 1.5):
-        with pytest.raises(hpm.UserError, match=f"crop_share is {share}"):
+        with pytest.raises(hpm.UserError, match=f"crop_share is {share:g}"):
             hpm.evaluate("knn", str(finished_run.folder), str(image_folder), crop_share=share)
 
 
