@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hpm.core import distributed, lock
 from hpm.core.config import PretrainConfig
+from hpm.core.durations import seconds
 from hpm.core.options import lay_over, make_config, read_preset
 from hpm.core.phases import phase
 from hpm.core.random_state import random_state_kept
@@ -61,7 +62,7 @@ def run_pretraining(config: PretrainConfig) -> Run:
     with (
         distributed.process_group(device),
         random_state_kept(device),
-        stop_signals() as stop,
+        stop_signals(seconds(config.stop_after) if config.stop_after else None) as stop,
     ):
         try:
             ongoing = make_probe(config)  # before the folder is created: it may raise
@@ -77,13 +78,14 @@ def run_pretraining(config: PretrainConfig) -> Run:
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
     """Run the remaining steps, and write the backbone."""
-    if run.step == run.total_steps:
+    finished = run.step == run.total_steps
+    if finished:
         run.log.info(f"{run.config.out} is already finished: nothing to do")
     else:
         with session_recorded(run):
             _train(run, ongoing, stop)
     if distributed.is_main():
-        run.save_backbone()
+        run.save_backbone(overwrite=not finished)
     if best := run.best_probe:
         run.log.info(
             f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "
@@ -158,7 +160,7 @@ class Learned(NamedTuple):
     """Results of a forward and backward pass, still on the device."""
 
     losses: Float[Tensor, " 3"]  # reconstruction, predictor, ranking accuracy
-    patch_loss: Float[Tensor, "batch hidden"]  # that the predictor ranks
+    patch_loss: Float[Tensor, "batch decoded"]  # that the predictor ranks
 
 
 def _learn(
@@ -169,14 +171,15 @@ def _learn(
     config: PretrainConfig,
     autocast: torch.autocast,
 ) -> Learned:
-    """Reconstruct the hidden patches, predict how well, and take both losses backward."""
-    hidden_ids = mined.hidden_ids
+    """Reconstruct the hidden patches, or a share of them, predict how well, and take both losses
+    backward."""
+    decoded_ids = mined.decoded_ids
     with phase("forward"):
         with autocast:
             with torch.no_grad():
-                expected = gather_patches(target(images, mined.features), hidden_ids)
+                expected = gather_patches(target(images, mined.features), decoded_ids)
             prediction, predicted_loss = student(
-                images, mined.visible_ids, hidden_ids, mined.covered_ids
+                images, mined.visible_ids, decoded_ids, mined.covered_ids
             )
         patch_loss = target.patch_loss(prediction, expected)
         reconstruction_loss = patch_loss.mean()
@@ -184,7 +187,7 @@ def _learn(
         accuracy = torch.full_like(reconstruction_loss, math.nan)
         patch_loss = patch_loss.detach()
         if predicted_loss is not None or config.mines_by_memory:
-            patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
+            patch_loss = target.ranked_by(patch_loss, images, decoded_ids)
         if predicted_loss is not None:
             if config.predictor_loss == "relative":
                 total, pairs = relative_loss(predicted_loss, patch_loss)

@@ -14,10 +14,11 @@ import yaml
 import hpm
 from hpm import cli
 from hpm.commands.options import AblateConfig
-from hpm.core.config import PretrainConfig, may_change
+from hpm.core.config import PretrainConfig
 from hpm.core.options import check_rules, describe, make_config
 from hpm.evals.options import EvalOptions
 from hpm.training.checks import check_pretrain
+from hpm.training.resume import may_change
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

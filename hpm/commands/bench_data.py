@@ -20,16 +20,26 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hpm.commands.bench_clips import BareClips
 from hpm.commands.options import BenchDataConfig
 from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.progress import track
 from hpm.data.arrays import UnreadableImage, resize
 from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
-from hpm.data.loader import Key, TrainingViews, training_loader, usable_cores
+from hpm.data.loader import (
+    Key,
+    TrainingViews,
+    training_loader,
+    training_views,
+    usable_cores,
+)
 from hpm.data.opening import open_image
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
+from hpm.data.video.clips import ClipViews
+from hpm.data.video.sampling import ClipSampling
+from hpm.data.video.sources import holds_videos
 
 GOAL = 0.9  # share of the bare libraries' speed that a worker should reach
 BARE_IMAGES = 100  # on which the bare libraries are timed
@@ -46,8 +56,11 @@ def bench_data(config: BenchDataConfig) -> dict[str, Any]:
     max_workers = usable_cores() if config.workers is None else config.workers
     if max_workers < 1 or (config.images_per_second is not None and config.images_per_second <= 0):
         raise UserError("workers must be at least 1, and images_per_second above 0")
-    source = open_source(config.data).train
-    views = TrainingViews(pair(config.image_size), config.channels, 0, config.crop_scale, True, 1)
+    clips = config.frames > 1
+    source = open_source(config.data, clips=clips).train
+    sampling = ClipSampling(config.frames, config.frame_stride) if clips else None
+    size = pair(config.image_size)
+    views = training_views(source, size, config.channels, 0, config.crop_scale, True, 1, sampling)
     bare = _Bare(source, views)
     rates: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
     memory: dict[int, float | None] = {}
@@ -67,8 +80,9 @@ def bench_data(config: BenchDataConfig) -> dict[str, Any]:
 class _Bare:
     """Times the bare libraries: seconds per image of each phase, by round."""
 
-    def __init__(self, source: Source, views: TrainingViews):
+    def __init__(self, source: Source, views: TrainingViews | ClipViews):
         self.source, self.views = source, views
+        self.clips = BareClips(source, views) if isinstance(views, ClipViews) else None
         self.phases: dict[str, list[float]] = {"read": [], "decode": [], "resize": []}
         drawn = np.random.default_rng(0).permutation(len(source))[:BARE_IMAGES]
         self.indices = [int(index) for index in drawn if self._readable(int(index))]
@@ -85,10 +99,13 @@ class _Bare:
             pixels = self._decode(index, data, least)
             decoded = time.perf_counter()
             left, top, right, bottom = random_crop(
-                rng, pixels.shape[2], pixels.shape[1], self.views.crop_scale
+                rng, pixels.shape[-1], pixels.shape[-2], self.views.crop_scale
             )
-            part = pixels[:, top:bottom, left:right]
-            resize(part if part.dtype == np.uint8 else part.astype(np.float32), self.views.size)
+            part = pixels[..., top:bottom, left:right]
+            if self.clips:
+                self.clips.resize(part)
+            else:
+                resize(part if part.dtype == np.uint8 else part.astype(np.float32), self.views.size)
             seconds["read"] += read - start
             seconds["decode"] += decoded - read
             seconds["resize"] += time.perf_counter() - decoded
@@ -96,7 +113,10 @@ class _Bare:
             self.phases[phase].append(total / len(self.indices))
 
     def _decode(self, index: int, data: bytes | None, least: tuple[int, int]) -> np.ndarray:
-        """Decode to [C H W]: JPEG by calling the decoder directly, all else like the loader."""
+        """Decode to [C H W]: JPEG by calling the decoder directly, all else like the loader; clips
+        to [T C H W]."""
+        if self.clips:
+            return self.clips.decode(index, data)
         channels = self.views.channels
         if simplejpeg and data and data.startswith(START) and channels in COLOURS:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -122,7 +142,7 @@ class _Bare:
 
 
 def _loader_rate(
-    source: Source, views: TrainingViews, config: BenchDataConfig, workers: int
+    source: Source, views: TrainingViews | ClipViews, config: BenchDataConfig, workers: int
 ) -> tuple[float, float | None]:
     """(images per second after a warm-up, memory per worker in MB)."""
     warm_up = 2 * workers
@@ -196,14 +216,15 @@ def _report(
         "image_size": list(pair(config.image_size)),
         "batch_size": config.batch_size,
         "cores": usable_cores(),
-        "decoder": "simplejpeg" if simplejpeg else "Pillow",
+        "frames": config.frames,
+        "decoder": _decoder(source),
         "bare": {
             "images_per_second": rate,
             "best": max(bare_rates),
             "ms": {name: 1e3 * seconds for name, seconds in phases.items()},
         },
         "workers": workers,
-        "limit": _limit(phases, workers, usable_cores()),
+        "limit": _limit(phases, workers, usable_cores(), config.frames > 1),
     }
     if config.images_per_second is not None:
         report["wanted"] = config.images_per_second
@@ -212,11 +233,20 @@ def _report(
     return report
 
 
-def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int) -> str:
+def _decoder(source: Source) -> str:
+    if holds_videos(source):
+        return "videos by PyAV"
+    return "JPEG by simplejpeg" if simplejpeg else "JPEG by Pillow"
+
+
+def _limit(
+    phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: int, clips: bool = False
+) -> str:
     """The bottleneck, in one line."""
     work = phases["decode"] + phases["resize"]
     if phases["read"] > work:
-        return "reading: files come slower than they are decoded (a faster disk, or hpm prepare)"
+        smaller = "smaller files" if clips else "hpm prepare"
+        return f"reading: files come slower than they are decoded (a faster disk, or {smaller})"
     one = workers[1]["share_of_bare"]
     if one < 0.8 * GOAL:
         return (
@@ -225,10 +255,14 @@ def _limit(phases: dict[str, float], workers: dict[int, dict[str, Any]], cores: 
         )
     largest = max(workers)
     if largest >= cores or workers[largest]["share_of_bare"] < 0.8 * one:
-        return (
-            f"the number of cores ({cores}): all of them decode (hpm prepare makes images smaller, "
-            "--repeat-augment decodes them once for several views, --cache not again)"
+        remedy = (
+            "smaller videos with more key frames, --repeat-augment decodes a clip once for several "
+            "views"
+            if clips
+            else "hpm prepare makes images smaller, --repeat-augment decodes them once for several "
+            "views, --cache not again"
         )
+        return f"the number of cores ({cores}): all of them decode ({remedy})"
     part = "decoding" if phases["decode"] > phases["resize"] else "resizing"
     return f"{part}: more workers load more ({cores} cores are there)"
 
@@ -237,15 +271,17 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """Print the numbers as a table."""
     bare: dict[str, Any] = report["bare"]
     height, width = report["image_size"]
+    kind = "clip" if report["frames"] > 1 else "image"
+    frames = f"{report['frames']} frames of " if report["frames"] > 1 else ""
     console.print(
-        f"{counted(report['images'], 'image')} of {report['data']}, "
-        f"views of {height} x {width}, batches of {report['batch_size']}, "
-        f"{counted(report['cores'], 'core')}, JPEG by {report['decoder']}",
+        f"{counted(report['images'], 'image' if kind == 'image' else 'video')} of "
+        f"{report['data']}, views of {frames}{height} x {width}, batches of "
+        f"{report['batch_size']}, {counted(report['cores'], 'core')}, {report['decoder']}",
         highlight=False,
         soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for title in ("", "images/s", "best", "of bare, %", "MB per worker"):
+    for title in ("", f"{kind}s/s", "best", "of bare, %", "MB per worker"):
         table.add_column(title, justify="left" if not title else "right", no_wrap=True)
     table.add_row(
         "bare libraries, one process",
@@ -265,7 +301,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in bare["ms"].items())
-    console.print(f"ms per image: {parts}", highlight=False)
+    console.print(f"ms per {kind}: {parts}", highlight=False)
     if "wanted" in report:
         needed, cores = report["workers_needed"], report["cores"]
         spare = (
@@ -274,7 +310,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             else f" (more than {counted(cores, 'core')} leave room for beside training)"
         )
         console.print(
-            f"{report['wanted']:g} images/s need {counted(needed, 'worker')}{spare}",
+            f"{report['wanted']:g} {kind}s/s need {counted(needed, 'worker')}{spare}",
             highlight=False,
         )
     console.print(f"limited by {report['limit']}", highlight=False, soft_wrap=True)

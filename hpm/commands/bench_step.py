@@ -19,6 +19,7 @@ from rich.table import Table
 
 from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
+from hpm.commands.timing import about_device, matrix_product_flops, speed, speed_rows, wait
 from hpm.core.config import HARD_SHARES, PretrainConfig
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError
@@ -38,21 +39,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "predictor_loss": "none",
         "teacher_scale": 1.0,
         "mining_temperature": 0.0,
+        "mine_tubes": "none",
     },
     "HPM": {},
 }
 # Options of a run that neither loads, evaluates nor keeps anything.
 STEP_ONLY: dict[str, Any] = {
-    "data": "demo",
     "holdout": 0,
     "epochs": 1000,
     "init": None,
     "probe": None,
 }
 HARD_SHARE = 0.25  # the value half-way through training, so that the teacher runs
-# Peak TFLOP/s of dense bfloat16 products, according to the vendor.
-PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
-FULL_SIZE, CPU_SIZE = 8192, 2048  # sides of the square matrices of the reference product
 
 
 @dataclass
@@ -65,14 +63,6 @@ class Measured:
     steps: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
     memory_gb: float = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch_size / statistics.median(self.steps)
-
-    def flops(self) -> float:
-        """Floating-point operations per second: two for each multiply-add."""
-        return 2 * self.multiply_adds * self.images_per_second
 
 
 def bench_step(config: BenchConfig) -> dict[str, Any]:
@@ -120,7 +110,9 @@ def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> Pret
     names = [field.name for field in dataclasses.fields(PretrainConfig)]
     given = {name: getattr(config, name) for name in names}
     normalize = "imagenet" if config.channels == 3 else "measured"  # imagenet reads no images
-    return PretrainConfig(**given | STEP_ONLY | {"normalize": normalize, "out": str(out)} | options)
+    given |= STEP_ONLY | {"normalize": normalize, "out": str(out)}
+    given["data"] = "demo" if config.frames == 1 else "demo-video"
+    return PretrainConfig(**given | options)
 
 
 def _peak_memory(config: BenchConfig, device: torch.device) -> dict[str, float]:
@@ -146,7 +138,7 @@ def _warm_up(run: PretrainingRun) -> None:
     batch = noise_batch(run)
     for _ in range(3 if run.device.type == "cuda" else 1):
         _run_turn(run, batch)
-    _wait(run.device)
+    wait(run.device)
 
 
 def _time_steps(run: PretrainingRun, measured: Measured, count: int) -> None:
@@ -155,11 +147,11 @@ def _time_steps(run: PretrainingRun, measured: Measured, count: int) -> None:
     device, turn = run.device, run.config.mine_every
     batch = noise_batch(run)
     _run_turn(run, batch)
-    _wait(device)
+    wait(device)
     for _ in range(count):
         start = time.perf_counter()
         _run_turn(run, batch)
-        _wait(device)
+        wait(device)
         measured.steps.append((time.perf_counter() - start) / turn)
     with PhaseClock(device) as clock:
         _run_turn(run, batch)
@@ -176,34 +168,14 @@ def _run_turn(run: PretrainingRun, batch: Batch) -> None:
 
 
 def noise_batch(run: PretrainingRun) -> Batch:
-    """A batch of noise images."""
+    """A batch of images or clips of noise."""
     config = run.config
-    size = (config.global_batch_size, config.channels, *run.image_size)
+    size = (config.global_batch_size, config.channels, *run.architecture.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     whole = torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(len(images), 1)
-    batch = Batch(images, torch.arange(len(images)), [], whole)
+    times = whole[:, :2] if config.frames > 1 else None
+    batch = Batch(images, torch.arange(len(images)), [], whole, times=times)
     return batch.pin_memory() if run.device.type == "cuda" else batch
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def matrix_product_flops(device: torch.device) -> float:
-    """FLOP/s of a square matrix product: float32 on a CPU, bfloat16 on a GPU."""
-    on_gpu = device.type == "cuda"
-    size, kind = (FULL_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    a @ b
-    _wait(device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
 
 
 def _report(
@@ -214,34 +186,23 @@ def _report(
     run: PretrainingRun,
 ) -> dict[str, Any]:
     """Collect all numbers."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = next((value for name, value in PEAKS.items() if name in chip), None)
-    methods = {}
-    for name, found in measured.items():
-        steps = found.steps
-        methods[name] = {
-            "images_per_second": found.images_per_second,
-            "step_ms": 1e3 * statistics.median(steps),
-            "step_ms_spread": 1e3 * (statistics.stdev(steps) if len(steps) > 1 else 0.0),
+    about = about_device(device, product)
+    methods = {
+        name: {
+            **speed(found.steps, found.batch_size, found.multiply_adds, about),
             "phases_ms": {p: 1e3 * statistics.median(s) for p, s in found.phases.items()},
             "memory_gb": found.memory_gb,
-            "multiply_adds_per_image": found.multiply_adds,
-            "tflops": found.flops() / 1e12,
-            "share_of_matrix_product": found.flops() / product,
-            "share_of_peak": found.flops() / (peak * 1e12) if peak else None,
         }
+        for name, found in measured.items()
+    }
     ratios = [h / m for h, m in zip(measured["HPM"].steps, measured["MAE"].steps, strict=True)]
     return {
-        "device": chip,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **about,
         "precision": run.config.precision,
         "model": config.model,
         "architecture": run.architecture.to_json(),
         "batch_size": run.config.batch_size,
         "compiled": compiles(run.config, device),
-        "matrix_product_tflops": product / 1e12,
-        "peak_tflops": peak,
         "methods": methods,
         "hpm_to_mae": {
             "median": statistics.median(ratios),
@@ -256,7 +217,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     """Print the numbers as a table."""
     size = report["architecture"]["image_size"]
     console.print(
-        f"{report['model']}, {size[0]} x {size[1]} px, batch {report['batch_size']}, "
+        f"{report['model']}, {' x '.join(map(str, size))} px, batch {report['batch_size']}, "
         f"{report['precision']}, {'compiled' if report['compiled'] else 'eager'}, on "
         f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
         f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s",
@@ -268,22 +229,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for name in report["methods"]:
         table.add_column(name, justify="right", no_wrap=True)
     found = list(report["methods"].values())
-    rows: list[tuple[str, list[str]]] = [
-        ("images per second", [f"{m['images_per_second']:.1f}" for m in found]),
-        ("step, ms", [f"{m['step_ms']:.1f} ± {m['step_ms_spread']:.1f}" for m in found]),
-        *[(f"  {p}, ms", [f"{m['phases_ms'][p]:.2f}" for m in found]) for p in PHASES],
-        ("peak memory, GB", [f"{m['memory_gb']:.2f}" for m in found]),
-        (
-            "multiply-adds per image, G",
-            [f"{m['multiply_adds_per_image'] / 1e9:.3g}" for m in found],
-        ),
-        ("of the matrix product, %", [f"{100 * m['share_of_matrix_product']:.0f}" for m in found]),
-    ]
-    if report["peak_tflops"]:
-        peak = f"of {report['peak_tflops']:.0f} TFLOP/s, %"
-        rows.append((peak, [f"{100 * m['share_of_peak']:.1f}" for m in found]))
-    for title, cells in rows:
-        table.add_row(title, *cells)
+    rate, step, *shares = speed_rows(found, report["peak_tflops"])
+    phases = [[f"  {p}, ms", *[f"{m['phases_ms'][p]:.2f}" for m in found]] for p in PHASES]
+    memory = ["peak memory, GB", *[f"{m['memory_gb']:.2f}" for m in found]]
+    for row in (rate, step, *phases, memory, *shares):
+        table.add_row(*row)
     console.print(table)
     ratio = report["hpm_to_mae"]
     console.print(

@@ -67,7 +67,7 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
     if config.to != "onnx" or not isinstance(model, SegmentationModel):
         raise UserError(
             f"{config.run} is a fine-tuned model: of these, segmenters are exported, to onnx alone "
-            "(hpm.load_model loads any of them)"
+            "(hpm.load_model loads any of them; docs/exporting.md says what stops detectors)"
         )
     _check(config, out, _format(config))
     return export_segmenter(model, out, report)

@@ -1,9 +1,10 @@
-"""Count the multiply-adds of a training step with PyTorch's FLOP counter."""
+"""Count multiply-adds, such as those of a training step, with PyTorch's FLOP counter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,7 @@ from hpm.mining.miner import Mined, make_miner
 from hpm.mining.teacher import Teacher
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_model
+from hpm.models.linear import ONEDNN
 from hpm.targets.registry import make_target
 
 META = torch.device("meta")
@@ -39,20 +41,30 @@ def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> fl
     def learn(mined: Mined) -> None:
         with torch.no_grad():
             target(images, mined.features)
-        outputs = model(images, mined.visible_ids, mined.hidden_ids, mined.covered_ids)
+        outputs = model(images, mined.visible_ids, mined.decoded_ids, mined.covered_ids)
         sum(output.sum() for output in outputs if output is not None).backward()
 
-    mining, mined = _count(lambda: miner.mine(images, draw, num_hard))
+    mining, mined = count_multiply_adds(lambda: miner.mine(images, draw, num_hard))
     if config.mine_every > 1:
-        between, _ = _count(lambda: miner.mine(images, draw, num_hard=0))
+        between, _ = count_multiply_adds(lambda: miner.mine(images, draw, num_hard=0))
         mining = (mining + (config.mine_every - 1) * between) / config.mine_every
-    learning, _ = _count(lambda: learn(mined))
+    learning, _ = count_multiply_adds(lambda: learn(mined))
     return mining + learning
 
 
-def _count(run: Callable[[], Result]) -> tuple[float, Result]:
-    """(multiply-adds, result of `run`)."""
-    # PyTorch counts matrix products; the math backend computes attention with them.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+def count_multiply_adds(run: Callable[[], Result]) -> tuple[float, Result]:
+    """(multiply-adds of its matrix products and convolutions, result of `run`)."""
+    # PyTorch counts matrix products; the math backend computes attention with them. It does not
+    # know oneDNN's, which our linear layers use on a CPU.
+    known = {} if ONEDNN is None else {ONEDNN: _onednn_flops}
+    with (
+        FlopCounterMode(display=False, custom_mapping=known) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         result = run()
     return counter.get_total_flops() / 2, result
+
+
+def _onednn_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of shapes [... in] and [out in]."""
+    return 2 * prod(x) * weight[0]

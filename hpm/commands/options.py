@@ -79,6 +79,68 @@ class BenchConfig(PretrainConfig):
 
 
 @dataclass
+class BenchDenseConfig:
+    """Options that the benchmarks of segmentation and detection share."""
+
+    model: str = option("vit_base", main=True)
+    """Encoder (see pretrain), with random weights."""
+    image_size: int = option(512, at_least=1, main=True)
+    """Side of the square images in pixels."""
+    patch_size: int | None = option(None, at_least=1)
+    """Patch size in pixels (default: the model's)."""
+    input_channels: int = option(3, at_least=1, at_most=32)
+    """Number of image channels."""
+    batch_size: int = option(2, at_least=1, main=True)
+    """Images per step."""
+    classes: int = option(150, at_least=1)
+    """Number of classes."""
+    repeats: int = option(5, at_least=1, main=True)
+    """Number of rounds; each times training, testing and a matrix product."""
+    steps_each: int = option(3, at_least=1, main=True)
+    """Number of steps of training and of testing per round."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
+    CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto uses the GPU if there is one."""
+    seed: int = option(0, at_least=0)
+    """Random seed of the weights and of the images."""
+    json: str | None = option(None, main=True)
+    """JSON file to write the results to."""
+
+
+@dataclass
+class BenchSegmentConfig(BenchDenseConfig):
+    """Time the steps of UPerNet, training and testing, on noise (see `hpm eval segment`)."""
+
+    batch_size: int = option(2, at_least=2, main=True)
+    """Images per step."""
+    channels: int | None = option(None, at_least=1)
+    """Channels of the head (default: the encoder's width)."""
+
+
+@dataclass
+class BenchDetectConfig(BenchDenseConfig):
+    """Time the steps of Mask R-CNN, training and testing, on noise (see `hpm eval detect`). In
+    testing, masks are predicted for 100 objects per image, the most that there can be."""
+
+    image_size: int = option(1024, at_least=1, main=True)
+    """Side of the square images in pixels."""
+    classes: int = option(80, at_least=1)
+    """Number of classes."""
+    window_size: int | None = option(None, at_least=1, main=True)
+    """Side in patches of the windows that attention is limited to (default: global attention)."""
+    channels: int = option(256, at_least=8)
+    """Channels of the feature pyramid and of the heads."""
+    proposals: int = option(1000, at_least=1)
+    """Number of boxes per image that the region proposal network passes on."""
+    box_batch_size: int = option(512, at_least=1)
+    """Number of these boxes per image that the heads are trained on."""
+    objects: int = option(7, at_least=1)
+    """Objects in a training image; COCO has 7 on average."""
+
+
+@dataclass
 class BenchDataConfig:
     """Measure how fast images load with 1, 2, ... workers, compare with the bare libraries, and
     name the bottleneck."""
@@ -87,6 +149,11 @@ class BenchDataConfig:
     """Images (see pretrain); the training split is used."""
     image_size: int | tuple[int, int] = 224
     """Image size in pixels: one number, or height,width."""
+    frames: int = option(1, at_least=1)
+    """Number of frames per clip of a video, as in pretrain; 1 for images. Clips are then counted as
+    images."""
+    frame_stride: int = option(4, at_least=1)
+    """Number of the video's frames from one frame of a clip to the next."""
     channels: int = option(3, at_least=1, at_most=32)
     """Number of image channels, as in pretrain."""
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
@@ -165,6 +232,14 @@ class DemoConfig:
     """Run folder."""
     steps: int | None = option(None, at_least=1)
     """Number of optimiser steps (default: as in the demo preset)."""
+
+
+@dataclass
+class DoctorConfig:
+    """Show versions, hardware, decoders and extras: what is missing, and how to get it."""
+
+    json: str | None = None
+    """JSON file to write the findings to."""
 
 
 @dataclass

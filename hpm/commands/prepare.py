@@ -40,6 +40,7 @@ from hpm.data.loader import num_workers
 from hpm.data.opening import open_image
 from hpm.data.sources import PREPARING, Source, Splits, open_source
 from hpm.data.transforms import decode
+from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS
 
 SHARD_IMAGES = 500
@@ -81,6 +82,11 @@ def prepare(config: PrepareConfig) -> Prepared:
     out = Path(config.out).expanduser()
     _check_folder(out, config)
     splits = _named(open_source(config.data))
+    if holds_videos(splits["train"]):
+        raise UserError(
+            f"{config.data}: videos, but hpm prepare shrinks images; shrink videos with ffmpeg "
+            f"(-vf scale=-2:{config.size} -g 16: more key frames are read faster)"
+        )
     settings = _settings(config) | {"images": {name: len(s) for name, s in splits.items()}}
     _claim(out, settings)
     shards = {name: _shards(out, name, len(source)) for name, source in splits.items()}

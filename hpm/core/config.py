@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hpm.core.options import describe, option
+from hpm.core.options import option
 
 # The masks that mine, and the share of the hidden patches that are mined (the others are drawn at
 # random), at first and last.
@@ -30,6 +30,9 @@ RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 
 PredictorLoss = Literal["relative", "absolute", "none"]
 
+PatchSize = tuple[int, int] | tuple[int, int, int]
+Tubes = Literal["none", "mean", "max"]
+Positions = Literal["sincos", "sincos_1d"]
 TrackerName = Literal["none", "wandb", "mlflow"]
 
 TIMM = "timm/"
@@ -42,9 +45,9 @@ class DataOptions:
     """Data and output."""
 
     data: str
-    """Training images: a folder (searched recursively), a list file (`path label` per line), a
-    parquet file or folder, `demo` for the built-in images, or MODULE:FUNCTION for a source of your
-    own. If there is a train split, only that is used."""
+    """Training images or videos: a folder (searched recursively), a list file (`path label` per
+    line), a parquet file or folder, `demo` or `demo-video` for the built-in ones, or
+    MODULE:FUNCTION for a source of your own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
@@ -62,18 +65,38 @@ class ModelOptions:
     --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
-    patch_size: int | tuple[int, int] | None = option(None, main=True)
-    """Patch size in pixels: one number, or height,width (default: 16; 14 for vit_huge; fixed by the
-    model for timm/NAME)."""
+    patch_size: int | PatchSize | None = option(None, main=True)
+    """Patch size in pixels: one number, height,width, or for clips frames,height,width (default:
+    16, 14 for vit_huge, or that of timm/NAME; 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
-    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy
-    files."""
+    """Number of image channels: 1 for grey, 3 for RGB, 4 for RGBA, up to 32 for TIFF and .npy."""
+    positions: Positions = "sincos"
+    """Fixed sine-cosine positions: of each axis (sincos, MAE) or of the patch's number (sincos_1d,
+    VideoMAE)."""
+    class_token: bool = True
+    """Give the encoder a class token; VideoMAE has none."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
     """Number of blocks in each decoder (default: depends on the model)."""
     decoder_heads: int | None = option(None, at_least=1)
     """Number of attention heads in each decoder (default: depends on the model)."""
+
+
+@dataclass
+class VideoOptions:
+    """Video."""
+
+    frames: int = option(1, at_least=1)
+    """Number of frames per clip of a video; 1 for images."""
+    frame_stride: int = option(4, at_least=1)
+    """Number of the video's frames from one frame of a clip to the next, counted by time stamps."""
+    mine_tubes: Tubes = "none"
+    """Mine whole tubes, the patches at one place at all times of a clip, by the mean or maximum of
+    their predicted losses. none mines single patches."""
+    decoder_keep: float = option(1.0, above=0, at_most=1)
+    """Fraction of the hidden patches that the decoders reconstruct, chosen by running cells
+    (VideoMAE V2). 0.5 about halves the decoders' cost."""
 
 
 @dataclass
@@ -181,6 +204,14 @@ class TrainingOptions:
     base_lr: float | None = option(None, at_least=0)
     """Peak learning rate per 256 images in a batch: lr = base_lr * batch_size / 256 (default:
     depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on)."""
+    stop_after: str | None = option(None, may_change=True)
+    """Save and stop after this time, such as 4h or 1d12h, as on SIGTERM. Run the same command again
+    to resume."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: half a cosine, or constant with a linear cooldown at the
+    end, which can be prolonged by running the same command again with more --epochs."""
+    cooldown: str = option("10%", duration=True)
+    """Length of the cooldown at the end of --schedule constant."""
     warmup: str = option("10%", duration=True)
     """Length of the linear learning rate warm-up."""
     weight_decay: float = option(0.05, at_least=0)
@@ -283,6 +314,7 @@ class PretrainConfig(
     PredictorOptions,
     TargetOptions,
     MaskOptions,
+    VideoOptions,
     ModelOptions,
     DataOptions,
 ):
@@ -312,12 +344,6 @@ class PretrainConfig(
         """Images per step over all processes. The config must be resolved."""
         assert self.batch_size is not None, "the config is not resolved"
         return self.batch_size
-
-
-def may_change(name: str) -> bool:
-    """Whether an interrupted run may be resumed with another value of an option, because it does
-    not affect what is learned."""
-    return describe(PretrainConfig)[name].rules.may_change
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

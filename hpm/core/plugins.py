@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -97,6 +97,23 @@ def import_plugin(subject: str, module: str) -> ModuleType:
                 "Python path"
             ) from None
         raise UserError(f"{subject}: importing it failed: {_located(error)}") from error
+
+
+def import_named(arguments: Sequence[str]) -> Sequence[str]:
+    """Import the modules of `hpm --import MODULE VERB ...`. Returns the other arguments.
+
+    Raises UserError.
+    """
+    while arguments and arguments[0].split("=")[0] == "--import":
+        first, *rest = arguments
+        _, equals, module = first.partition("=")
+        if not equals:
+            module, rest = (rest[0], rest[1:]) if rest else ("", [])
+        if not module:
+            raise UserError("--import needs the name of a module: hpm --import MODULE VERB ...")
+        import_plugin(f"--import {module}", module)
+        arguments = rest
+    return arguments
 
 
 def module_exists(module: str) -> bool:

@@ -1,10 +1,11 @@
-"""Save and stop on SIGTERM, SIGUSR1 and Ctrl-C."""
+"""Save and stop on SIGTERM, SIGUSR1 and Ctrl-C, or when the time is up."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +19,22 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """The stop signal that was received; 0 for none."""
+    """Whether to stop: because of a signal, or because the time is up.
 
-    received = 0
+    after: seconds from now, if the time is limited. clock: seconds, for tests.
+    """
+
+    def __init__(self, after: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.signal = 0
+        self._clock = clock
+        self._end = None if after is None else clock() + after
+
+    @property
+    def received(self) -> int:
+        """The signal that was received; SIGTERM if the time is up; 0 for none."""
+        if self.signal == 0 and self._end is not None and self._clock() >= self._end:
+            return signal.SIGTERM
+        return self.signal
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -45,15 +59,20 @@ def hold_stop_signals() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(
+    after: float | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Stop]:
     """Record SIGTERM, SIGUSR1 (which some schedulers send before a time limit) and Ctrl-C for the
-    training loop. A second Ctrl-C raises KeyboardInterrupt at once."""
-    stop = Stop()
+    training loop. A second Ctrl-C raises KeyboardInterrupt at once.
+
+    after: seconds after which to stop in any case. clock: seconds, for tests.
+    """
+    stop = Stop(after, clock)
 
     def receive(number: int, frame: Any) -> None:
-        if stop.received and number == signal.SIGINT:
+        if stop.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.received = number
+        stop.signal = number
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python allows signal handlers in the main thread only

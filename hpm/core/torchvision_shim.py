@@ -12,6 +12,11 @@ from hpm.core import boxes
 _declared: Any = None  # a declaration lasts as long as this object
 
 
+def replaces_operators() -> bool:
+    """Whether torchvision was imported with operators in plain PyTorch."""
+    return _declared is not None
+
+
 def import_torchvision() -> None:
     """Import torchvision, with operators in plain PyTorch where the compiled ones are missing.
 

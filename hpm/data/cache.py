@@ -14,6 +14,7 @@ import numpy as np
 from hpm.core import distributed
 from hpm.data.arrays import Pixels, UnreadableImage
 from hpm.data.sources import Source
+from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS
 
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
@@ -89,9 +90,11 @@ def make_cache(
 ) -> Cache | None:
     """A cache for a source, or None if `wanted` is false or memory is short.
 
-    With `auto`, only if all images fit into a quarter of the available memory.
+    With `auto`, only if all images fit into a quarter of the available memory. Videos are not
+    cached: decoded, they are a hundred times as large as their files, and each epoch sees another
+    clip.
     """
-    if wanted == "false" or not FORKS:
+    if wanted == "false" or not FORKS or holds_videos(source):
         return None
     sizes = []
     for index in np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(int):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from hpm.data.sources import DemoSource, FileSource, Source, Subset
+from hpm.data.demo_sources import DemoSource, DemoVideos
+from hpm.data.sources import FileSource, Source, Subset
 from hpm.data.tables import TableSource
+from hpm.data.video.sources import VideoFiles
 
 # At most this many file sizes are read, evenly spaced. Each takes 6 microseconds on a local disk,
 # and up to a millisecond over a network.
@@ -20,15 +22,16 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(source: Source) -> Fingerprint:
-    """Hashes of the relative names and sizes of image files, in order; for parquet and Arrow files
-    of their rows and sizes. Independent of the folder's location. Empty for other sources."""
+    """Hashes of the relative names and sizes of image and video files, in order; for parquet and
+    Arrow files of their rows and sizes. Independent of the folder's location. Empty for other
+    sources."""
     if isinstance(source, Subset):
         return fingerprint(source.source)
-    if isinstance(source, DemoSource):
+    if isinstance(source, DemoSource | DemoVideos):
         return {"names": source.name}
     if isinstance(source, TableSource):
         return {"rows": str(len(source)), "sizes": _digest(_sizes(source.files))}
-    if isinstance(source, FileSource):
+    if isinstance(source, FileSource | VideoFiles):
         root = os.path.join(source.root, "")
         names = (path.removeprefix(root).replace(os.sep, "/") for path in source.paths)
         return {"names": _digest(names), "sizes": _digest(_sizes(source.paths))}

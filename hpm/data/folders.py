@@ -22,16 +22,31 @@ IMAGE_SUFFIXES = (
     ".pgm",
     ".npy",
 )
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".webm",
+    ".mkv",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ogv",
+    ".3gp",
+)
 # Kinds of files that are recognised but not read, by suffix.
 OTHER_KINDS = {
     **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"), "raw"),
-    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v"), "videos"),
+    **dict.fromkeys(VIDEO_SUFFIXES, "videos"),
 }
 HINTS = {
     "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.heic)",
     "raw": "convert raw photographs to JPEG or TIFF",
-    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg)",
+    "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg), or train "
+    "on a folder of videos alone",
 }
 # Folders of images and of annotations in an annotated data set.
 ANNOTATED_NAMES = ("images", "jpegimages")
@@ -64,7 +79,14 @@ def described(others: Counter[str]) -> str:
 
 
 def find_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """Sorted relative paths of images, and counts of OTHER_KINDS by suffix.
+    """Sorted relative paths of images, and counts of OTHER_KINDS by suffix."""
+    return find_files(root, IMAGE_SUFFIXES, tuple(OTHER_KINDS))
+
+
+def find_files(
+    root: Path, suffixes: tuple[str, ...], other_suffixes: tuple[str, ...]
+) -> tuple[list[str], Counter[str]]:
+    """Sorted relative paths of files, and counts of others by suffix.
 
     Follows links, but enters no folder twice. Skips hidden files and annotation folders.
     """
@@ -89,8 +111,8 @@ def find_images(root: Path) -> tuple[list[str], Counter[str]]:
         for file in files:
             if file.startswith("."):
                 continue
-            if file.lower().endswith(IMAGE_SUFFIXES):
+            if file.lower().endswith(suffixes):
                 found.append(os.path.relpath(os.path.join(folder, file), root))
-            elif (suffix := os.path.splitext(file)[1].lower()) in OTHER_KINDS:
+            elif (suffix := os.path.splitext(file)[1].lower()) in other_suffixes:
                 others[suffix] += 1
     return sorted(found), others

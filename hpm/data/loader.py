@@ -13,13 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from hpm.core import distributed
 from hpm.core.config import Flip
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import one_line
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import Cache
 from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
+from hpm.data.video.clips import ClipEvaluationViews, ClipViews
+from hpm.data.video.sampling import ClipSampling, Times
+from hpm.data.video.sources import holds_videos
 from hpm.data.workers import batch_loader
 
 MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
@@ -27,18 +30,22 @@ IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 Key = tuple[int, ...]  # (epoch, sample index) or, with several views per sample, (..., view index)
-MakeView = Callable[[Source, Key], tuple[View, Crop | None]]
+# A view, its crop, and for clips its times. None where views do not know.
+Made = tuple[View, Crop | None] | tuple[View, Crop | None, Times | None]
+MakeView = Callable[[Source, Key], Made]
 
 
 @dataclass
 class Batch:
     """A batch of views.
 
-    images: [B C H W], uint8, or float32 if the source has more than 8 bits, on a scale of 0 to 255.
+    images: [B C H W], or clips [B C T H W]; uint8, or float32 if the source has more than 8 bits,
+    on a scale of 0 to 255.
     indices: int64 [B], index of each sample. unreadable: (index, reason) of each sample that was
     replaced or skipped. crops: float32 [B 4], the position of each view in its image (see
     transforms.Crop), or None. own_ids: int64 [B], unique for each view of a sample, or None with
-    one view per sample.
+    one view per sample. times: float32 [B 2], start and end of each clip as fractions of its
+    video's duration, or None for images.
     """
 
     images: Tensor
@@ -46,6 +53,7 @@ class Batch:
     unreadable: list[tuple[int, str]]
     crops: Tensor | None = None
     own_ids: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def view_ids(self) -> Tensor:
@@ -54,19 +62,22 @@ class Batch:
 
     def parts(self, count: int) -> list[Batch]:
         """Split into equal parts, in order. The first one keeps `unreadable`."""
-        crops, ids = (
-            [None] * count if x is None else x.chunk(count) for x in (self.crops, self.own_ids)
-        )
-        views = zip(self.images.chunk(count), self.indices.chunk(count), crops, ids, strict=True)
-        parts = [Batch(images, indices, [], crop, own) for images, indices, crop, own in views]
+        split = [
+            [None] * count if x is None else x.chunk(count)
+            for x in (self.images, self.indices, self.crops, self.own_ids, self.times)
+        ]
+        parts = [
+            Batch(images, indices, [], crops, ids, times)
+            for images, indices, crops, ids, times in zip(*split, strict=True)
+        ]
         parts[0].unreadable = self.unreadable
         return parts
 
     def pin_memory(self) -> Batch:
-        crops, own_ids = (x if x is None else x.pin_memory() for x in (self.crops, self.own_ids))
-        return Batch(
-            self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, crops, own_ids
+        places = (
+            x if x is None else x.pin_memory() for x in (self.crops, self.own_ids, self.times)
         )
+        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, *places)
 
 
 @dataclass
@@ -132,6 +143,7 @@ class Sample:
     unreadable: list[tuple[int, str]]
     crop: Crop | None = None
     own_id: int = 0
+    times: Times | None = None
 
 
 class Views(Dataset):
@@ -144,7 +156,7 @@ class Views(Dataset):
         self.stand_in = stand_in
         self.deep = source.is_deep()
         channels = getattr(make_view, "channels", 0)
-        if loses_alpha(source.open, len(source), channels):
+        if not holds_videos(source) and loses_alpha(source.open, len(source), channels):
             say_once(
                 f"{source.name}: transparency (a fourth channel) is dropped because "
                 f"channels is {channels}; --channels 4 keeps it"
@@ -156,11 +168,12 @@ class Views(Dataset):
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
-                view, crop = self.make_view(self.source, (epoch, candidate, *number))
+                view, crop, *rest = self.make_view(self.source, (epoch, candidate, *number))
                 view = at_depth(view, self.deep)
                 # The first view's id is its sample's index, as if it were the only view.
                 own_id = candidate + sum(number) * len(self.source)
-                return Sample(view, candidate, unreadable, crop, own_id)
+                times = rest[0] if rest else None
+                return Sample(view, candidate, unreadable, crop, own_id, times)
             except (UnreadableImage, OSError) as error:
                 unreadable.append((candidate, one_line(error)))
         return Sample(None, index, unreadable)
@@ -210,6 +223,23 @@ class StepSampler(Sampler[list[Key]]):
                 yield [(epoch, int(i), k) for i in batch for k in range(self.repeats)]
 
 
+def training_views(
+    source: Source,
+    size: tuple[int, int],
+    channels: int,
+    seed: int,
+    crop_scale: tuple[float, float],
+    flip: bool | Flip,
+    min_side: int,
+    sampling: ClipSampling | None = None,
+) -> TrainingViews | ClipViews:
+    """Random views of images, or of videos: clips with `sampling`, else random frames."""
+    if holds_videos(source):
+        clip = sampling or ClipSampling(1, 1)
+        return ClipViews(size, channels, seed, crop_scale, flip, min_side, clip)
+    return TrainingViews(size, channels, seed, crop_scale, flip, min_side)
+
+
 def training_loader(
     source: Source,
     make_view: MakeView,
@@ -236,9 +266,12 @@ def evaluation_batches(
     batch_size: int,
     workers: int = 0,
     crop_share: float = 1.0,
+    sampling: ClipSampling | None = None,
 ) -> Iterator[Batch]:
-    """All readable images once, in order."""
-    make_view = EvaluationViews(size, channels, crop_share=crop_share)
+    """All readable images once, in order; with `sampling`, a clip of each video."""
+    make_view: MakeView = EvaluationViews(size, channels, crop_share=crop_share)
+    if sampling is not None:
+        make_view = ClipEvaluationViews(size, channels, sampling, crop_share=crop_share)
     views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
@@ -249,6 +282,7 @@ def _collate(samples: list[Sample]) -> Batch:
     views = [s.view for s in samples if s.view is not None]
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]
+    times = [s.times for s in samples if s.times is not None]
     unreadable = [problem for s in samples for problem in s.unreadable]
     # In a worker, default_collate stacks in shared memory.
     tensors = [torch.from_numpy(view) for view in views]
@@ -259,52 +293,20 @@ def _collate(samples: list[Sample]) -> Batch:
         unreadable,
         torch.tensor(crops, dtype=torch.float32) if crops else None,
         torch.tensor([s.own_id for s in samples if s.view is not None], dtype=torch.int64),
+        torch.tensor(times, dtype=torch.float32) if times else None,
     )
 
 
-def measure_statistics(
-    source: Source,
-    size: tuple[int, int],
-    channels: int,
-    seed: int,
-    min_side: int = 1,
-    count: int = 512,
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over `count` random images; full scale is 1.
-
-    Raises UserError if no image can be read.
-    """
-    views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
-    sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
-    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
-        sample = views[0, int(index)]
-        if sample.view is None:
-            problem = sample.unreadable[0][1]
-            continue
-        pixels = sample.view.reshape(channels, -1).astype(np.float64) / 255
-        sums += pixels.mean(1)
-        squares += (pixels**2).mean(1)
-        images += 1
-        if images == count:
-            break
-    if images == 0:
-        raise UserError(f"{source.name}: no readable image among {len(source)} ({problem})")
-    mean, mean_square = sums / images, squares / images
-    # Avoid division by zero for a constant channel, yet keep the small std of small values.
-    scale = np.where(mean_square > 0, np.minimum(mean_square, 1), 1)
-    std = np.sqrt(np.maximum(mean_square - mean**2, 1e-6 * scale))
-    return mean.tolist(), std.tolist()
-
-
 def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | None = None) -> Tensor:
-    """Convert pixels [B C H W] to float32 and normalise them by mean and std [C], given on a scale
-    of 0 to 1.
+    """Convert pixels [B C H W], or clips [B C T H W], to float32 and normalise them by mean and
+    std [C], given on a scale of 0 to 1.
 
     full_scale: of the pixels. Default: 65535 for uint16, else 255.
     """
     if full_scale is None:
         full_scale = 65535 if images.dtype == torch.uint16 else 255
-    return (images.float() / full_scale - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    by_channel = (-1,) + (1,) * max(2, images.ndim - 2)
+    return (images.float() / full_scale - mean.view(by_channel)) / std.view(by_channel)
 
 
 def num_workers(requested: int | None) -> int:

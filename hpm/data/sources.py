@@ -1,4 +1,5 @@
-"""Sources of images: folder, list file, parquet, Arrow, the built-in demo, or the user's own."""
+"""Sources of images: folder, list file, parquet, Arrow, the built-in demo, or the user's own. Those
+of videos are in `data/video/sources.py`."""
 
 from __future__ import annotations
 
@@ -11,18 +12,34 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin, installed_plugins
-from hpm.data import demo
 from hpm.data.arrays import Opened
-from hpm.data.folders import IMAGE_SUFFIXES, described, find_images, images_of
+from hpm.data.demo_sources import DemoSource, DemoVideos
+from hpm.data.folders import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    described,
+    find_images,
+    images_of,
+)
 from hpm.data.inspection import any_deep
+from hpm.data.lists import labels_of, read_list
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
 from hpm.data.paths import Paths
-from hpm.data.tables import ArrowSource, ParquetSource, natural
+from hpm.data.tables import ArrowSource, ParquetSource
+from hpm.data.video.clip import Video
+from hpm.data.video.lists import is_video_list
+from hpm.data.video.sampling import ClipSampling
+from hpm.data.video.sources import (
+    CLIP_SUFFIXES,
+    VideoFiles,
+    holds_videos,
+    video_folder,
+    video_list,
+)
 
 PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
 TRAIN_NAMES = ("train", "training")
@@ -72,39 +89,56 @@ class Splits:
     test: Source | None = None
 
 
-def open_source(data: str, trusted: bool = True) -> Splits:
+def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     """Open a data set.
 
     Args:
-        data: a folder, list file, parquet file or folder, Arrow folder, one image, or `demo`;
-            otherwise the name of an entry point of the group `hpm.sources`, or `module:function`.
+        data: a folder, list file, parquet file or folder, Arrow folder, one image or video, `demo`
+            or `demo-video`; otherwise the name of an entry point of the group `hpm.sources`, or
+            `module:function`.
         trusted: whether the user gave the name. If it comes from a file, no code that it names is
             imported.
+        clips: whether clips are wanted, so that a GIF and a folder of numbered images are videos.
+            Otherwise they are images, and of videos one frame at a time is used.
 
-    Raises UserError if there are no images.
+    Raises UserError if there are no images, or no videos where clips are wanted.
     """
+    splits = _open(data, trusted, clips)
+    if clips and not holds_videos(splits.train):
+        other = ", or demo-video" if data == "demo" else ""
+        raise UserError(f"{data}: images, not videos: pass --frames 1{other}")
+    return splits
+
+
+def _open(data: str, trusted: bool, clips: bool) -> Splits:
     if data == "demo":
         return Splits(DemoSource("train"), DemoSource("test"))
+    if data == "demo-video":
+        return Splits(DemoVideos("train"), DemoVideos("test"))
     path = Path(data).expanduser()
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, clips)
     if not path.exists():
         dotted = re.fullmatch(r"[\w.]+:[\w.]+", data)
         if trusted and (dotted or data in installed_plugins(ENTRY_POINTS)):
             return _open_own(data)
         raise UserError(
-            f"{data}: no such folder or file; name a folder of images, a list file, parquet or demo"
+            f"{data}: no such folder or file; name a folder of images or videos, a list file, "
+            "parquet, demo or demo-video"
         )
-    if path.suffix.lower() == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return Splits(ParquetSource(str(path), [path]))
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if suffix in (CLIP_SUFFIXES if clips else VIDEO_SUFFIXES):
+        return Splits(VideoFiles(str(path), [path], root=path.parent))
+    if suffix in IMAGE_SUFFIXES:
         return Splits(FileSource(str(path), [path], root=path.parent))
-    return Splits(_open_list(path))
+    return Splits(video_list(path) if clips or is_video_list(path) else _open_list(path))
 
 
 def _open_own(data: str) -> Splits:
     """Call the user's function. Raises UserError if it fails or returns something else."""
-    make = find_plugin("data", data, ENTRY_POINTS, ("demo",))
+    make = find_plugin("data", data, ENTRY_POINTS, ("demo", "demo-video"))
     if not callable(make):
         raise UserError(f"data is '{data}': it is not a function")
     try:
@@ -159,32 +193,6 @@ class FileSource:
         return self.paths[index]
 
 
-class DemoSource:
-    """The built-in images of `data/demo.py`."""
-
-    def __init__(self, split: str):
-        self.name = f"demo ({split})"
-        self.split = split
-        self.classes = list(demo.CLASSES)
-        labels: np.ndarray = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
-        self.labels: np.ndarray | None = labels
-
-    def __len__(self) -> int:
-        return demo.SIZES[self.split]
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(demo.render(index, self.split).image)
-
-    def read(self, index: int) -> None:
-        return None
-
-    def is_deep(self) -> bool:
-        return False
-
-    def path(self, index: int) -> str:
-        return f"demo/{self.split}/{index}"
-
-
 class Subset:
     """Some images of another source, in the given order."""
 
@@ -194,12 +202,16 @@ class Subset:
         self.name = source.name
         self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[indices]
+        self.holds_videos = holds_videos(source)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def open(self, index: int) -> Opened:
         return self.source.open(int(self.indices[index]))
+
+    def open_video(self, index: int) -> Video:
+        return self.source.open_video(int(self.indices[index]))  # type: ignore[attr-defined]
 
     def read(self, index: int) -> bytes | None:
         return self.source.read(int(self.indices[index]))
@@ -215,9 +227,15 @@ def object_mask(source: Source, index: int) -> np.ndarray | None:
     """bool [H W], True on the objects of an image; None if the source has no masks."""
     if isinstance(source, Subset):
         return object_mask(source.source, int(source.indices[index]))
-    if isinstance(source, DemoSource):
-        return demo.render(index, source.split).mask
-    return None
+    return source.mask(index) if isinstance(source, DemoSource | DemoVideos) else None
+
+
+def clip_mask(source: Source, index: int, sampling: ClipSampling) -> np.ndarray | None:
+    """bool [T H W], True on the objects of the clip in the middle of a video; None if the source
+    has no masks."""
+    if isinstance(source, Subset):
+        return clip_mask(source.source, int(source.indices[index]), sampling)
+    return source.clip_mask(index, sampling) if isinstance(source, DemoVideos) else None
 
 
 def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
@@ -226,7 +244,7 @@ def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def _open_folder(path: Path) -> Splits:
+def _open_folder(path: Path, clips: bool) -> Splits:
     if (path / "dataset_dict.json").exists():
         return _open_saved(path)
     if (path / PREPARING).exists():
@@ -253,9 +271,10 @@ def _open_folder(path: Path) -> Splits:
     # A folder `train` beside folders that are no splits may be a class (trains).
     if train_folder and (test_folder or len(inside) == 1):
         return Splits(
-            _image_folder(train_folder), _image_folder(test_folder) if test_folder else None
+            _files_below(train_folder, clips),
+            _files_below(test_folder, clips) if test_folder else None,
         )
-    return Splits(_image_folder(path))
+    return Splits(_files_below(path, clips))
 
 
 def _open_saved(path: Path) -> Splits:
@@ -283,10 +302,15 @@ def _first_test_split(files: list[Path]) -> list[Path]:
     return []
 
 
-def _image_folder(root: Path) -> FileSource:
-    """All images below `root`, labelled by first-level folder if every image is in one."""
+def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:
+    """All images below `root`, or all videos, labelled by first-level folder if every one is in
+    one."""
+    if clips:
+        return video_folder(root, clips)
     root = images_of(root)
     files, others = find_images(root)
+    if not files and any(suffix in VIDEO_SUFFIXES for suffix in others):
+        return video_folder(root, clips)
     if not files:
         looked_for = f" (looked for {' '.join(IMAGE_SUFFIXES)})"
         passed_over = f", but {described(others)}" if others else looked_for
@@ -304,39 +328,5 @@ def _image_folder(root: Path) -> FileSource:
 
 
 def _open_list(path: Path) -> FileSource:
-    """`path label` per line, the label optional; paths are relative to the list's folder."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: neither a folder, parquet, an image nor a text list of images"
-        ) from None
-    paths, names = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        image, label = _split_line(path.parent, line.strip())
-        if image is None:
-            raise UserError(f"{path}, line {number}: no such image: {line.strip()}")
-        paths.append(image)
-        names.append(label)
-    if not paths:
-        raise UserError(f"{path}: the list is empty")
-    if all(n is None for n in names):
-        return FileSource(str(path), paths, root=path.parent)
-    if None in names:
-        raise UserError(f"{path}: some lines have a label and some have none")
-    classes = sorted({n for n in names if n is not None}, key=natural)
-    numbers = {c: i for i, c in enumerate(classes)}
-    labels = np.array([numbers[n] for n in names if n])
-    return FileSource(str(path), paths, labels, classes, path.parent)
-
-
-def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
-    """(image, label) of a line. A path may contain spaces. The image is None if it is missing."""
-    path, _, label = line.rpartition(" ")
-    if path and os.path.isfile(folder / path.strip()):
-        return str(folder / path.strip()), label
-    return (str(folder / line), None) if os.path.isfile(folder / line) else (None, None)
+    paths, names = read_list(path)
+    return FileSource(str(path), paths, *labels_of(path, names), path.parent)

@@ -1,6 +1,6 @@
-"""Images in parquet or Arrow files, in Hugging Face's layout.
+"""Images or videos in parquet or Arrow files, in Hugging Face's layout.
 
-A row has `image: {bytes, path}` and optionally `label: int`.
+A row has `image: {bytes, path}` or `video: {bytes, path}`, and optionally `label: int`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import numpy as np
 from hpm.core.errors import UserError, one_line
 from hpm.data.arrays import Opened
 from hpm.data.inspection import any_deep
+from hpm.data.lists import natural
 from hpm.data.opening import open_image
+from hpm.data.video.clip import Video, middle_frame
+from hpm.data.video.decoding import open_video, pyav
 
 
 class TableSource:
@@ -24,12 +27,18 @@ class TableSource:
 
     files: list[Path]  # of the rows
 
-    def __init__(self, name: str, where: str, images: Any, labels: Any, names: list[str]):
-        """images, labels: pyarrow columns (labels may be None). names: class names, if known.
+    def __init__(self, name: str, where: str, table: Any, names: list[str]):
+        """table: with a column `image` or `video`, and maybe `label`. names: class names, if known.
         where: file or folder, for messages about a row."""
         import pyarrow
 
         self.name, self.where = name, where
+        column = _column(table.schema)
+        self.holds_videos = column == "video"
+        if self.holds_videos:
+            pyav()  # a missing library is an error now, and not one of each video
+        images = table[column]
+        labels = table["label"] if "label" in table.schema.names else None
         is_struct = pyarrow.types.is_struct(images.type)
         self._bytes = [part.field("bytes") if is_struct else part for part in images.chunks]
         self._ends = np.cumsum([len(part) for part in images.chunks], dtype=np.int64)
@@ -55,10 +64,16 @@ class TableSource:
         return data
 
     def open(self, index: int) -> Opened:
+        if self.holds_videos:
+            return middle_frame(self.open_video(index))
         return open_image(io.BytesIO(self.read(index)))
 
+    def open_video(self, index: int) -> Video:
+        """Raises OSError or UnreadableImage."""
+        return open_video(io.BytesIO(self.read(index)))
+
     def is_deep(self) -> bool:
-        return any_deep(self.open, len(self))
+        return not self.holds_videos and any_deep(self.open, len(self))
 
     def path(self, index: int) -> str:
         return f"{self.where}, row {index}"
@@ -74,15 +89,14 @@ class ParquetSource(TableSource):
         try:
             schema = parquet.read_schema(self.files[0])
             _check_columns(self.files[0], schema)
-            wanted = [c for c in ("image", "label") if c in schema.names]
+            wanted = [c for c in (_column(schema), "label") if c in schema.names]
             table = parquet.read_table(list(map(str, self.files)), columns=wanted)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
                 f"{self.files[0]}: not readable parquet ({one_line(error, 200)})"
             ) from None
-        labels = table["label"] if "label" in wanted else None
         where = str(self.files[0]) if len(self.files) == 1 else name
-        super().__init__(name, where, table["image"], labels, _label_names(schema.metadata or {}))
+        super().__init__(name, where, table, _label_names(schema.metadata or {}))
 
 
 class ArrowSource(TableSource):
@@ -113,8 +127,7 @@ class ArrowSource(TableSource):
         _check_columns(folder, table.schema)
         features = info.get("features") or {}
         names = (features.get("label") or {}).get("names") or []
-        labels = table["label"] if "label" in table.schema.names else None
-        super().__init__(name, str(folder), table["image"], labels, list(names))
+        super().__init__(name, str(folder), table, list(names))
 
 
 def _pyarrow() -> Any:
@@ -130,11 +143,16 @@ def _pyarrow() -> Any:
 def _check_columns(where: Path, schema: Any) -> None:
     import pyarrow
 
-    if "image" not in schema.names:
-        raise UserError(f"{where}: no column 'image' (it has {', '.join(schema.names)})")
-    image = schema.field("image").type
-    if pyarrow.types.is_struct(image) and "bytes" not in [f.name for f in image]:
-        raise UserError(f"{where}: column 'image' has no field 'bytes'")
+    column = _column(schema)
+    if column not in schema.names:
+        raise UserError(f"{where}: no column 'image' or 'video' (it has {', '.join(schema.names)})")
+    encoded = schema.field(column).type
+    if pyarrow.types.is_struct(encoded) and "bytes" not in [f.name for f in encoded]:
+        raise UserError(f"{where}: column '{column}' has no field 'bytes'")
+
+
+def _column(schema: Any) -> str:
+    return "video" if "video" in schema.names and "image" not in schema.names else "image"
 
 
 def _label_names(metadata: dict[bytes, bytes]) -> list[str]:
@@ -144,7 +162,3 @@ def _label_names(metadata: dict[bytes, bytes]) -> list[str]:
         return list(features["label"]["names"])
     except (KeyError, TypeError, ValueError):
         return []
-
-
-def natural(text: str) -> tuple[int, int | str]:
-    return (0, int(text)) if text.lstrip("-").isdigit() else (1, text)

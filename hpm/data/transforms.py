@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from hpm.data.jpeg import JpegImage, decode_jpeg
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
-    True: (2,),
-    "horizontal": (2,),
-    "vertical": (1,),
-    "both": (2, 1),
+    True: (-1,),
+    "horizontal": (-1,),
+    "vertical": (-2,),
+    "both": (-1, -2),
     "none": (),
     False: (),
 }
@@ -41,8 +41,23 @@ MAX_ASPECT = 8  # of the sides; the ends of longer images are cut off before res
 Crop = tuple[float, float, float, float]
 
 
+@runtime_checkable
+class Croppable(Protocol):
+    """An image or a clip, decoded."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    def resized(self, size: tuple[int, int], box: Box) -> View:
+        """Crop to `box` and resize to `size` (height, width)."""
+        ...
+
+
 def training_view(
-    pixels: Pixels,
+    pixels: Croppable,
     size: tuple[int, int],
     rng: np.random.Generator,
     crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -51,18 +66,30 @@ def training_view(
     """Random resized crop (bicubic) and flips; all choices are drawn from `rng`."""
     with reading():
         box = random_crop(rng, pixels.width, pixels.height, crop_scale)
+        return cropped_view(pixels, size, box, rng, flip)
+
+
+def cropped_view(
+    pixels: Croppable,
+    size: tuple[int, int],
+    box: Box,
+    rng: np.random.Generator,
+    flip: bool | Flip = True,
+) -> tuple[View, Crop]:
+    """A box, resized (bicubic) and flipped at random. The frames of a clip are flipped alike."""
+    with reading():
         view = pixels.resized(size, box)
         left, top, right, bottom = box
         edges = {
-            1: (top / pixels.height, bottom / pixels.height),
-            2: (left / pixels.width, right / pixels.width),
+            -2: (top / pixels.height, bottom / pixels.height),
+            -1: (left / pixels.width, right / pixels.width),
         }
         flipped = [axis for axis in FLIPPED_AXES[flip] if rng.random() < 0.5]
         for axis in flipped:
             edges[axis] = edges[axis][::-1]
         if flipped:
             view = torch.from_numpy(view).flip(flipped).numpy()  # 3 times faster than NumPy's flip
-        return view, (*edges[1], *edges[2])
+        return view, (*edges[-2], *edges[-1])
 
 
 def augmented_view(
@@ -93,7 +120,11 @@ def evaluation_view(
     the centre is cropped.
     """
     least = resized_size(size, size, crop_share)
-    pixels = decode(image, channels, least, min_side)
+    return centre_view(decode(image, channels, least, min_side), size, crop_share)
+
+
+def centre_view(pixels: Croppable, size: tuple[int, int], crop_share: float = 1.0) -> View:
+    """The view of evaluation_view of an image or a clip that is decoded."""
     with reading():
         if crop_share == 1:
             return pixels.resized(size, centred_box(pixels.width, pixels.height, size))
@@ -111,7 +142,7 @@ def resized_size(
     return columns * height // width, columns
 
 
-def _resize_then_crop(pixels: Pixels, size: tuple[int, int], crop_share: float) -> View:
+def _resize_then_crop(pixels: Croppable, size: tuple[int, int], crop_share: float) -> View:
     rows, columns = size
     # A very long image, resized whole, could fill the memory: resize only its middle.
     box = _centred(
@@ -124,7 +155,7 @@ def _resize_then_crop(pixels: Pixels, size: tuple[int, int], crop_share: float) 
     height, width = resized_size((bottom - top, right - left), size, crop_share)
     top, left = round((height - rows) / 2), round((width - columns) / 2)
     view = pixels.resized((height, width), box)
-    return np.ascontiguousarray(view[:, top : top + rows, left : left + columns])
+    return np.ascontiguousarray(view[..., top : top + rows, left : left + columns])
 
 
 def centred_box(width: int, height: int, size: tuple[int, int]) -> Box:
@@ -171,11 +202,16 @@ def decode(
     1/4 or 1/8 of its size, which is faster."""
     with reading():
         pixels = _decoded(image, channels, least)
-        if min(pixels.width, pixels.height) < min_side:
-            raise UnreadableImage(
-                f"{pixels.width}x{pixels.height} pixels, smaller than a patch of {min_side}"
-            )
+        check_side(pixels, min_side)
         return pixels
+
+
+def check_side(pixels: Croppable, min_side: int) -> None:
+    """Raise UnreadableImage if it is smaller than a patch."""
+    if min(pixels.width, pixels.height) < min_side:
+        raise UnreadableImage(
+            f"{pixels.width}x{pixels.height} pixels, smaller than a patch of {min_side}"
+        )
 
 
 def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pixels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,16 +12,20 @@ from PIL import Image
 from torch import Tensor
 
 from hpm.data.loader import evaluation_batches, normalize
-from hpm.data.sources import Source, object_mask
+from hpm.data.sources import Source, clip_mask, object_mask
 from hpm.data.transforms import evaluation_view
-from hpm.mining.draw import Draw, noise
+from hpm.data.video.sampling import ClipSampling, clip_sampling
+from hpm.mining.draw import Draw
 from hpm.mining.losses import ranking_accuracy
-from hpm.mining.masking import hide_top, num_hidden_patches
+from hpm.mining.masking import random_mask
 from hpm.mining.miner import Miner
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify
 from hpm.targets.base import Target
 from hpm.weights.resolve import Trained
+
+Coverage = Float[Tensor, "batch *size"]
+CLIPS_AT_ONCE = 8  # in evaluation: each has as many patches as several images
 
 Map = Float[Tensor, "batch patches"]
 
@@ -44,23 +48,24 @@ class LossMaps:
 def loss_maps(
     model: MaskedImageModel,
     miner: Miner,
-    images: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch channels *size"],
     draw: Draw,
     target: Target,
     mask_ratio: float,
     num_masks: int = 10,
 ) -> LossMaps:
-    """Compute loss maps. The student's losses are means over random masks; the teacher's are those
-    that mining uses."""
+    """Compute loss maps. The student's losses are means over random masks, of tubes if the miner
+    hides tubes; the teacher's are those that mining uses."""
     teacher, num_patches = miner.teacher, model.encoder.num_patches
-    num_hidden = num_hidden_patches(num_patches, mask_ratio)
     features = teacher.encoder(images) if target.needs_teacher else None
     targets = target(images, features)
     total = torch.zeros(len(images), num_patches, device=images.device)
     predicted_total, count = torch.zeros_like(total), torch.zeros_like(total)
     for number in range(num_masks):
-        priority = noise(draw.sample_ids, num_patches, draw.seed, epoch=0, purpose=number)
-        visible_ids, hidden_ids = hide_top(priority, num_hidden)
+        visible_ids, hidden_ids = random_mask(
+            replace(draw, epoch=0), model.encoder.grid, mask_ratio, miner.tubes, number
+        )
+        hidden_ids = miner.decode(replace(draw, epoch=number), hidden_ids)
         prediction, predicted_loss = model(images, visible_ids, hidden_ids)
         patch_loss = target.patch_loss(prediction, gather_patches(targets, hidden_ids))
         patch_loss = target.ranked_by(patch_loss, images, hidden_ids)
@@ -89,12 +94,18 @@ def evaluate_losses(
     """
     model, config = trained.model, trained.config
     assert model is not None and config is not None
-    height, width = model.encoder.image_size
+    height, width = model.encoder.image_size[-2:]
+    sampling = clip_sampling(config)
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     totals: dict[str, float] = {}
     count = 0
     for batch in evaluation_batches(
-        source, (height, width), config.channels, batch_size=64, crop_share=crop_share
+        source,
+        (height, width),
+        config.channels,
+        batch_size=64 if sampling is None else CLIPS_AT_ONCE,
+        crop_share=crop_share,
+        sampling=sampling,
     ):
         if report:
             for index, problem in batch.unreadable:
@@ -110,7 +121,7 @@ def evaluate_losses(
             trained.find_target(device),
             config.mask_ratio,
         )
-        objects = object_views(source, batch.indices, (height, width), crop_share)
+        objects = object_views(source, batch.indices, (height, width), crop_share, sampling)
         values = {"reconstruction_loss": maps.actual.nanmean().item()}
         values |= hardness(maps, objects, model.encoder.patch_size)
         for name, value in values.items():
@@ -120,19 +131,35 @@ def evaluate_losses(
 
 
 def object_views(
-    source: Source, indices: Int[Tensor, " batch"], size: tuple[int, int], crop_share: float = 1.0
-) -> Float[Tensor, "batch height width"] | None:
+    source: Source,
+    indices: Int[Tensor, " batch"],
+    size: tuple[int, int],
+    crop_share: float = 1.0,
+    sampling: ClipSampling | None = None,
+) -> Coverage | None:
     """Coverage of each pixel by objects, 0 to 1, in evaluation views; None without masks."""
-    masks = [object_mask(source, int(index)) for index in indices]
-    if any(mask is None for mask in masks):
-        return None
-    pictures = [Image.fromarray(mask) for mask in masks if mask is not None]
-    views = [evaluation_view(picture, size, 1, crop_share=crop_share)[0] for picture in pictures]
+
+    def view(mask: np.ndarray) -> np.ndarray:
+        return evaluation_view(Image.fromarray(mask), size, 1, crop_share=crop_share)[0]
+
+    views = []
+    for index in indices:
+        if sampling is None:
+            mask = object_mask(source, int(index))
+            found = None if mask is None else view(mask)
+        else:
+            masks = clip_mask(source, int(index), sampling)
+            found = (
+                None if masks is None else np.stack([view(255 * m.astype(np.uint8)) for m in masks])
+            )
+        if found is None:
+            return None
+        views.append(found)
     return torch.from_numpy(np.stack(views)) / 255
 
 
 def hardness(
-    maps: LossMaps, objects: Float[Tensor, "batch height width"] | None, patch_size: tuple[int, ...]
+    maps: LossMaps, objects: Coverage | None, patch_size: tuple[int, ...]
 ) -> Iterator[tuple[str, float]]:
     """Yield the measures of a predictor; nothing without a predictor.
 

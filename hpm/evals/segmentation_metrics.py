@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from hpm.data.mask_files import IGNORED
+from hpm.evals.bootstrap import drawn_images, in_percent
 
 RESAMPLES = 2000
-AT_ONCE = 250  # resamples
 MEASURES = ("mean_iou", "mean_accuracy", "pixel_accuracy")
 
 
@@ -67,7 +67,7 @@ def segmentation_scores(counts: PixelCounts, seed: int = 0) -> dict[str, float]:
     means are taken over the others. They are NaN where no pixel is labelled.
     """
     values = _measures(*_totals(counts, np.ones((1, len(counts.hits)))))[:, 0]
-    return _with_ends(values, _resampled(counts, seed))
+    return in_percent(MEASURES, values, _resampled(counts, seed))
 
 
 def mean_iou(counts: PixelCounts) -> Float[np.ndarray, " images"]:
@@ -95,32 +95,15 @@ def segmentation_difference(
     one = np.ones((1, len(first.hits)))
     values = [_measures(*_totals(counts, one))[:, 0] for counts in (first, second)]
     resampled = [_resampled(counts, seed) for counts in (first, second)]
-    return _with_ends(values[0] - values[1], resampled[0] - resampled[1])
-
-
-def _with_ends(
-    values: Float[np.ndarray, " measures"], resampled: Float[np.ndarray, "measures resamples"]
-) -> dict[str, float]:
-    ends = np.full((2, len(values)), np.nan)
-    known = ~np.isnan(resampled).all(1)
-    ends[:, known] = np.nanpercentile(resampled[known], [2.5, 97.5], axis=1)
-    rows = {"": values, "_low": ends[0], "_high": ends[1]}
-    return {
-        f"{name}{end}": 100 * float(row[i])
-        for i, name in enumerate(MEASURES)
-        for end, row in rows.items()
-    }
+    return in_percent(MEASURES, values[0] - values[1], resampled[0] - resampled[1])
 
 
 def _resampled(counts: PixelCounts, seed: int) -> Float[np.ndarray, "measures resamples"]:
     """The measures of resamples of the images; the same images for the same seed."""
-    images = len(counts.hits)
-    rng = np.random.default_rng([seed, images])
-    parts = []
-    for _ in range(0, RESAMPLES, AT_ONCE):
-        weights = rng.multinomial(images, np.full(images, 1 / images), size=AT_ONCE)
-        parts.append(_measures(*_totals(counts, weights.astype(np.float64))))
-    return np.concatenate(parts, 1)
+    draws = drawn_images(len(counts.hits), seed, RESAMPLES)
+    return np.concatenate(
+        [_measures(*_totals(counts, weights.astype(np.float64))) for weights in draws], 1
+    )
 
 
 def _totals(

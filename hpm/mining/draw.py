@@ -12,6 +12,7 @@ Priority = Float[Tensor, "batch patches"]
 
 # Purposes of independent draws for the same (seed, epoch, sample). Masks use 0 and above.
 BLOCKS, SECONDARY, TEACHER_VIEW, TIES, GUMBEL, WITHIN_UNITS = -1, -2, -3, -4, -5, -6
+CELLS, WITHIN_CELLS = -7, -8
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,30 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.core.config import HARD_SHARES, HardShareSchedule
-from hpm.mining.draw import GUMBEL, SECONDARY, WITHIN_UNITS, Draw, Priority
+from hpm.core.config import HARD_SHARES, HardShareSchedule, Tubes
+from hpm.mining.draw import (
+    CELLS,
+    GUMBEL,
+    SECONDARY,
+    WITHIN_CELLS,
+    WITHIN_UNITS,
+    Draw,
+    Priority,
+)
 from hpm.mining.strategies import find_mask, random
 from hpm.mining.units import mean_of_units, unit_by_unit, unit_grid
 
 TOP_PRIORITY = 1e30
 
 
-def num_hidden_patches(num_patches: int, mask_ratio: float) -> int:
-    """M = N - int(N (1 - mask_ratio)), rounded as in MAE."""
-    return num_patches - int(num_patches * (1 - mask_ratio))
+def num_hidden_patches(num_patches: int, mask_ratio: float, times: int = 1) -> int:
+    """M = N - int(N (1 - mask_ratio)), rounded as in MAE. times: of a tube, if whole tubes are
+    hidden; the number of tubes is then rounded."""
+    tubes = num_patches // times
+    return times * (tubes - int(tubes * (1 - mask_ratio)))
 
 
 def hard_share(
@@ -45,6 +55,7 @@ def make_mask(
     num_hard: int = 0,
     temperature: float = 0.0,
     unit: int = 1,
+    tubes: Tubes = "none",
 ) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
     """(visible_ids, hidden_ids) of a batch, always of the same lengths.
 
@@ -60,7 +71,24 @@ def make_mask(
         unit: mine and hide units of this many patches along each axis. The same share of units is
             mined as of patches. If M is not a multiple of a unit's size, a random part of one unit
             is hidden: a random unit, or the least hard one if all are mined.
+        tubes: of a clip, hide the same places at all times, and mine them by the mean or maximum of
+            the signal over time. The numbers of patches are multiples of the times.
     """
+    if tubes != "none":
+        times, *places = grid
+        if signal is not None:
+            signal = over_time(signal, times, tubes)
+        visible, hidden = make_mask(
+            mask,
+            draw,
+            tuple(places),
+            num_hidden // times,
+            signal,
+            num_hard // times,
+            temperature,
+            unit,
+        )
+        return at_all_times(visible, grid), at_all_times(hidden, grid)
     units = unit_grid(grid, unit)
     num_units = math.ceil(num_hidden / unit ** len(grid))  # the last one may be hidden in part
     strategy = random if mask in HARD_SHARES else find_mask(mask)
@@ -77,6 +105,32 @@ def make_mask(
         noise = draw.noise(math.prod(grid), WITHIN_UNITS)
         priority = unit_by_unit(priority, noise, grid, unit)
     return hide_top(priority, num_hidden)
+
+
+def random_mask(
+    draw: Draw, grid: tuple[int, ...], mask_ratio: float, tubes: Tubes = "none", purpose: int = 0
+) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch hidden"]]:
+    """(visible_ids, hidden_ids): random patches, or random tubes."""
+    places = grid if tubes == "none" else grid[1:]
+    count = math.prod(places)
+    visible, hidden = hide_top(draw.noise(count, purpose), num_hidden_patches(count, mask_ratio))
+    if tubes == "none":
+        return visible, hidden
+    return at_all_times(visible, grid), at_all_times(hidden, grid)
+
+
+def over_time(signal: Priority, times: int, tubes: Tubes) -> Float[Tensor, "batch places"]:
+    """Mean or maximum of each place over time."""
+    by_time = signal.unflatten(1, (times, -1))
+    return by_time.amax(1) if tubes == "max" else by_time.mean(1)
+
+
+def at_all_times(
+    places: Int[Tensor, "batch places"], grid: tuple[int, ...]
+) -> Int[Tensor, "batch patches"]:
+    """The patches at these places at all times, in raster order."""
+    starts = torch.arange(grid[0], device=places.device) * math.prod(grid[1:])
+    return (starts[:, None] + places[:, None]).flatten(1)
 
 
 def perturb(signal: Priority, draw: Draw, temperature: float) -> Priority:
@@ -126,6 +180,28 @@ def choose_covered(
     priority = draw.noise(num_patches, SECONDARY).gather(1, visible_ids)
     count = int(visible_ids.shape[1] * ratio)
     return visible_ids.gather(1, priority.argsort(dim=1)[:, :count])
+
+
+def choose_decoded(
+    draw: Draw, hidden_ids: Int[Tensor, "batch hidden"], keep: float, grid: tuple[int, ...]
+) -> Int[Tensor, "batch decoded"]:
+    """Choose max(1, int(M keep)) of the hidden patches to reconstruct, in raster order, by running
+    cells (VideoMAE V2, Wang et al. 2023, arXiv 2303.16727, section 3.2).
+
+    The places are divided into cells of 2 x 2. The patches of a cell take turns over time, so that
+    at a share of 0.5 each place is reconstructed half of the time. The first turn is random. If the
+    hidden patches have too many or too few of a turn, a random part of it is chosen.
+    """
+    *_, rows, columns = grid
+    patch = torch.arange(math.prod(grid), device=hidden_ids.device)
+    row, column, time = patch // columns % rows, patch % columns, patch // (rows * columns)
+    clockwise = torch.where(row % 2 == 0, column % 2, 3 - column % 2)
+    first = (4 * draw.noise(1, CELLS)).long()
+    turn = (clockwise - time - first) % 4
+    priority = 0.5 * draw.noise(len(patch), WITHIN_CELLS) - turn
+    count = max(1, int(hidden_ids.shape[1] * keep))
+    best = priority.gather(1, hidden_ids).topk(count, dim=1).indices
+    return hidden_ids.gather(1, best).sort(dim=1).values
 
 
 def rotating_masks(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from hpm.core import distributed
 
 Crops = Float[Tensor, "batch 4"]  # see data.transforms.Crop
-Averages = Float[Tensor, "batch 2 rows columns"]  # sum of weight * value, sum of weights
+Times = Float[Tensor, "batch 2"]  # start and end of each clip, as fractions of its video
+Averages = Float[Tensor, "batch 2 *grid"]  # sum of weight * value, sum of weights
 
 # Decay of earlier visits whenever an image is seen again: horizons of 5 and 20 visits.
 DECAY, SLOW_DECAY = 0.8, 0.95
@@ -20,8 +23,12 @@ LARGEST_LOSS = 1000.0  # so that a weighted sum of 20 fits into half precision
 class HardnessMemory(nn.Module):
     """A map of hardness in image coordinates for each training image, averaged over its visits.
 
+    The map of a video has a third axis, its time from beginning to end. Reading and writing then
+    take the times of each clip.
+
     Each cell of `grid` holds a weighted sum of values and the sum of the weights in half precision:
-    4 bytes per cell, or 1 GB for 1.28 million images of 14 x 14 cells. A patch of a view overlaps
+    4 bytes per cell, or 1 GB for 1.28 million images of 14 x 14 cells, and 1.5 GB for 240,000
+    videos of 8 x 14 x 14. A patch of a view overlaps
     several cells: its value is written and read in proportion to the overlap. Earlier visits decay
     exponentially; a region that has not been seen for long becomes neutral again. Each process
     holds a copy of the whole memory.
@@ -35,7 +42,7 @@ class HardnessMemory(nn.Module):
         progress: store averages for the progress of the loss instead of the loss.
     """
 
-    found: Tensor  # [images 2 rows columns], see `Averages`
+    found: Tensor  # [images 2 *grid], see `Averages`
     slow: Tensor | None  # the same with a longer horizon
 
     def __init__(
@@ -58,16 +65,15 @@ class HardnessMemory(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, sample_ids: Int[Tensor, " batch"], crops: Crops
+        self, sample_ids: Int[Tensor, " batch"], crops: Crops, times: Times | None = None
     ) -> Float[Tensor, "batch patches"]:
         """Hardness of each patch of these views, in standard deviations from the mean; with
         `progress`, the decrease of its loss, in units of the loss. 0 if nothing is known."""
-        rows, columns = self._overlaps(crops)
-        rows, columns = (w / w.sum(2, keepdim=True).clamp(min=1e-12) for w in (rows, columns))
+        shares = [w / w.sum(2, keepdim=True).clamp(min=1e-12) for w in self._overlaps(crops, times)]
         found = self.found[sample_ids].float()
         if self.slow is not None:
             found = loss_progress(found, self.slow[sample_ids].float())
-        total, weight = (rows[:, None] @ found @ columns[:, None].mT).unbind(1)
+        total, weight = along_axes(found, shares).unbind(1)
         return (total / (weight + PRIOR_WEIGHT)).flatten(1)
 
     @torch.no_grad()
@@ -77,6 +83,7 @@ class HardnessMemory(nn.Module):
         crops: Crops,
         patch_ids: Int[Tensor, "batch known"],
         hardness: Float[Tensor, "batch known"],
+        times: Times | None = None,
         per_image: bool = False,
     ) -> None:
         """Write the hardness of some patches of each view.
@@ -88,6 +95,7 @@ class HardnessMemory(nn.Module):
         sample_ids, crops, patch_ids, hardness = (
             distributed.concatenate(t) for t in (sample_ids, crops, patch_ids, hardness.float())
         )
+        times = None if times is None else distributed.concatenate(times)
         if self.slow is None:
             std, mean = torch.std_mean(
                 hardness, dim=1 if per_image else None, correction=0, keepdim=True
@@ -95,20 +103,37 @@ class HardnessMemory(nn.Module):
             hardness = (hardness - mean) / (std + 1e-6)
         else:
             hardness = hardness.clamp(max=LARGEST_LOSS)
-        maps = hardness.new_zeros(len(crops), 2, self.grid[0] * self.grid[1])
+        cells = math.prod(self.grid)
+        maps = hardness.new_zeros(len(crops), 2, cells)
         maps[:, 0].scatter_(1, patch_ids, hardness)
         maps[:, 1].scatter_(1, patch_ids, 1.0)
-        rows, columns = self._overlaps(crops)
-        added = rows[:, None].mT @ maps.view(-1, 2, *self.grid) @ columns[:, None]
-        added *= self.grid[0] * self.grid[1]  # from image areas to fractions of a cell
+        shares = [w.mT for w in self._overlaps(crops, times)]
+        added = along_axes(maps.view(-1, 2, *self.grid), shares)
+        added *= cells  # from image areas to fractions of a cell
         _update(self.found, sample_ids, added, DECAY)
         if self.slow is not None:
             _update(self.slow, sample_ids, added, SLOW_DECAY)
 
-    def _overlaps(self, crops: Crops) -> tuple[Tensor, Tensor]:
-        """Overlaps of patches with cells along rows and along columns."""
-        top, bottom, left, right = crops.unbind(1)
-        return overlaps((top, bottom), self.grid[0]), overlaps((left, right), self.grid[1])
+    def _overlaps(self, crops: Crops, times: Times | None) -> list[Float[Tensor, "batch _ _"]]:
+        """Overlaps of patches with cells along each axis."""
+        edges = crops if times is None else torch.cat([times, crops], dim=1)
+        pairs = edges.unflatten(1, (-1, 2)).unbind(1)
+        return [
+            overlaps((pair[:, 0], pair[:, 1]), count)
+            for pair, count in zip(pairs, self.grid, strict=True)
+        ]
+
+
+def along_axes(
+    maps: Float[Tensor, "batch 2 *grid"], matrices: list[Float[Tensor, "batch _ _"]]
+) -> Float[Tensor, "batch 2 *new_grid"]:
+    """Multiply each map by one matrix along each axis; the first axes are optional."""
+    *before, rows, columns = matrices
+    for time in before:
+        maps = (time[:, None] @ maps.flatten(3)).unflatten(3, maps.shape[3:])
+    ones = (1,) * (maps.ndim - 3)
+    rows, columns = (m.unflatten(0, (-1, *ones)) for m in (rows, columns))
+    return rows @ maps @ columns.mT
 
 
 def _update(

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.core.config import PretrainConfig, secondary_mask_ratio
+from hpm.core.config import PretrainConfig, Tubes, secondary_mask_ratio
 from hpm.core.errors import UserError
 from hpm.core.phases import phase
 from hpm.mining.draw import TEACHER_VIEW, TIES, WITHIN_UNITS, Draw
-from hpm.mining.masking import choose_covered, make_mask, num_hidden_patches
+from hpm.mining.masking import choose_covered, choose_decoded, make_mask, num_hidden_patches
 from hpm.mining.memory import HardnessMemory
+from hpm.mining.strategies import AT_ALL_TIMES
 from hpm.mining.teacher import (
     Images,
     PredictLoss,
@@ -34,10 +35,12 @@ from hpm.models.mim import MaskedImageModel
 
 
 class Seen(NamedTuple):
-    """The training images of a batch, and the crop of each (see `data.transforms.Crop`)."""
+    """The training images of a batch, the crop of each (see `data.transforms.Crop`), and the times
+    of clips."""
 
     image_ids: Int[Tensor, " batch"]
     crops: Float[Tensor, "batch 4"]
+    times: Float[Tensor, "batch 2"] | None = None
 
 
 class Mined(NamedTuple):
@@ -45,6 +48,7 @@ class Mined(NamedTuple):
 
     visible_ids: Int[Tensor, "batch visible"]
     hidden_ids: Int[Tensor, "batch hidden"]
+    decoded_ids: Int[Tensor, "batch decoded"]  # the hidden patches to reconstruct
     covered_ids: Int[Tensor, "batch covered"] | None
     features: Float[Tensor, "batch tokens dim"] | None
     signal: Signal | None  # None if the teacher did not run
@@ -63,6 +67,8 @@ class Miner:
         secondary_mask_ratio: share of the visible patches whose content is covered.
         temperature: of sampling the mined patches, see `masking.perturb`; 0 takes the hardest.
         unit: size of the units that are mined and hidden, in patches along each axis.
+        tubes: whether the same places of a clip are hidden at all times, see `masking.make_mask`.
+        decoder_keep: share of the hidden patches that are reconstructed.
         mine_by: the teacher's prediction, a memory of the student's losses, or their decrease.
         mine_every: steps between two teacher passes. In between, a memory of the predictions is
             used.
@@ -79,6 +85,8 @@ class Miner:
     secondary_mask_ratio: float = 0.0
     temperature: float = 0.0
     unit: int = 1
+    tubes: Tubes = "none"
+    decoder_keep: float = 1.0
     mine_by: Literal["teacher", "memory", "progress"] = "teacher"
     mine_every: int = 1
     teacher_view: Literal["full", "masked"] = "full"
@@ -121,7 +129,8 @@ class Miner:
                 num_patches = self.teacher.encoder.num_patches
                 ratio = self.secondary_mask_ratio
                 covered_ids = choose_covered(draw, visible_ids, ratio, num_patches)
-        return Mined(visible_ids, hidden_ids, covered_ids, features, predicted)
+            decoded_ids = self.decode(draw, hidden_ids)
+        return Mined(visible_ids, hidden_ids, decoded_ids, covered_ids, features, predicted)
 
     def hide(
         self, draw: Draw, signal: Signal | None, num_hard: int, num_hidden: int | None = None
@@ -130,8 +139,30 @@ class Miner:
         num_hidden = self.num_hidden if num_hidden is None else num_hidden
         grid = self.teacher.encoder.grid
         return make_mask(
-            self.mask, draw, grid, num_hidden, signal, num_hard, self.temperature, self.unit
+            self.mask,
+            draw,
+            grid,
+            num_hidden,
+            signal,
+            num_hard,
+            self.temperature,
+            self.unit,
+            self.tubes,
         )
+
+    def decode(
+        self, draw: Draw, hidden_ids: Int[Tensor, "batch hidden"]
+    ) -> Int[Tensor, "batch decoded"]:
+        """The hidden patches that are reconstructed."""
+        if self.decoder_keep == 1:
+            return hidden_ids
+        return choose_decoded(draw, hidden_ids, self.decoder_keep, self.teacher.encoder.grid)
+
+    def count_hidden(self, mask_ratio: float) -> int:
+        """Number of hidden patches at a mask ratio."""
+        encoder = self.teacher.encoder
+        times = 1 if self.tubes == "none" else encoder.grid[0]
+        return num_hidden_patches(encoder.num_patches, mask_ratio, times)
 
     def signal(
         self, images: Images, draw: Draw
@@ -155,32 +186,45 @@ class Miner:
 
     @torch.no_grad()
     def remember(self, seen: Seen, mined: Sequence[Mined], patch_loss: Sequence[Tensor]) -> None:
-        """Write the teacher's predictions or the student's losses [B M] of a batch, given in parts,
-        into the memory."""
+        """Write the teacher's predictions, or the student's losses of the reconstructed patches, of
+        a batch given in parts, into the memory."""
         if self.memory is None:
             return
+        ids, crops, times = seen
         predicted = [part.signal for part in mined if part.signal is not None]
         if predicted:
             hardness = torch.cat(predicted)
             patch_ids = torch.arange(hardness.shape[1], device=hardness.device)
             # The predictor learns only the order within images.
-            self.memory.write(*seen, patch_ids.expand_as(hardness), hardness, per_image=True)
+            patch_ids = patch_ids.expand_as(hardness)
+            self.memory.write(ids, crops, patch_ids, hardness, times, per_image=True)
         elif self.mine_by != "teacher":
-            hidden_ids = torch.cat([part.hidden_ids for part in mined])
-            self.memory.write(*seen, hidden_ids, torch.cat(list(patch_loss)))
+            decoded_ids = torch.cat([part.decoded_ids for part in mined])
+            self.memory.write(ids, crops, decoded_ids, torch.cat(list(patch_loss)), times)
 
     def _teacher_view(self, draw: Draw) -> Float[Tensor, "batch patches"]:
         """Random priorities of the masks in the teacher's view."""
         grid = self.teacher.encoder.grid
-        priority = draw.noise(math.prod(unit_grid(grid, self.unit)), TEACHER_VIEW)
-        if self.unit == 1:
+        places = grid if self.tubes == "none" else grid[1:]
+        priority = draw.noise(math.prod(unit_grid(places, self.unit)), TEACHER_VIEW)
+        if self.unit > 1:
+            noise = draw.noise(math.prod(places), WITHIN_UNITS)
+            priority = unit_by_unit(priority, noise, places, self.unit)
+        if self.tubes == "none":
             return priority
-        noise = draw.noise(math.prod(grid), WITHIN_UNITS)
-        return unit_by_unit(priority, noise, grid, self.unit)
+        rank = priority.argsort(dim=1).argsort(dim=1)  # no ties between places
+        return rank.float().repeat(1, grid[0])
 
     @torch.no_grad()
     def _features(self, images: Images) -> Tensor:
         return self.teacher.encoder(images)
+
+
+def tubes_of(config: PretrainConfig) -> Tubes:
+    """Whether the same places of a clip are hidden at all times, and by what they are mined."""
+    if config.frames > 1 and config.mine_tubes == "none" and config.mask in AT_ALL_TIMES:
+        return "mean"  # nothing is mined
+    return config.mine_tubes
 
 
 def make_miner(
@@ -191,13 +235,17 @@ def make_miner(
     needs_features: bool = False,
 ) -> Miner:
     """The miner of a resolved config. Raises UserError if the encoder has no small teacher."""
+    grid, tubes = teacher.encoder.grid, tubes_of(config)
+    times = 1 if tubes == "none" else grid[0]
     return Miner(
         teacher,
         config.mask,
-        num_hidden_patches(teacher.encoder.num_patches, config.mask_ratio),
+        num_hidden_patches(teacher.encoder.num_patches, config.mask_ratio, times),
         secondary_mask_ratio=secondary_mask_ratio(config),
         temperature=config.mining_temperature,
         unit=config.mask_unit,
+        tubes=tubes,
+        decoder_keep=config.decoder_keep,
         mine_by=config.mine_by,
         mine_every=config.mine_every,
         teacher_view=config.teacher_view,
@@ -217,7 +265,6 @@ def _small_teacher(
             f"teacher_scale is {config.teacher_scale}, but {config.model} has no positions "
             "that could be interpolated: leave it out"
         )
-    (height, width), (rows, columns) = architecture.image_size, architecture.patch_size
-    size = small_image_size((height, width), (rows, columns), config.teacher_scale)
+    size = small_image_size(architecture.image_size, architecture.patch_size, config.teacher_scale)
     small = build_model(replace(architecture, image_size=size))
     return SmallTeacher(teacher, small.to(next(teacher.parameters()).device))

@@ -35,8 +35,13 @@ def multi_block(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
     return many_blocks(random(draw, grid, num_hidden), choices, grid)
 
 
+def tube(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
+    """Random places, hidden at all times of a clip (VideoMAE)."""
+    return random(draw, grid, num_hidden)
+
+
 def uniform(draw: Draw, grid: tuple[int, ...], num_hidden: int) -> Priority:
-    """All but one patch of each 2 x 2 (UM-MAE)."""
+    """All but one patch of each 2 x 2 (UM-MAE); of each 2 x 2 x 2 in clips."""
     return one_visible_per_cell(random(draw, grid, num_hidden), grid)
 
 
@@ -157,6 +162,7 @@ Strategy = Callable[[Draw, tuple[int, ...], int], Priority]
 
 STRATEGIES: dict[str, Strategy] = {
     "random": random,
+    "tube": tube,
     "block": block,
     "multi_block": multi_block,
     "uniform": uniform,
@@ -165,6 +171,8 @@ STRATEGIES: dict[str, Strategy] = {
     "blue_noise": partial(coloured_noise, colour="blue"),
     "purple_noise": partial(coloured_noise, colour="purple"),
 }
+# Masks of the places in a clip, which are hidden at all times.
+AT_ALL_TIMES = ("tube", "multi_block")
 # Masks that mine, and masks that do not.
 BUILT_IN = (*HARD_SHARES, *STRATEGIES)
 ENTRY_POINTS = "hpm.masks"

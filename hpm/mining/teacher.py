@@ -73,18 +73,22 @@ class SmallTeacher:
         shrunk = F.interpolate(images, small.encoder.image_size, mode="area")
         predicted_loss = (predict_loss or small.predict_loss)(shrunk)[1].float()
         coarse = predicted_loss.view(-1, 1, *small.encoder.grid)
-        return F.interpolate(coarse, encoder.grid, mode="bilinear").flatten(1)
+        # Only rows and columns were shrunk.
+        coarse = coarse.flatten(0, -3)[:, None]
+        fine = F.interpolate(coarse, encoder.grid[-2:], mode="bilinear")
+        return fine.reshape(len(images), -1)
 
 
 def small_image_size(
-    image_size: tuple[int, int], patch_size: tuple[int, int], scale: float
-) -> tuple[int, int]:
-    """Size in pixels of an image scaled by `scale`, rounded to whole patches."""
-    height, width = (
+    image_size: tuple[int, ...], patch_size: tuple[int, ...], scale: float
+) -> tuple[int, ...]:
+    """Size in pixels of an image scaled by `scale`, rounded to whole patches; a clip keeps its
+    frames."""
+    sides = (
         max(1, round(scale * size / patch)) * patch
-        for size, patch in zip(image_size, patch_size, strict=True)
+        for size, patch in zip(image_size[-2:], patch_size[-2:], strict=True)
     )
-    return height, width
+    return (*image_size[:-2], *sides)
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from hpm.core.config import TIMM, PretrainConfig, pair, secondary_mask_ratio
-from hpm.core.errors import UserError
+from hpm.core.config import TIMM, Positions, PretrainConfig, pair, secondary_mask_ratio
+from hpm.core.errors import UserError, counted
 
 PredictorHead = Literal["patch", "scalar"]
+
+TUBE_FRAMES = 2  # of the patches of clips, by default
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Decoders:
 class Architecture:
     """The architecture of an encoder, and of the decoders of a whole model.
 
-    Sizes are in pixels along each axis: (height, width).
+    Sizes are in pixels along each axis: (height, width), or (frames, height, width) for clips.
     """
 
     # `timm/NAME`, or an encoder of the user's own (see `own_encoder`); None: our own ViT.
@@ -68,6 +70,7 @@ class Architecture:
     depth: int
     num_heads: int | None = None  # None if it differs between blocks (Hiera)
     class_token: bool = True
+    positions: Positions = "sincos"
     decoders: Decoders | None = None  # None for an encoder only
 
     @classmethod
@@ -94,6 +97,7 @@ class Architecture:
             depth=_count(content, "depth", source),
             num_heads=_count(content, "num_heads", source) if needs_heads else None,
             class_token=bool(content.get("class_token", True)),
+            positions=_positions(content, source),
             decoders=_decoders(content, source) if "decoder_dim" in content else None,
         )
 
@@ -101,8 +105,10 @@ class Architecture:
         """A flat dictionary of plain values, as stored in checkpoints and backbone files."""
         content = asdict(self)
         decoders = content.pop("decoders") or {}
-        if self.model is None:
-            del content["class_token"]  # our own ViT always has one
+        if self.model is None and self.class_token:
+            del content["class_token"]  # older files of our own ViT lack it
+        if self.positions == "sincos":
+            del content["positions"]  # older files lack it
         content |= decoders
         sizes = {name: list(content[name]) for name in ("image_size", "patch_size")}
         return {name: value for name, value in (content | sizes).items() if value is not None}
@@ -133,7 +139,8 @@ def resolve_model(config: PretrainConfig) -> Architecture:
         size = SIZES[config.model]
         names = ("patch_size", "embed_dim", "depth", "num_heads")
         encoder = {name: getattr(size, name) for name in names}
-    encoder["patch_size"] = pair(config.patch_size or encoder["patch_size"])
+        encoder |= {"positions": config.positions, "class_token": config.class_token}
+    image_size, patch_size = view_sizes(config, encoder.pop("patch_size"))
     decoders = Decoders(
         decoder_dim=config.decoder_dim or size.decoder_dim,
         decoder_depth=config.decoder_depth or size.decoder_depth,
@@ -147,8 +154,32 @@ def resolve_model(config: PretrainConfig) -> Architecture:
         with_cover=bool(secondary_mask_ratio(config)),
     )
     return Architecture(
-        image_size=pair(config.image_size), channels=config.channels, decoders=decoders, **encoder
+        image_size=image_size,
+        patch_size=patch_size,
+        channels=config.channels,
+        decoders=decoders,
+        **encoder,
     )
+
+
+def view_sizes(
+    config: PretrainConfig, patch_size: int | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(image_size, patch_size) of the model's input: (height, width), or (frames, height, width)
+    for clips. patch_size: used if the config has none.
+
+    Raises UserError if patches of images are given frames.
+    """
+    image_size, given = pair(config.image_size), config.patch_size or patch_size
+    sides = (given, given) if isinstance(given, int) else tuple(given)
+    if config.frames > 1:
+        return (config.frames, *image_size), sides if len(sides) == 3 else (TUBE_FRAMES, *sides)
+    if len(sides) == 3:
+        raise UserError(
+            f"patch_size {','.join(map(str, sides))} is of frames, height and width, but frames is "
+            "1: pass two numbers, or --frames"
+        )
+    return image_size, sides
 
 
 def nearest_size(embed_dim: int) -> ModelSize:
@@ -161,6 +192,11 @@ def _timm_encoder(config: PretrainConfig) -> dict[str, Any]:
     used."""
     from hpm.models.timm_models import timm_shape
 
+    if config.frames > 1:
+        raise UserError(
+            f"frames is {config.frames}, but {config.model} takes images: pass --model vit_small, "
+            "or leave --frames out"
+        )
     shape = dict(timm_shape(config.model.removeprefix(TIMM)))
     patch_size = config.patch_size
     if shape.pop("fixed") and patch_size and pair(patch_size) != shape["patch_size"]:
@@ -177,7 +213,7 @@ def _own_encoder(config: PretrainConfig) -> dict[str, Any]:
     cannot be used."""
     from hpm.models.own_encoder import own_shape
 
-    size, patch_size = pair(config.image_size), pair(config.patch_size or ModelSize.patch_size)
+    size, patch_size = view_sizes(config, ModelSize.patch_size)
     check_sizes(size, patch_size)
     known = [*SIZES, f"{TIMM}NAME"]
     shape = own_shape(config.model, size, patch_size, config.channels, known)
@@ -185,7 +221,12 @@ def _own_encoder(config: PretrainConfig) -> dict[str, Any]:
 
 
 def check_sizes(image_size: Sequence[int], patch_size: Sequence[int]) -> None:
-    """Raise UserError unless patches of this size divide an image."""
+    """Raise UserError unless patches of this size divide an image or clip."""
+    if len(image_size) == 3 and (image_size[0] % max(patch_size[0], 1) or patch_size[0] < 1):
+        raise UserError(
+            f"patches of {counted(patch_size[0], 'frame')} do not divide a clip of {image_size[0]}:"
+            f" pass another --frames, or --patch-size {image_size[0]},H,W"
+        )
     for image, patch in zip(image_size, patch_size, strict=True):
         if patch < 1 or image < 1:
             raise UserError("image_size and patch_size must be at least 1 pixel")
@@ -227,6 +268,13 @@ def _decoders(content: Mapping[str, Any], source: object) -> Decoders:
     )
 
 
+def _positions(content: Mapping[str, Any], source: object) -> Positions:
+    value: Any = content.get("positions", "sincos")
+    if value not in get_args(Positions):
+        raise UserError(f"{source}: positions is {value!r}: use a later version of hpm")
+    return value
+
+
 def _value(content: Mapping[str, Any], name: str, source: object) -> Any:
     if name not in content:
         raise UserError(f"{source}: the architecture lacks {name}: use another file")
@@ -243,5 +291,5 @@ def _count(content: Mapping[str, Any], name: str, source: object) -> int:
 def _size(content: Mapping[str, Any], name: str, source: object) -> tuple[int, ...]:
     value = _value(content, name, source)
     if not isinstance(value, (list, tuple)) or not all(type(v) is int and v > 0 for v in value):
-        raise UserError(f"{source}: {name} is {value!r}, not a height and a width in pixels")
+        raise UserError(f"{source}: {name} is {value!r}, not pixels along each axis")
     return tuple(value)

@@ -47,6 +47,8 @@ def build_encoder(
             depth=architecture.depth,
             num_heads=architecture.num_heads,
             drop_path=drop_path,
+            positions=architecture.positions,
+            class_token=architecture.class_token,
         )
 
 
@@ -57,6 +59,7 @@ def build_model(architecture: Architecture, seed: int = 0) -> MaskedImageModel:
         model = MaskedImageModel(
             build_encoder(architecture, part_seed(seed, "encoder")),
             **asdict(architecture.need_decoders()),
+            positions=architecture.positions,
         )
     model.init_decoder_weights(seed)
     return model

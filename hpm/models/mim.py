@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hpm.core.config import Positions
 from hpm.models.encoder import Encoder
 from hpm.models.linear import Linear
-from hpm.models.patches import gather_patches, patchify, sincos_positions, unpatchify
+from hpm.models.patches import POSITIONS, gather_patches, patchify, unpatchify
 from hpm.models.seeds import part_seed, seeded
 from hpm.models.vit import LAYER_NORM_EPS, Block, init_weights, run_block
 
@@ -75,6 +76,7 @@ class MaskedImageModel(nn.Module):
             `scalar`.
         detach_predictor: stop the gradient of the predictor's loss at the predictor's input.
         with_cover: have a learned patch that can replace visible ones.
+        positions: name of the decoders' fixed positions, see `patches.POSITIONS`.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class MaskedImageModel(nn.Module):
         predictor_head: Literal["patch", "scalar"] = "patch",
         detach_predictor: bool = False,
         with_cover: bool = False,
+        positions: Positions = "sincos",
     ):
         super().__init__()
         pixels = prod(encoder.patch_size) * encoder.channels
@@ -98,8 +101,8 @@ class MaskedImageModel(nn.Module):
         self.detach_predictor = detach_predictor
         self.decoder_embed = Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        positions = sincos_positions(encoder.grid, decoder_dim)[None]
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        fixed = POSITIONS[positions](encoder.grid, decoder_dim)[None]
+        self.decoder_pos_embed = nn.Parameter(fixed, requires_grad=False)
         self.reconstructor = Decoder(
             decoder_dim, decoder_depth, decoder_heads, target_dim or pixels
         )

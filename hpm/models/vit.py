@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hpm.core.config import Positions
 from hpm.models.encoder import Encoder
 from hpm.models.linear import Linear, linear
 from hpm.models.patches import (
+    POSITIONS,
+    Size,
     gather_patches,
     grid_size,
     interpolate_positions,
     patchify,
-    sincos_positions,
 )
 from hpm.models.windows import Windows, window_attention
 
@@ -158,10 +160,11 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(Encoder):
-    """ViT encoder with a class token and fixed sine-cosine positions.
+    """ViT encoder with fixed sine-cosine positions, for images or clips.
 
     Args:
-        image_size: pixels along each axis, e.g. (224, 224); need not be square.
+        image_size: pixels along each axis, e.g. (224, 224); need not be square. Of clips: (frames,
+            height, width).
         patch_size: pixels of a patch along each axis; each must divide the image's.
         channels: of the images.
         embed_dim: width of the tokens.
@@ -172,6 +175,8 @@ class VisionTransformer(Encoder):
         window_size: side of the attention windows in patches. The last block of every quarter
             attends globally (ViTDet). Default: all blocks attend globally. No weight depends on it,
             so it may be changed at any time.
+        positions: name of the fixed positions, see `patches.POSITIONS`.
+        class_token: False for patch tokens only.
 
     Raises:
         ValueError: if the sizes do not match.
@@ -188,24 +193,27 @@ class VisionTransformer(Encoder):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         window_size: int | None = None,
+        positions: Positions = "sincos",
+        class_token: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
         self.set_sizes(image_size, patch_size, channels)
         self.embed_dim = embed_dim
-        self.num_prefix_tokens = 1
-        self.has_class_token = True
+        self.num_prefix_tokens = int(class_token)
+        self.has_class_token = class_token
+        self.positions = positions
 
         self.patch_embed = PatchEmbed(self.patch_size, channels, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        positions = sincos_positions(self.grid, embed_dim)[None]
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(self.fixed_positions(self.grid), requires_grad=False)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates]
         )
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_weights)
 
     def forward(
@@ -213,7 +221,8 @@ class VisionTransformer(Encoder):
         images: Float[Tensor, "batch channels *size"],
         visible_ids: Int[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Normalised images -> class token, then one token per visible patch (default: all)."""
+        """Normalised images -> class token if any, then one token per visible patch (default:
+        all)."""
         x = self._embed(images, visible_ids)
         options = self._block_options(images, visible_ids)
         for block, block_options in zip(self.blocks, options, strict=True):
@@ -248,7 +257,9 @@ class VisionTransformer(Encoder):
         self, images: Float[Tensor, "batch channels *size"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch heads patches"]]:
         """Features of full images, and the attention of the class token to the patches in the last
-        block."""
+        block. Raises ValueError without a class token."""
+        if self.cls_token is None:
+            raise ValueError("this encoder has no class token")
         x = self._embed(images, None)
         *before, final = self.blocks
         options = self._block_options(images, None)
@@ -259,24 +270,36 @@ class VisionTransformer(Encoder):
         return self.norm(last(x)), attention
 
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
-        """Class token and visible patches with their positions."""
+        """Class token, if any, and visible patches with their positions."""
         batch = images.shape[0]  # len(images) would be a constant in an exported graph
         patches = patchify(images, self.patch_size)
         assert self.pos_embed is not None
         grid = grid_size(images.shape[2:], self.patch_size)
-        pos_embed = interpolate_positions(self.pos_embed, self.grid, grid)
-        positions = pos_embed[:, 1:].expand(batch, -1, -1)
+        pos_embed = self._resampled(self.pos_embed, self.grid, grid)
+        positions = pos_embed[:, self.num_prefix_tokens :].expand(batch, -1, -1)
         if visible_ids is not None:
             patches = gather_patches(patches, visible_ids)
             positions = gather_patches(positions, visible_ids)
         x = self.patch_embed(patches) + positions
+        if self.cls_token is None:
+            return x
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
         return torch.cat([cls_token, x], dim=1)
 
+    def fixed_positions(self, grid: Size) -> Float[Tensor, "1 tokens dim"]:
+        """The positions of a new encoder: of the class token, if any, and of every patch."""
+        positions = POSITIONS[self.positions](grid, self.embed_dim)[None]
+        return positions[:, 1 - self.num_prefix_tokens :]
+
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Resample the positions in weights of the same encoder from `grid` to this one's grid."""
-        positions = interpolate_positions(weights["pos_embed"], grid, self.grid)
-        return weights | {"pos_embed": positions}
+        return weights | {"pos_embed": self._resampled(weights["pos_embed"], grid, self.grid)}
+
+    def _resampled(self, positions: Tensor, grid: Size, new_grid: Size) -> Tensor:
+        """Positions of another grid: interpolated, or computed anew if they are by number."""
+        if self.positions == "sincos_1d" and grid != new_grid:
+            return self.fixed_positions(new_grid).to(positions)
+        return interpolate_positions(positions, grid, new_grid)
 
 
 def quarter_ends(depth: int) -> list[int]:

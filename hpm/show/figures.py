@@ -21,7 +21,7 @@ from hpm.core.progress import track
 from hpm.data.loader import normalize
 from hpm.evals.loss_maps import loss_maps
 from hpm.mining.draw import Draw
-from hpm.mining.masking import num_hidden_patches, to_mask
+from hpm.mining.masking import to_mask
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
@@ -60,9 +60,10 @@ class MaskSettings:
 
 @dataclass
 class Picture:
-    """The panels of a batch of images; None for those that are unavailable or not requested."""
+    """The panels of a batch of images or clips; None for those that are unavailable or not
+    requested."""
 
-    images: Tensor  # [B C H W], as in a batch
+    images: Tensor  # [B C H W] or [B C T H W], as in a batch
     grid: tuple[int, ...]
     actual: Map | None = None  # NaN for patches that no mask hid
     predicted: Map | None = None
@@ -109,7 +110,7 @@ def picture(
     panels: Collection[Panel] = TRAINING,
     progress: bool = False,
 ) -> Picture:
-    """Compute the requested panels that are available, for images [B C H W].
+    """Compute the requested panels that are available, for images [B C H W] or clips [B C T H W].
 
     The mask is drawn as in training at this hard share. The actual loss is the mean over
     `num_masks` random masks. mask_ratio defaults to that of training.
@@ -180,7 +181,7 @@ def _masked(
         if config.mask == "attention":
             signal = miner.signal(images, draw)[1]
         num_patches = model.encoder.num_patches
-        num_hidden = num_hidden_patches(num_patches, ratio)
+        num_hidden = miner.count_hidden(ratio)
         visible_ids, hidden_ids = miner.hide(
             draw, signal, int(num_hidden * masks.hard_share), num_hidden
         )
@@ -194,11 +195,11 @@ def _masked(
 
 def reconstruct(
     model: MaskedImageModel,
-    images: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch channels *size"],
     visible_ids: Int[Tensor, "batch visible"],
     hidden_ids: Int[Tensor, "batch hidden"],
     target: PixelTarget,
-) -> Float[Tensor, "batch channels height width"]:
+) -> Float[Tensor, "batch channels *size"]:
     """Replace the hidden patches of images by their predictions.
 
     Predictions of normalised patches are given the mean and standard deviation of the true patch:
@@ -217,7 +218,8 @@ def reconstruct(
 def _as_loaded(normalized: Tensor, trained: Trained, like: Tensor) -> Tensor:
     """Undo the normalisation, to the units and dtype of `like`."""
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
-    pixels = (normalized * std.view(-1, 1, 1) + mean.view(-1, 1, 1)) * 255
+    by_channel = (-1,) + (1,) * (normalized.ndim - 2)
+    pixels = (normalized * std.view(by_channel) + mean.view(by_channel)) * 255
     if like.dtype == torch.uint8:
         pixels = pixels.round().clamp(0, 255).to(torch.uint8)
     return pixels
@@ -279,8 +281,9 @@ def draw(shown: Picture, path: Path, title: str) -> None:
 
     rows, columns = len(shown.images), len(shown.panels)
     height, width = shown.images.shape[-2:]
-    row_height = 1.7 * min(height / width, 3)
-    size = (max(1.7 * columns, 4), row_height * rows + 0.7)
+    across = 1.7 * max(1, width / height / 2)  # film strips are wider
+    row_height = across * min(height / width, 3)
+    size = (max(across * columns, 4), row_height * rows + 0.7)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)

@@ -32,7 +32,8 @@ class Moment:
 
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
-    """Write the panels of a picture into `folder`, images shrunk to at most 128 pixels a side."""
+    """Write the panels of a picture into `folder`, images shrunk to at most 128 pixels a side, and
+    film strips a little less."""
     assert shown.mask is not None and shown.actual is not None
     grid = (len(shown.images), *shown.grid)
     tensors = {
@@ -80,6 +81,6 @@ def _small(images: Tensor, like: Tensor) -> Tensor:
     small = []
     for image, original in zip(images, like, strict=True):
         picture = Image.fromarray(as_rgb(image, original))
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
+        picture.thumbnail((MAX_SIDE * max(1, picture.width // picture.height // 2), MAX_SIDE))
         small.append(torch.from_numpy(np.array(picture)))
     return torch.stack(small)

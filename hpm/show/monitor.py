@@ -19,6 +19,7 @@ from hpm.evals.ongoing import OngoingProbe
 from hpm.show.figures import Picture, draw, picture
 from hpm.show.moments import keep_moment
 from hpm.show.report import write_report
+from hpm.show.strips import as_strips
 from hpm.training import sessions
 from hpm.training.run import PretrainingRun
 
@@ -55,7 +56,9 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
     if held_out is None or not distributed.is_main():
         return None
     some = Subset(held_out, np.arange(min(FIGURE_IMAGES, len(held_out))))
-    batches = evaluation_batches(some, run.image_size, config.channels, FIGURE_IMAGES)
+    batches = evaluation_batches(
+        some, run.view_size, config.channels, FIGURE_IMAGES, sampling=run.sampling
+    )
     batch = next(iter(batches), None)
     if batch is None or not len(batch.images):
         return None
@@ -63,6 +66,7 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
     with run.autocast():
         share = run.num_hard(max(run.step - 1, 0)) / run.num_hidden
         shown = picture(run.trained, batch.images, batch.indices, share, seed=config.seed)
+        shown = as_strips(shown)
     run.model.train()
     with run.log.never_fail("keeping pictures for the report"):
         keep_moment(shown, run.files.moments, run.step)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpm.core.config import PretrainConfig
+from hpm.core.errors import UserError
 
 Images = Float[Tensor, "batch channels *size"]
 Patches = Float[Tensor, "batch patches values"]
@@ -90,3 +91,12 @@ class Target(ABC):
     def ranked_by(self, patch_loss: PatchLoss, images: Images, hidden_ids: Ids) -> PatchLoss:
         """The losses [B M] whose order the predictor learns (default: the patch loss)."""
         return patch_loss
+
+
+def needs_images(config: PretrainConfig) -> None:
+    """Raise UserError for clips, for targets that only images have."""
+    if config.frames > 1:
+        raise UserError(
+            f"target {config.target} takes images, but frames is {config.frames}: pass --target "
+            "normalized_pixels, pixels, hog or teacher"
+        )

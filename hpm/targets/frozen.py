@@ -9,7 +9,7 @@ from torch import Tensor
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.mining.losses import normalized_squared_error
-from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
+from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs, needs_images
 from hpm.targets.frozen_model import FrozenModel, load_frozen
 
 
@@ -23,6 +23,7 @@ class FrozenTarget(Target):
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
+        needs_images(config)
         if config.target_model is None:
             raise UserError("target frozen needs --target-model, such as timm/NAME")
         if config.channels not in (1, 3):

@@ -21,10 +21,13 @@ HOG_CELL = 8  # pixels
 
 class HogTarget(Target):
     """Histograms of oriented gradients (MaskFeat): nine directions for each channel, in cells of 8
-    pixels (or one cell per patch if 8 does not divide it), normalised to unit length."""
+    pixels (or one cell per patch if 8 does not divide it), normalised to unit length. Those of a
+    clip are of every frame."""
 
     def __init__(self, patch_size: tuple[int, ...], channels: int):
-        self.cells = tuple(HOG_CELL if size % HOG_CELL == 0 else size for size in patch_size)
+        *frames, height, width = patch_size
+        sides = [HOG_CELL if size % HOG_CELL == 0 else size for size in (height, width)]
+        self.cells = (*(1 for _ in frames), *sides)  # of each frame
         # Cells per patch along each axis.
         self.per_patch = tuple(p // c for p, c in zip(patch_size, self.cells, strict=True))
         self.dim = math.prod(self.per_patch) * channels * HOG_BINS
@@ -34,8 +37,12 @@ class HogTarget(Target):
         return cls(inputs.patch_size, inputs.channels)
 
     def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
-        height, width = self.cells
-        return patchify(hog(images, (height, width)), self.per_patch)
+        height, width = self.cells[-2:]
+        if images.ndim == 4:
+            return patchify(hog(images, (height, width)), self.per_patch)
+        frames = images.transpose(1, 2)
+        found = hog(frames.flatten(0, 1), (height, width))
+        return patchify(found.unflatten(0, frames.shape[:2]).transpose(1, 2), self.per_patch)
 
     def patch_loss(self, prediction: Patches, target: Patches) -> PatchLoss:
         return squared_error(prediction, target)

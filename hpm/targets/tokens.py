@@ -12,7 +12,7 @@ from torch import Tensor
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.mining.losses import token_cross_entropy
-from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
+from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs, needs_images
 from hpm.targets.codebook import Codebook, load_codebook
 
 
@@ -26,6 +26,7 @@ class TokenTarget(Target):
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
+        needs_images(config)
         if config.codebook is None:
             raise UserError("target tokens needs --codebook: hpm tokenize makes one")
         if not Path(config.codebook).expanduser().is_file():

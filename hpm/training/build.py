@@ -13,11 +13,13 @@ import torch
 
 from hpm.core import distributed
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
-from hpm.core.errors import counted
+from hpm.core.errors import UserError, counted
 from hpm.data.fingerprint import fingerprint
-from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD, measure_statistics
+from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.data.sources import Source, hold_out, open_source
+from hpm.data.statistics import measure_statistics
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sources import holds_videos
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import make_miner
 from hpm.mining.teacher import Teacher
@@ -30,9 +32,16 @@ from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
-from hpm.training.resume import claim
+from hpm.training.resume import claim, length_of
 from hpm.training.run import PretrainingRun, TrainingImages
-from hpm.training.schedule import few_images, few_steps, long_warmup, make_schedule, resolve
+from hpm.training.schedule import (
+    few_images,
+    few_steps,
+    long_warmup,
+    make_schedule,
+    num_steps,
+    resolve,
+)
 from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
 from hpm.weights.initialise import initialise
 from hpm.weights.run_folder import RunFolder
@@ -47,7 +56,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     files = RunFolder(Path(config.out))
     config = settle(config, images, files, device)
     checkpoint, notes = claim_folder(files, config, images)
-    schedule = make_schedule(config, len(images.source))
+    schedule = make_schedule(config, len(images.source), warm_up_start(config, images, checkpoint))
     architecture = resolve_model(config)
     if checkpoint:
         mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
@@ -104,14 +113,21 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     )
     if checkpoint:
         notes.append(f"resuming from {checkpoint.path}, step {step}")
+    if step and step == schedule.start < schedule.total:
+        notes.append(f"prolonged to {schedule.total} steps, with another warm-up and cosine")
     _introduce(run, notes, resumed=checkpoint is not None)
     return run
 
 
 def open_images(config: PretrainConfig) -> TrainingImages:
     """Open the data, and hold out images for evaluation."""
-    splits = open_source(config.data)
+    splits = open_source(config.data, clips=config.frames > 1)
     train, held_out = splits.train, None
+    if config.cache == "true" and holds_videos(train):
+        raise UserError(
+            f"cache true keeps decoded images in memory, but {config.data} holds videos: leave it "
+            "out"
+        )
     if config.holdout > 0 and splits.test is not None:
         count = min(config.holdout, len(splits.test))
         held_out = hold_out(splits.test, count, config.seed)[1]
@@ -142,6 +158,23 @@ def claim_folder(
     return load_checkpoint(latest) if latest else None, [note] if note else []
 
 
+def warm_up_start(
+    config: PretrainConfig, images: TrainingImages, checkpoint: Checkpoint | None
+) -> int:
+    """The step from which the schedule warms up: 0, or where a run had ended that is prolonged."""
+    if checkpoint is None or config.schedule == "constant":
+        return 0
+    steps_per_epoch = len(images.source) // config.global_batch_size
+    ended = length_of(checkpoint.meta["config"], steps_per_epoch)
+    if (
+        checkpoint.meta["step"]
+        == ended
+        < num_steps(config, config.global_batch_size, len(images.source))
+    ):
+        return ended
+    return checkpoint.meta.get("schedule_start", 0)
+
+
 def channel_statistics(
     config: PretrainConfig, source: Source, architecture: Architecture
 ) -> tuple[list[float], list[float]]:
@@ -151,8 +184,8 @@ def channel_statistics(
     if config.normalize == "timm":
         trained_on = timm_input(config.model.removeprefix(TIMM))
         return trained_on.mean, trained_on.std
-    height, width = architecture.image_size
-    min_side = min(architecture.patch_size)
+    height, width = architecture.image_size[-2:]
+    min_side = min(architecture.patch_size[-2:])
     return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
 
 

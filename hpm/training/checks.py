@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
+from hpm.core.durations import seconds
 from hpm.core.errors import UserError, counted
-from hpm.core.options import check_rules
+from hpm.core.options import check_rules, describe
+from hpm.mining.miner import tubes_of
 from hpm.mining.strategies import BUILT_IN, check_strategy, find_mask
 from hpm.mining.teacher import small_image_size
 from hpm.mining.units import unit_grid
@@ -43,11 +45,16 @@ def check_pretrain(config: PretrainConfig) -> None:
         )
     if config.normalize == "timm":
         _check_timm_input(config)
+    if config.probe and config.frames > 1:
+        raise UserError("probe takes images, but this run is of clips: leave it out")
     check_tracker(config.tracker)
+    if config.stop_after:
+        seconds(config.stop_after)
 
 
 def _check_model(config: PretrainConfig) -> None:
     """Check --pretrained and --init. `resolve_model` checks the model's name."""
+    _check_positions(config)
     if not config.pretrained:
         return
     if not config.model.startswith(TIMM):
@@ -60,6 +67,17 @@ def _check_model(config: PretrainConfig) -> None:
     from hpm.models.timm_models import check_weights
 
     check_weights(config.model.removeprefix(TIMM))
+
+
+def _check_positions(config: PretrainConfig) -> None:
+    """Only our own encoders have these options; others come with what they have."""
+    for option in ("positions", "class_token"):
+        value, default = getattr(config, option), describe(PretrainConfig)[option].default
+        if value != default and config.model not in SIZES:
+            raise UserError(
+                f"{option} is {value}, but model is {config.model}: leave it out, or pass --model "
+                "vit_small"
+            )
 
 
 def _check_timm_input(config: PretrainConfig) -> None:
@@ -105,6 +123,10 @@ def _has_attention(model: str) -> bool:
 def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
     grid = tuple(image // patch for image, patch in sizes_of(architecture))
     patches = math.prod(grid)
+    _check_tubes(config)
+    if tubes_of(config) != "none":
+        grid = grid[1:]  # the places, which are hidden at all times
+        patches = math.prod(grid)
     if config.mask not in BUILT_IN:
         find_mask(config.mask)
     visible = int(patches * (1 - config.mask_ratio))
@@ -132,6 +154,11 @@ def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
         )
     _check_mask_unit(config, grid)
     _check_small_teacher(config, architecture)
+    if config.mask == "attention" and not config.class_token:
+        raise UserError(
+            "mask attention needs a class token, but class_token is false: pass another --mask, or "
+            "leave --class-token out"
+        )
     if config.mask == "attention" and not _has_attention(config.model):
         raise UserError(
             f"mask attention needs the attention of one of our own encoders, but model is "
@@ -142,16 +169,31 @@ def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
             of_units = "" if config.mask_unit == 1 else f" of units of {config.mask_unit}"
             raise UserError(
                 f"mask uniform needs an even grid{of_units}, but image_size and patch_size make "
-                f"{grid[0]} x {grid[1]} patches: pass another --image-size"
+                f"{' x '.join(map(str, grid))} patches: pass another --image-size"
             )
-        if config.mask_ratio != 0.75:
+        number, ratio = ("four", 0.75) if len(grid) == 2 else ("eight", 0.875)
+        if config.mask_ratio != ratio:
             raise UserError(
-                f"mask uniform leaves one patch of four, but mask_ratio is {config.mask_ratio}: "
-                "pass --mask-ratio 0.75, or another --mask"
+                f"mask uniform leaves one patch of {number}, but mask_ratio is "
+                f"{config.mask_ratio}: pass --mask-ratio {ratio}, or another --mask"
             )
     if config.mask not in BUILT_IN:
         units = unit_grid(grid, config.mask_unit)
         check_strategy(config.mask, units, -(-(patches - visible) // config.mask_unit ** len(grid)))
+
+
+def _check_tubes(config: PretrainConfig) -> None:
+    if config.mine_tubes == "none":
+        return
+    if config.frames == 1:
+        raise UserError(
+            f"mine_tubes is {config.mine_tubes}, but frames is 1: pass --frames, or leave it out"
+        )
+    if config.mask not in HARD_SHARES:
+        raise UserError(
+            f"mine_tubes is {config.mine_tubes}, but mask {config.mask} mines nothing: leave it "
+            "out, or pass --mask easy_to_hard"
+        )
 
 
 def _check_mask_unit(config: PretrainConfig, grid: tuple[int, ...]) -> None:
@@ -179,14 +221,15 @@ def _check_small_teacher(config: PretrainConfig, architecture: Architecture) -> 
             config.target
         ).needs_teacher,
         f"model is {config.model}": "hiera" in config.model,
+        f"positions is {config.positions}": config.positions == "sincos_1d",
     }
     for reason, holds in reasons.items():
         if holds:
             raise UserError(f"teacher_scale is {scale}, but {reason}: leave it out")
-    height, width = architecture.image_size
-    rows, columns = architecture.patch_size
-    if small_image_size((height, width), (rows, columns), scale) == (height, width):
+    size = architecture.image_size
+    if small_image_size(size, architecture.patch_size, scale) == size:
+        rows, columns = (image // patch for image, patch in sizes_of(architecture)[-2:])
         raise UserError(
-            f"teacher_scale {scale} leaves the {height // rows} x {width // columns} patches as "
-            "they are: pass a smaller one"
+            f"teacher_scale {scale} leaves the {rows} x {columns} patches as they are: pass a "
+            "smaller one"
         )

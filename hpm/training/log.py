@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from hpm.core.config import PretrainConfig
+from hpm.core.durations import time_text
 from hpm.core.errors import one_line
 from hpm.core.files import write_text
 from hpm.training.trackers import Tracker, start_tracker
@@ -138,15 +139,16 @@ class RunLog:
         """Log a figure to the tracker."""
         self._track(lambda tracker: tracker.figure(step, path))
 
-    def progress(self, step: int, status: str) -> None:
-        """Update the bar; without a terminal, print a line now and then."""
+    def progress(self, step: int, status: str, left: float) -> None:
+        """Update the bar; without a terminal, print a line now and then. left: seconds to the end,
+        at the speed of the last steps."""
         if self._progress:
             self._progress.update(self._task, completed=step, status=status)
         elif self.active:
             line = step * PLAIN_LINES // self.total_steps
             if line != self._last_line:
                 self._last_line = line
-                self.info(f"step {step}/{self.total_steps}  {status}")
+                self.info(f"step {step}/{self.total_steps}  {status}  {time_text(left)} left")
 
     @contextlib.contextmanager
     def never_fail(self, what: str) -> Iterator[None]:

@@ -82,6 +82,16 @@ def learning_rate(
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def constant_learning_rate(
+    step: float, total_steps: float, warmup_steps: float, cooldown_steps: float, peak: float
+) -> float:
+    """Linear warm-up from 0 to `peak`, `peak`, then a linear cooldown to 0 (Hu et al. 2024, arXiv
+    2404.06395, section 4)."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * min(1.0, (total_steps - step) / max(1.0, cooldown_steps))
+
+
 def step_learning_rate(
     step: float, warmup_steps: float, peak: float, milestones: Sequence[float], factor: float
 ) -> float:

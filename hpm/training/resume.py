@@ -15,10 +15,11 @@ import torch
 import yaml
 
 from hpm.core import lock
-from hpm.core.config import TIMM, PretrainConfig, may_change, pair
+from hpm.core.config import TIMM, PretrainConfig, pair
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_meta, remove_stale, write_text
+from hpm.core.options import describe
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps
@@ -27,7 +28,7 @@ from hpm.weights.run_folder import RunFolder, read_config
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
 NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
-DURATIONS = ("warmup", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
+DURATIONS = ("warmup", "cooldown", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
 def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
@@ -48,10 +49,13 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
     if run.config_file.exists() and latest is not None:
-        before = read_config(run.config_file)
-        check_data(run.folder, read_meta(latest), config.data, count, found)
-        check_options(run.folder, before, config, count)
-        return note
+        before, meta = read_config(run.config_file), read_meta(latest)
+        check_data(run.folder, meta, config.data, count, found)
+        prolonged = check_options(run.folder, before, config, count, meta["step"])
+        if not prolonged:
+            return note
+        if config.schedule == "constant":
+            run.set_aside_cooldown()
     # A run without a checkpoint has nothing to lose, so its config may be overwritten.
     header = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
@@ -64,11 +68,21 @@ def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint
     return note
 
 
-def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, count: int) -> None:
-    """Raise UserError for the first option whose meaning has changed.
+def may_change(name: str) -> bool:
+    """Whether an interrupted run may be resumed with another value of an option, because it does
+    not affect what is learned."""
+    return describe(PretrainConfig)[name].rules.may_change
+
+
+def check_options(
+    folder: Path, before: dict[str, Any], config: PretrainConfig, count: int, step: int
+) -> bool:
+    """Raise UserError for the first option whose meaning has changed. Returns whether the run is
+    prolonged.
 
     before: the options of config.yaml; options that it lacks were added in a later version, and are
-    not compared. count: number of training images. See `check_data` for the data.
+    not compared. count: number of training images. step: of the latest checkpoint. See `check_data`
+    for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     batch_size = config.global_batch_size
@@ -78,8 +92,11 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
         return duration_steps(duration, total, count // batch_size)
 
     free = {name for name in now if may_change(name)} | {"data"}
-    length = (before.get("steps") or before.get("epochs", 0) * (count // batch_size)) or total
-    if length == total:  # the same length may be given in epochs or in steps
+    length = length_of(before, count // batch_size) or total
+    # The same length may be given in epochs or in steps, and a run may be prolonged: at any time
+    # with a constant learning rate, else when it is finished.
+    prolonged = total > length and (config.schedule == "constant" or step == length)
+    if length == total or prolonged:
         free |= {"steps", "epochs"}
     for name, value in now.items():
         if name in free or name not in before:
@@ -89,6 +106,12 @@ def check_options(folder: Path, before: dict[str, Any], config: PretrainConfig, 
                 f"{folder} holds another run: there {name} is {before[name]}, here {value}; "
                 f"choose another --out (with --init {folder} to start from its weights)"
             )
+    return prolonged
+
+
+def length_of(options: dict[str, Any], steps_per_epoch: int) -> int:
+    """Length in steps of a run with these options; 0 if they do not say."""
+    return options.get("steps") or options.get("epochs", 0) * steps_per_epoch
 
 
 def check_data(
@@ -126,7 +149,7 @@ def canonical(name: str, value: Any, steps: Callable[[str], float]) -> Any:
     if value is None:
         return None
     if name in SIZES:
-        return pair(value)
+        return tuple(value) if name == "patch_size" and not isinstance(value, int) else pair(value)
     if name in PATHS:
         return value if value.startswith(NAMES) else _resolved(value)
     if name in DURATIONS:

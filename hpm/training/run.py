@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from hpm.data.loader import (
     normalize,
     num_workers,
     training_loader,
+    training_views,
 )
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.masking import hard_share
 from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import Miner, Seen
@@ -118,10 +121,15 @@ class PretrainingRun:
         return self.config.log_every
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def view_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        height, width = self.architecture.image_size
+        height, width = self.architecture.image_size[-2:]
         return height, width
+
+    @property
+    def sampling(self) -> ClipSampling | None:
+        """Which frames make a clip; None for images."""
+        return clip_sampling(self.config)
 
     @property
     def num_hidden(self) -> int:
@@ -152,17 +160,20 @@ class PretrainingRun:
     def batches(self) -> Iterator[Batch]:
         """This process's part of each batch, from `step` to the last."""
         config, source = self.config, self.images.source
-        views = TrainingViews(
-            self.image_size,
+        views = training_views(
+            source,
+            self.view_size,
             config.channels,
             config.seed,
             config.crop_scale,
             config.flip,
-            min(self.architecture.patch_size),
+            min(self.architecture.patch_size[-2:]),
+            self.sampling,
         )
-        views.cache = make_cache(config.cache, source, partial(views.decoded, source))
-        if views.cache:
-            self.log.info("decoded images are kept in memory (--cache)")
+        if isinstance(views, TrainingViews):
+            views.cache = make_cache(config.cache, source, partial(views.decoded, source))
+            if views.cache:
+                self.log.info("decoded images are kept in memory (--cache)")
         sampler = StepSampler(
             len(source),
             config.global_batch_size,
@@ -180,7 +191,8 @@ class PretrainingRun:
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
-        """Move images [B C H W] to the device, and normalise them to float32."""
+        """Move images [B C H W], or clips [B C T H W], to the device, and normalise them to
+        float32."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, *self.mean_and_std)
 
@@ -189,13 +201,14 @@ class PretrainingRun:
         return autocast(self.device, self.config.precision)
 
     def seen(self, batch: Batch) -> Seen | None:
-        """The images and crops of a batch, on the device; None without a memory."""
+        """The images, crops and times of a batch, on the device; None without a memory."""
         if self.memory is None:
             return None
         assert batch.crops is not None, "training views come with their crops"
         return Seen(
             batch.indices.to(self.device, non_blocking=True),
             batch.crops.to(self.device, non_blocking=True),
+            batch.times if batch.times is None else batch.times.to(self.device, non_blocking=True),
         )
 
     def num_hard(self, step: int) -> int:
@@ -243,11 +256,17 @@ class PretrainingRun:
             )
         )
 
+        if self.step == self.schedule.cooldown_start:
+            self._write(self.files.before_cooldown)
+
     def save_best(self) -> None:
         """Write the checkpoint of the best probe, which is never pruned."""
+        self._write(self.files.best_checkpoint)
+
+    def _write(self, path: Path) -> None:
         distributed.main_first(
             lambda: write_checkpoint(
-                self.files.best_checkpoint,
+                path,
                 self.model,
                 self.teacher.model,
                 self.optimizer,
@@ -256,9 +275,9 @@ class PretrainingRun:
             )
         )
 
-    def save_backbone(self) -> None:
+    def save_backbone(self, overwrite: bool) -> None:
         """Write the backbone of a finished run, unless it exists."""
-        if not self.files.backbone.exists():
+        if overwrite or not self.files.backbone.exists():
             save_backbone(
                 self.files.backbone, self.model.encoder, self.architecture, self.mean, self.std
             )
@@ -273,6 +292,7 @@ class PretrainingRun:
             "num_images": len(self.images.source),
             "fingerprint": self.images.fingerprint,
             "unreadable": self.unreadable.problems,
+            "schedule_start": self.schedule.start,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
         }

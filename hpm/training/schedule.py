@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
-from hpm.core.config import TIMM, PretrainConfig, secondary_mask_ratio
+from hpm.core.config import TIMM, PatchSize, PretrainConfig, secondary_mask_ratio
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.models.architecture import resolve_model
-from hpm.training.optim import ema_decay, learning_rate
+from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
@@ -36,6 +36,8 @@ class Schedule:
     probe_every: int
     checkpoint_every: int
     hard_share_by: Literal["step", "epoch"]
+    cooldown: float | None = None  # None: half a cosine
+    start: int = 0  # first step of the present warm-up: of a prolonged run, where it had ended
 
     @property
     def epochs(self) -> float:
@@ -53,7 +55,17 @@ class Schedule:
         return (step + 1) / self.total
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.total, self.warmup, self.peak_lr)
+        if self.cooldown is not None:
+            return constant_learning_rate(
+                step, self.total, self.warmup, self.cooldown, self.peak_lr
+            )
+        step, total = step - self.start, self.total - self.start
+        return learning_rate(step, total, self.warmup, self.peak_lr)
+
+    @property
+    def cooldown_start(self) -> int | None:
+        """Steps before the cooldown; None for half a cosine."""
+        return None if self.cooldown is None else max(0, self.total - math.ceil(self.cooldown))
 
     def ema_decay(self, step: int) -> float:
         return ema_decay(step, self.ema_horizon_start, self.ema_horizon_end, self.ema_ramp)
@@ -65,11 +77,16 @@ class Schedule:
         return steps_done % self.probe_every == 0 or steps_done == self.total
 
     def saves(self, steps_done: int) -> bool:
+        if steps_done == self.cooldown_start:
+            return True
         return steps_done % self.checkpoint_every == 0 or steps_done == self.total
 
 
-def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
-    """The schedule of a resolved config for `num_images` training images."""
+def make_schedule(config: PretrainConfig, num_images: int, start: int = 0) -> Schedule:
+    """The schedule of a resolved config for `num_images` training images.
+
+    start: of a prolonged run, the step at which it had ended.
+    """
     batch_size = config.global_batch_size
     steps_per_epoch = num_images // batch_size
     total = num_steps(config, batch_size, num_images)
@@ -89,6 +106,8 @@ def make_schedule(config: PretrainConfig, num_images: int) -> Schedule:
         probe_every=max(1, round(steps(config.probe_every))),
         checkpoint_every=max(1, round(steps(config.checkpoint_every))),
         hard_share_by=config.hard_share_by,
+        cooldown=steps(config.cooldown) if config.schedule == "constant" else None,
+        start=start,
     )
 
 
@@ -172,10 +191,9 @@ def resolve(
     normalize = config.normalize
     if normalize == "auto":
         normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"
-    height, width = architecture.patch_size
     return dataclasses.replace(
         config,
-        patch_size=(height, width),
+        patch_size=cast(PatchSize, architecture.patch_size),
         hard_share_start=config.hard_shares[0],
         hard_share_end=config.hard_shares[1],
         secondary_mask_ratio=secondary_mask_ratio(config),

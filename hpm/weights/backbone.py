@@ -19,15 +19,15 @@ from hpm.data.transforms import evaluation_view
 from hpm.models.encoder import Encoder
 
 PIXELS = (torch.uint8, torch.uint16)
-Normalized = Float[Tensor, "batch channels height width"]
+Normalized = Float[Tensor, "batch channels *size"]
 
 
 class Backbone(nn.Module):
     """A trained encoder with its own normalisation.
 
-    forward: images [B C H W] -> pooled [B D], the mean of the patches (or the class token with
-    pool="cls"), and patches [B N D], both after the final norm. The dtype determines how images are
-    treated:
+    forward: images [B C H W], or clips [B C T H W] -> pooled [B D], the mean of the patches (or the
+    class token with pool="cls"), and patches [B N D], both after the final norm. The dtype
+    determines how images are treated:
 
     - uint8, uint16: pixels, normalised here;
     - floating point: already normalised, by `preprocess` (pictures), `normalize` (pixels) or with
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
 
     def normalize(
-        self, pixels: Shaped[Tensor, "batch channels height width"], full_scale: float | None = None
+        self, pixels: Shaped[Tensor, "batch channels *size"], full_scale: float | None = None
     ) -> Normalized:
         """Normalise pixels to float32 on the encoder's device.
 
@@ -92,6 +92,8 @@ class Backbone(nn.Module):
         Raises:
             UserError: if a picture cannot be read, or its channels are not those of the encoder.
         """
+        if len(self.encoder.image_size) == 3:
+            raise UserError("preprocess takes pictures, but this encoder takes clips [B C T H W]")
         several = isinstance(pictures, (list, tuple))
         views = []
         for number, picture in enumerate(pictures if several else [pictures]):
@@ -111,7 +113,7 @@ class Backbone(nn.Module):
 
     @property
     def _size(self) -> tuple[int, int]:
-        height, width = self.encoder.image_size
+        height, width = self.encoder.image_size[-2:]
         return height, width
 
     def _normalized(self, images: Any) -> Normalized:
@@ -121,16 +123,21 @@ class Backbone(nn.Module):
                 f"images are of type {_kind(images)}, not a tensor [B C H W]: pass "
                 "encoder.preprocess(images) of pictures, paths or arrays"
             )
-        expected, found = (self.encoder.channels, *self._size), tuple(images.shape)
-        if len(found) != 4 or found[1] != expected[0]:
-            wanted = f"[B {expected[0]} {expected[1]} {expected[2]}]"
+        expected = (self.encoder.channels, *self.encoder.image_size)
+        found = tuple(images.shape)
+        if len(found) != len(expected) + 1 or found[1] != expected[0]:
+            wanted = f"[B {' '.join(map(str, expected))}]"
             batch = ", one image as images[None]" if found == expected else ""
             raise UserError(f"images are {list(found)}, but this encoder takes {wanted}{batch}")
+        if found[2:-2] != expected[1:-2]:
+            raise UserError(
+                f"clips are of {found[2]} frames, but this encoder takes {expected[1]}: cut them"
+            )
         if found[2:] != expected[1:]:
             raise UserError(
-                f"images are of {found[2]} x {found[3]} pixels, but this encoder is of "
-                f"{expected[1]} x {expected[2]}: resize them (encoder.preprocess does), or load it "
-                f"with load_encoder(..., image_size=({found[2]}, {found[3]}))"
+                f"images are of {found[-2]} x {found[-1]} pixels, but this encoder is of "
+                f"{expected[-2]} x {expected[-1]}: resize them (encoder.preprocess does), or load "
+                f"it with load_encoder(..., image_size=({found[-2]}, {found[-1]}))"
             )
         if images.dtype in PIXELS:
             images = self.normalize(images)

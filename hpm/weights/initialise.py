@@ -7,10 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hpm.core.errors import UserError, counted
 from hpm.core.files import StateDict
 from hpm.models.mim import MaskedImageModel
-from hpm.models.patches import grid_size, interpolate_positions, resample_projection
+from hpm.models.patches import Size, grid_size, interpolate_positions, resample_projection
 from hpm.models.vit import VisionTransformer
 from hpm.weights.contents import Contents, size_text
 from hpm.weights.resolve import require_recognised, resolve
@@ -45,7 +48,7 @@ def initialise(
         num_heads, image_size = _known_shape(contents)
         _check_heads(model.encoder, num_heads, contents.path)
         try:
-            state, resampled = resample(state, model.encoder, image_size)
+            state, resampled = resample(state, model, image_size)
         except ValueError as error:
             raise UserError(f"init: {contents.path}: {error}") from None
         notes += resampled
@@ -98,39 +101,80 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def resample(
-    state: StateDict, encoder: VisionTransformer, image_size: Sequence[int] | None
+    state: StateDict, model: MaskedImageModel, image_size: Sequence[int] | None
 ) -> tuple[StateDict, list[str]]:
-    """Resample positions and patch projection to the encoder's grid and patch size. Returns the
-    weights and a note for each change.
+    """Resample positions and patch projection to the model's grid and patch size. Weights of images
+    are extended to clips. Returns the weights and a note for each change.
 
     image_size: of the weights. None: assume a square.
+
+    Raises ValueError if the weights are of clips, but the model is of images.
     """
+    encoder = model.encoder
+    assert isinstance(encoder, VisionTransformer)
     notes: list[str] = []
     state = dict(state)
     projection = state["encoder.patch_embed.proj.weight"]
-    if projection.ndim != 4:
-        return state, notes
-    before = (projection.shape[2], projection.shape[3])
+    before = tuple(projection.shape[2:])
+    if len(before) > len(encoder.patch_size):
+        raise ValueError("it is of clips: pass --frames")
     size = image_size or square_image(state.get("encoder.pos_embed"), before)
-    if size is None:
+    if len(before) not in (2, 3) or size is None:
         return state, notes
     grid = grid_size(size, before)
-    for name in ("encoder.pos_embed", "decoder_pos_embed"):
+    fixed = {"encoder.pos_embed": encoder.pos_embed, "decoder_pos_embed": model.decoder_pos_embed}
+    for name, own in fixed.items():
         positions = state.get(name)
-        if positions is None or grid == encoder.grid or positions.ndim != 3:
+        assert own is not None
+        if positions is None or positions.ndim != 3:
             continue
-        if positions.shape[1] == prod(grid) + 1:
-            state[name] = interpolate_positions(positions, grid, encoder.grid)
+        if encoder.positions == "sincos_1d":
+            state[name] = own.detach()
+        elif grid != encoder.grid and positions.shape[1] - prod(grid) in (0, 1):
+            state[name] = _extend(positions, grid, encoder.grid, own.detach())
             notes.append(
                 f"{name} resampled from {size_text(grid)} to {size_text(encoder.grid)} patches"
             )
+        extra = state[name].shape[1] - own.shape[1]
+        if extra == 1:  # the position of a class token that the model lacks
+            state[name] = state[name][:, 1:]
     if before != encoder.patch_size:
         state["encoder.patch_embed.proj.weight"] = resample_projection(
             projection, encoder.patch_size
         )
         sizes = f"{size_text(before)} to {size_text(encoder.patch_size)}"
         notes.append(f"patch projection resampled from {sizes} pixels")
+    if len(before) < len(encoder.patch_size):
+        state |= _repeated_heads(state, model)
     return state, notes
+
+
+def _extend(positions: Tensor, grid: Size, new_grid: Size, fixed: Tensor) -> Tensor:
+    """Interpolate positions to another grid. Those of an image are repeated over time, and the
+    sines and cosines of time are added as they differ from their mean over time, so that the tokens
+    of a clip without motion are those of the image on average.
+
+    fixed: the fixed positions of the new grid.
+    """
+    extended = interpolate_positions(positions, grid, new_grid)
+    if len(grid) == len(new_grid):
+        return extended
+    of_patches = fixed[:, -prod(new_grid) :].unflatten(1, new_grid)
+    of_time = (of_patches - of_patches.mean(1, keepdim=True)).flatten(1, -2)
+    first = extended.shape[1] - prod(new_grid)
+    return torch.cat([extended[:, :first], extended[:, first:] + of_time], dim=1)
+
+
+def _repeated_heads(state: StateDict, model: MaskedImageModel) -> StateDict:
+    """The heads that give the pixels of a patch, repeated for every frame of a tube."""
+    own, frames = model.state_dict(), model.encoder.patch_size[0]
+    repeated = {}
+    for name in ("reconstructor.head", "predictor.head"):
+        for part in (f"{name}.weight", f"{name}.bias"):
+            head = state.get(part)
+            if head is not None and part in own and len(own[part]) == frames * len(head):
+                repeated[part] = head.repeat(frames, *(1,) * (head.ndim - 1))
+    return repeated
 
 
 def _known_shape(contents: Contents) -> tuple[int | None, Sequence[int] | None]:

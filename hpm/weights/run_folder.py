@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hpm.core.errors import UserError, one_line
+from hpm.core.files import read_meta
 from hpm.weights.checkpoint import list_checkpoints
 
 
@@ -46,12 +47,29 @@ class RunFolder:
         return self.checkpoints / "best.safetensors"
 
     @property
+    def before_cooldown(self) -> Path:
+        """The checkpoint from which a run of constant learning rate is prolonged."""
+        return self.checkpoints / "before_cooldown.safetensors"
+
+    @property
     def config_file(self) -> Path:
         return self.folder / "config.yaml"
 
     def latest_checkpoint(self) -> Path | None:
         found = list_checkpoints(self.checkpoints)
         return found[-1] if found else None
+
+    def set_aside_cooldown(self) -> None:
+        """Make the checkpoint before the cooldown the latest one. Later ones are renamed."""
+        if not self.before_cooldown.exists():
+            return
+        start = read_meta(self.before_cooldown)["step"]
+        for path in list_checkpoints(self.checkpoints):
+            if int(path.stem.removeprefix("step_")) > start:
+                path.rename(path.with_name(f"cooled_{path.name}"))
+        latest = self.checkpoints / f"step_{start:08d}.safetensors"
+        if not latest.exists():
+            self.before_cooldown.rename(latest)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

@@ -79,7 +79,8 @@ class Trained:
                 raise UserError(f"{self.name} holds a backbone only, no teacher")
             encoder = self.teacher.encoder
         if image_size is not None:
-            encoder = resized_encoder(self.architecture, encoder.state_dict(), pair(image_size))
+            size = (*self.architecture.image_size[:-2], *pair(image_size))
+            encoder = resized_encoder(self.architecture, encoder.state_dict(), size)
         return Backbone(encoder, self.mean, self.std, pool)
 
 

@@ -189,7 +189,7 @@ def test_memory_is_that_of_a_method_alone(monkeypatch):
 
 
 def test_bad_benchmarks():
-    assert_refused(run_here("bench"), "name a benchmark: hpm bench step|data")
+    assert_refused(run_here("bench"), "name a benchmark: hpm bench step|segment|detect|data")
     assert_refused(run_here("bench", "step", *SMALL, "--repeats=0"), "repeats")
     assert_refused(run_here("bench", "step", "--patch-size=15"), "patch_size 15 does not divide")
 

@@ -154,6 +154,7 @@ def test_torchvision(finished_run, ours, tmp_path, suffix):
     close(names["cls_token"], hpm.load_encoder(finished_run.folder, pool="cls")(IMAGES)[0])
 
 
+@pytest.mark.slow
 def test_onnx_in_a_process_of_its_own(finished_run, ours, tmp_path):
     pytest.importorskip("onnxruntime")
     out = tmp_path / "x.onnx"

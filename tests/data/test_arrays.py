@@ -21,12 +21,12 @@ from hpm.data.loader import (
     TrainingViews,
     Views,
     evaluation_batches,
-    measure_statistics,
     normalize,
     training_loader,
 )
 from hpm.data.opening import open_image
 from hpm.data.sources import FileSource, Subset, open_source
+from hpm.data.statistics import measure_statistics
 from hpm.data.transforms import decode, evaluation_view, training_view
 from hpm.show.command import show
 from hpm.show.options import ShowConfig

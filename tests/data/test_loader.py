@@ -14,12 +14,12 @@ from hpm.data.loader import (
     TrainingViews,
     Views,
     evaluation_batches,
-    measure_statistics,
     normalize,
     num_workers,
     training_loader,
 )
 from hpm.data.sources import FileSource, open_source
+from hpm.data.statistics import measure_statistics
 
 VIEWS = TrainingViews((16, 16), 3, 0, (0.2, 1.0), True, 4)
 

@@ -211,7 +211,7 @@ def test_bad_finetuning(finished_run, image_folder, tmp_path):
     refused("image_size 18 is not a multiple of this backbone's patch_size 4", image_size=18)
     refused("rand_augment is 'rand-x9', which timm cannot read", rand_augment="rand-x9")
     refused("layer_decay is 1.5", layer_decay=1.5)
-    refused("drop_path is 1.0", drop_path=1.0)
+    refused("drop_path is 1;", drop_path=1.0)
     refused("epochs is 0", epochs=0)
     refused("'5 weeks' is not a duration", warmup="5 weeks")
     refused("train_share is 0", train_share=0.0)

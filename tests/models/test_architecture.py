@@ -129,7 +129,7 @@ def test_it_cannot_be_changed_in_place():
         ({"depth": -1}, "depth is -1"),
         ({"embed_dim": "wide"}, "embed_dim is 'wide'"),
         ({"channels": True}, "channels is True"),
-        ({"image_size": 32}, "image_size is 32, not a height and a width"),
+        ({"image_size": 32}, "image_size is 32, not pixels along each axis"),
         ({"patch_size": [8, 0]}, r"patch_size is \[8, 0\]"),
         ({"predictor_head": "many"}, "predictor_head is 'many'"),
         ({"predictor_heads": 0}, "predictor_heads is 0"),

@@ -25,7 +25,7 @@ def terminal(monkeypatch):
 
 def test_the_bar_shows_step_numbers_and_time_left_in_80_columns(terminal, tmp_path):
     log = RunLog(tmp_path, 0, 1_000_000, active=True)
-    log.progress(123_456, STATUS)
+    log.progress(123_456, STATUS, 60.0)
     before = len(terminal.getvalue())
     log._progress.refresh()
     shown = re.sub(r"\x1b\[\S*?[A-Za-z]", "", terminal.getvalue()[before:])
@@ -39,7 +39,7 @@ def test_the_bar_shows_step_numbers_and_time_left_in_80_columns(terminal, tmp_pa
 
 def test_a_finished_bar_leaves_the_screen(terminal, tmp_path):
     log = RunLog(tmp_path, 0, 10, active=True)
-    log.progress(10, STATUS)
+    log.progress(10, STATUS, 0.0)
     before = len(terminal.getvalue())
     log.close()
     after = terminal.getvalue()[before:]

@@ -168,7 +168,7 @@ def test_stopped_and_gone_on_ends_at_the_same_bits(tmp_path, stopped_at):
 
     def signalled(batch, step):
         if step + 1 == stopped_at:
-            stop.received = signal.SIGUSR1
+            stop.signal = signal.SIGUSR1
         return take_step(batch, step)
 
     stopped.train_step = signalled
@@ -188,7 +188,7 @@ def test_stopped_and_gone_on_ends_at_the_same_bits(tmp_path, stopped_at):
 def test_a_signal_in_the_last_step_does_not_interrupt(tmp_path):
     stop = Stop()
     training = Regression(tmp_path)
-    events = [Event(lambda step: step == 10, lambda: setattr(stop, "received", signal.SIGTERM))]
+    events = [Event(lambda step: step == 10, lambda: setattr(stop, "signal", signal.SIGTERM))]
     training.run(stop, events)
     assert training.step == 10 and training.saved[-1] == 10
 

@@ -7,8 +7,9 @@ import pytest
 from helpers import TINY, stop_after
 
 import hpm
-from hpm.core.config import PretrainConfig, may_change
+from hpm.core.config import PretrainConfig
 from hpm.training.log import RunLog
+from hpm.training.resume import may_change
 
 
 def pretrain(folder, out, **changes):

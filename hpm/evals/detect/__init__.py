@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "AP": "{AP:.1f}",
+    "95 % interval": "{AP_low:.1f} to {AP_high:.1f}",
     "AP50": "{AP50:.1f}",
     "AP75": "{AP75:.1f}",
     "small": "{AP_small:.1f}",

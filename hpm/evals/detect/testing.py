@@ -15,7 +15,7 @@ from hpm.data.joint import DetectionTesting
 from hpm.data.sources import Source
 from hpm.evals.contract import Numbers
 from hpm.evals.detect import Options
-from hpm.evals.detection_metrics import Kind, average_precision
+from hpm.evals.detection_metrics import EvaluatedDetections, Kind, evaluate_detections
 from hpm.evals.task import Task
 from hpm.training.loop import autocast
 from hpm.weights.detection import DetectionModel
@@ -39,16 +39,14 @@ class DetectionScores:
     kind: Kind
 
     def numbers(self, seed: int) -> Numbers:
-        return self._numbers
+        return self._evaluated.numbers(seed)
 
     def difference(self, other: DetectionScores, seed: int) -> Numbers:
-        """These less the other's."""
-        theirs = other.numbers(seed)
-        return {name: x - theirs[name] for name, x in self._numbers.items() if name in theirs}
+        return self._evaluated.difference(other._evaluated, seed)
 
     @cached_property
-    def _numbers(self) -> Numbers:
-        return average_precision(self.found.truth, self.found.results, self.kind)
+    def _evaluated(self) -> EvaluatedDetections:
+        return evaluate_detections(self.found.truth, self.found.results, self.kind)
 
 
 def check_images(source: Source, channels: int, task: Task) -> None:

@@ -1,0 +1,53 @@
+"""The bare libraries for `hpm bench data` on videos: PyAV, and PyTorch's resize of a whole clip."""
+
+from __future__ import annotations
+
+import io
+from contextlib import closing
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hpm.data.sources import Source
+from hpm.data.video.clips import ClipViews
+from hpm.data.video.decoding import VideoFile, pyav
+
+
+class BareClips:
+    """Decodes and resizes the clips that `views` decodes in the first epoch."""
+
+    def __init__(self, source: Source, views: ClipViews):
+        self.source, self.views = source, views
+
+    def decode(self, index: int, data: bytes | None) -> np.ndarray:
+        """A clip, uint8 [T C H W]."""
+        source, sampling = self.source, self.views.sampling
+        share = np.random.default_rng(index).random()
+        with closing(source.open_video(index)) as video:  # type: ignore[attr-defined]
+            numbers = sampling.numbers(sampling.drawn_start(video.length, share))
+            if data is None or not isinstance(video, VideoFile):
+                return video.read(numbers, self.views.channels).transpose(0, 3, 1, 2)
+            timing = video.timing
+        wanted = [number + 0.5 for number in numbers]
+        frames: list[np.ndarray] = []
+        av = pyav()
+        reformatter = av.video.reformatter.VideoReformatter()
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            if timing.stamped:
+                container.seek(int(timing.stamp(numbers[0])), stream=stream)
+            for counted, frame in enumerate(container.decode(stream)):
+                place = (frame.pts - timing.start) / timing.period if timing.stamped else counted
+                if place + 1 > wanted[len(frames)]:
+                    # By default, each frame starts threads, which is slower in one process of many.
+                    picture = reformatter.reformat(frame, format="rgb24", threads=1)
+                    frames.append(picture.to_ndarray())
+                    if len(frames) == len(wanted):
+                        break
+        return np.stack(frames).transpose(0, 3, 1, 2)
+
+    def resize(self, part: np.ndarray) -> None:
+        """Resize [T C H W] to the size of views."""
+        F.interpolate(torch.from_numpy(part), self.views.size, mode="bicubic", antialias=True)

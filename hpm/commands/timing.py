@@ -1,0 +1,89 @@
+"""What timings on a device need: waiting for it, and its speed in a plain matrix product."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from hpm.core.phases import PhaseClock
+
+# Peak TFLOP/s of dense bfloat16 products, according to the vendor.
+PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
+FULL_SIZE, CPU_SIZE = 8192, 2048  # sides of the square matrices of the reference product
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all its work."""
+    PhaseClock(device).now()
+
+
+def matrix_product_flops(device: torch.device) -> float:
+    """FLOP/s of a square matrix product: float32 on a CPU, bfloat16 on a GPU."""
+    on_gpu = device.type == "cuda"
+    size, kind = (FULL_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
+    a @ b
+    wait(device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def about_device(device: torch.device, product: float) -> dict[str, Any]:
+    """The machine, for a report. product: FLOP/s of its matrix product."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device": chip,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matrix_product_tflops": product / 1e12,
+        "peak_tflops": next((value for name, value in PEAKS.items() if name in chip), None),
+    }
+
+
+def speed(
+    seconds: list[float], batch_size: int, multiply_adds: float, device: dict[str, Any]
+) -> dict[str, Any]:
+    """Numbers of the steps that took so many seconds each, of which the median counts.
+
+    multiply_adds: per image. device: from `about_device`.
+    """
+    per_second = batch_size / statistics.median(seconds)
+    tflops = 2 * multiply_adds * per_second / 1e12  # two operations for each multiply-add
+    peak = device["peak_tflops"]
+    return {
+        "images_per_second": per_second,
+        "step_ms": 1e3 * statistics.median(seconds),
+        "step_ms_spread": 1e3 * (statistics.stdev(seconds) if len(seconds) > 1 else 0.0),
+        "multiply_adds_per_image": multiply_adds,
+        "tflops": tflops,
+        "share_of_matrix_product": tflops / device["matrix_product_tflops"],
+        "share_of_peak": tflops / peak if peak else None,
+    }
+
+
+def speed_rows(columns: list[dict[str, Any]], peak_tflops: float | None) -> list[list[str]]:
+    """Title and cells of each row of a table, from numbers of `speed`, one for each column."""
+    rows = [
+        ["images per second", *[f"{m['images_per_second']:.1f}" for m in columns]],
+        ["step, ms", *[f"{m['step_ms']:.1f} ± {m['step_ms_spread']:.1f}" for m in columns]],
+        [
+            "multiply-adds per image, G",
+            *[f"{m['multiply_adds_per_image'] / 1e9:.3g}" for m in columns],
+        ],
+        [
+            "of the matrix product, %",
+            *[f"{100 * m['share_of_matrix_product']:.0f}" for m in columns],
+        ],
+    ]
+    if peak_tflops:
+        shares = [f"{100 * m['share_of_peak']:.1f}" for m in columns]
+        rows.append([f"of {peak_tflops:.0f} TFLOP/s, %", *shares])
+    return rows

@@ -1,0 +1,1 @@
+"""Videos: sources, decoding, clips of them, and the built-in `demo-video`."""

@@ -1,0 +1,250 @@
+"""Decode video files by PyAV: seek to the key frame before the clip, choose frames by time stamps.
+
+Headers are wrong often enough: no duration, one of another rate, or time stamps that all are zero.
+Where a header cannot be true, packets are counted instead, without decoding them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hpm.core.errors import UserError, one_line
+from hpm.core.extras import need
+from hpm.data.arrays import UnreadableImage
+from hpm.data.jpeg import reduction
+from hpm.data.video.clip import EndsEarly
+
+# FFmpeg guesses a format from the content, whatever the name. Of its formats, some are scripts that
+# name other files or addresses (playlists, concat): only containers are opened.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v"
+RATES = (0.1, 240.0)  # frames per second that a header is believed
+TURNS = {0: 0, 90: 1, 180: 2, -180: 2, -90: 3, 270: 3, -270: 1}  # degrees, counterclockwise
+
+
+def pyav() -> ModuleType:
+    """Raises UserError if PyAV is not installed."""
+    return need("av", "video", "decoding videos")
+
+
+def open_video(file: str | io.BytesIO) -> VideoFile:
+    """Open a video file or its bytes. Raises UnreadableImage."""
+    try:
+        return VideoFile(file, pyav())
+    except UserError as error:
+        raise UnreadableImage(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the frames of a stream lie.
+
+    start: time stamp of the first frame. period: of a frame at the mean rate; both in units of the
+    stream. length: number of periods. stamped: whether frames have usable time stamps; if not, they
+    are counted.
+    """
+
+    start: float
+    period: float
+    length: int
+    stamped: bool = True
+
+    def stamp(self, number: int) -> float:
+        """The time stamp to seek to. Half a period early: some containers round time stamps."""
+        return self.start + (number - 0.5) * self.period
+
+
+class VideoFile:
+    """A video opened by PyAV; see hpm.data.video.clip.Video."""
+
+    def __init__(self, file: str | io.BytesIO, av: ModuleType):
+        self._file, self._av = file, av
+        self._open()
+        try:
+            self._check()
+            header = self._by_header()
+            self._scanned = header is None
+            self.timing = header or self._by_packets()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def close(self) -> None:
+        self._container.close()
+
+    @property
+    def length(self) -> int:
+        return self.timing.length
+
+    def read(
+        self, numbers: Sequence[int], channels: int = 3, least: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """uint8 [frames H W 3]; see Video."""
+        if channels not in (1, 3, 4):
+            raise UnreadableImage(f"3 channels instead of {channels}")
+        try:
+            return self._read(numbers, least)
+        except (self._av.FFmpegError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _read(self, numbers: Sequence[int], least: tuple[int, int] | None) -> np.ndarray:
+        timing = self.timing
+        found: list[Any] | None = None
+        if timing.stamped and numbers[0] > 0:
+            self._seek(timing.stamp(numbers[0]))
+            found = self._shown(numbers, timing, from_start=False)
+        if found is None:  # an index that leads past the clip
+            self._rewind()
+            found = self._shown(numbers, timing, from_start=True)
+        assert found is not None
+        if len(found) < len(numbers) and not self._scanned:
+            self._rewind()
+            self.timing, self._scanned = self._by_packets(), True
+            if self.length < timing.length:
+                raise EndsEarly
+            return self._read(numbers, least)
+        if not found:
+            raise UnreadableImage("no frame can be decoded")
+        return np.stack(self._pictures(found, least))
+
+    def _shown(self, numbers: Sequence[int], timing: Timing, from_start: bool) -> list[Any] | None:
+        """The frame shown in the middle of each numbered period, fewer if the video ends early;
+        None if decoding started behind the first of them."""
+        shown: list[Any] = []
+        last, position = None, 0.0
+        for counted, frame in enumerate(self._decoded()):
+            if timing.stamped and frame.pts is not None:
+                position = (frame.pts - timing.start) / timing.period
+            else:
+                position = float(counted)
+            while position > numbers[len(shown)] + 0.5:
+                if last is None:
+                    if not from_start:
+                        return None
+                    last = frame  # the first frame starts late
+                shown.append(last)
+                if len(shown) == len(numbers):
+                    return shown
+            last = frame
+        # The last frame stays, if this is where the video should end.
+        if last is not None and (self._scanned or position >= timing.length - 1.5):
+            shown += [last] * (len(numbers) - len(shown))
+        return shown
+
+    def _decoded(self) -> Iterator[Any]:
+        """Frames from the current position; ends where the file is cut off."""
+        for packet in self._packets():
+            if packet.is_corrupt:
+                break
+            yield from packet.decode()
+
+    def _pictures(self, frames: list[Any], least: tuple[int, int] | None) -> list[np.ndarray]:
+        """RGB pictures of frames, of one size and upright. A frame shown for longer is converted
+        once."""
+        turns = TURNS.get(int(frames[0].rotation), 0)
+        size = frames[0].width, frames[0].height
+        scale = reduction(size[::-1] if turns % 2 else size, least)
+        width, height = (-(-side // scale) for side in size)
+        smaller = self._av.video.reformatter.Interpolation.AREA if scale > 1 else None
+        pictures: list[np.ndarray] = []
+        for number, frame in enumerate(frames):
+            if number and frame is frames[number - 1]:
+                pictures.append(pictures[-1])
+                continue
+            picture = self._reformatter.reformat(
+                frame, width, height, "rgb24", interpolation=smaller, threads=1
+            )
+            pictures.append(np.rot90(picture.to_ndarray(), turns))
+        return pictures
+
+    def _open(self) -> None:
+        av = self._av
+        if isinstance(self._file, io.BytesIO):
+            self._file.seek(0)
+        source = self._file if isinstance(self._file, io.BytesIO) else f"file:{self._file}"
+        try:
+            self._container = av.open(
+                source,
+                options={"format_whitelist": FORMATS, "protocol_whitelist": "file"},
+                metadata_errors="replace",
+            )
+        except (av.FFmpegError, ValueError) as error:
+            raise self._unreadable(error) from error
+        self._untouched = True  # since it was opened
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def _check(self) -> None:
+        streams = [s for s in self._container.streams.video if not self._is_cover(s)]
+        if not streams:
+            raise UnreadableImage("no video in this file, only sound or a cover")
+        self._stream = streams[0]
+        context = self._stream.codec_context
+        if context is None:
+            raise UnreadableImage("its codec is unknown")
+        context.thread_count = 1  # workers decode in parallel
+        # The same limit as Pillow's, so that a hostile header cannot fill the memory.
+        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+        if limit and context.width * context.height > limit:
+            raise UnreadableImage(
+                f"{context.width}x{context.height} pixels, more than {limit} in a frame"
+            )
+
+    def _is_cover(self, stream: Any) -> bool:
+        return bool(stream.disposition & self._av.stream.Disposition.attached_pic)
+
+    def _by_header(self) -> Timing | None:
+        """The timing that the header gives; None if it gives none, or one that cannot be."""
+        stream = self._stream
+        rate = float(stream.average_rate or 0)
+        duration = stream.duration
+        if duration is None and len(self._container.streams) == 1:
+            whole = self._container.duration  # in microseconds
+            duration = whole / 1e6 / stream.time_base if whole else None
+        if not duration or not RATES[0] <= rate <= RATES[1]:
+            return None
+        period = 1 / (rate * float(stream.time_base))
+        length = round(float(duration) / period)
+        return Timing(float(stream.start_time or 0), period, length) if length else None
+
+    def _by_packets(self) -> Timing:
+        """The timing of the packets, read without decoding them."""
+        packets = [(p.pts, p.duration) for p in self._packets() if p.size and not p.is_corrupt]
+        self._rewind()
+        stamps = sorted({stamp for stamp, _ in packets if stamp is not None})
+        if len(stamps) > max(1, 0.5 * len(packets)):
+            # The mean rate. The last frame lasts as long as its packet says, or as the others.
+            period = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+            last = dict(packets)[stamps[-1]] or period
+            length = max(1, round((stamps[-1] + last - stamps[0]) / period))
+            return Timing(float(stamps[0]), period, length)
+        return Timing(0.0, 1.0, len(packets), stamped=False)
+
+    def _seek(self, stamp: float) -> None:
+        self._untouched = False
+        try:
+            self._container.seek(int(stamp), stream=self._stream)
+        except (self._av.FFmpegError, OSError):
+            self._rewind()  # a container without an index
+
+    def _packets(self) -> Iterator[Any]:
+        self._untouched = False
+        yield from self._container.demux(self._stream)
+
+    def _rewind(self) -> None:
+        """Back to the start, with a decoder that remembers nothing."""
+        if not self._untouched:
+            self._container.close()
+            self._open()
+            self._check()
+
+    def _unreadable(self, error: Exception) -> UnreadableImage:
+        if isinstance(error, UnreadableImage):
+            return error
+        text = getattr(error, "strerror", None) or one_line(error)
+        return UnreadableImage(text or type(error).__name__)

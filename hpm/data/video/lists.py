@@ -1,0 +1,134 @@
+"""Lists of videos: `path label` lines, csv, the annotations of Kinetics and Something-Something."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from hpm.core.errors import UserError, counted, one_line
+from hpm.data.folders import VIDEO_SUFFIXES, find_files
+from hpm.data.notes import say_once
+
+SEPARATORS = ("\t", ",", ";")
+# First fields of a line that is a header.
+HEADERS = ("path", "video", "video_path", "file", "filename", "name", "id", "label", "class")
+KINETICS = {"youtube_id", "time_start", "time_end"}
+
+Row = tuple[str, str | None]  # (path, label)
+
+
+def is_video_list(path: Path) -> bool:
+    """Whether the first entry of a text list is a video file."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            start = [next(lines, "") for _ in range(2)]
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(suffix in line.lower() for line in start for suffix in VIDEO_SUFFIXES)
+
+
+def read_video_list(path: Path) -> tuple[list[str], list[str | None]]:
+    """(paths, labels) of a list. Paths are relative to the list's folder, and may be folders of
+    frames.
+
+    - text: `path`, `path label` or `path frames label`, separated by spaces, tabs, commas or
+      semicolons, with or without a header.
+    - csv of Kinetics (label, youtube_id, time_start, time_end): files ID_START_END.mp4 anywhere
+      below the list's folder; those that are missing are counted and passed over.
+    - json of Something-Something ([{id, template}, ...]): files ID.webm anywhere below it.
+
+    Raises UserError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: neither a folder, parquet, a video nor a text list") from None
+    if path.suffix.lower() == ".json":
+        rows = _with_known_files(path, lambda: _something_rows(text))
+    elif set(text.partition("\n")[0].strip().split(",")) >= KINETICS:
+        rows = _with_known_files(path, lambda: _kinetics_rows(text))
+    else:
+        rows = _lines(path, text)
+    names = [name for _, name in rows]
+    return [os.path.join(path.parent, file) for file, _ in rows], names
+
+
+def _lines(path: Path, text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line:
+            continue
+        row = _row(path.parent, line)
+        if row is not None:
+            rows.append(row)
+        elif number > 1 or not _is_header(line):
+            raise UserError(f"{path}, line {number}: no such video: {line}")
+    return rows
+
+
+def _row(folder: Path, line: str) -> Row | None:
+    """None if there is no such video. A path may contain spaces."""
+    if os.path.exists(folder / line):
+        return line, None
+    for separator in SEPARATORS:
+        if separator in line:
+            first, *_, last = next(csv.reader([line], delimiter=separator))
+            if os.path.exists(folder / first.strip()):
+                return first.strip(), last.strip()
+    file, _, label = line.rpartition(" ")
+    if file and os.path.exists(folder / file.strip()):
+        return file.strip(), label
+    file, _, frames = file.strip().rpartition(" ")
+    if file and frames.isdigit() and os.path.exists(folder / file.strip()):
+        return file.strip(), label
+    return None
+
+
+def _is_header(line: str) -> bool:
+    fields = line.lower().replace(";", ",").replace("\t", ",").replace(" ", ",").split(",")
+    return fields[0].strip('" ') in HEADERS
+
+
+def _kinetics_rows(text: str) -> list[Row]:
+    """(name of the file without suffix, label) of each row."""
+    return [
+        (f"{r['youtube_id']}_{int(r['time_start']):06d}_{int(r['time_end']):06d}", r.get("label"))
+        for r in csv.DictReader(text.splitlines())
+    ]
+
+
+def _something_rows(text: str) -> list[Row]:
+    """(name of the file without suffix, label) of each entry. The label is the template, in which
+    the objects are not named."""
+    rows = []
+    for entry in json.loads(text):
+        label = entry.get("template", entry.get("label"))
+        rows.append((str(entry["id"]), label and label.replace("[", "").replace("]", "")))
+    return rows
+
+
+def _with_known_files(path: Path, read: Callable[[], list[Row]]) -> list[Row]:
+    """Rows whose names are found among the videos below the list's folder."""
+    try:
+        rows = read()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not the annotations of Kinetics (csv) or Something-Something (json): "
+            f"{type(error).__name__} {one_line(error)}"
+        ) from None
+    files = {Path(file).stem: file for file in find_files(path.parent, VIDEO_SUFFIXES, ())[0]}
+    found = [(files[name], label) for name, label in rows if name in files]
+    if rows and not found:
+        raise UserError(
+            f"{path}: none of its {counted(len(rows), 'video')} is below {path.parent} "
+            f"(the first would be {rows[0][0]}.mp4 or .webm)"
+        )
+    if len(found) < len(rows):
+        say_once(f"{path}: {len(rows) - len(found)} of {len(rows)} videos are missing, passed over")
+    return found

@@ -1,0 +1,50 @@
+"""`hpm doctor`."""
+
+import io
+import json
+import types
+
+import pytest
+from helpers import run_here
+from rich.console import Console
+
+from hpm.commands import doctor
+from hpm.data import workers
+
+
+def found(subject):
+    return next(each for each in doctor.diagnose() if each.subject == subject)
+
+
+def test_on_the_command_line(tmp_path):
+    result = run_here("doctor", "--json", tmp_path / "found.json")
+    assert result.returncode == 0 and "JPEG decoder" in result.stdout
+    findings = json.loads((tmp_path / "found.json").read_text())
+    subjects = [each["subject"] for each in findings]
+    assert {"hpm", "torch", "processor", "extra dense"} <= set(subjects)
+    assert len(subjects) == len(set(subjects))
+
+
+def test_every_extra_is_described():
+    wanted = doctor._requirements()
+    assert set(doctor.EXTRAS) == set(wanted) - {"dev"}
+    assert "timm" in wanted["dense"] and not any("hpm" in name for name in wanted["dense"])
+
+
+def test_a_missing_extra_names_its_command(monkeypatch):
+    monkeypatch.setattr(doctor, "_installed", lambda name: name != "timm")
+    extra = found("extra finetune")
+    assert extra.state == "missing" and "timm" in extra.found
+    assert extra.remedy == "pip install 'hpm[finetune]'"
+    console = Console(file=io.StringIO(), width=120)
+    doctor.print_findings([extra], console)
+    assert "pip install 'hpm[finetune]'" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("total", "state"), [(64 * 2**20, "warning"), (8 * 2**30, "ok")])
+def test_little_shared_memory(total, state, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "SHARED", tmp_path)
+    usage = types.SimpleNamespace(total=total)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    shared = found("shared memory")
+    assert shared.state == state and ("--shm-size" in shared.remedy) == (state == "warning")
