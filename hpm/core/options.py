@@ -42,6 +42,8 @@ class Rules:
     duration: bool = False
     main: bool = False  # shown first in the help
     may_change: bool = False  # when an interrupted run is resumed
+    changes_numbers: bool = True  # of an evaluation
+    testing_only: bool = False
 
 
 def option(default: Any = MISSING, **rules: Any) -> Any:
@@ -54,6 +56,8 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
         duration: its text is `40 epochs`, `500 steps` or `5%`.
         main: it is among the few that the help shows first.
         may_change: an interrupted run may go on with another value.
+        changes_numbers: of an evaluation: its numbers depend on the value.
+        testing_only: of an evaluation that trains: the trained model does not depend on the value.
     """
     return dataclasses.field(default=default, metadata={"rules": Rules(**rules)})
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpm.core.options import describe
 from hpm.evals.options import EvalOptions
 
 # Options with a place of their own in file names and tables.
@@ -20,11 +21,12 @@ MAX_OPTIONS_LENGTH = 80  # characters of a file name
 def changed_options(options: type[EvalOptions], about: Mapping[str, Any]) -> dict[str, Any]:
     """Options of an evaluation (from its JSON's `about`) with non-default values."""
     return {
-        field.name: about[field.name]
-        for field in dataclasses.fields(options)
-        if field.name not in (*NAMED_SEPARATELY, *options.no_effect)
-        and field.name in about
-        and _as_json(about[field.name]) != _as_json(field.default)
+        name: about[name]
+        for name, each in describe(options).items()
+        if each.rules.changes_numbers
+        and name not in NAMED_SEPARATELY
+        and name in about
+        and _as_json(about[name]) != _as_json(each.default)
     }
 
 
@@ -46,9 +48,9 @@ def result_file(protocol: str, options: EvalOptions, folder: Path) -> Path:
 def training_folder(protocol: str, options: EvalOptions, folder: Path) -> Path:
     """The folder of an evaluation that trains. Its name does not depend on options that only affect
     testing, so that with other such options the model is tested again without retraining."""
-    defaults = type(options)
-    same = {"crop_share": defaults.crop_share, "baselines": defaults.baselines}
-    return folder / _stem(protocol, defaults, dataclasses.asdict(options) | same)
+    kind = type(options)
+    defaults = {n: each.default for n, each in describe(kind).items() if each.rules.testing_only}
+    return folder / _stem(protocol, kind, dataclasses.asdict(options) | defaults)
 
 
 def _stem(protocol: str, options: type[EvalOptions], about: Mapping[str, Any]) -> str:

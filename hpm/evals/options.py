@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from hpm.core.options import option
 
@@ -11,9 +11,6 @@ from hpm.core.options import option
 @dataclass
 class EvalOptions:
     """Options of every evaluation."""
-
-    # Options that do not change the numbers.
-    no_effect: ClassVar[tuple[str, ...]] = ("out", "workers", "device", "batch_size")
 
     run: str = option(may_change=True)
     """Run folder, checkpoint or weights file (including published HPM, MAE, timm and Hugging Face
@@ -27,18 +24,18 @@ class EvalOptions:
     """Second run to compare with; reports paired differences and their confidence intervals."""
     teacher: bool = option(False, main=True, may_change=True)
     """Use the teacher's (EMA) weights (run folder or checkpoint only)."""
-    baselines: bool = option(True, may_change=True)
+    baselines: bool = option(True, may_change=True, testing_only=True)
     """Also measure random weights of the same architecture, and raw pixels."""
-    out: str | None = option(None, may_change=True)
+    out: str | None = option(None, may_change=True, changes_numbers=False)
     """Folder for the results (default: evals/ in the run folder)."""
-    crop_share: float = option(1.0, above=0, at_most=1, may_change=True)
+    crop_share: float = option(1.0, above=0, at_most=1, may_change=True, testing_only=True)
     """Fraction of the shorter side that the centre crop keeps. 1 keeps the largest centred box;
     0.875 resizes to image_size / 0.875 first, as is usual for ImageNet."""
-    batch_size: int = option(128, at_least=1)
+    batch_size: int = option(128, at_least=1, changes_numbers=False)
     """Images per forward pass."""
-    workers: int | None = option(None, at_least=0, may_change=True)
+    workers: int | None = option(None, at_least=0, may_change=True, changes_numbers=False)
     """Number of processes that load images (default: one per spare core, at most 16)."""
-    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
+    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True, changes_numbers=False)
     """Device to compute on; auto uses the GPU if there is one."""
     seed: int = option(0, at_least=0)
     """Random seed of the random-weights baseline, splits, batches and masks."""

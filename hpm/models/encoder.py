@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,12 +29,22 @@ class Encoder(nn.Module):
     num_patches: int
     channels: int
     embed_dim: int
-    num_prefix_tokens: int
-    has_class_token: bool
+    num_prefix_tokens: int = 0
+    has_class_token: bool = False
     pos_embed: nn.Parameter | None
     blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
     checkpoint_activations: bool = False  # trade time for memory in the backward pass
+
+    def set_sizes(
+        self, image_size: Sequence[int], patch_size: Sequence[int], channels: int
+    ) -> None:
+        """Set the attributes that follow from these, for a constructor. Raises ValueError if the
+        patches do not fill the image."""
+        self.image_size, self.patch_size = tuple(image_size), tuple(patch_size)
+        self.grid = grid_size(self.image_size, self.patch_size)
+        self.num_patches = prod(self.grid)
+        self.channels = channels
 
     def forward(
         self,

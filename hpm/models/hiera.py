@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpm.models.encoder import Encoder
-from hpm.models.patches import grid_size
 from hpm.models.timm_models import create_model, mask_unit, resample_positions
 from hpm.models.vit import run_block
 
@@ -39,18 +38,12 @@ class HieraEncoder(Encoder):
         options = {"img_size": tuple(image_size), "in_chans": channels} | timm_options
         model = create_model(name, pretrained, drop_path_rate=drop_path, **options)
         self.name = name
-        self.image_size = tuple(image_size)
-        self.patch_size = mask_unit(model)
+        self.set_sizes(image_size, mask_unit(model), channels)
         if patch_size is not None and tuple(patch_size) != self.patch_size:
             raise ValueError(f"the mask units are of {self.patch_size} pixels, not {patch_size}")
         if model.mu_size != prod(model.q_stride) ** model.q_pool:
             raise ValueError(f"the mask units of {name} do not end as one token")
-        self.grid = grid_size(self.image_size, self.patch_size)
-        self.num_patches = prod(self.grid)
-        self.channels = channels
         self.embed_dim = model.num_features
-        self.num_prefix_tokens = 0
-        self.has_class_token = False
         self.unit_tokens = model.mask_unit_size
         self.stage_ends = model.stage_ends
 

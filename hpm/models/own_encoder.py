@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_class
 from hpm.models.encoder import Encoder
-from hpm.models.patches import grid_size
 
 ENTRY_POINTS = "hpm.encoders"
 
@@ -59,18 +57,9 @@ def own_encoder(
     ]
     if missing:
         raise UserError(f"model {name} lacks {' and '.join(missing)}: set it in its constructor")
-    grid = grid_size(image_size, patch_size)
-    del arguments["drop_path"]
-    defaults = arguments | {
-        "grid": grid,
-        "num_patches": prod(grid),
-        "num_prefix_tokens": 0,
-        "has_class_token": False,
-        "pos_embed": None,
-    }
-    for attribute, value in defaults.items():
-        if not hasattr(encoder, attribute):
-            setattr(encoder, attribute, value)
+    encoder.set_sizes(image_size, patch_size, channels)
+    if not hasattr(encoder, "pos_embed"):
+        encoder.pos_embed = None
     return encoder
 
 

@@ -9,7 +9,6 @@ each token here, under the name `norm`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from hpm.core.errors import UserError
 from hpm.core.extras import need
 from hpm.models.encoder import Encoder
 from hpm.models.hiera import HieraEncoder
-from hpm.models.patches import gather_patches, grid_size, patchify
+from hpm.models.patches import gather_patches, patchify
 from hpm.models.timm_models import PREFIX, create_model, resample_positions, timm_module
 from hpm.models.vit import run_block
 
@@ -62,11 +61,7 @@ class TimmEncoder(Encoder):
             name, pretrained, drop_path_rate=drop_path, dynamic_img_size=False, **options
         )
         self.name = name
-        self.image_size = tuple(image_size)
-        self.patch_size = tuple(model.patch_embed.patch_size)
-        self.grid = grid_size(self.image_size, self.patch_size)
-        self.num_patches = prod(self.grid)
-        self.channels = channels
+        self.set_sizes(image_size, model.patch_embed.patch_size, channels)
         self.embed_dim = model.embed_dim
         self.num_prefix_tokens = model.num_prefix_tokens
         self.has_class_token = model.cls_token is not None

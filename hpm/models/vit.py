@@ -4,7 +4,6 @@ timm's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -199,11 +198,7 @@ class VisionTransformer(Encoder):
     ):
         super().__init__()
         self.window_size = window_size
-        self.image_size = tuple(image_size)
-        self.patch_size = tuple(patch_size)
-        self.grid = grid_size(self.image_size, self.patch_size)
-        self.num_patches = prod(self.grid)
-        self.channels = channels
+        self.set_sizes(image_size, patch_size, channels)
         self.embed_dim = embed_dim
         self.num_prefix_tokens = int(class_token)
         self.has_class_token = class_token

@@ -48,6 +48,16 @@ Map = Float[Tensor, "batch patches"]
 Pixels = UInt8[np.ndarray, "height width 3"]
 
 
+@dataclass(frozen=True)
+class MaskSettings:
+    """How the masks of a picture are drawn; see `picture`."""
+
+    hard_share: float
+    num_masks: int
+    seed: int
+    mask_ratio: float | None
+
+
 @dataclass
 class Picture:
     """The panels of a batch of images or clips; None for those that are unavailable or not
@@ -106,12 +116,10 @@ def picture(
     `num_masks` random masks. mask_ratio defaults to that of training.
     """
     wanted = set(panels) - set(unavailable_panels(trained))
+    masks = MaskSettings(hard_share, num_masks, seed, mask_ratio)
     split = zip(images.split(BATCH_SIZE), sample_ids.split(BATCH_SIZE), strict=True)
     steps = track(split, "computing", -(-len(images) // BATCH_SIZE)) if progress else split
-    parts = [
-        _show(trained, part, ids, wanted, hard_share, num_masks, seed, mask_ratio)
-        for part, ids in steps
-    ]
+    parts = [_show(trained, part, ids, wanted, masks) for part, ids in steps]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     features = found.pop("features", None)
     pca = None if features is None else principal_colours(features)
@@ -124,10 +132,7 @@ def _show(
     images: Tensor,
     sample_ids: Tensor,
     wanted: set[Panel],
-    hard_share: float,
-    num_masks: int,
-    seed: int,
-    mask_ratio: float | None,
+    masks: MaskSettings,
 ) -> dict[str, Tensor]:
     """The panels of one batch by name, on the CPU. For `pca`, the features."""
     device = _device(trained.encoder)
@@ -135,9 +140,7 @@ def _show(
     normalized, sample_ids = normalized.to(device), sample_ids.to(device)
     found: dict[str, Tensor] = {}
     if wanted & set(MASKED):
-        found |= _masked(
-            trained, normalized, sample_ids, wanted, hard_share, num_masks, seed, mask_ratio
-        )
+        found |= _masked(trained, normalized, sample_ids, wanted, masks)
     if "reconstruction" in found:
         found["reconstruction"] = _as_loaded(found["reconstruction"].cpu(), trained, images)
     if "attention" in wanted:
@@ -154,23 +157,20 @@ def _masked(
     images: Tensor,
     sample_ids: Tensor,
     wanted: set[Panel],
-    hard_share: float,
-    num_masks: int,
-    seed: int,
-    mask_ratio: float | None,
+    masks: MaskSettings,
 ) -> dict[str, Tensor]:
     """The panels that involve hidden patches."""
     model, teacher, config = trained.model, trained.teacher, trained.config
     assert model is not None and teacher is not None and config is not None
-    ratio = config.mask_ratio if mask_ratio is None else mask_ratio
+    ratio = config.mask_ratio if masks.mask_ratio is None else masks.mask_ratio
     found: dict[str, Tensor] = {}
     predicted = None
-    miner, draw = trained.find_miner(), Draw(seed, 1, sample_ids)
+    miner, draw = trained.find_miner(), Draw(masks.seed, 1, sample_ids)
     # The memory covers training images only; use losses measured now instead.
     by_losses = config.mines_by_memory and bool(wanted & {"mask", "reconstruction"})
     if "actual" in wanted or by_losses:
         target = trained.find_target(images.device)
-        maps = loss_maps(model, miner, images, draw, target, ratio, num_masks)
+        maps = loss_maps(model, miner, images, draw, target, ratio, masks.num_masks)
         found["actual"], predicted = maps.actual, maps.predicted
     elif teacher.predictor is not None:
         predicted = miner.predicted_loss(images, draw)[1]
@@ -182,7 +182,9 @@ def _masked(
             signal = miner.signal(images, draw)[1]
         num_patches = model.encoder.num_patches
         num_hidden = miner.count_hidden(ratio)
-        visible_ids, hidden_ids = miner.hide(draw, signal, int(num_hidden * hard_share), num_hidden)
+        visible_ids, hidden_ids = miner.hide(
+            draw, signal, int(num_hidden * masks.hard_share), num_hidden
+        )
         found["mask"] = to_mask(hidden_ids, num_patches)
         if "reconstruction" in wanted:
             target = trained.find_target(images.device)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hpm.core.errors import UserError
 from hpm.core.options import option
@@ -25,28 +24,18 @@ COLUMNS = {
     "medium": "{AP_medium:.1f}",
     "large": "{AP_large:.1f}",
 }
-# Options of the test. If they change, a trained detector is only tested again.
-OF_THE_TEST = ("baselines", "score_threshold", "max_test_images", "figure_images")
 
 
 @dataclass
 class Options(EvalOptions):
     """Fine-tune the encoder as an object detector: Mask R-CNN on ViTDet's feature pyramid."""
 
-    no_effect: ClassVar[tuple[str, ...]] = (
-        "out",
-        "workers",
-        "device",
-        "checkpoint_every",
-        "figure_images",
-    )
-
     data: str = option(may_change=True)
     """Images with boxes and masks of objects: a folder with COCO's JSON
     (annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json or annotations.json), or demo,
     the built-in images. Tests on the val or test split if there is one, else on a fifth of the
     images. Without masks, boxes alone are learned."""
-    baselines: bool = option(False, may_change=True)
+    baselines: bool = option(False, may_change=True, testing_only=True)
     """Also fine-tune random weights of the same architecture (a second full training)."""
     image_size: int | None = option(None, at_least=32, main=True)
     """Side of the training crops in pixels, a multiple of 32 (default: twice that of
@@ -93,18 +82,20 @@ class Options(EvalOptions):
     """Number of boxes per image that the region proposal network passes on."""
     box_batch_size: int = option(128, at_least=1)
     """Number of these boxes per image that the heads are trained on."""
-    score_threshold: float = option(0.05, at_least=0, below=1, may_change=True)
+    score_threshold: float = option(0.05, at_least=0, below=1, may_change=True, testing_only=True)
     """Lowest score of a detection."""
-    max_test_images: int | None = option(None, at_least=1, may_change=True)
+    max_test_images: int | None = option(None, at_least=1, may_change=True, testing_only=True)
     """Number of test images, drawn at random (default: all)."""
-    figure_images: int = option(6, at_least=0, may_change=True)
+    figure_images: int = option(
+        6, at_least=0, may_change=True, changes_numbers=False, testing_only=True
+    )
     """Number of test images to draw with their detections, in a PNG file beside the numbers."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
     """Stop if more than this fraction of the images cannot be read."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
     @property
@@ -127,7 +118,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     data = open_data(options)
     check_images(data.test, task.trained.architecture.channels, task)
-    folder = training_folder("detect", _of_training(options), task.folder)
+    folder = training_folder("detect", options, task.folder)
     task.about |= {"train_images": len(data.train), "classes": len(data.classes)}
     task.about["training"] = folder.name
     for backbone in task.backbones:
@@ -151,8 +142,3 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         yield Measured(f"{name}, boxes", scores=scores, figures=figures)
         if data.test_masks:
             yield Measured(f"{name}, masks", scores=DetectionScores(found, "masks"))
-
-
-def _of_training(options: Options) -> Options:
-    """The options, with those of the test set to their defaults."""
-    return dataclasses.replace(options, **{name: getattr(Options, name) for name in OF_THE_TEST})

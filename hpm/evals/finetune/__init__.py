@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hpm.core.config import Flip
 from hpm.core.errors import UserError
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 class Options(LabelledEvalOptions):
     """Fine-tune the whole encoder with labels, by the recipe of DeiT and MAE."""
 
-    no_effect: ClassVar[tuple[str, ...]] = ("out", "workers", "device", "checkpoint_every")
-
-    baselines: bool = option(False, may_change=True)
+    baselines: bool = option(False, may_change=True, testing_only=True)
     """Also fine-tune random weights of the same architecture (a second full training), and train a
     linear layer on raw pixels."""
     batch_size: int = option(256, at_least=1, main=True)
@@ -72,7 +70,7 @@ class Options(LabelledEvalOptions):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hpm.core.options import option
 from hpm.evals.contract import RANDOM, TRAINED, Measured
@@ -25,14 +25,6 @@ COLUMNS = {
 class Options(EvalOptions):
     """Semantic segmentation: a linear layer on frozen patch tokens, or UPerNet fine-tuned."""
 
-    no_effect: ClassVar[tuple[str, ...]] = (
-        "out",
-        "workers",
-        "device",
-        "checkpoint_every",
-        "figure_images",
-    )
-
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
     chosen on a fifth of the training images. upernet: the whole encoder is fine-tuned (BEiT,
@@ -44,7 +36,9 @@ class Options(EvalOptions):
     """Optimiser steps (default: 1000 of the linear head, 2000 of UPerNet)."""
     batch_size: int = option(16, at_least=2, main=True)
     """Crops per optimiser step, summed over all processes."""
-    baselines: bool | None = option(None, may_change=True)  # type: ignore[assignment]
+    baselines: bool | None = option(  # type: ignore[assignment]
+        None, may_change=True, testing_only=True
+    )
     """Also measure random weights of the same architecture (default: with the linear head alone;
     UPerNet is trained a second time for it)."""
     train_share: float = option(1.0, above=0, at_most=1)
@@ -57,9 +51,11 @@ class Options(EvalOptions):
     one_class: bool | None = None
     """The masks number objects: all of them are one class beside the background (default: where
     annotations/instances_*.json has a single category)."""
-    stride: int | None = option(None, at_least=1, may_change=True)
+    stride: int | None = option(None, at_least=1, may_change=True, testing_only=True)
     """Pixels from one window to the next in testing (default: two thirds of image_size)."""
-    figure_images: int = option(6, at_least=0, may_change=True)
+    figure_images: int = option(
+        6, at_least=0, may_change=True, changes_numbers=False, testing_only=True
+    )
     """Number of test images in the figure."""
     scale: tuple[float, float] = option((0.5, 2.0), above=0, rising=True)
     """Smallest and largest shorter side that training images are resized to before a crop is taken,
@@ -100,7 +96,7 @@ class Options(EvalOptions):
     see one part at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU and float32 on a CPU."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True)
+    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """(upernet) Interval between checkpoints. Run the same command again to resume from the latest
     one."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import cached_property
 from math import lcm
@@ -67,11 +66,8 @@ class SegmentationJob:
         """The folder of a backbone's model. Its name does not depend on options of the test."""
         if self.task.folder is None:
             raise UserError(f"{self.options.run} is no run folder: pass --out FOLDER for the model")
-        defaults = Options(self.options.run, self.options.data)
-        names = ("stride", "figure_images", "baselines")
-        same = {name: getattr(defaults, name) for name in names}
-        options = dataclasses.replace(self.options, **same)
-        return training_folder("segment", options, self.task.folder) / backbone.replace(" ", "_")
+        folder = training_folder("segment", self.options, self.task.folder)
+        return folder / backbone.replace(" ", "_")
 
     def training_views(self, backbone: EvaluatedBackbone, source: Source) -> SegmentationTraining:
         """Random crops, padded with the mean colour."""
