@@ -156,6 +156,7 @@ def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
 
 def _source(config: ExportConfig, report: Report) -> ExportSource:
     trained = load(config.run)
+    trained.need_images("export")
     for note in trained.notes:
         report(note)
     backbone = trained.backbone(config.pool, config.teacher).eval()

@@ -55,12 +55,13 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     for alike, baseline in by_view(task.backbones, options.baselines):
         size, channels = alike[0].view
         embed = patches(alike, baseline)
-        one = embed(torch.zeros(1, channels, *size, dtype=torch.uint8))
+        one = embed(torch.zeros(1, channels, *task.reader.shape(size), dtype=torch.uint8))
         values = sum(features[0].numel() for features in one.values())
         if 4 * values * (len(data.train) + len(data.test)) <= options.cache_gb * 1e9:
             train, test = (extract(embed, *side, size, channels, task.reader) for side in sides)
             found |= task.probe_cached(data, train, test, recipe)
         else:
+            task.need_images("an attentive probe of more features than --cache-gb")
             still = EvaluationViews(size, channels, crop_share=options.crop_share)
             train_bank, test_bank = (
                 Computed(

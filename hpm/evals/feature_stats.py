@@ -20,9 +20,9 @@ from hpm.evals.features import (
     ImageReader,
     by_view,
     extract,
+    raw_patches,
     raw_pixels,
 )
-from hpm.models.patches import patchify
 
 LIKENESS = "patch likeness of "
 
@@ -65,7 +65,7 @@ def _embed(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
             features[mean] = patches.mean(1)
             features[LIKENESS + mean] = patch_similarity(patches)
         if baseline:
-            patches = patchify(images.float() / 255, backbones[0].architecture.patch_size)
+            patches = raw_patches(images, backbones[0].architecture.patch_size)
             features[RAW_PIXELS] = raw_pixels(images)
             features[LIKENESS + RAW_PIXELS] = patch_similarity(patches)
         return features

@@ -17,6 +17,7 @@ from hpm.core.errors import UserError, counted
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sampling import ClipSampling
 from hpm.evals.contract import RAW_PIXELS
 from hpm.models.architecture import Architecture
 from hpm.models.patches import patchify
@@ -48,28 +49,40 @@ class EvaluatedBackbone:
     def parts(
         self, images: Tensor
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (or None) and patches of a loaded batch, in float32."""
+        """Class token (or None) and patches of a loaded batch, in float32. The features of an
+        encoder of images are averaged over the frames of a clip."""
         device = self.backbone.mean.device.type
+        clips = images.ndim - 2 > len(self.architecture.image_size)
+        frames = images.transpose(1, 2).flatten(0, 1) if clips else images
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            cls_token, patches = self.backbone.tokens(self.backbone.normalize(images))
+            cls_token, patches = self.backbone.tokens(self.backbone.normalize(frames))
+        if clips:
+            patches = patches.unflatten(0, (len(images), -1)).mean(1)
+            if cls_token is not None:
+                cls_token = cls_token.unflatten(0, (len(images), -1)).mean(1)
         return None if cls_token is None else cls_token.float(), patches.float()
 
     @property
     def view(self) -> tuple[tuple[int, int], int]:
-        """(image size, channels)."""
-        height, width = self.architecture.image_size
+        """((height, width) of the images or frames, channels)."""
+        height, width = self.architecture.image_size[-2:]
         return (height, width), self.architecture.channels
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of an evaluation."""
+    """Reads the images of an evaluation, or with `sampling`, the middle clip of each video."""
 
     batch_size: int
     workers: int | None
     report: Callable[[str], None]
     crop_share: float = 1.0  # see transforms.evaluation_view
     max_unreadable: float = 1.0
+    sampling: ClipSampling | None = None
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """The size of an image or clip along each axis, given its (height, width)."""
+        return size if self.sampling is None else (self.sampling.frames, *size)
 
     def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
         """This process's share of the readable images, in order, in batches."""
@@ -78,7 +91,7 @@ class ImageReader:
         own = Subset(source, ids)
         unreadable = UnreadableImages(source, self.max_unreadable)
         for batch in evaluation_batches(
-            own, size, channels, self.batch_size, workers, self.crop_share
+            own, size, channels, self.batch_size, workers, self.crop_share, self.sampling
         ):
             unreadable.add((int(ids[index]), problem) for index, problem in batch.unreadable)
             if len(batch.images):
@@ -110,8 +123,7 @@ def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
     def embed(images: Tensor) -> dict[str, Tensor]:
         features = {backbone.name: backbone.parts(images)[1] for backbone in backbones}
         if baseline:
-            patch_size = backbones[0].architecture.patch_size
-            features[RAW_PIXELS] = patchify(images.float() / 255, patch_size)
+            features[RAW_PIXELS] = raw_patches(images, backbones[0].architecture.patch_size)
         return features
 
     return embed
@@ -185,7 +197,7 @@ def extract(
     if not len(all_ids):
         raise UserError(f"{source.name}: no readable image")
     if not found:  # only other processes have read images
-        found = no_features(embed, size, channels)
+        found = no_features(embed, reader.shape(size), channels)
     kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[all_ids]
     result = {}
     for name in list(found):
@@ -196,19 +208,29 @@ def extract(
     return result
 
 
-def no_features(embed: Embed, size: tuple[int, int], channels: int) -> dict[str, Tensor]:
+def no_features(embed: Embed, size: tuple[int, ...], channels: int) -> dict[str, Tensor]:
     """Empty features [0 *], for a process that has read no image."""
     empty = embed(torch.zeros(1, channels, *size, dtype=torch.uint8))
     return {name: features[:0].float().cpu() for name, features in empty.items()}
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """Baseline without a network: the pixels of the image, shrunk to about 32 x 32."""
-    height, width = images.shape[-2:]
+    """Baseline without a network: the pixels of an image, or of all frames of a clip, shrunk to
+    about 32 x 32."""
+    *frames, height, width = images.shape[2:]
     scale = min(1.0, 32 / min(height, width))
-    size = (round(height * scale), round(width * scale))
+    size = (*frames, round(height * scale), round(width * scale))
     small = F.interpolate(images.float(), size, mode="area")
     return small.flatten(1) - small.flatten(1).mean(1, keepdim=True)
+
+
+def raw_patches(images: Tensor, patch_size: tuple[int, ...]) -> Tensor:
+    """Baseline without a network: the pixels of each patch; of a clip with patches of images, their
+    mean over time."""
+    pixels = images.float() / 255
+    if images.ndim - 2 > len(patch_size):
+        pixels = pixels.mean(2)
+    return patchify(pixels, patch_size)
 
 
 @dataclass

@@ -42,6 +42,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
     data = task.labelled(options.train_share)
     if options.augment:
+        task.need_images("--augment")
         yield from rows(_probe_augmented(task, options, data))
     else:
         yield from rows(task.probe_cached(data, *task.pooled(data), recipe(task, options)))

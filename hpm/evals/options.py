@@ -24,6 +24,11 @@ class EvalOptions:
     """Second run to compare with; reports paired differences and their confidence intervals."""
     teacher: bool = option(False, main=True, may_change=True)
     """Use the teacher's (EMA) weights (run folder or checkpoint only)."""
+    frames: int | None = option(None, at_least=1)
+    """Frames of the clips to evaluate on (default: as in pre-training). Of a run on images, the
+    features of the frames are averaged."""
+    frame_stride: int | None = option(None, at_least=1)
+    """Frames of the video from one frame of a clip to the next (default: as in pre-training)."""
     baselines: bool = option(True, may_change=True, testing_only=True)
     """Also measure random weights of the same architecture, and raw pixels."""
     out: str | None = option(None, may_change=True, changes_numbers=False)

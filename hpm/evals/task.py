@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from hpm.core import distributed
+from hpm.core.errors import UserError
 from hpm.data.loader import num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sampling import ClipSampling
 from hpm.evals.contract import COMPARED, RANDOM, TRAINED
 from hpm.evals.features import (
     EvaluatedBackbone,
@@ -47,14 +49,15 @@ class Task:
     ) -> None:
         self.options, self.device = options, device
         self.about: dict[str, Any] = {}
+        self.trained = load(options.run)
         self.reader = ImageReader(
             options.batch_size,
             options.workers,
             report,
             options.crop_share,
             options.unreadable_limit,
+            self._sampling(),
         )
-        self.trained = load(options.run)
         self.backbones = [self._backbone(TRAINED, self.trained)]
         if options.compare:
             self.backbones.append(self._backbone(COMPARED, load(options.compare)))
@@ -68,12 +71,40 @@ class Task:
     @cached_property
     def splits(self) -> Splits:
         """The images to learn from, and those to test on (None where they are not apart)."""
-        splits = open_source(self.options.data)
+        clips = self.reader.sampling is not None
+        splits = open_source(self.options.data, clips=clips)
         if self.options.test:
-            return Splits(splits.train, open_source(self.options.test).train)
+            return Splits(splits.train, open_source(self.options.test, clips=clips).train)
         return splits
 
+    def need_images(self, protocol: str) -> None:
+        """Raise UserError for a run on clips."""
+        if self.reader.sampling is not None:
+            raise UserError(f"{protocol} is for images, but {self.options.run} is of clips")
+
+    def _sampling(self) -> ClipSampling | None:
+        """The frames of a clip; None for images. Raises UserError if they do not fit the run."""
+        options, config = self.options, self.trained.config
+        size = self.trained.architecture.image_size
+        trained_on = size[0] if len(size) == 3 else None
+        frames = options.frames or trained_on or 1
+        if trained_on not in (None, frames):
+            raise UserError(
+                f"frames is {frames}, but {options.run} is of clips of {trained_on} frames: leave "
+                "it out"
+            )
+        if frames == 1:
+            return None
+        stride = config.frame_stride if config else ClipSampling().stride
+        return ClipSampling(frames, options.frame_stride or stride)
+
     def _backbone(self, name: str, trained: Trained) -> EvaluatedBackbone:
+        size, sampling = trained.architecture.image_size, self.reader.sampling
+        if len(size) == 3 and (sampling is None or sampling.frames != size[0]):
+            raise UserError(
+                f"{trained.name} is of clips of {size[0]} frames, unlike {self.options.run}: they "
+                "cannot be compared"
+            )
         backbone = trained.backbone(teacher=self.options.teacher)
         for note in trained.notes:
             self.reader.report(note)

@@ -61,6 +61,7 @@ def show(config: ShowConfig) -> Path:
 def open_trained(run: str, device: str) -> Trained:
     """Load weights in eval mode on the device, and print notes about them."""
     trained = load(run)
+    trained.need_images("drawing with hpm show and hpm view")
     for note in trained.notes:
         print(note)
     for module in (trained.encoder, trained.model, trained.teacher):

@@ -49,6 +49,11 @@ class Trained:
         default_factory=list
     )  # what was assumed about other libraries' weights
 
+    def need_images(self, what: str) -> None:
+        """Raise UserError for a model of clips."""
+        if len(self.architecture.image_size) == 3:
+            raise UserError(f"{what} is for images, but {self.name} is of clips")
+
     def find_target(self, device: torch.device) -> Target:
         """The target that the model was trained to reconstruct. Raises UserError if a part of it is
         not available."""

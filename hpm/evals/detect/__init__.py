@@ -114,6 +114,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.files import training_folder
 
     check_options(options)
+    task.need_images("detection")
     if task.folder is None:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     data = open_data(options)

@@ -79,6 +79,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.files import training_folder
     from hpm.evals.finetune.training import check_finetune, finetune
 
+    task.need_images("fine-tuning")
     if task.folder is None:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     folder = training_folder("finetune", options, task.folder)

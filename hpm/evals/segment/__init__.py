@@ -115,6 +115,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.segment.linear import train_linear_heads
     from hpm.evals.segment.upernet import train_upernet
 
+    task.need_images("segmentation")
     job = SegmentationJob(task, options)
     if options.head == "linear":
         for name, (model, chosen) in train_linear_heads(job).items():
