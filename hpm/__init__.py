@@ -16,9 +16,11 @@ from hpm.core.signals import Interrupted
 from hpm.core.version import __version__
 
 if TYPE_CHECKING:
+    from hpm.commands.embed import embed
     from hpm.commands.export import export
     from hpm.commands.predict import predict
     from hpm.evals import evaluate
+    from hpm.evals.embeddings import Embeddings
     from hpm.pretraining import pretrain
     from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 
 # What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
 _LAZY = {
+    "Embeddings": "hpm.evals.embeddings",
     "Run": "hpm.weights.run",
+    "embed": "hpm.commands.embed",
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
     "load_encoder": "hpm.weights.resolve",
@@ -36,10 +40,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "Embeddings",
     "Interrupted",
     "Run",
     "UserError",
     "__version__",
+    "embed",
     "evaluate",
     "export",
     "load_encoder",

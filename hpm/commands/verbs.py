@@ -166,6 +166,32 @@ def _predict(config: Any) -> None:
     print(f"written to {run_predict(config)}")
 
 
+def _embed(config: Any) -> None:
+    from hpm.commands.embed import run_embed
+    from hpm.core import distributed
+
+    made = run_embed(config)
+    if distributed.is_main():
+        if made.unreadable_file:
+            print(f"{counted(made.unreadable, 'image')} cannot be read: {made.unreadable_file}")
+        print(
+            f"{counted(made.images, 'image')}, {made.dim} features each, in {made.path}: "
+            f"hpm similar {made.path} IMAGE, hpm show {made.path} --out page.html"
+        )
+
+
+def _similar(config: Any) -> None:
+    from hpm.commands.similar import run_similar
+
+    found = run_similar(config)
+    for similarity, *names in found.rows:
+        print("  ".join([f"{similarity:.4f}", *filter(None, names)]))
+    if config.duplicates is not None:
+        print(f"{counted(found.total, 'pair')} of similarity {config.duplicates:g} or more")
+    if config.out:
+        print(f"written to {config.out}")
+
+
 def _doctor(config: Any) -> None:
     from hpm.commands.doctor import run_doctor
 
@@ -215,6 +241,10 @@ VERBS = {
     "show": Verb("hpm.show.options:ShowConfig", _show, ("run", "data")),
     "view": Verb("hpm.show.options:ViewConfig", _view, ("run",)),
     "predict": Verb("hpm.commands.options:PredictConfig", _predict, ("model", "images")),
+    "embed": Verb("hpm.commands.embedding_options:EmbedConfig", _embed, ("run", "images")),
+    "similar": Verb(
+        "hpm.commands.embedding_options:SimilarConfig", _similar, ("features", "image")
+    ),
     "export": Verb("hpm.commands.options:ExportConfig", _export, ("run",)),
     "doctor": Verb("hpm.commands.options:DoctorConfig", _doctor),
 }
@@ -232,6 +262,8 @@ ABOUT = {
     "show": "draw what a model makes of images: losses, mask, features, attention",
     "view": "try a model on images in the browser",
     "predict": "write the predictions of a fine-tuned model for a folder of images",
+    "embed": "write the features of images into a file, one row per image",
+    "similar": "list similar images and near-duplicates by their features",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
     "report": "rewrite a run's report.html",
     "ablate": "pre-train variants over several seeds and compare them",

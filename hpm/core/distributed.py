@@ -168,6 +168,12 @@ def wait_for_main() -> None:
     from_main(None)
 
 
+def wait_for_all() -> None:
+    """Wait until every process has come here, which may take days."""
+    if dist.is_initialized():
+        dist.barrier(group=_main_group)
+
+
 def main_first(action: Callable[[], Done]) -> Done:
     """Run an action in the main process only. All processes return its result, or raise its
     UserError."""

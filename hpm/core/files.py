@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,13 @@ def write_tensors(path: Path, tensors: StateDict, meta: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: save_file(tensors, temporary, header))
 
 
-def read_tensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Read tensors and JSON from a safetensors file, or a PyTorch file without code."""
+def read_tensors(
+    path: Path, only: Collection[str] | None = None
+) -> tuple[StateDict, dict[str, Any]]:
+    """Read tensors and JSON from a safetensors file, or a PyTorch file without code.
+
+    only: names of the tensors to read from a safetensors file (default: all).
+    """
     _check_access(path)
     try:
         if path.suffix in TORCH_SUFFIXES:
@@ -101,7 +106,8 @@ def read_tensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
             ), {}
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("hpm", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+            names = [name for name in file.keys() if only is None or name in only]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, meta
     except UserError:
         raise
     except (SafetensorError, OSError, ValueError) as error:

@@ -267,6 +267,7 @@ def evaluation_batches(
     workers: int = 0,
     crop_share: float = 1.0,
     sampling: ClipSampling | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """All readable images once, in order; with `sampling`, a clip of each video."""
     make_view: MakeView = EvaluationViews(size, channels, crop_share=crop_share)
@@ -275,7 +276,7 @@ def evaluation_batches(
     views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
-    yield from batch_loader(views, steps, _collate, workers)
+    yield from batch_loader(views, steps, _collate, workers, pin_memory=pin_memory)
 
 
 def _collate(samples: list[Sample]) -> Batch:

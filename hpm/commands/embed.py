@@ -1,0 +1,201 @@
+"""`hpm embed`: write the features of images, one row per image.
+
+Images are computed and saved shard by shard, so that an interrupted command goes on with those that
+are missing. Processes share the shards; the main process joins them into the file at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpm.commands.embedding_options import EmbedConfig
+from hpm.commands.embedding_shards import Shard, Shards, compute_shards
+from hpm.core import distributed, lock
+from hpm.core.config import pair
+from hpm.core.errors import UserError
+from hpm.core.options import make_config
+from hpm.core.random_state import random_state_kept
+from hpm.core.version import __version__
+from hpm.data.chain import Chain, chain
+from hpm.data.fingerprint import fingerprint
+from hpm.data.loader import num_workers
+from hpm.data.sources import open_source
+from hpm.evals.embedder import Embedder, Recipe
+from hpm.evals.embedding_files import KIND, format_to_write
+from hpm.evals.embeddings import Embeddings
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What was written: path, images, numbers per image, unreadable images and their list."""
+
+    path: Path
+    images: int
+    dim: int
+    unreadable: int
+    unreadable_file: Path | None
+
+
+def embed(
+    run: str | Path,
+    images: str | Path,
+    out: str | Path | None = None,
+    report: Report = print,
+    **options: Any,
+) -> Embeddings:
+    """The features of images.
+
+    Args:
+        run: what `hpm.load_encoder` takes.
+        images: what `hpm.pretrain` takes as data; images of all splits are used.
+        out: file or folder to write, see `EmbedConfig`. Without it, nothing is written.
+        report: called with each line of text.
+        options: those of `EmbedConfig`.
+
+    Returns the paths, labels and features of all readable images, in order. Raises UserError if
+    weights, images or file are of no use.
+    """
+    config = make_config(EmbedConfig, {"run": run, "images": images, "out": out} | options)
+    if config.out is None:
+        return _embed_in_memory(config, report)
+    embedded = run_embed(config, report)
+    return Embeddings.load(embedded.path, config.patches)
+
+
+def run_embed(config: EmbedConfig, report: Report = print) -> Embedded:
+    """Embed as configured. Every process returns what all of them have written."""
+    assert config.out is not None
+    out = Path(config.out).expanduser()
+    format_to_write(out)
+    device = distributed.pick_device(config.device)
+    with distributed.process_group(device), random_state_kept(device):
+        embedder, source = _open(config, device, report)
+        about = _about(config, embedder, source)
+        shards = Shards(out, source, about, config.shard_images)
+        try:
+            if distributed.main_first(shards.claim):
+                if distributed.is_main():
+                    report(f"{out} is complete already")
+                return _written(shards)
+            _compute(config, embedder, shards, report)
+            distributed.wait_for_all()
+            return distributed.main_first(lambda: _finish(shards, config.max_unreadable))
+        finally:
+            lock.release(shards.folder)
+
+
+def _open(config: EmbedConfig, device: Any, report: Report) -> tuple[Embedder, Chain]:
+    recipe = Recipe(
+        config.pool,
+        config.teacher,
+        None if config.image_size is None else pair(config.image_size),
+        config.crop_share,
+        config.precision,
+        config.dtype,
+        config.patches,
+    )
+    embedder = Embedder(config.run, recipe, device)
+    if distributed.is_main():
+        for note in embedder.notes:
+            report(note)
+    return embedder, chain(open_source(config.images, clips=embedder.sampling is not None))
+
+
+def _about(config: EmbedConfig, embedder: Embedder, source: Chain) -> dict[str, Any]:
+    """How the features are made, for the file."""
+    prints = distributed.main_first(lambda: [fingerprint(part) for part in source.sources])
+    return embedder.about | {
+        "kind": KIND,
+        "hpm": __version__,
+        "run": _absolute(config.run),
+        "data": _absolute(config.images),
+        "images": len(source),
+        "fingerprint": prints,
+    }
+
+
+def _absolute(path: str) -> str:
+    """A path that stays valid in other folders; names that are no paths stay as they are."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
+
+
+def _compute(config: EmbedConfig, embedder: Embedder, shards: Shards, report: Report) -> None:
+    """Compute and save this process's share of the missing shards.
+
+    Raises UserError as soon as this process knows of too many unreadable images.
+    """
+    missing = distributed.from_main(shards.missing())
+    count = len(shards.all)
+    if distributed.is_main() and len(missing) < count:
+        report(f"going on: {count - len(missing)} of {count} shards are there")
+    own = [shards.all[number] for number in missing[distributed.rank() :: distributed.world_size()]]
+    known = len(distributed.main_first(shards.problems))
+    _check_unreadable(known, shards, config.max_unreadable)
+    workers = num_workers(config.workers)
+    for shard, rows, problems in compute_shards(
+        embedder, shards.source, own, config.batch_size, workers
+    ):
+        shards.save(shard, rows, problems)
+        known += len(problems)
+        _check_unreadable(known, shards, config.max_unreadable)
+
+
+def _check_unreadable(count: int, shards: Shards, share: float) -> None:
+    if count > share * len(shards.source):
+        shards.list_problems()
+        raise UserError(
+            f"{count} of {len(shards.source)} images cannot be read, more than max_unreadable "
+            f"{share}: repair or remove those in {shards.unreadable_file}, or pass a larger "
+            "--max-unreadable"
+        )
+
+
+def _finish(shards: Shards, max_unreadable: float) -> Embedded:
+    """Join the shards into the result."""
+    problems = shards.list_problems()
+    _check_unreadable(len(problems), shards, max_unreadable)
+    _check_any(len(shards.source), problems, shards.source)
+    shards.finish(len(shards.source) - len(problems), len(problems))
+    return _written(shards)
+
+
+def _check_any(images: int, problems: list[tuple[int, str]], source: Chain) -> None:
+    if len(problems) == images:
+        index, problem = problems[0]
+        raise UserError(
+            f"{source.name}: no readable image (the first, {source.path(index)}: {problem})"
+        )
+
+
+def _written(shards: Shards) -> Embedded:
+    about = shards.format.read_about(shards.out)
+    listed = shards.unreadable_file if about["unreadable"] else None
+    return Embedded(shards.out, about["rows"], about["features"][0], about["unreadable"], listed)
+
+
+def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:
+    if distributed.world_size() > 1:
+        raise UserError("several processes embed into a file: pass out")
+    device = distributed.pick_device(config.device)
+    with random_state_kept(device):
+        embedder, source = _open(config, device, report)
+        about = _about(config, embedder, source)
+        whole = [Shard(Path(), 0, len(source))]
+        workers = num_workers(config.workers)
+        ((_, rows, problems),) = compute_shards(embedder, source, whole, config.batch_size, workers)
+    for index, problem in problems:
+        report(f"cannot read {source.path(index)} ({problem}), passed over")
+    if len(problems) > config.max_unreadable * len(source):
+        raise UserError(
+            f"{len(problems)} of {len(source)} images cannot be read, more than max_unreadable "
+            f"{config.max_unreadable}: repair or remove them, or pass a larger max_unreadable"
+        )
+    _check_any(len(source), problems, source)
+    rows.about = about | {"rows": len(rows), "unreadable": len(problems)}
+    return rows
