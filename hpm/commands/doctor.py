@@ -26,11 +26,13 @@ State = Literal["ok", "warning", "missing"]
 EXTRAS = {
     "parquet": "parquet files and Hugging Face data sets",
     "multichannel": "TIFF and 16-bit colours",
+    "video": "video files",
     "timm": "timm's encoders, export to timm",
     "hf": "Hugging Face models, export to transformers",
     "onnx": "export to ONNX",
     "finetune": "fine-tuning with RandAugment, mixup and CutMix",
     "dense": "segmentation and detection",
+    "faiss": "hpm similar --approximate",
     "wandb": "--tracker wandb",
     "mlflow": "--tracker mlflow",
 }

@@ -66,6 +66,10 @@ class Embeddings:
 
         return Embeddings(
             [path for part in parts for path in part.paths],
-            *map(joined, ("ids", "features", "labels", "splits", "patches")),
-            first.about,
+            ids=joined("ids"),
+            features=joined("features"),
+            labels=joined("labels"),
+            splits=joined("splits"),
+            patches=joined("patches"),
+            about=first.about,
         )
