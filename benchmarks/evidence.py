@@ -536,8 +536,9 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
 def spread(values: list[float]) -> str:
     if not values:
         return ""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def interval(differences: list[float]) -> str:
