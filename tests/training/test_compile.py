@@ -121,7 +121,8 @@ assert sorted(trained) == sorted(graphs), (trained, graphs)
 """
 
 
-@pytest.mark.parametrize("way", [{}, pytest.param({"teacher_scale": 0.5}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [{}, {"teacher_scale": 0.5}])
 def test_a_real_run_compiles_what_the_benchmark_measures(way, image_folder):
     """Figures, measures and probes, whose batches have other shapes, leave the graphs alone."""
     options = {
