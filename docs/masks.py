@@ -6,7 +6,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hpm.core.config import HARD_SHARES
+from hpm.core.choices import HARD_SHARES
 from hpm.data.loader import normalize
 from hpm.data.sources import open_source
 from hpm.data.transforms import evaluation_view

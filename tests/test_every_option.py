@@ -9,7 +9,7 @@ import torch
 import hpm
 from hpm.commands.options import TokenizeConfig
 from hpm.commands.tokenize import tokenize
-from hpm.core.config import TargetName
+from hpm.core.choices import TargetName
 from hpm.core.extras import need
 from hpm.mining.draw import Draw
 from hpm.mining.masking import make_mask, num_hidden_patches

@@ -20,7 +20,8 @@ from rich.table import Table
 from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.commands.timing import about_device, matrix_product_flops, speed, speed_rows, wait
-from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.choices import HARD_SHARES
+from hpm.core.config import PretrainConfig
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError
 from hpm.core.phases import PhaseClock

@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.choices import HARD_SHARES
+from hpm.core.config import PretrainConfig
 from hpm.mining.draw import Draw
 from hpm.mining.miner import Mined, make_miner
 from hpm.mining.teacher import Teacher

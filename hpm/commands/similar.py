@@ -14,7 +14,7 @@ import numpy as np
 
 from hpm.commands.embedding_options import SimilarConfig
 from hpm.core import distributed
-from hpm.core.config import TIMM
+from hpm.core.choices import TIMM
 from hpm.core.errors import UserError, why
 from hpm.core.random_state import random_state_kept
 from hpm.data.chain import chain

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from hpm.core import distributed
-from hpm.core.config import Flip
+from hpm.core.choices import Flip
 from hpm.core.errors import one_line
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import Cache

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from hpm.core.config import Flip
+from hpm.core.choices import Flip
 from hpm.data.arrays import (
     Box,
     Opened,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.core.config import HARD_SHARES, HardShareSchedule, Tubes
+from hpm.core.choices import HARD_SHARES, HardShareSchedule, Tubes
 from hpm.mining.draw import (
     CELLS,
     GUMBEL,

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpm.core.config import PretrainConfig, Tubes, secondary_mask_ratio
+from hpm.core.choices import Tubes
+from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.errors import UserError
 from hpm.core.phases import phase
 from hpm.mining.draw import TEACHER_VIEW, TIES, WITHIN_UNITS, Draw

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpm.core.config import HARD_SHARES
+from hpm.core.choices import HARD_SHARES
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin
 from hpm.mining.draw import BLOCKS, Draw, Priority

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from hpm.core.config import TIMM, Positions, PretrainConfig, pair, secondary_mask_ratio
+from hpm.core.choices import TIMM, Positions
+from hpm.core.config import PretrainConfig, pair, secondary_mask_ratio
 from hpm.core.errors import UserError, counted
 
 PredictorHead = Literal["patch", "scalar"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hpm.core.config import Positions
+from hpm.core.choices import Positions
 from hpm.models.encoder import Encoder
 from hpm.models.linear import Linear
 from hpm.models.patches import POSITIONS, gather_patches, patchify, unpatchify

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hpm.core.config import Positions
+from hpm.core.choices import Positions
 from hpm.models.encoder import Encoder
 from hpm.models.linear import Linear, linear
 from hpm.models.patches import (

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from hpm.core.config import PretrainConfig, RankingSignal
+from hpm.core.choices import RankingSignal
+from hpm.core.config import PretrainConfig
 from hpm.mining.losses import squared_error
 from hpm.models.patches import gather_patches, patchify
 from hpm.targets.base import Ids, Images, Patches, PatchLoss, Target, TargetInputs

@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 import torch
 
-from hpm.core.config import PretrainConfig, TargetName
+from hpm.core.choices import TargetName
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, nearest
 from hpm.core.options import convert, describe
 from hpm.core.plugins import find_class

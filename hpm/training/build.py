@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hpm.core import distributed
-from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
+from hpm.core.choices import HARD_SHARES, TIMM
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD

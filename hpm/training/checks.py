@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from hpm.core.config import HARD_SHARES, TIMM, PretrainConfig
+from hpm.core.choices import HARD_SHARES, TIMM
+from hpm.core.config import PretrainConfig
 from hpm.core.durations import seconds
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules, describe

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from hpm.core import lock
-from hpm.core.config import TIMM, PretrainConfig, pair
+from hpm.core.choices import TIMM
+from hpm.core.config import PretrainConfig, pair
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_meta, remove_stale, write_text

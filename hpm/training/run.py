@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hpm.core import distributed
-from hpm.core.config import HARD_SHARES, PretrainConfig
+from hpm.core.choices import HARD_SHARES
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.data.cache import make_cache
 from hpm.data.fingerprint import Fingerprint

@@ -9,7 +9,8 @@ from typing import Literal, cast
 
 import torch
 
-from hpm.core.config import TIMM, PatchSize, PretrainConfig, secondary_mask_ratio
+from hpm.core.choices import TIMM, PatchSize
+from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.models.architecture import resolve_model

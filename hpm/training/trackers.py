@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from hpm.core.config import TrackerName
+from hpm.core.choices import TrackerName
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.core.files import write_text

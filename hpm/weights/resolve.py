@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hpm.core.config import TIMM
+from hpm.core.choices import TIMM
 from hpm.core.errors import UserError
 from hpm.core.files import TORCH_SUFFIXES, StateDict, read_tensors, read_torch_file
 from hpm.core.random_state import random_state_kept

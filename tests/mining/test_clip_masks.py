@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpm.core.config import HARD_SHARES
+from hpm.core.choices import HARD_SHARES
 from hpm.mining.draw import Draw
 from hpm.mining.masking import (
     choose_decoded,

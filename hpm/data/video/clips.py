@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpm.core.config import Flip
+from hpm.core.choices import Flip
 from hpm.data.arrays import Box, View, reading
 from hpm.data.transforms import (
     Crop,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpm.core.config import Flip
+from hpm.core.choices import Flip
 from hpm.core.errors import UserError
 from hpm.core.options import option
 from hpm.evals.contract import RANDOM, RAW_PIXELS, Measured
