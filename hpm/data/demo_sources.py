@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -11,21 +13,18 @@ from hpm.data.video.clip import Video, middle_frame
 from hpm.data.video.sampling import ClipSampling
 
 
-class DemoSource:
-    """The built-in images."""
+class BuiltIn:
+    """What the built-in sources have in common. The samples of the classes take turns."""
 
-    def __init__(self, split: str):
-        self.name = f"demo ({split})"
+    def __init__(self, name: str, split: str, classes: Sequence[str], size: int):
+        self.name = f"{name} ({split})"
         self.split = split
-        self.classes = list(demo.CLASSES)
-        labels: np.ndarray = np.arange(demo.SIZES[split]) % len(demo.CLASSES)
-        self.labels: np.ndarray | None = labels
+        self.classes = list(classes)
+        self.labels: np.ndarray | None = np.arange(size) % len(classes)
+        self._folder, self._size = name, size
 
     def __len__(self) -> int:
-        return demo.SIZES[self.split]
-
-    def open(self, index: int) -> Image.Image:
-        return Image.fromarray(demo.render(index, self.split).image)
+        return self._size
 
     def read(self, index: int) -> None:
         return None
@@ -34,42 +33,36 @@ class DemoSource:
         return False
 
     def path(self, index: int) -> str:
-        return f"demo/{self.split}/{index}"
+        return f"{self._folder}/{self.split}/{index}"
+
+
+class DemoSource(BuiltIn):
+    """The built-in images."""
+
+    def __init__(self, split: str):
+        super().__init__("demo", split, demo.CLASSES, demo.SIZES[split])
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(demo.render(index, self.split).image)
 
     def mask(self, index: int) -> np.ndarray:
         """bool [H W], True on any object."""
         return demo.render(index, self.split).mask
 
 
-class DemoVideos:
+class DemoVideos(BuiltIn):
     """The built-in videos."""
 
     holds_videos = True
 
     def __init__(self, split: str):
-        self.name = f"demo-video ({split})"
-        self.split = split
-        self.classes = list(demo_video.CLASSES)
-        labels: np.ndarray = np.arange(demo_video.SIZES[split]) % len(demo_video.CLASSES)
-        self.labels: np.ndarray | None = labels
-
-    def __len__(self) -> int:
-        return demo_video.SIZES[self.split]
+        super().__init__("demo-video", split, demo_video.CLASSES, demo_video.SIZES[split])
 
     def open_video(self, index: int) -> Video:
         return demo_video.DemoVideo(index, self.split)
 
     def open(self, index: int) -> Image.Image:
         return middle_frame(self.open_video(index))
-
-    def read(self, index: int) -> None:
-        return None
-
-    def is_deep(self) -> bool:
-        return False
-
-    def path(self, index: int) -> str:
-        return f"demo-video/{self.split}/{index}"
 
     def mask(self, index: int) -> np.ndarray:
         """bool [H W], True on the object in the middle frame."""

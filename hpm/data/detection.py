@@ -18,8 +18,9 @@ from hpm.core.errors import UserError, counted
 from hpm.data import demo
 from hpm.data.coco import CocoFile, read_coco
 from hpm.data.notes import say_once
+from hpm.data.paths import Paths
 from hpm.data.rle import decode_masks, encode_masks, mask_library
-from hpm.data.sources import DemoSource, FileSource, Paths, Source, Splits, Subset
+from hpm.data.sources import DemoSource, FileSource, Source, Splits, Subset
 from hpm.data.splits import is_split, pick_splits
 
 LOOKED_FOR = (

@@ -1,4 +1,4 @@
-"""A compact list of file paths."""
+"""File paths: a compact list, and what sources of files have in common."""
 
 from __future__ import annotations
 
@@ -32,3 +32,28 @@ class Paths(Sequence[str]):
         index = range(len(self))[index]
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+
+class Files:
+    """Files below `root`, which their names are relative to, with or without labels: what sources
+    of files have in common."""
+
+    def __init__(
+        self,
+        name: str,
+        paths: Iterable[Path | str],
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+        root: Path | str = "",
+    ):
+        self.name = name
+        self.root = str(root)
+        self.paths = Paths(paths)
+        self.labels = labels
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return self.paths[index]

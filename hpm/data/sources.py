@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +27,7 @@ from hpm.data.inspection import any_deep
 from hpm.data.lists import labels_of, read_list
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
-from hpm.data.paths import Paths
+from hpm.data.paths import Files
 from hpm.data.tables import ArrowSource, ParquetSource
 from hpm.data.video.clip import Video
 from hpm.data.video.lists import is_video_list
@@ -160,25 +159,8 @@ def _open_own(data: str) -> Splits:
     return Splits(*sources)
 
 
-class FileSource:
-    """Image files below `root`, which their names are relative to."""
-
-    def __init__(
-        self,
-        name: str,
-        paths: Iterable[Path | str],
-        labels: np.ndarray | None = None,
-        classes: Sequence[str] = (),
-        root: Path | str = "",
-    ):
-        self.name = name
-        self.root = str(root)
-        self.paths = Paths(paths)
-        self.labels = labels
-        self.classes = list(classes)
-
-    def __len__(self) -> int:
-        return len(self.paths)
+class FileSource(Files):
+    """Image files."""
 
     def open(self, index: int) -> Opened:
         return open_image(self.paths[index])
@@ -188,9 +170,6 @@ class FileSource:
 
     def is_deep(self) -> bool:
         return any_deep(self.open, len(self))
-
-    def path(self, index: int) -> str:
-        return self.paths[index]
 
 
 class Subset:

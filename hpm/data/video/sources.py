@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from hpm.core.errors import UserError, counted
 from hpm.data.arrays import Opened
@@ -16,7 +13,7 @@ from hpm.data.folders import IMAGE_SUFFIXES, VIDEO_SUFFIXES, find_files
 from hpm.data.inspection import any_deep
 from hpm.data.lists import labels_of
 from hpm.data.notes import say_once
-from hpm.data.paths import Paths
+from hpm.data.paths import Files
 from hpm.data.video.clip import Video, middle_frame
 from hpm.data.video.decoding import open_video, pyav
 from hpm.data.video.frames import FrameFolder, frame_number
@@ -26,32 +23,18 @@ CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FEWEST_FRAMES = 2  # numbered images that make a folder a video
 
 
-class VideoFiles:
-    """Video files and folders of frames, below `root`, which their names are relative to.
+class VideoFiles(Files):
+    """Video files and folders of frames.
 
     As a source of images, the frame in the middle of each.
     """
 
     holds_videos = True
 
-    def __init__(
-        self,
-        name: str,
-        paths: Iterable[Path | str],
-        labels: np.ndarray | None = None,
-        classes: Sequence[str] = (),
-        root: Path | str = "",
-    ):
-        self.name = name
-        self.root = str(root)
-        self.paths = Paths(paths)
-        self.labels = labels
-        self.classes = list(classes)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         if any(not os.path.isdir(path) for path in self.paths[:1]):
             pyav()  # a missing library is an error now, and not one of each video
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def open_video(self, index: int) -> Video:
         """Raises OSError or UnreadableImage."""
@@ -71,9 +54,6 @@ class VideoFiles:
 
     def is_deep(self) -> bool:
         return os.path.isdir(self.paths[0]) and any_deep(self.open, len(self))
-
-    def path(self, index: int) -> str:
-        return self.paths[index]
 
 
 def holds_videos(source: Any) -> bool:
