@@ -17,7 +17,8 @@ from hpm.data import demo
 from hpm.data.arrays import UnreadableImage
 from hpm.data.mask_files import Labels, highest_label, pair_by_name, read_mask
 from hpm.data.notes import say_once
-from hpm.data.sources import DemoSource, FileSource, Paths, Source, Splits, Subset
+from hpm.data.paths import Paths
+from hpm.data.sources import DemoSource, FileSource, Source, Splits, Subset
 from hpm.data.splits import is_split, pick_splits
 from hpm.data.transforms import decode
 
