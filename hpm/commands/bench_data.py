@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from hpm.commands.bench_clips import BareClips
 from hpm.commands.options import BenchDataConfig
+from hpm.commands.timing import print_table
 from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.progress import track
@@ -280,26 +279,27 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for title in ("", f"{kind}s/s", "best", "of bare, %", "MB per worker"):
-        table.add_column(title, justify="left" if not title else "right", no_wrap=True)
-    table.add_row(
-        "bare libraries, one process",
-        f"{bare['images_per_second']:.0f}",
-        f"{bare['best']:.0f}",
-        "100",
-        "",
-    )
+    rows = [
+        [
+            "bare libraries, one process",
+            f"{bare['images_per_second']:.0f}",
+            f"{bare['best']:.0f}",
+            "100",
+            "",
+        ]
+    ]
     for number, found in report["workers"].items():
         memory = found["memory_mb"]
-        table.add_row(
-            counted(number, "worker"),
-            f"{found['images_per_second']:.0f}",
-            f"{found['best']:.0f}",
-            f"{100 * found['share_of_bare']:.0f}",
-            "" if memory is None else f"{memory:.0f}",
+        rows.append(
+            [
+                counted(number, "worker"),
+                f"{found['images_per_second']:.0f}",
+                f"{found['best']:.0f}",
+                f"{100 * found['share_of_bare']:.0f}",
+                "" if memory is None else f"{memory:.0f}",
+            ]
         )
-    console.print(table)
+    print_table(console, (f"{kind}s/s", "best", "of bare, %", "MB per worker"), rows)
     parts = ", ".join(f"{name} {ms:.2f}" for name, ms in bare["ms"].items())
     console.print(f"ms per {kind}: {parts}", highlight=False)
     if "wanted" in report:

@@ -8,14 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from hpm.commands.multiply_adds import count_multiply_adds
 from hpm.commands.options import BenchDenseConfig, BenchDetectConfig, BenchSegmentConfig
-from hpm.commands.timing import about_device, matrix_product_flops, speed, speed_rows, wait
+from hpm.commands.timing import (
+    about_device,
+    machine,
+    matrix_product_flops,
+    print_table,
+    speed,
+    speed_rows,
+    wait,
+)
 from hpm.core.config import PretrainConfig
 from hpm.core.distributed import pick_device
 from hpm.core.options import check_rules
@@ -226,18 +232,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     size = report["image_size"]
     console.print(
         f"{report['model']}, {HEADS[report['head']]}, {size} x {size} px, batch "
-        f"{report['batch_size']}, {report['precision']}, on {report['device']} "
-        f"({report['threads']} threads), torch {report['torch']}; a matrix product reaches "
-        f"{report['matrix_product_tflops']:.3g} TFLOP/s; peak memory {report['memory_gb']:.2f} GB",
+        f"{report['batch_size']}, {report['precision']}, on {machine(report)}; peak memory "
+        f"{report['memory_gb']:.2f} GB",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in report["measured"]:
-        table.add_column(name, justify="right", no_wrap=True)
     rate, step, *others = speed_rows(list(report["measured"].values()), report["peak_tflops"])
     phases = [[f"  {name}, ms", f"{ms:.1f}", ""] for name, ms in report["phases_ms"].items()]
-    for row in (rate, step, *phases, *others):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, list(report["measured"]), (rate, step, *phases, *others))

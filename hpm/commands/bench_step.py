@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
-from hpm.commands.timing import about_device, matrix_product_flops, speed, speed_rows, wait
+from hpm.commands.timing import (
+    about_device,
+    machine,
+    matrix_product_flops,
+    print_table,
+    speed,
+    speed_rows,
+    wait,
+)
 from hpm.core.choices import HARD_SHARES
 from hpm.core.config import PretrainConfig
 from hpm.core.distributed import pick_device
@@ -220,22 +226,15 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(
         f"{report['model']}, {' x '.join(map(str, size))} px, batch {report['batch_size']}, "
         f"{report['precision']}, {'compiled' if report['compiled'] else 'eager'}, on "
-        f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
-        f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s",
+        f"{machine(report)}",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in report["methods"]:
-        table.add_column(name, justify="right", no_wrap=True)
     found = list(report["methods"].values())
     rate, step, *shares = speed_rows(found, report["peak_tflops"])
     phases = [[f"  {p}, ms", *[f"{m['phases_ms'][p]:.2f}" for m in found]] for p in PHASES]
     memory = ["peak memory, GB", *[f"{m['memory_gb']:.2f}" for m in found]]
-    for row in (rate, step, *phases, memory, *shares):
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, list(report["methods"]), (rate, step, *phases, memory, *shares))
     ratio = report["hpm_to_mae"]
     console.print(
         f"HPM takes {ratio['median']:.2f} times as long as MAE ({ratio['low']:.2f} to "

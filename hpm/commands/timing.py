@@ -1,12 +1,16 @@
-"""What timings on a device need: waiting for it, and its speed in a plain matrix product."""
+"""What timings need: waiting for the device, its speed in a matrix product, tables of results."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from hpm.core.phases import PhaseClock
 
@@ -67,6 +71,25 @@ def speed(
         "share_of_matrix_product": tflops / device["matrix_product_tflops"],
         "share_of_peak": tflops / peak if peak else None,
     }
+
+
+def machine(report: dict[str, Any]) -> str:
+    """A line about the machine of a report that holds `about_device`."""
+    return (
+        f"{report['device']} ({report['threads']} threads), torch {report['torch']}; a matrix "
+        f"product reaches {report['matrix_product_tflops']:.3g} TFLOP/s"
+    )
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of a title and a number for each of the columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def speed_rows(columns: list[dict[str, Any]], peak_tflops: float | None) -> list[list[str]]:

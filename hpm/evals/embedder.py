@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hpm.core.errors import UserError
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source
-from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.evals.features import EvaluatedBackbone
 from hpm.weights.resolve import load
 
@@ -63,9 +62,7 @@ class Embedder:
         if recipe.pool == "cls" and not self.encoder.has_class_token:
             raise UserError(f"{run} has no class token: pass --pool mean")
         self.weights = digest(self.encoder, trained.mean, trained.std)
-        self.sampling = clip_sampling(trained.config) if trained.config else None
-        if self.sampling is None and len(self.encoder.image_size) == 3:
-            self.sampling = ClipSampling(self.encoder.image_size[0])
+        self.sampling = trained.sampling()
         self._backbone = EvaluatedBackbone(
             "trained", backbone.to(device).eval(), trained.architecture, recipe.precision
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import Source, clip_mask, object_mask
 from hpm.data.transforms import evaluation_view
-from hpm.data.video.sampling import ClipSampling, clip_sampling
+from hpm.data.video.sampling import ClipSampling
 from hpm.mining.draw import Draw
 from hpm.mining.losses import ranking_accuracy
 from hpm.mining.masking import random_mask
@@ -95,7 +95,7 @@ def evaluate_losses(
     model, config = trained.model, trained.config
     assert model is not None and config is not None
     height, width = model.encoder.image_size[-2:]
-    sampling = clip_sampling(config)
+    sampling = trained.sampling()
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     totals: dict[str, float] = {}
     count = 0

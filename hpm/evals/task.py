@@ -15,7 +15,6 @@ from hpm.core.errors import UserError
 from hpm.data.loader import num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.data.unreadable import UnreadableImages
-from hpm.data.video.sampling import ClipSampling
 from hpm.evals.contract import COMPARED, RANDOM, TRAINED
 from hpm.evals.features import (
     EvaluatedBackbone,
@@ -56,7 +55,7 @@ class Task:
             report,
             options.crop_share,
             options.unreadable_limit,
-            self._sampling(),
+            self.trained.sampling(options.frames, options.frame_stride),
         )
         self.backbones = [self._backbone(TRAINED, self.trained)]
         if options.compare:
@@ -78,25 +77,10 @@ class Task:
         return splits
 
     def need_images(self, protocol: str) -> None:
-        """Raise UserError for a run on clips."""
+        """Raise UserError for an evaluation on clips."""
+        self.trained.need_images(protocol)
         if self.reader.sampling is not None:
-            raise UserError(f"{protocol} is for images, but {self.options.run} is of clips")
-
-    def _sampling(self) -> ClipSampling | None:
-        """The frames of a clip; None for images. Raises UserError if they do not fit the run."""
-        options, config = self.options, self.trained.config
-        size = self.trained.architecture.image_size
-        trained_on = size[0] if len(size) == 3 else None
-        frames = options.frames or trained_on or 1
-        if trained_on not in (None, frames):
-            raise UserError(
-                f"frames is {frames}, but {options.run} is of clips of {trained_on} frames: leave "
-                "it out"
-            )
-        if frames == 1:
-            return None
-        stride = config.frame_stride if config else ClipSampling().stride
-        return ClipSampling(frames, options.frame_stride or stride)
+            raise UserError(f"{protocol} is for images: leave --frames out")
 
     def _backbone(self, name: str, trained: Trained) -> EvaluatedBackbone:
         size, sampling = trained.architecture.image_size, self.reader.sampling

@@ -161,9 +161,7 @@ class Miner:
 
     def count_hidden(self, mask_ratio: float) -> int:
         """Number of hidden patches at a mask ratio."""
-        encoder = self.teacher.encoder
-        times = 1 if self.tubes == "none" else encoder.grid[0]
-        return num_hidden_patches(encoder.num_patches, mask_ratio, times)
+        return count_hidden(self.teacher, mask_ratio, self.tubes)
 
     def signal(
         self, images: Images, draw: Draw
@@ -221,6 +219,12 @@ class Miner:
         return self.teacher.encoder(images)
 
 
+def count_hidden(model: MaskedImageModel, mask_ratio: float, tubes: Tubes) -> int:
+    """Number of hidden patches at a mask ratio; the same at each time of a clip if `tubes`."""
+    times = 1 if tubes == "none" else model.encoder.grid[0]
+    return num_hidden_patches(model.encoder.num_patches, mask_ratio, times)
+
+
 def tubes_of(config: PretrainConfig) -> Tubes:
     """Whether the same places of a clip are hidden at all times, and by what they are mined."""
     if config.frames > 1 and config.mine_tubes == "none" and config.mask in AT_ALL_TIMES:
@@ -236,12 +240,11 @@ def make_miner(
     needs_features: bool = False,
 ) -> Miner:
     """The miner of a resolved config. Raises UserError if the encoder has no small teacher."""
-    grid, tubes = teacher.encoder.grid, tubes_of(config)
-    times = 1 if tubes == "none" else grid[0]
+    tubes = tubes_of(config)
     return Miner(
         teacher,
         config.mask,
-        num_hidden_patches(teacher.encoder.num_patches, config.mask_ratio, times),
+        count_hidden(teacher, config.mask_ratio, tubes),
         secondary_mask_ratio=secondary_mask_ratio(config),
         temperature=config.mining_temperature,
         unit=config.mask_unit,

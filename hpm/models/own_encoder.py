@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,7 +75,19 @@ def own_shape(
 
     Raises UserError if it cannot be imported, built or run.
     """
-    find_encoder(name, known)
+    kind: Any = find_encoder(name, known)
+    return dict(_tried(kind, name, tuple(image_size), tuple(patch_size), channels))
+
+
+@lru_cache(maxsize=8)  # a run asks several times, and the encoder may be large
+def _tried(
+    kind: type[Encoder],  # not only its name: the same name may be of another class later
+    name: str,
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    channels: int,
+) -> dict[str, Any]:
+    """What the class says about itself, once it has run on a batch."""
     encoder = own_encoder(name, image_size, patch_size, channels, trusted=True).eval()
     visible = torch.arange(encoder.num_patches)[None, ::2].expand(2, -1)
     wanted = [2, encoder.num_prefix_tokens + visible.shape[1], encoder.embed_dim]

@@ -7,14 +7,27 @@ block `curves`, which has one entry per `.chart`, in order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
 BINS = 150  # a long curve is reduced to the lowest and highest point of each bin
 MAX_MARKED = 30  # curves of at most so many points get a mark at each point
+
+
+Points = list[tuple[int, float]]  # steps and values
+
+
+class Chart(NamedTuple):
+    """A chart: its title and caption, and a label for each metric that it shows."""
+
+    title: str
+    about: str
+    names: dict[str, str]
+    from_zero: bool = False
 
 
 @dataclass
@@ -26,7 +39,7 @@ class Curve:
     values: list[float]
 
 
-def make_curve(name: str, points: list[tuple[int, float]]) -> Curve:
+def make_curve(name: str, points: Points) -> Curve:
     """Reduce points (step, value) to at most about 2 * BINS, keeping spikes."""
     points = sorted((step, value) for step, value in points if math.isfinite(value))
     if len(points) > 2 * BINS:
@@ -37,6 +50,24 @@ def make_curve(name: str, points: list[tuple[int, float]]) -> Curve:
             kept += sorted(extremes)
         points = [*kept, points[-1]]
     return Curve(name, [step for step, _ in points], [value for _, value in points])
+
+
+def draw_charts(
+    charts: Iterable[tuple[Chart, dict[str, Points]]], last_step: int
+) -> tuple[str, list[dict[str, Any]]]:
+    """(HTML of the charts with the points of their curves, by label; their values for the script).
+
+    Charts and curves without finite values are left out; the HTML is empty if all are.
+    """
+    cards, values = [], []
+    for chart, labelled in charts:
+        curves = [make_curve(label, points) for label, points in labelled.items()]
+        curves = [curve for curve in curves if curve.values]
+        if curves:
+            card, numbers = draw_chart(chart.title, chart.about, curves, last_step, chart.from_zero)
+            cards.append(card)
+            values.append(numbers)
+    return (f'<div class="cards">{"".join(cards)}</div>' if cards else ""), values
 
 
 def draw_chart(

@@ -12,9 +12,8 @@ from typing import Any
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
 from hpm.evals.contract import TRAINED
-from hpm.show.curves import draw_chart, make_curve
-from hpm.show.page import asset, data_block, names_table, page
-from hpm.show.report_figures import Chart
+from hpm.show.curves import Chart, Points, draw_charts
+from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.training.sessions import read_lines
 
 CHARTS = (
@@ -120,7 +119,7 @@ def _numbers(values: dict[str, dict[str, dict[str, float]]], first: str) -> str:
     cells = [
         [*words, *[_with_interval(numbers, name) for name in names]] for words, numbers in rows
     ]
-    return _grid(heads, cells)
+    return f'<div class="scroll numbers">{table(heads, cells)}</div>'
 
 
 def _differences(values: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -162,7 +161,7 @@ def _figures(file: Path, names: list[str]) -> str:
 
 def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of a chart per metric with a curve per training, their values for the script)."""
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    found: dict[str, dict[str, Points]] = {}
     for model, lines in logs.items():
         for line in lines:
             for name, value in line.items():
@@ -172,16 +171,11 @@ def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, 
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(_words(name), "", {name: name}) for name in sorted(found.keys() - known)]
     last_step = max((line["step"] for lines in logs.values() for line in lines), default=0)
-    cards, values = [], []
-    for chart in [CHARTS[0], *others, *CHARTS[1:]]:
-        by_model = found.get(next(iter(chart.names)), {})
-        curves = [make_curve(model, points) for model, points in by_model.items()]
-        curves = [curve for curve in curves if curve.values]
-        if curves:
-            html, data = draw_chart(chart.title, chart.about, curves, last_step, chart.from_zero)
-            cards.append(html)
-            values.append(data)
-    return (f'<div class="cards">{"".join(cards)}</div>' if cards else ""), values
+    by_model = [
+        (chart, found.get(next(iter(chart.names)), {}))
+        for chart in [CHARTS[0], *others, *CHARTS[1:]]
+    ]
+    return draw_charts(by_model, last_step)
 
 
 def _with_interval(numbers: dict[str, float], name: str) -> str:
@@ -190,15 +184,6 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
     return f"{numbers[name]:.4g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
-
-
-def _grid(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(word)}</th>" for word in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll numbers">{table}</div>'
 
 
 def _words(name: str) -> str:

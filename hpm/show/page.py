@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -50,6 +50,16 @@ def page(title: str, body: str, script: str = "", style: str = "", fetches: bool
         f"<style>\n{asset('page.css')}\n{style}</style>\n</head>\n<body>\n"
         f"{body}\n" + (f"<script>{script}</script>\n" if script else "") + "</body>\n</html>\n"
     )
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of plain text, escaped here."""
+
+    def cells(tag: str, words: Iterable[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(word)}</{tag}>" for word in words) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    return f"<table><thead>{cells('th', heads)}</thead><tbody>{body}</tbody></table>"
 
 
 def names_table(values: Mapping[str, Any]) -> str:

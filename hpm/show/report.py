@@ -19,7 +19,7 @@ from hpm.evals.saved import saved_evaluations
 from hpm.show.evaluation_report import write_evaluation_report
 from hpm.show.moments import read_moments
 from hpm.show.options import ReportConfig
-from hpm.show.page import asset, data_block, names_table, page
+from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.show.report_figures import charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.run_folder import RunFolder
@@ -165,21 +165,17 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
 
 def _evaluations(folder: Path) -> str:
     """A table of this run's evaluations; empty if there are none."""
-    rows = ""
+    rows = []
     for saved in saved_evaluations(folder):
         whose = saved.weights or ""
         whose += "" if saved.step is None else f", step {saved.step:,}"
-        for row in saved.rows or [[saved.file.name, "", "", "unreadable"]]:
-            cells = "".join(f"<td>{escape(cell)}</td>" for cell in [*row, whose])
-            rows += f"<tr>{cells}</tr>"
+        rows += [[*row, whose] for row in saved.rows or [[saved.file.name, "", "", "unreadable"]]]
     if not rows:
         return ""
     titles = ("evaluation", "data", "features", "numbers", "weights")
-    heads = "".join(f"<th>{title}</th>" for title in titles)
     return (
         "<h2>Evaluations</h2>\n<p>Top-1 in %, with its 95 % bootstrap interval.</p>\n"
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-        "</div>"
+        f'<div class="scroll">{table(titles, rows)}</div>'
     )
 
 
@@ -226,22 +222,20 @@ def _sessions(sessions: list[Session], config_file: Path) -> str:
         lines = config_file.read_text(encoding="utf-8").splitlines()
         noted = [line.lstrip("# ") for line in lines if line.startswith("#")]
         return f"<p>{'<br>'.join(map(escape, noted))}</p>"
-    rows = "".join(
-        f"<tr><td>{escape(session.began)}</td><td>{session.first_step:,}</td>"
-        f"<td>{escape(session.ended or '')}</td>"
-        f"<td>{'' if session.last_step is None else format(session.last_step, ',')}</td>"
-        f"<td>{escape(str(session.environment.get('device')))}, "
-        f"{counted(session.environment.get('processes') or 1, 'process', 'processes')}</td></tr>"
+    rows = [
+        (
+            session.began,
+            f"{session.first_step:,}",
+            session.ended or "",
+            "" if session.last_step is None else f"{session.last_step:,}",
+            f"{session.environment.get('device')}, "
+            f"{counted(session.environment.get('processes') or 1, 'process', 'processes')}",
+        )
         for session in sessions
-    )
-    heads = "".join(
-        f"<th>{name}</th>" for name in ("began", "from step", "ended", "at step", "device")
-    )
+    ]
+    titles = ("began", "from step", "ended", "at step", "device")
     environment = {k: v for k, v in sessions[-1].environment.items() if v is not None}
-    return (
-        f'{names_table(environment)}\n<div class="scroll sessions"><table>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    return f'{names_table(environment)}\n<div class="scroll sessions">{table(titles, rows)}</div>'
 
 
 def _size(options: dict[str, Any]) -> str:

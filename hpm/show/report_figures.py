@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hpm.show.curves import draw_chart, make_curve
+from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.moments import Moment
 from hpm.show.page import colours, image_uri
-
-
-class Chart(NamedTuple):
-    """A chart: its title and caption, and a label for each metric that it shows."""
-
-    title: str
-    about: str
-    names: dict[str, str]
-    from_zero: bool = False
-
 
 CHARTS = (
     Chart(
@@ -96,7 +86,7 @@ SMALL = 64  # images up to this side, in pixels, are stored as PNG and shown wit
 
 def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts of all logged metrics, their values for the script)."""
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, Points] = {}
     for line in metrics:
         for name, value in line.items():
             if isinstance(value, (int, float)) and name not in LEFT_OUT:
@@ -104,22 +94,15 @@ def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, A
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
     last_step = max((line["step"] for line in metrics), default=0)
-    cards, values = [], []
-    for chart in [*CHARTS, *sorted(others)]:
-        drawn = [
-            make_curve(called, points[name])
-            for name, called in chart.names.items()
-            if name in points
-        ]
-        drawn = [curve for curve in drawn if curve.steps]
-        if drawn:
-            card, numbers = draw_chart(chart.title, chart.about, drawn, last_step, chart.from_zero)
-            cards.append(card)
-            values.append(numbers)
-    if not cards:
+    labelled = [
+        (chart, {label: points[name] for name, label in chart.names.items() if name in points})
+        for chart in [*CHARTS, *sorted(others)]
+    ]
+    html, values = draw_charts(labelled, last_step)
+    if not html:
         return "<p>No measurements yet.</p>", values
     hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
-    return f'<p class="faint">{hint}</p>\n<div class="cards">{"".join(cards)}</div>', values
+    return f'<p class="faint">{hint}</p>\n{html}', values
 
 
 def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:

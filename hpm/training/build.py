@@ -167,11 +167,8 @@ def warm_up_start(
         return 0
     steps_per_epoch = len(images.source) // config.global_batch_size
     ended = length_of(checkpoint.meta["config"], steps_per_epoch)
-    if (
-        checkpoint.meta["step"]
-        == ended
-        < num_steps(config, config.global_batch_size, len(images.source))
-    ):
+    total = num_steps(config.steps, config.epochs, steps_per_epoch)
+    if checkpoint.meta["step"] == ended < total:
         return ended
     return checkpoint.meta.get("schedule_start", 0)
 

@@ -86,14 +86,14 @@ def check_options(
     for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    batch_size = config.global_batch_size
-    total = num_steps(config, batch_size, count)
+    steps_per_epoch = count // config.global_batch_size
+    total = num_steps(config.steps, config.epochs, steps_per_epoch)
 
     def steps(duration: str) -> float:
-        return duration_steps(duration, total, count // batch_size)
+        return duration_steps(duration, total, steps_per_epoch)
 
     free = {name for name in now if may_change(name)} | {"data"}
-    length = length_of(before, count // batch_size) or total
+    length = length_of(before, steps_per_epoch) or total
     # The same length may be given in epochs or in steps, and a run may be prolonged: at any time
     # with a constant learning rate, else when it is finished.
     prolonged = total > length and (config.schedule == "constant" or step == length)
@@ -111,8 +111,8 @@ def check_options(
 
 
 def length_of(options: dict[str, Any], steps_per_epoch: int) -> int:
-    """Length in steps of a run with these options; 0 if they do not say."""
-    return options.get("steps") or options.get("epochs", 0) * steps_per_epoch
+    """Length in steps of a run with these options of a file; 0 if they do not say."""
+    return num_steps(options.get("steps"), options.get("epochs", 0), steps_per_epoch)
 
 
 def check_data(

@@ -88,9 +88,8 @@ def make_schedule(config: PretrainConfig, num_images: int, start: int = 0) -> Sc
 
     start: of a prolonged run, the step at which it had ended.
     """
-    batch_size = config.global_batch_size
-    steps_per_epoch = num_images // batch_size
-    total = num_steps(config, batch_size, num_images)
+    steps_per_epoch = num_images // config.global_batch_size
+    total = num_steps(config.steps, config.epochs, steps_per_epoch)
 
     def steps(text: str) -> float:
         return duration_steps(text, total, steps_per_epoch)
@@ -112,9 +111,9 @@ def make_schedule(config: PretrainConfig, num_images: int, start: int = 0) -> Sc
     )
 
 
-def num_steps(config: PretrainConfig, batch_size: int, num_images: int) -> int:
-    """Length of training in steps."""
-    return config.steps or config.epochs * (num_images // batch_size)
+def num_steps(steps: int | None, epochs: int, steps_per_epoch: int) -> int:
+    """Length of training in steps, which `steps` or `epochs` gives."""
+    return steps or epochs * steps_per_epoch
 
 
 def default_base_lr(steps: int, batch_size: int) -> float:
@@ -185,7 +184,9 @@ def resolve(
         )
     base_lr = config.base_lr
     if base_lr is None:
-        base_lr = default_base_lr(num_steps(config, batch_size, num_images), batch_size)
+        base_lr = default_base_lr(
+            num_steps(config.steps, config.epochs, num_images // batch_size), batch_size
+        )
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"

@@ -14,6 +14,7 @@ from torch import nn
 from hpm.core.config import PretrainConfig, pair
 from hpm.core.errors import UserError
 from hpm.core.files import StateDict
+from hpm.data.video.sampling import ClipSampling
 from hpm.mining.miner import Miner, make_miner
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder, build_model, resized_encoder
@@ -53,6 +54,30 @@ class Trained:
         """Raise UserError for a model of clips."""
         if len(self.architecture.image_size) == 3:
             raise UserError(f"{what} is for images, but {self.name} is of clips")
+
+    def sampling(
+        self, frames: int | None = None, frame_stride: int | None = None
+    ) -> ClipSampling | None:
+        """The frames of a clip that the encoder sees; None for images.
+
+        Args:
+            frames: for an image encoder, whose features are pooled over them. Default: as trained.
+            frame_stride: default: as trained, else that of `ClipSampling`.
+
+        Raises UserError if an encoder of clips is trained on another number of frames.
+        """
+        size = self.architecture.image_size
+        trained_on = size[0] if len(size) == 3 else None
+        frames = frames or trained_on or 1
+        if trained_on not in (None, frames):
+            raise UserError(
+                f"frames is {frames}, but {self.name} is of clips of {trained_on} frames: leave "
+                "it out"
+            )
+        if frames == 1:
+            return None
+        stride = self.config.frame_stride if self.config else ClipSampling().stride
+        return ClipSampling(frames, frame_stride or stride)
 
     def find_target(self, device: torch.device) -> Target:
         """The target that the model was trained to reconstruct. Raises UserError if a part of it is
