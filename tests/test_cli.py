@@ -240,12 +240,12 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
         image_folder,
         "--out",
         out,
-        *tiny_arguments(holdout=0),
+        *tiny_arguments(steps=4),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert_refused(result, "no space left; make room, then run the same command again")
     assert not list((out / "checkpoints").iterdir())
-    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(holdout=0)]
+    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(steps=4)]
     assert run_here(*arguments).returncode == 0
 
 
@@ -282,7 +282,7 @@ def test_eval_and_show(finished_run, image_folder, tmp_path):
     result = run_here("show", finished_run.backbone, image_folder, "--out", figure)
     assert result.returncode == 0 and "not shown: actual loss" in result.stdout
     assert_refused(
-        run_hpm("show", finished_run.folder, image_folder, "--out", tmp_path / "a.txt"), ".png"
+        run_here("show", finished_run.folder, image_folder, "--out", tmp_path / "a.txt"), ".png"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from helpers import assert_refused, run_here
 
 from hpm.commands import bench_step as bench
+from hpm.commands import timing
 from hpm.commands.multiply_adds import step_multiply_adds
 from hpm.commands.options import BenchConfig
 from hpm.core.config import PretrainConfig
@@ -131,7 +132,8 @@ def test_the_papers_sizes():
     assert mae == pytest.approx(29e9, rel=0.03) and hpm == pytest.approx(68e9, rel=0.03)
 
 
-def test_bench_step(tmp_path):
+def test_bench_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "CPU_SIZE", 256)
     result = run_here("bench", "step", *SMALL, "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr
     assert "HPM takes" in result.stdout and "teacher, ms" in result.stdout

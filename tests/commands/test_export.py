@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, architecture_of, assert_refused, run_hpm
+from helpers import TINY, architecture_of, assert_refused, run_here, run_hpm
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -311,7 +311,7 @@ def test_a_missing_library_names_its_extra(finished_run, tmp_path, monkeypatch):
 
 
 def test_the_command_line(finished_run, tmp_path):
-    result = run_hpm("export", finished_run.folder, "--to", "tensorflow", "--out", tmp_path / "x")
+    result = run_here("export", finished_run.folder, "--to", "tensorflow", "--out", tmp_path / "x")
     assert_refused(result, "to is 'tensorflow'", "onnx")
 
 

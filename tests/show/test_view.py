@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_refused, run_hpm
+from helpers import TINY, assert_refused, run_here
 from PIL import Image
 
 import hpm
@@ -388,9 +388,9 @@ def test_ctrl_c_stops_it(finished_run):
 
 
 def test_on_the_command_line(finished_run, server):
-    assert_refused(run_hpm("view", "nowhere"), "nowhere", "no such run folder")
+    assert_refused(run_here("view", "nowhere"), "nowhere", "no such run folder")
     taken = str(server.server_port)
-    assert_refused(run_hpm("view", finished_run.folder, "--port", taken), "not free")
+    assert_refused(run_here("view", finished_run.folder, "--port", taken), "not free")
 
 
 def test_answers_come_one_after_another(server, monkeypatch):

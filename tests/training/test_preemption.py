@@ -68,7 +68,9 @@ def has_trained(out):
     return lambda: metrics.exists() and bool(metrics.read_text())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_whole_group_saves(number, image_folder, tmp_path, job):
     out = tmp_path / "run"
     run = job("-m", "hpm", "pretrain", image_folder, "--out", out, *tiny_arguments(**OPTIONS))
