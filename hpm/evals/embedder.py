@@ -80,6 +80,7 @@ class Embedder:
             "step": self.step,
             "weights": self.weights,
             **recipe,
+            "channels": self.encoder.channels,
             "image_size": list(self.encoder.image_size),
             "patch_size": list(self.encoder.patch_size),
             "clip": [self.sampling.frames, self.sampling.stride] if self.sampling else None,
