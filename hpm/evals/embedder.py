@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -88,18 +88,14 @@ class Embedder:
             "patches": self.shapes.get("patches"),
         }
 
-    def batches(
-        self, source: Source, batch_size: int, workers: int = 0, loaded: Iterable[Batch] = ()
-    ) -> Iterator[Computed]:
+    def batches(self, source: Source, batch_size: int, workers: int = 0) -> Iterator[Computed]:
         """The features of all readable images of a source, in order.
 
         The copy of features from a GPU overlaps with the computation of the next batch.
-
-        loaded: batches to use instead of reading the source.
         """
         on_gpu = self.device.type == "cuda"
         height, width = self.encoder.image_size[-2:]
-        batches = loaded or evaluation_batches(
+        batches = evaluation_batches(
             source,
             (height, width),
             self.encoder.channels,
