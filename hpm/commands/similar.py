@@ -22,6 +22,7 @@ from hpm.data.sources import open_source
 from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embeddings import Embeddings
 from hpm.evals.similarity import (
+    Bank,
     MostSimilar,
     nearest,
     nearest_in_index,
@@ -97,11 +98,13 @@ def _nearest(embeddings: Embeddings, path: Path, config: SimilarConfig) -> Simil
     assert config.image is not None
     query = embed_alike(config.image, embeddings.about, config.run, config.device)
     count = config.count + 1  # the image may be among them
+    bank = Bank(embeddings.features, config.centre)
     if config.approximate:
-        index = open_index(path.with_name(f"{path.name}.faiss"), path, embeddings.features)
-        found, values = nearest_in_index(index, query, count)
+        kind = "centred" if config.centre else "plain"
+        index = open_index(path.with_name(f"{path.name}.{kind}.faiss"), path, bank)
+        found, values = nearest_in_index(index, bank, query, count)
     else:
-        found, values = nearest(embeddings.features, query, count)
+        found, values = nearest(bank, query, count)
     itself = os.path.realpath(Path(config.image).expanduser())
     rows = [
         (float(value), embeddings.paths[row], _label(embeddings, row))
@@ -121,8 +124,9 @@ def _duplicates(embeddings: Embeddings, threshold: float, config: SimilarConfig)
         table = None
         if config.out:
             table = stack.enter_context(_table(config.out, ("similarity", "path", "other")))
+        bank = Bank(embeddings.features, config.centre)
         device = distributed.pick_device(config.device)
-        for first, second, values in similar_pairs(embeddings.features, threshold, device):
+        for first, second, values in similar_pairs(bank, threshold, device):
             best.add(first, second, values)
             total += len(first)
             if table:
