@@ -36,6 +36,7 @@ PER_SHEET = PER_ROW * PER_ROW
 COLOURS = 20
 BATCH = 64
 LABELS_NAMED = 3
+CROWDED = 1000  # images on a map beyond which points are smaller
 
 
 def show_clusters(config: ShowConfig) -> Path:
@@ -189,6 +190,7 @@ def _map(
         for name in colourings
     )
     some = "" if shown == images else f" {shown:,} of {images:,} images are shown."
+    many = " many" if shown > CROWDED else ""
     choice = f'<div class="row">Colours {buttons}</div>' if len(colourings) > 1 else ""
     keys = "".join(
         f'<span><i class="dot k{number % COLOURS}"></i>{escape(name or "no label")}</span>'
@@ -196,7 +198,7 @@ def _map(
     )
     legend = f'<div class="row legend" data-by="label" hidden>{keys}</div>' if keys else ""
     return (
-        f'{choice}{legend}<figure class="card map-of-all"><div class="world" tabindex="0">'
+        f'{choice}{legend}<figure class="card map-of-all"><div class="world{many}" tabindex="0">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="map of {shown} images">{"".join(groups)}<path class="here" d=""/></svg>'
         '<div class="pointed card" hidden><i class="thumb"></i><b></b><span></span></div></div>'
@@ -223,7 +225,7 @@ def _card(
     if embeddings.labels is not None:
         common = Counter(embeddings.labels[members].tolist()).most_common(LABELS_NAMED)
         shares = ", ".join(
-            f"{name or 'no label'} {100 * n / len(members):.0f} %" for name, n in common
+            f"{name or 'no label'} {100 * n / len(members):.0f}\u00a0%" for name, n in common
         )
         about += f": {shares}"
     return (
