@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from hpm.core.extras import need
+from hpm.evals.similarity import Bank
 
 MANY = 20_000  # rows beyond which k-means works on batches
 MOST_BY_DEFAULT = 20
@@ -37,12 +39,9 @@ class Clusters:
 
 
 def centred_units(features: Features) -> Float[np.ndarray, "images dim"]:
-    """Features centred and scaled to unit length, in float32.
-
-    Centring matters for features of masked modelling, which have a large common part.
-    """
-    rows = np.asarray(features, np.float32)
-    return unit(rows - rows.mean(0))
+    """Features centred and scaled to unit length, in float32, as `hpm similar` compares them."""
+    bank = Bank(features, centred=True)
+    return torch.cat([bank.block(start) for start in bank.starts]).numpy()
 
 
 def default_count(images: int) -> int:
@@ -74,9 +73,11 @@ def unit(rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:
 
 
 def agreement(numbers: Int[np.ndarray, " images"], labels: np.ndarray) -> float:
-    """Adjusted mutual information of clusters and labels: 0 by chance, 1 if they are the same."""
+    """Adjusted mutual information of clusters and labels: 0 by chance, 1 if they are the same.
+    Images whose label is "" are left out."""
     metrics = need("sklearn.metrics", "clusters", JOB)
-    return float(metrics.adjusted_mutual_info_score(labels, numbers))
+    known = labels != ""
+    return float(metrics.adjusted_mutual_info_score(labels[known], numbers[known]))
 
 
 def project(features: Features, seed: int) -> tuple[Float[np.ndarray, "images 2"], str]:

@@ -40,7 +40,10 @@ def test_groups_are_found_largest_first():
     members = found.members(1)
     assert set(members) == set(range(30, 50))
     assert (np.diff(found.closeness[members]) <= 0).all()
-    assert agreement(found.numbers, groups) == pytest.approx(1)
+    names = np.array(["b", "c", "a"])[groups]
+    assert agreement(found.numbers, names) == pytest.approx(1)
+    names[40:] = ""  # not labelled
+    assert agreement(found.numbers, names) == pytest.approx(1)
     assert find_clusters(units[:2], 9, seed=0).count == 2
     assert find_clusters(np.ones((5, 2), np.float32), 3, seed=0).count == 1  # all the same
     assert [default_count(n) for n in (1, 2, 250, 10**6)] == [1, 1, 11, 20]
