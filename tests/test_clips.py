@@ -64,6 +64,20 @@ def test_the_run_of_clips(clip_run):
         encoder(clips[:, :, ::2])
 
 
+def test_features_of_clips(clip_run, clip_folder, tmp_path):
+    """A row for each video; the page shows the frame in the middle."""
+    out = tmp_path / "f.npy"
+    found = hpm.embed(clip_run.folder, clip_folder, out, str, workers=0, device="cpu")
+    assert len(found) == 24 and found.about["clip"] == [4, 2]
+    video = clip_folder / "video_03"
+    similar = run_here("similar", out, video, "--count=2", "--device=cpu")
+    assert similar.returncode == 0, similar.stderr
+    assert len(similar.stdout.splitlines()) == 2 and str(video) not in similar.stdout
+    page = tmp_path / "page.html"
+    assert run_here("show", out, "--out", page).returncode == 0
+    assert f'title="{video}"' in page.read_text()
+
+
 def final(run):
     return read_tensors(run.latest_checkpoint())[0]
 

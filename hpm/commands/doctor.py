@@ -32,6 +32,8 @@ EXTRAS = {
     "onnx": "export to ONNX",
     "finetune": "fine-tuning with RandAugment, mixup and CutMix",
     "dense": "segmentation and detection",
+    "clusters": "hpm show of features",
+    "umap": "maps of features by UMAP instead of PCA",
     "faiss": "hpm similar --approximate",
     "wandb": "--tracker wandb",
     "mlflow": "--tracker mlflow",

@@ -23,6 +23,7 @@ from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import num_workers
 from hpm.data.sources import open_source
+from hpm.data.unreadable import UnreadableImages
 from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embedding_files import KIND, format_to_write
 from hpm.evals.embeddings import Embeddings
@@ -189,13 +190,9 @@ def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:
         whole = [Shard(Path(), 0, len(source))]
         workers = num_workers(config.workers)
         ((_, rows, problems),) = compute_shards(embedder, source, whole, config.batch_size, workers)
-    for index, problem in problems:
-        report(f"cannot read {source.path(index)} ({problem}), passed over")
-    if len(problems) > config.max_unreadable * len(source):
-        raise UserError(
-            f"{len(problems)} of {len(source)} images cannot be read, more than max_unreadable "
-            f"{config.max_unreadable}: repair or remove them, or pass a larger max_unreadable"
-        )
+    unreadable = UnreadableImages(source, config.max_unreadable)
+    unreadable.add(problems)
+    unreadable.check(report)
     _check_any(len(source), problems, source)
     rows.about = about | {"rows": len(rows), "unreadable": len(problems)}
     return rows

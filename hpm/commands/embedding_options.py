@@ -62,6 +62,9 @@ class SimilarConfig:
     """Find all pairs of images whose features have at least this cosine similarity."""
     out: str | None = option(None, main=True)
     """CSV file for the list; with --duplicates it holds all pairs, not only the first."""
+    centre: bool = True
+    """Subtract the mean of all features first. Without it, features of masked modelling are similar
+    for any two images."""
     run: str | None = None
     """Where the weights are now, if they are no longer where hpm embed found them. Needed for
     timm/NAME, because names in files are not downloaded."""

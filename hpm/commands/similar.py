@@ -18,10 +18,12 @@ from hpm.core.choices import TIMM
 from hpm.core.errors import UserError, why
 from hpm.core.random_state import random_state_kept
 from hpm.data.chain import chain
-from hpm.data.sources import open_source
+from hpm.data.sources import Splits, open_source
+from hpm.data.video.sources import VideoFiles
 from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embeddings import Embeddings
 from hpm.evals.similarity import (
+    Bank,
     MostSimilar,
     nearest,
     nearest_in_index,
@@ -82,26 +84,37 @@ def embed_alike(
             f"the features were made with other weights (step {about['step']}) than {run} holds "
             f"now (step {embedder.step}): embed the images again, or name the weights with --run"
         )
-    if not Path(image).expanduser().is_file():
-        raise UserError(f"{image}: no such image")
-    source = chain(open_source(image, clips=clip))
-    if len(source) != 1:
-        raise UserError(f"{image}: not one image")
+    source = chain(_one_image(image, clip))
     (computed,) = embedder.batches(source, batch_size=1)
     if computed.unreadable:
         raise UserError(f"{image} cannot be read ({computed.unreadable[0][1]})")
     return computed.arrays["features"][0]
 
 
+def _one_image(image: str, clip: bool) -> Splits:
+    """An image file as a source; with `clip`, a video file or a folder of frames."""
+    path = Path(image).expanduser()
+    if clip and path.is_dir():
+        return Splits(VideoFiles(image, [str(path)]))
+    if not path.is_file():
+        raise UserError(f"{image}: no such image")
+    splits = open_source(image, clips=clip)
+    if splits.test or len(splits.train) != 1:
+        raise UserError(f"{image}: not one image")
+    return splits
+
+
 def _nearest(embeddings: Embeddings, path: Path, config: SimilarConfig) -> Similar:
     assert config.image is not None
     query = embed_alike(config.image, embeddings.about, config.run, config.device)
     count = config.count + 1  # the image may be among them
+    bank = Bank(embeddings.features, config.centre)
     if config.approximate:
-        index = open_index(path.with_name(f"{path.name}.faiss"), path, embeddings.features)
-        found, values = nearest_in_index(index, query, count)
+        kind = "centred" if config.centre else "plain"
+        index = open_index(path.with_name(f"{path.name}.{kind}.faiss"), path, bank)
+        found, values = nearest_in_index(index, bank, query, count)
     else:
-        found, values = nearest(embeddings.features, query, count)
+        found, values = nearest(bank, query, count)
     itself = os.path.realpath(Path(config.image).expanduser())
     rows = [
         (float(value), embeddings.paths[row], _label(embeddings, row))
@@ -121,8 +134,9 @@ def _duplicates(embeddings: Embeddings, threshold: float, config: SimilarConfig)
         table = None
         if config.out:
             table = stack.enter_context(_table(config.out, ("similarity", "path", "other")))
+        bank = Bank(embeddings.features, config.centre)
         device = distributed.pick_device(config.device)
-        for first, second, values in similar_pairs(embeddings.features, threshold, device):
+        for first, second, values in similar_pairs(bank, threshold, device):
             best.add(first, second, values)
             total += len(first)
             if table:
@@ -142,7 +156,7 @@ def _table(out: str, columns: tuple[str, ...]) -> Iterator[Any]:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "w", newline="", encoding="utf-8") as opened:
-            writer = csv.writer(opened)
+            writer = csv.writer(opened, lineterminator="\n")
             writer.writerow(columns)
             yield writer
         os.replace(unfinished, path)

@@ -176,7 +176,7 @@ def _embed(config: Any) -> None:
             print(f"{counted(made.unreadable, 'image')} cannot be read: {made.unreadable_file}")
         print(
             f"{counted(made.images, 'image')}, {made.dim} features each, in {made.path}: "
-            f"hpm similar {made.path} IMAGE"
+            f"hpm similar {made.path} IMAGE, hpm show {made.path} --out page.html"
         )
 
 

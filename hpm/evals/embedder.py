@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source
 from hpm.evals.features import EvaluatedBackbone
+from hpm.training.folder import weights_fingerprint
 from hpm.weights.resolve import load
 
 Arrays = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ class Embedder:
         self.encoder = backbone.encoder
         if recipe.pool == "cls" and not self.encoder.has_class_token:
             raise UserError(f"{run} has no class token: pass --pool mean")
-        self.weights = digest(self.encoder, trained.mean, trained.std)
+        self.weights = weights_fingerprint(self.encoder, trained.mean, trained.std)
         self.sampling = trained.sampling()
         self._backbone = EvaluatedBackbone(
             "trained", backbone.to(device).eval(), trained.architecture, recipe.precision
@@ -80,6 +80,7 @@ class Embedder:
             "step": self.step,
             "weights": self.weights,
             **recipe,
+            "channels": self.encoder.channels,
             "image_size": list(self.encoder.image_size),
             "patch_size": list(self.encoder.patch_size),
             "clip": [self.sampling.frames, self.sampling.stride] if self.sampling else None,
@@ -87,18 +88,14 @@ class Embedder:
             "patches": self.shapes.get("patches"),
         }
 
-    def batches(
-        self, source: Source, batch_size: int, workers: int = 0, loaded: Iterable[Batch] = ()
-    ) -> Iterator[Computed]:
+    def batches(self, source: Source, batch_size: int, workers: int = 0) -> Iterator[Computed]:
         """The features of all readable images of a source, in order.
 
         The copy of features from a GPU overlaps with the computation of the next batch.
-
-        loaded: batches to use instead of reading the source.
         """
         on_gpu = self.device.type == "cuda"
         height, width = self.encoder.image_size[-2:]
-        batches = loaded or evaluation_batches(
+        batches = evaluation_batches(
             source,
             (height, width),
             self.encoder.channels,
@@ -153,12 +150,3 @@ class Embedder:
             f"the features of {self.run} are not finite: the run has diverged; use an earlier "
             "checkpoint"
         )
-
-
-def digest(encoder: nn.Module, mean: list[float], std: list[float]) -> str:
-    """A hash of the weights of an encoder and of its normalisation."""
-    found = hashlib.sha256(repr((mean, std)).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]

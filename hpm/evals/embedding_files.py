@@ -261,7 +261,7 @@ def _write_images(file: Path, parts: Iterable[Embeddings]) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as opened:
-            writer = csv.writer(opened)
+            writer = csv.writer(opened, lineterminator="\n")
             for number, part in enumerate(parts):
                 values = (part.ids.tolist(), part.paths, part.labels, part.splits)
                 known = [

@@ -13,7 +13,9 @@ from hpm.core.errors import UserError
 from hpm.core.progress import track
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
+from hpm.evals.embedding_files import holds_features
 from hpm.mining.masking import num_hidden_patches
+from hpm.show.clusters import show_clusters
 from hpm.show.figures import TITLES, draw, picture, unavailable_panels
 from hpm.show.gallery import write_gallery
 from hpm.show.options import PANELS, Panel, ShowConfig
@@ -27,7 +29,10 @@ MAX_NAMED = 3  # unreadable images that are named
 
 
 def show(config: ShowConfig) -> Path:
-    """Draw some images of the data. Returns the path of the file. Raises UserError on bad input."""
+    """Draw some images of the data, or the clusters of features. Returns the path of the file.
+    Raises UserError on bad input."""
+    if holds_features(Path(config.run).expanduser()):
+        return show_clusters(config)
     path = Path(config.out)
     _check(config, path)
     trained = open_trained(config.run, config.device)
@@ -123,6 +128,10 @@ def describe_mask(trained_with: PretrainConfig, config: ShowConfig, share: float
 
 
 def _check(config: ShowConfig, path: Path) -> None:
+    if config.data is None:
+        raise UserError("DATA must be given: images to show (see hpm show --help)")
+    if config.clusters is not None:
+        raise UserError(f"--clusters is for features of hpm embed, which {config.run} has not")
     if config.images < 1 or config.num_masks < 1:
         raise UserError("images and num_masks must be at least 1")
     if path.suffix.lower() not in FIGURES + PAGES:
@@ -155,6 +164,7 @@ def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
 
 def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     """Read random images of the data and their paths. Prints those that cannot be read."""
+    assert config.data is not None
     splits = open_source(config.data)
     source: Source = splits.test or splits.train
     rng = np.random.default_rng([config.seed, len(source)])

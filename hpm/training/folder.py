@@ -84,9 +84,12 @@ class TrainingFolder:
         )
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """A digest of a model's weights and buffers: equal weights have the same on every machine."""
-    digest = hashlib.sha256()
+def weights_fingerprint(model: nn.Module, *extras: object) -> str:
+    """A digest of a model's weights and buffers: equal weights have the same on every machine.
+
+    extras: numbers, texts, or lists of them that belong to the weights.
+    """
+    digest = hashlib.sha256(repr(extras).encode() if extras else b"")
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,175 +1,244 @@
-"""`hpm embed` and `hpm similar`."""
+"""Features on disk are those that the encoder computes, whatever interrupts or divides the work."""
 
+import csv
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_refused, run_here, write_images
+from helpers import assert_refused, run_here
+from jobs import torchrun
+from safetensors import safe_open
 
 import hpm
-from hpm.commands import embed as module
-from hpm.data.loader import evaluation_batches
+from hpm.commands.embedding_shards import Shards
+from hpm.core.extras import need
+from hpm.core.files import read_tensors, write_tensors
 from hpm.data.sources import open_source
-from hpm.evals.embeddings import Embeddings
-from hpm.evals.similarity import nearest, similar_pairs
+from hpm.evals.embedder import Embedder
+from hpm.models.architecture import Architecture
+from hpm.models.build import build_encoder
+from hpm.weights.own import save_backbone
 
-OPTIONS = ["--workers=0", "--device=cpu", "--shard-images=20"]
-
-
-def features_of(run, folder, teacher=False):
-    """By a plain loop over the encoder."""
-    encoder = hpm.load_encoder(run, teacher=teacher)
-    size = tuple(encoder.encoder.image_size)
-    (batch,) = evaluation_batches(open_source(str(folder)).train, size, 3, 1000)
-    with torch.no_grad():
-        return [part.numpy() for part in encoder(batch.images)]
+QUICK = {"workers": 0, "device": "cpu", "batch_size": 10}
+FLAGS = ("--workers", 0, "--device", "cpu", "--batch-size", 10)
 
 
 @pytest.fixture(scope="module")
-def written(finished_run, image_folder, tmp_path_factory):
-    """The features of 48 images as a parquet file."""
-    file = tmp_path_factory.mktemp("embedded") / "features.parquet"
-    result = run_here("embed", finished_run.folder, image_folder, "--out", file, *OPTIONS)
-    assert result.returncode == 0, result.stderr
-    assert "48 images" in result.stdout
+def backbone(tmp_path_factory):
+    """An encoder of random weights."""
+    file = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
+    architecture = Architecture((16, 16), (4, 4), 3, 32, 1, 2)
+    save_backbone(file, build_encoder(architecture, 0), architecture, [0.5] * 3, [0.3] * 3)
     return file
 
 
-def test_one_row_per_image_with_path_and_label(written, finished_run, image_folder):
-    found = Embeddings.load(written)
+@pytest.fixture(scope="module")
+def expected(backbone, image_folder):
+    """What the encoder computes: (paths, pooled, class token, patches)."""
     source = open_source(str(image_folder)).train
-    assert list(found.paths) == [source.path(index) for index in range(48)]
-    assert list(found.labels) == [source.classes[label] for label in source.labels]
-    pooled, _ = features_of(finished_run.folder, image_folder)
-    np.testing.assert_allclose(found.features, pooled, atol=1e-5)
-    assert not list(written.parent.glob("*.parts"))
+    paths = [source.path(i) for i in range(len(source))]
+    encoder = hpm.load_encoder(backbone)
+    with torch.inference_mode():
+        cls_token, patches = encoder.tokens(encoder.preprocess(paths))
+    return paths, patches.mean(1).numpy(), cls_token.numpy(), patches.numpy()
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "folder"])
-def test_every_format_holds_the_same(name, written, finished_run, image_folder, tmp_path):
+def close(found, wanted):
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_features_in_memory(backbone, image_folder, expected):
+    paths, pooled, cls_token, patches = expected
+    found = hpm.embed(backbone, image_folder, patches=True, **QUICK)
+    assert list(found.paths) == paths and found.ids.tolist() == list(range(48))
+    assert found.labels.tolist() == [f"class_{i // 16}" for i in range(48)]
+    close(found.features, pooled)
+    close(found.patches, patches)
+    close(hpm.embed(backbone, image_folder, pool="cls", **QUICK).features, cls_token)
+    assert "48 images" in repr(found)
+
+
+@pytest.mark.parametrize("name", ["f.parquet", "f.npy", "f.safetensors", "folder"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_format_keeps_everything(backbone, image_folder, expected, tmp_path, name, dtype):
     out = tmp_path / name
-    options = ["--patches", "--dtype=float16"]
-    command = ["embed", finished_run.folder, image_folder, "--out", out, *OPTIONS, *options]
-    result = run_here(*command)
-    assert result.returncode == 0, result.stderr
-    found, expected = Embeddings.load(out, patches=True), Embeddings.load(written)
-    assert list(found.paths) == list(expected.paths)
-    assert list(found.labels) == list(expected.labels)
-    assert found.features.dtype == found.patches.dtype == np.float16
-    np.testing.assert_allclose(found.features, expected.features, atol=2e-3)
-    _, patches = features_of(finished_run.folder, image_folder)
-    np.testing.assert_allclose(found.patches, patches, atol=2e-3)
-    assert "is complete already" in run_here(*command).stdout
+    options = ("--patches", f"--dtype={dtype}", "--shard-images=13", *FLAGS)
+    command = ("embed", backbone, image_folder, "--out", out, *options)
+    found = run_here(*command)
+    assert found.returncode == 0, found.stderr
+    assert "48 images, 32 features each" in found.stdout
+    read = hpm.Embeddings.load(out, patches=True)
+    assert list(read.paths) == expected[0] and read.ids.tolist() == list(range(48))
+    assert read.labels.tolist()[16] == "class_1" and read.splits is None
+    assert read.features.dtype == dtype and read.about["pool"] == "mean"
+    np.testing.assert_allclose(read.features, expected[1], atol=2e-3)
+    np.testing.assert_allclose(read.patches, expected[3], atol=1e-2)
+    assert hpm.Embeddings.load(out).patches is None
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.rglob("*.tmp"))
+    again = run_here(*command)
+    assert again.returncode == 0 and "complete already" in again.stdout
 
 
-def test_an_interrupted_one_goes_on(finished_run, image_folder, written, tmp_path, monkeypatch):
-    out = tmp_path / "features.parquet"
-    command = ["embed", finished_run.folder, image_folder, "--out", out, *OPTIONS]
+def test_the_files_are_read_by_others(backbone, image_folder, expected, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("f.parquet", "f.npy", "g.safetensors"):
+        hpm.embed(backbone, image_folder, tmp_path / name, report=lambda line: None, **QUICK)
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table.schema.names == ["index", "path", "label", "features"]
+    close(np.stack(table["features"].to_pylist()), expected[1])
+    close(np.load(tmp_path / "f.npy"), expected[1])
+    with open(tmp_path / "f.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[40] == {"index": "40", "path": expected[0][40], "label": "class_2"}
+    with safe_open(tmp_path / "g.safetensors", "np") as file:
+        close(file.get_tensor("features"), expected[1])
+
+
+def test_splits_and_unlabelled_images(backbone, image_folder, tmp_path):
+    for split, classes in (("train", ("class_0", "class_2")), ("val", ("class_1", "class_2"))):
+        for name in classes:
+            shutil.copytree(image_folder / name, tmp_path / "data" / split / name)
+    found = hpm.embed(backbone, tmp_path / "data", tmp_path / "f", report=str, **QUICK)
+    assert found.splits.tolist() == ["train"] * 32 + ["test"] * 32
+    assert found.labels.tolist() == [f"class_{c}" for c in "0212" for _ in range(16)]
+    flat = tmp_path / "flat"
+    shutil.copytree(image_folder / "class_0", flat)
+    assert hpm.embed(backbone, flat, **QUICK).labels is None
+
+
+@pytest.mark.parametrize("name", ["f.npy", "folder"])
+def test_it_goes_on_where_it_was_stopped(
+    backbone, image_folder, expected, tmp_path, monkeypatch, name
+):
+    out, seen = tmp_path / name, []
+    compute, save = Embedder._compute, Shards.save
+
+    def counting(embedder, images):
+        seen.append(len(images))
+        return compute(embedder, images)
+
+    def stop_at_third(shards, shard, *rest):
+        if shard.start == 26:
+            raise KeyboardInterrupt
+        save(shards, shard, *rest)
+
+    options = QUICK | {"shard_images": 13}
+    monkeypatch.setattr(Embedder, "_compute", counting)
     with monkeypatch.context() as patch:
-        save, saved = module.Shards.save, []
+        patch.setattr(Shards, "save", stop_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            hpm.embed(backbone, image_folder, out, **options)
+    assert sum(seen) >= 39
+    refused = run_here("embed", backbone, image_folder, "--out", out, "--pool", "cls", *FLAGS)
+    assert_refused(refused, "was made with pool mean, not cls")
+    refused = run_here("embed", backbone, image_folder, "--out", out, *FLAGS)
+    assert_refused(refused, "was started with 4 shards, not 1", "--shard-images")
+    with pytest.raises(hpm.UserError, match="no such file|has not finished"):
+        hpm.Embeddings.load(out)
+    seen.clear()
+    lines = []
+    found = hpm.embed(backbone, image_folder, out, lines.append, **options)
+    assert sum(seen) == 1 + 48 - 26 and "2 of 4 shards are there" in lines[0]
+    close(found.features, expected[1])
 
-        def save_one(self, *arguments):
-            if saved:
-                raise KeyboardInterrupt
-            saved.append(save(self, *arguments))
 
-        patch.setattr(module.Shards, "save", save_one)
-        assert run_here(*command).returncode == 130
+@pytest.fixture
+def damaged(image_folder, tmp_path):
+    """The images, with two that cannot be read among them."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(image_folder, folder)
+    for number in (0, 1):
+        (folder / "class_0" / f"{number:03d}.png").write_bytes(b"nothing")
+    return folder
+
+
+@pytest.mark.parametrize("shard", [2, 48])
+def test_unreadable_images_are_listed(backbone, damaged, expected, tmp_path, shard):
+    out = tmp_path / "f.safetensors"
+    found = run_here("embed", backbone, damaged, "--out", out, "--shard-images", shard, *FLAGS)
+    assert found.returncode == 0, found.stderr
+    assert f"2 images cannot be read: {tmp_path / 'f.unreadable.txt'}" in found.stdout
+    assert "001.png (cannot identify" in (tmp_path / "f.unreadable.txt").read_text()
+    read = hpm.Embeddings.load(out)
+    assert read.ids.tolist() == list(range(2, 48)) and read.labels[0] == "class_0"
+    close(read.features, expected[1][2:])
+
+
+def test_too_many_unreadable_images(backbone, damaged, tmp_path):
+    out = tmp_path / "f.npy"
+    arguments = ("embed", backbone, damaged, "--out", out, "--shard-images", 5, *FLAGS)
+    refused = run_here(*arguments, "--max-unreadable", 0.02)
+    assert_refused(refused, "2 of 48 images cannot be read", "f.unreadable.txt")
     assert not out.exists()
-    result = run_here(*command)
-    assert "1 of 3 shards are there" in result.stdout
-    found, expected = Embeddings.load(out), Embeddings.load(written)
-    np.testing.assert_array_equal(found.features, expected.features)
+    assert run_here(*arguments).returncode == 0 and len(hpm.Embeddings.load(out)) == 46
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "a.png").write_bytes(b"nothing")
+    refused = run_here(
+        "embed", backbone, one, "--out", tmp_path / "g.npy", *FLAGS, "--max-unreadable", 1
+    )
+    assert_refused(refused, "no readable image", "a.png")
 
 
-def test_unreadable_images_are_listed(finished_run, tmp_path):
-    images = write_images(tmp_path / "images", per_class=4)
-    (images / "class_1" / "002.png").write_bytes(b"no image")
-    command = ["embed", finished_run.folder, images, "--out", tmp_path / "x.npy", *OPTIONS]
-    result = run_here(*command)
-    assert result.returncode == 0 and "1 image cannot be read" in result.stdout
-    assert len(Embeddings.load(tmp_path / "x.npy")) == 11
-    listed = (tmp_path / "x.unreadable.txt").read_text()
-    assert listed.startswith(str(images / "class_1" / "002.png"))
-    refused = run_here(*command[:4], tmp_path / "y.npy", *OPTIONS, "--max-unreadable=0.01")
-    assert_refused(refused, "1 of 12 images cannot be read", "--max-unreadable")
+def test_refusals(backbone, image_folder, tmp_path):
+    def refused(*words, run=backbone, images=image_folder, out="f.npy", extra=()):
+        found = run_here("embed", run, images, "--out", tmp_path / out, *FLAGS, *extra)
+        assert_refused(found, *words)
+
+    refused("no format for .h5", ".parquet", out="f.h5")
+    (tmp_path / "empty").mkdir()
+    refused("no images", images=tmp_path / "empty")
+    refused("no such", images=tmp_path / "missing")
+    refused("no such", run=tmp_path / "missing")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    refused("was not made by hpm embed", out="mine")
+    np.save(tmp_path / "theirs.npy", np.zeros(3))
+    refused("not features of hpm embed", out="theirs.npy")
+    (tmp_path / "f.csv").write_text("mine")
+    refused("f.csv exists: choose another --out")
+    (tmp_path / "f.csv").unlink()
+    hpm.embed(backbone, image_folder, tmp_path / "f.npy", report=str, **QUICK)
+    other = tmp_path / "other.safetensors"
+    architecture = Architecture((16, 16), (4, 4), 3, 32, 1, 2)
+    save_backbone(other, build_encoder(architecture, 1), architecture, [0.5] * 3, [0.3] * 3)
+    refused("was made with other weights", "choose another --out", run=other)
+    shutil.copytree(image_folder, tmp_path / "more")
+    (tmp_path / "more" / "class_0" / "000.png").unlink()
+    refused("number of images 48, not 47", images=tmp_path / "more")
 
 
-def test_from_python(finished_run, image_folder, written):
-    options = {"workers": 0, "device": "cpu"}
-    found = hpm.embed(finished_run.folder, image_folder, pool="cls", **options)
-    encoder = hpm.load_encoder(finished_run.folder, pool="cls")
-    size = tuple(encoder.encoder.image_size)
-    (batch,) = evaluation_batches(open_source(str(image_folder)).train, size, 3, 100)
-    with torch.no_grad():
-        np.testing.assert_allclose(found.features, encoder(batch.images)[0].numpy(), atol=1e-5)
-    assert len(found) == 48 and found.about["pool"] == "cls"
+def test_no_class_token(image_folder, tmp_path):
+    need("timm", "timm", "this test")
+    architecture = Architecture((32, 32), (16, 16), 3, 96, 9, 3, model="timm/test_vit3")
+    encoder = build_encoder(architecture, 0)
+    assert not encoder.has_class_token
+    file = tmp_path / "b.safetensors"
+    save_backbone(file, encoder, architecture, [0.5] * 3, [0.3] * 3)
+    out = tmp_path / "f.npy"
+    found = run_here("embed", file, image_folder, "--out", out, "--pool", "cls", *FLAGS)
+    assert_refused(found, "has no class token: pass --pool mean")
 
 
-def test_the_most_similar_images(written, image_folder, tmp_path):
-    image = image_folder / "class_1" / "003.png"
-    result = run_here("similar", written, image, "--count=4", "--out", tmp_path / "x.csv")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()[:4]
-    assert str(image) not in result.stdout and all("class_" in line for line in lines)
-    values = [float(line.split()[0]) for line in lines]
-    assert values == sorted(values, reverse=True)
-    assert len((tmp_path / "x.csv").read_text().splitlines()) == 5
-    copy = tmp_path / "copy.png"
-    shutil.copy(image, copy)
-    first = run_here("similar", written, copy, "--count=1").stdout.split()
-    assert float(first[0]) > 0.9999 and first[1] == str(image)
+def test_features_that_are_not_finite(backbone, image_folder, tmp_path):
+    for value, dtype, words in (
+        (float("nan"), "float32", "not finite"),
+        (1e6, "float16", "pass --dtype float32"),
+    ):
+        tensors, meta = read_tensors(backbone)
+        tensors["norm.bias"] = torch.full_like(tensors["norm.bias"], value)
+        write_tensors(tmp_path / "b.safetensors", tensors, meta)
+        options = ("--out", tmp_path / "f.npy", f"--dtype={dtype}", *FLAGS)
+        found = run_here("embed", tmp_path / "b.safetensors", image_folder, *options)
+        assert_refused(found, words)
+        shutil.rmtree(tmp_path / "f.npy.parts", ignore_errors=True)
 
 
-def test_searching_equals_a_naive_search():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(60, 5)).astype(np.float32)
-    unit = features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
-    similarities = unit @ unit.T
-    rows, values = nearest(features, features[7], 6)
-    assert rows.tolist() == np.argsort(-similarities[7])[:6].tolist()
-    np.testing.assert_allclose(values, np.sort(similarities[7])[::-1][:6], atol=1e-5)
-    found = set()
-    for first, second, _ in similar_pairs(features, 0.8, torch.device("cpu")):
-        found |= set(zip(first.tolist(), second.tolist()))
-    first, second = np.nonzero(np.triu(similarities > 0.8, 1))
-    assert found == set(zip(first.tolist(), second.tolist()))
-
-
-def test_an_index_finds_the_same(written, image_folder):
-    pytest.importorskip("faiss")
-    image = next(image_folder.rglob("*.png"))
-    exact = run_here("similar", written, image, "--count=5")
-    for _ in range(2):  # built, then read
-        by_index = run_here("similar", written, image, "--count=5", "--approximate")
-        assert by_index.returncode == 0, by_index.stderr
-        assert by_index.stdout.splitlines()[:5] == exact.stdout.splitlines()[:5]
-    assert written.with_name("features.parquet.faiss").exists()
-
-
-def test_near_duplicates(finished_run, image_folder, tmp_path):
-    images = tmp_path / "images"
-    shutil.copytree(image_folder, images)
-    shutil.copy(images / "class_0" / "000.png", images / "class_2" / "copy.png")
-    out = tmp_path / "x.safetensors"
-    assert run_here("embed", finished_run.folder, images, "--out", out, *OPTIONS).returncode == 0
-    result = run_here("similar", out, "--duplicates=0.99999", "--count=1")
-    assert result.returncode == 0, result.stderr
-    first = result.stdout.splitlines()[0]
-    assert "000.png" in first and "copy.png" in first and first.startswith("1.0000")
-
-
-def test_mistakes(written, finished_run, image_folder, tmp_path):
-    run = finished_run.folder
-    refuse = lambda *words, says: assert_refused(run_here(*words), *says)  # noqa: E731
-    refuse("embed", run, image_folder, "--out", tmp_path / "x.txt", says=[".parquet"])
-    refuse("embed", run, image_folder, "--out", written, "--pool=cls", says=["pool mean, not cls"])
-    refuse("embed", run, tmp_path / "none", "--out", tmp_path / "x.npy", says=["no such"])
-    (tmp_path / "other.parquet").write_bytes(b"no parquet")
-    refuse("similar", tmp_path / "other.parquet", "--duplicates=0.9", says=["other.parquet"])
-    refuse("similar", written, says=["name an image to compare with"])
-    refuse("similar", written, tmp_path / "none.png", says=["no such image"])
-    other = hpm.pretrain(str(image_folder), tmp_path / "run", **TINY | {"steps": 1}).folder
-    image = next(image_folder.rglob("*.png"))
-    refuse("similar", written, image, "--run", other, says=["made with other weights"])
+@pytest.mark.slow
+def test_two_processes_write_the_same(backbone, image_folder, expected, tmp_path):
+    out = tmp_path / "f.npy"
+    command = ("embed", backbone, image_folder, "--out", out, "--shard-images=7", *FLAGS)
+    done = torchrun("-m", "hpm", *command)
+    assert done.returncode == 0, done.stderr
+    close(hpm.Embeddings.load(out).features, expected[1])
