@@ -23,7 +23,7 @@ def write_section(name: str, text: str, file: Path = RESULTS) -> None:
     section = f"{begin}\n{text.strip()}\n{end}\n"
     if begin in whole:
         before, rest = whole.split(begin, 1)
-        whole = before + section + rest.split(end, 1)[1].lstrip("\n")
+        whole = before + section + "\n" + rest.split(end, 1)[1].lstrip("\n")
     else:
         whole = f"{whole.rstrip()}\n\n{section}"
     file.write_text(whole, encoding="utf-8")
