@@ -46,7 +46,7 @@ class ShardWriter:
         # Its own group: the training communicates at the same time.
         self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT)
         self._writing: Future | None = None
-        self._path = Path()
+        self._path = self._temporary = Path()
 
     def write(
         self,
@@ -64,8 +64,7 @@ class ShardWriter:
         Raises UserError if the checkpoint before could not be written.
         """
         self.wait()
-        temporary = temporary_path(path)
-        temporary = distributed.from_main(temporary)
+        temporary = distributed.from_main(temporary_path(path))
         distributed.main_first(lambda: _new_folder(temporary, path))
         text = json.dumps(meta)
 
@@ -77,7 +76,7 @@ class ShardWriter:
             if then is not None:
                 then()
 
-        self._path = path
+        self._path, self._temporary = path, temporary
         self._writing = dcp.async_save(  # type: ignore[assignment]
             dict(tensors),
             storage_writer=_Writer(temporary, complete),
@@ -92,6 +91,8 @@ class ShardWriter:
         try:
             writing.result()
         except dcp.CheckpointException as failed:
+            if distributed.is_main():
+                shutil.rmtree(self._temporary, ignore_errors=True)
             cause = next(iter(failed.failures.values()))[0]
             if isinstance(cause, UserError):
                 raise cause from None

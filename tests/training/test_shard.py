@@ -148,6 +148,26 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that(whole, image_folde
     assert_same_losses(whole, hpm.Run(out))
 
 
+FULL = """
+import resource, sys
+from hpm import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # stands in for a full disk
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up(image_folder, tmp_path):
+    out, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(FULL)
+    arguments = tiny_arguments(**OPTIONS | {"shard": True, "holdout": 0})
+    result = torchrun(program, "pretrain", image_folder, "--out", out, *arguments)
+    assert result.returncode != 0
+    assert result.stderr.count("hpm: error:") == 1
+    assert "step_00000004.sharded could not be written: no space left" in result.stderr
+    assert not list((out / "checkpoints").iterdir())
+
+
 def test_a_damaged_checkpoint(sharded, tmp_path):
     latest = list_checkpoints(sharded.checkpoints)[-1]
     shard = "shard-00002-model-00001-of-00001.safetensors"
