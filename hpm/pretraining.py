@@ -82,10 +82,9 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
     if finished:
         run.log.info(f"{run.config.out} is already finished: nothing to do")
     else:
-        with session_recorded(run):
+        with session_recorded(run), run.saving():
             _train(run, ongoing, stop)
-    if distributed.is_main():
-        run.save_backbone(overwrite=not finished)
+    run.save_backbone(overwrite=not finished)
     if best := run.best_probe:
         run.log.info(
             f"best probe: linear {best['linear']:.1f} %, kNN {best['knn']:.1f} % at step "

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Of commands that are not ours.
-FOREIGN = {"--signals-to-handle", "--nproc-per-node", "--logdir"}
+FOREIGN = {"--signals-to-handle", "--nproc-per-node", "--max-restarts", "--logdir"}
+FOREIGN |= {"--signal", "--array"}  # of Slurm
 
 
 @functools.cache

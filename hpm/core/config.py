@@ -260,6 +260,12 @@ class MachineOptions:
     checkpoint_activations: bool = option(False, may_change=True)
     """Recompute the blocks' activations in the backward pass: less memory, about a third more
     time."""
+    shard: bool = option(False, may_change=True)
+    """Share weights, gradients and optimiser states among the processes (FSDP2), for models that do
+    not fit into one GPU. Needs torchrun; checkpoints become folders, written in the background."""
+    shard_within: Literal["all", "node"] = option("all", may_change=True)
+    """Processes among which --shard shares a model: all, or those of each node, so that nodes only
+    exchange gradients."""
     workers: int | None = option(None, at_least=0, may_change=True)
     """Number of processes that load images (default: one per spare core, at most 16)."""
     cache: Literal["auto", "true", "false"] = option("auto", may_change=True)

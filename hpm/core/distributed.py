@@ -1,4 +1,8 @@
-"""Communication between the processes started by torchrun. No other file uses torch.distributed."""
+"""Communication between the processes started by torchrun.
+
+Beside this file, only `shards`, `weights.sharded`, `weights.shard_writer` and `training.parallel`
+use torch.distributed, for runs whose models are sharded.
+"""
 
 from __future__ import annotations
 

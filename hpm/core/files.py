@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -26,6 +27,8 @@ StateDict = dict[str, Tensor]
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 STALE = re.compile(r"\..+\.\d+\.tmp|\.tmp\w{6}")
+REPLACED = re.compile(r"\.(.+)\.replaced")  # see replace_folder
+META_FILE = "checkpoint.json"  # in a folder of shards, see hpm.weights.sharded
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -34,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     The file is complete whenever it exists, and its permissions follow the umask. Raises UserError,
     leaving no file behind, if the disk is full or the folder is not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
@@ -45,11 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if temporary.stat().st_mode != mode:  # safetensors creates files with mode 0600
             temporary.chmod(mode)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _flush_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from error
     finally:
@@ -57,12 +56,62 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what it then renames to `path`; see `remove_stale`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Rename a folder to `path`. A folder of that name is removed; if the process is killed in
+    between, `remove_stale` puts it back.
+
+    Raises UserError if the disk fails.
+    """
+    try:
+        replaced = path.with_name(f".{path.name}.replaced")
+        if path.exists():
+            os.replace(path, replaced)
+        _flush_folder(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder, which disappears at once."""
+    if path.is_dir():
+        hidden = temporary_path(path)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_stale(*folders: Path) -> None:
-    """Remove temporary files of killed processes: ours and those of safetensors."""
+    """Remove temporary files and folders of killed processes: ours and those of safetensors."""
     for folder in folders:
         for path in folder.glob(".*"):
-            if STALE.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+            if (replaced := REPLACED.fullmatch(path.name)) and path.is_dir():
+                if (folder / replaced[1]).exists():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    os.replace(path, folder / replaced[1])
+            elif STALE.fullmatch(path.name):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names of a folder to disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def disk_error(path: Path, error: Exception) -> UserError:
@@ -116,6 +165,8 @@ def read_tensors(
 
 def read_meta(path: Path) -> dict[str, Any]:
     """Read the JSON of a checkpoint without its tensors. Raises UserError if it is not one."""
+    if path.is_dir():
+        return read_folder_meta(path)[0]
     _check_access(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -124,6 +175,20 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from None
     check_meta(path, meta)
     return meta
+
+
+def read_folder_meta(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """(metadata, size in bytes of each file) of a checkpoint that is a folder. Raises UserError if
+    it is not one."""
+    file = path / META_FILE
+    _check_access(file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        meta, files = dict(content["meta"]), dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(file, error) from None
+    check_meta(path, meta)
+    return meta, files
 
 
 def read_torch_file(path: Path) -> dict[str, StateDict]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from hpm.core.shards import local
 from hpm.mining.masking import rotating_masks
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import interpolate_positions
@@ -28,9 +29,12 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, student: MaskedImageModel, decay: float) -> None:
-        """teacher = decay * teacher + (1 - decay) * student, in one fused pass."""
+        """teacher = decay * teacher + (1 - decay) * student, in one fused pass; of shards, if both
+        are sharded."""
         torch._foreach_lerp_(
-            list(self.model.parameters()), list(student.parameters()), weight=1 - decay
+            [local(p) for p in self.model.parameters()],
+            [local(p) for p in student.parameters()],
+            weight=1 - decay,
         )
 
 

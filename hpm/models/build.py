@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import torch
 from torch import Tensor
 
 from hpm.core.errors import UserError
@@ -63,6 +64,22 @@ def build_model(architecture: Architecture, seed: int = 0) -> MaskedImageModel:
         )
     model.init_decoder_weights(seed)
     return model
+
+
+def build_empty_model(architecture: Architecture, seed: int = 0) -> MaskedImageModel:
+    """The model of `build_model` without memory: its parameters are on the meta device, to be
+    filled with the weights that `initial.draw_weights` draws.
+
+    Encoders of timm and of the user are built whole, with their weights, because only they know how
+    these are drawn.
+    """
+    seed_of_encoder = part_seed(seed, "encoder")
+    with torch.device("meta" if architecture.model is None else "cpu"):
+        encoder = build_encoder(architecture, seed_of_encoder)
+    with torch.device("meta"):
+        return MaskedImageModel(
+            encoder, **asdict(architecture.need_decoders()), positions=architecture.positions
+        )
 
 
 def build_classifier(

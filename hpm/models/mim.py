@@ -98,11 +98,11 @@ class MaskedImageModel(nn.Module):
         super().__init__()
         pixels = prod(encoder.patch_size) * encoder.channels
         self.encoder = encoder
+        self.positions = positions
         self.detach_predictor = detach_predictor
         self.decoder_embed = Linear(encoder.embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        fixed = POSITIONS[positions](encoder.grid, decoder_dim)[None]
-        self.decoder_pos_embed = nn.Parameter(fixed, requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(self.fixed_positions(), requires_grad=False)
         self.reconstructor = Decoder(
             decoder_dim, decoder_depth, decoder_heads, target_dim or pixels
         )
@@ -125,19 +125,26 @@ class MaskedImageModel(nn.Module):
 
         Models of the same seed then have equal weights in all parts that they share.
         """
-        parts: dict[str, nn.Module | nn.Parameter | None] = {
+        for name, part in self.decoder_parts().items():
+            with seeded(None if seed is None else part_seed(seed, name)):
+                if isinstance(part, nn.Parameter):
+                    nn.init.normal_(part, std=0.02)
+                elif part is not None:
+                    part.apply(init_weights)
+
+    def decoder_parts(self) -> dict[str, nn.Module | nn.Parameter | None]:
+        """The parts beside the encoder that have random initial weights, by name."""
+        return {
             "decoder_embed": self.decoder_embed,
             "mask_token": self.mask_token,
             "reconstructor": self.reconstructor,
             "predictor_embed": self.predictor_embed,
             "predictor": self.predictor,
         }
-        for name, part in parts.items():
-            with seeded(None if seed is None else part_seed(seed, name)):
-                if isinstance(part, nn.Parameter):
-                    nn.init.normal_(part, std=0.02)
-                elif part is not None:
-                    part.apply(init_weights)
+
+    def fixed_positions(self) -> Float[Tensor, "1 tokens dim"]:
+        """The decoders' positions: zeros for prefix tokens, then those of every patch."""
+        return POSITIONS[self.positions](self.encoder.grid, self.mask_token.shape[-1])[None]
 
     def forward(
         self,

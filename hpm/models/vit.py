@@ -133,6 +133,12 @@ class Block(nn.Module):
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def attention_of_first_token(
+        self, x: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens"]:
+        """Attention weights of the first token in this block, given the block's input."""
+        return self.attn.of_first_token(self.norm1(x))
+
 
 def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool, **options: Any) -> Tensor:
     """Run a block, optionally with activation checkpointing."""
@@ -266,7 +272,7 @@ class VisionTransformer(Encoder):
         for block, block_options in zip(before, options, strict=False):
             x = block(x, **block_options)
         last: Any = final
-        attention = last.attn.of_first_token(last.norm1(x))[..., 1:]
+        attention = last.attention_of_first_token(x)[..., 1:]
         return self.norm(last(x)), attention
 
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:

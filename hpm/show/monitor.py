@@ -27,9 +27,10 @@ FIGURE_IMAGES = 8
 
 
 def evaluate(run: PretrainingRun) -> None:
-    """Measure the losses on the held-out images and draw some of them, in the main process."""
+    """Measure the losses on the held-out images and draw some of them, in the main process; all
+    processes run sharded models."""
     held_out, config = run.images.held_out, run.config
-    if held_out is None or not distributed.is_main():
+    if held_out is None or not run.runs_models:
         return
     run.model.eval()
     with run.autocast():
@@ -40,7 +41,7 @@ def evaluate(run: PretrainingRun) -> None:
             run.log.info(f"step {run.step}, held out: {numbers}")
     run.model.train()
     shown = picture_held_out(run)
-    if shown is not None:
+    if shown is not None and distributed.is_main():
         file = run.files.figures / f"step_{run.step:08d}.png"
         with run.log.never_fail("drawing a figure"):
             draw(shown, file, f"{config.out}, step {run.step} of {run.total_steps}")
@@ -50,10 +51,11 @@ def evaluate(run: PretrainingRun) -> None:
 def picture_held_out(run: PretrainingRun) -> Picture | None:
     """Compute the panels of some held-out images and save them for the report.
 
-    Runs in the main process. Returns None without held-out images.
+    Runs in the main process, or in all if the models are sharded. Returns None without held-out
+    images.
     """
     held_out, config = run.images.held_out, run.config
-    if held_out is None or not distributed.is_main():
+    if held_out is None or not run.runs_models:
         return None
     some = Subset(held_out, np.arange(min(FIGURE_IMAGES, len(held_out))))
     batches = evaluation_batches(
@@ -68,6 +70,8 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
         shown = picture(run.trained, batch.images, batch.indices, share, seed=config.seed)
         shown = as_strips(shown)
     run.model.train()
+    if not distributed.is_main():
+        return shown
     with run.log.never_fail("keeping pictures for the report"):
         keep_moment(shown, run.files.moments, run.step)
     return shown
@@ -77,7 +81,7 @@ def probe(run: PretrainingRun, ongoing: OngoingProbe) -> None:
     """Probe the features on the labelled images, and save the weights if they are the best yet."""
     start = time.perf_counter()
     run.model.eval()
-    values = ongoing.measure(run.trained, run.device, run.log.info_once)
+    values = ongoing.measure(run.trained_encoder, run.device, run.log.info_once)
     run.model.train()
     seconds = time.perf_counter() - start
     run.probe_seconds += seconds

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,7 +25,7 @@ from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import make_miner
 from hpm.mining.teacher import Teacher
 from hpm.models.architecture import Architecture, resolve_model
-from hpm.models.build import build_model
+from hpm.models.build import build_empty_model, build_model
 from hpm.models.hiera import HieraEncoder
 from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
@@ -43,9 +43,18 @@ from hpm.training.schedule import (
     num_steps,
     resolve,
 )
-from hpm.weights.checkpoint import Checkpoint, load_checkpoint, restore
+from hpm.weights.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+    restore,
+    restore_sharded,
+)
 from hpm.weights.initialise import initialise
 from hpm.weights.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from hpm.weights.shard_writer import ShardWriter
 
 
 def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
@@ -66,14 +75,25 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     target = make_target(config, architecture, mean, std, device)
     architecture = architecture.with_target_dim(target.dim)
 
-    model = build_model(architecture, config.seed).to(device)
-    if not checkpoint:
+    sharded = is_sharded(config)
+    given = bool(config.init or config.pretrained) and not checkpoint
+    if sharded and not given:
+        model = build_empty_model(architecture, config.seed)
+    else:
+        model = build_model(architecture, config.seed).to("cpu" if sharded else device)
+    if given:
         notes += first_weights(config, model)
     teacher = Teacher(model)
+    if sharded:
+        from hpm.training.parallel import shard  # takes a second to import
+
+        shard(model, teacher.model, config, device, draw=not checkpoint and not given)
     memory = make_memory(config, images.source, model, device)
     optimizer = adamw(model, config.peak_lr, config.betas, config.weight_decay)
     if checkpoint:
-        restore(checkpoint, model, teacher.model, optimizer, memory)
+        (restore_sharded if sharded else restore)(
+            checkpoint, model, teacher.model, optimizer, memory
+        )
 
     compiled = compiles(config, device)
     for part in (model.encoder, model.reconstructor, model.predictor):
@@ -81,7 +101,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
             part.checkpoint_activations = config.checkpoint_activations
     # Only the training step, whose shapes never change, uses the compiled functions. Figures,
     # measures and probes have other shapes, which would trigger recompilation.
-    student = distributed.data_parallel(_compile(model, compiled))
+    student = model if sharded else distributed.data_parallel(_compile(model, compiled))
     eager_miner = make_miner(config, architecture, teacher.model, memory, target.needs_teacher)
     predict_loss = _compile(eager_miner.model.predict_loss, compiled)
     miner = dataclasses.replace(eager_miner, predict_loss=predict_loss)
@@ -108,6 +128,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
         eager_miner=eager_miner,
         log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config),
         unreadable=UnreadableImages(images.source, config.max_unreadable, known),
+        writer=_shard_writer() if sharded else None,
         step=step,
         best_probe=meta.get("best_probe", {}),
         probe_seconds=meta.get("probe_seconds", 0.0),
@@ -156,7 +177,19 @@ def claim_folder(
         lambda: claim(files, config, len(images.source), images.fingerprint)
     )
     latest = distributed.from_main(files.latest_checkpoint())
-    return load_checkpoint(latest) if latest else None, [note] if note else []
+    load = open_checkpoint if is_sharded(config) else load_checkpoint
+    return load(latest) if latest else None, [note] if note else []
+
+
+def is_sharded(config: PretrainConfig) -> bool:
+    """Whether the models are sharded: with one process, there is nothing to share."""
+    return config.shard and distributed.world_size() > 1
+
+
+def _shard_writer() -> ShardWriter:
+    from hpm.weights.shard_writer import ShardWriter  # takes a second to import
+
+    return ShardWriter()
 
 
 def warm_up_start(
@@ -221,7 +254,9 @@ def make_memory(
 
 
 def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether to compile student and teacher."""
+    """Whether to compile student and teacher. Sharded models are not compiled."""
+    if is_sharded(config):
+        return False
     return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
 
 
@@ -262,4 +297,14 @@ def _introduction(run: PretrainingRun) -> str:
         f"{config.precision}, "
         f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"
         + (f", memory of hardness {memory:.3g} MB" if memory else "")
+        + _sharding(config)
     )
+
+
+def _sharding(config: PretrainConfig) -> str:
+    if not config.shard:
+        return ""
+    if not is_sharded(config):
+        return ", not sharded: there is one process"
+    within = "each node" if config.shard_within == "node" else "all processes"
+    return f", sharded over {within}"

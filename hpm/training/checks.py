@@ -48,9 +48,24 @@ def check_pretrain(config: PretrainConfig) -> None:
         _check_timm_input(config)
     if config.probe and config.frames > 1:
         raise UserError("probe takes images, but this run is of clips: leave it out")
+    _check_shard(config)
     check_tracker(config.tracker)
     if config.stop_after:
         seconds(config.stop_after)
+
+
+def _check_shard(config: PretrainConfig) -> None:
+    if not config.shard:
+        if config.shard_within != "all":
+            raise UserError(f"shard_within is {config.shard_within}: pass --shard as well")
+        return
+    if config.compile == "true":
+        raise UserError("compile is true, but sharded models are not compiled: leave it out")
+    if config.teacher_scale != 1:
+        raise UserError(
+            f"teacher_scale is {config.teacher_scale}, but a sharded teacher has one size: leave "
+            "it or --shard out"
+        )
 
 
 def _check_model(config: PretrainConfig) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.phases import phase
+from hpm.core.shards import whole
 from hpm.core.signals import Interrupted, Stop
 from hpm.data.unreadable import UnreadableImages
 from hpm.training.log import RunLog, memory_gb
@@ -256,7 +257,7 @@ def optimizer_step(
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         norm = None
         if clip_grad is not None:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad).detach()
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip_grad).detach())
         optimizer.step()
         optimizer.zero_grad()
     return norm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.files import StateDict, write_tensors
 from hpm.training.sessions import read_lines
-from hpm.weights.checkpoint import list_checkpoints
+from hpm.weights.checkpoint import list_checkpoints, step_of
 from hpm.weights.run_folder import RunFolder
 
 LOSSES = ("reconstruction_loss", "predictor_loss")
@@ -45,7 +44,7 @@ def judge_checkpoints(checkpoints: Sequence[Path], metrics: Sequence[dict[str, A
         return "there is no checkpoint yet"
     problem = ""
     for checkpoint in reversed(checkpoints):
-        found = _risen(_step(checkpoint), metrics)
+        found = _risen(step_of(checkpoint), metrics)
         if found is None:
             later = f" (later ones are not: {problem})" if problem else ""
             return f"last good checkpoint: {checkpoint}{later}"
@@ -75,9 +74,3 @@ def _risen(step: int, metrics: Sequence[dict[str, Any]]) -> str | None:
         if not values[-1] <= MAX_RATIO * median:
             return f"at step {step} {name} was {values[-1]:.3g}, before that {median:.3g}"
     return None
-
-
-def _step(checkpoint: Path) -> int:
-    found = re.search(r"(\d+)", checkpoint.stem)
-    assert found is not None, checkpoint
-    return int(found[1])

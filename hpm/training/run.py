@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from hpm.core import distributed
 from hpm.core.choices import HARD_SHARES
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
+from hpm.core.files import remove
+from hpm.core.shards import whole_state
 from hpm.data.cache import make_cache
 from hpm.data.fingerprint import Fingerprint
 from hpm.data.loader import (
@@ -35,15 +37,20 @@ from hpm.mining.memory import HardnessMemory
 from hpm.mining.miner import Miner, Seen
 from hpm.mining.teacher import Teacher
 from hpm.models.architecture import Architecture
+from hpm.models.build import build_encoder
+from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.targets.base import Target
 from hpm.training.log import RunLog
 from hpm.training.loop import StepResult, autocast, counted_batches
 from hpm.training.not_finite import not_finite_error
 from hpm.training.schedule import Schedule
-from hpm.weights.checkpoint import save_checkpoint, write_checkpoint
+from hpm.weights.checkpoint import FILE, FOLDER, checkpoint_tensors, prune, write_checkpoint
 from hpm.weights.resolve import Trained, save_backbone
 from hpm.weights.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from hpm.weights.shard_writer import ShardWriter
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ class PretrainingRun:
         eager_miner: the miner for figures and measures, not compiled.
         log: log of numbers and messages.
         unreadable: images that could not be read.
+        writer: of the checkpoints, if the models are sharded.
         step: optimiser steps done.
         best_probe: step and top-1 accuracy (%) of the best probe so far.
         probe_seconds: total time of the probes.
@@ -105,6 +113,7 @@ class PretrainingRun:
     eager_miner: Miner
     log: RunLog
     unreadable: UnreadableImages
+    writer: ShardWriter | None = None
     step: int = 0
     best_probe: dict[str, float] = field(default_factory=dict)
     probe_seconds: float = 0.0
@@ -144,13 +153,27 @@ class PretrainingRun:
 
     @property
     def trained(self) -> Trained:
-        """The current model, for measures and figures."""
+        """The current model, for measures and figures. A sharded one must be called by all
+        processes, equally often."""
+        return self._trained(self.model.encoder)
+
+    @property
+    def trained_encoder(self) -> Trained:
+        """The current encoder, whole, which each process may call on its own. All processes read
+        this property."""
+        if not self.sharded:
+            return self.trained
+        encoder = build_encoder(self.architecture, seed=0)
+        encoder.load_state_dict(whole_state(self.model.encoder))
+        return self._trained(encoder.to(self.device))
+
+    def _trained(self, encoder: Encoder) -> Trained:
         return Trained(
             self.config.out,
             self.architecture,
             self.mean,
             self.std,
-            self.model.encoder,
+            encoder,
             self.model,
             self.teacher.model,
             self.config,
@@ -244,44 +267,64 @@ class PretrainingRun:
         return self.schedule.saves(steps_done)
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        distributed.main_first(
-            lambda: save_checkpoint(
-                self.files.checkpoints,
-                self.model,
-                self.teacher.model,
-                self.optimizer,
-                self._meta(),
-                self.config.keep_checkpoints,
-                self.memory,
-            )
-        )
-
+        """Write a checkpoint; of a sharded run, begin to."""
+        self._write(f"step_{self.step:08d}", keep=self.config.keep_checkpoints)
         if self.step == self.schedule.cooldown_start:
-            self._write(self.files.before_cooldown)
+            self._write("before_cooldown")
 
     def save_best(self) -> None:
         """Write the checkpoint of the best probe, which is never pruned."""
-        self._write(self.files.best_checkpoint)
+        self._write("best")
 
-    def _write(self, path: Path) -> None:
-        distributed.main_first(
-            lambda: write_checkpoint(
-                path,
-                self.model,
-                self.teacher.model,
-                self.optimizer,
-                self._meta(),
-                self.memory,
-            )
-        )
+    def _write(self, name: str, keep: int | None = None) -> None:
+        """Write a checkpoint of this name, in place of one before, and remove all but the latest
+        `keep` numbered ones."""
+        folder = self.files.checkpoints
+        path, other = folder / f"{name}{FILE}", folder / f"{name}{FOLDER}"
+        if self.writer is not None:
+            path, other = other, path
+        models = (self.model, self.teacher.model, self.optimizer)
+
+        def clean() -> None:
+            remove(other)  # of the time before --shard, or after
+            if keep is not None:
+                prune(folder, keep)
+
+        def write() -> None:
+            write_checkpoint(path, *models, self._meta(), self.memory)
+            clean()
+
+        if self.writer is None:
+            distributed.main_first(write)
+        else:
+            tensors = checkpoint_tensors(*models, self.memory)
+            generators = {n: t for n, t in tensors.items() if n.startswith("rng.")}
+            tensors |= distributed.from_main(generators)
+            self.writer.write(path, tensors, self._meta(), clean)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """A context that ends when everything that was saved in it is written."""
+        return nullcontext() if self.writer is None else self.writer.waiting()
 
     def save_backbone(self, overwrite: bool) -> None:
-        """Write the backbone of a finished run, unless it exists."""
-        if overwrite or not self.files.backbone.exists():
-            save_backbone(
-                self.files.backbone, self.model.encoder, self.architecture, self.mean, self.std
-            )
+        """Write the backbone of a finished run, unless it exists. All processes call it."""
+        if not distributed.from_main(overwrite or not self.files.backbone.exists()):
+            return
+        path, encoder = self.files.backbone, self.model.encoder
+        state = encoder.state_dict() if not self.sharded else whole_state(encoder, only_main=True)
+        distributed.main_first(
+            lambda: save_backbone(path, state, self.architecture, self.mean, self.std)
+        )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only shards of the models."""
+        return self.writer is not None
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether this process takes part in evaluations: of sharded models, all must."""
+        return self.sharded or distributed.is_main()
 
     def _meta(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,8 @@
 """Write, read and prune checkpoints.
 
 A checkpoint is one safetensors file: tensors under `model.`, `teacher.`, `optimizer.`, `memory.`
-and `rng.`, everything else as JSON in the file's header.
+and `rng.`, everything else as JSON in the file's header. That of a sharded run is a folder with the
+same contents, see `hpm.weights.sharded`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch
 from torch import nn
 
 from hpm.core.errors import UserError
-from hpm.core.files import StateDict, check_meta, read_tensors, write_tensors
+from hpm.core.files import StateDict, check_meta, read_meta, read_tensors, remove, write_tensors
+from hpm.weights.sharded import read_into, read_sharded, tensor_shapes
+
+FILE, FOLDER = ".safetensors", ".sharded"  # suffixes of checkpoints
 
 
 @dataclass
@@ -42,9 +46,14 @@ def save_checkpoint(
     """Write `step_00001234.safetensors` and remove all but the latest `keep`."""
     path = folder / f"step_{meta['step']:08d}.safetensors"
     write_checkpoint(path, model, teacher, optimizer, meta, memory)
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
+    prune(folder, keep)
     return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the latest `keep` checkpoints."""
+    for old in list_checkpoints(folder)[:-keep]:
+        remove(old)
 
 
 def write_checkpoint(
@@ -60,6 +69,16 @@ def write_checkpoint(
     Only the training may draw from that generator (data loaders have their own), so that its state
     does not depend on interruptions.
     """
+    write_tensors(path, checkpoint_tensors(model, teacher, optimizer, memory), meta)
+
+
+def checkpoint_tensors(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    memory: nn.Module | None = None,
+) -> StateDict:
+    """The tensors of a checkpoint. Of sharded models, they are sharded."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
     if teacher is not None:
         tensors |= {f"teacher.{name}": t for name, t in teacher.state_dict().items()}
@@ -71,17 +90,69 @@ def write_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    write_tensors(path, tensors, meta)
+    return tensors
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step_*.safetensors"))
+    """Checkpoints of a run, files and folders, oldest first."""
+    return sorted([*folder.glob(f"step_*{FILE}"), *folder.glob(f"step_*{FOLDER}")])
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of one of `list_checkpoints`."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def read_checkpoint(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    """Whole tensors and metadata of a checkpoint, a file or a folder. Raises UserError if it is
+    damaged."""
+    return read_sharded(path) if path.is_dir() else read_tensors(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises UserError if the file is damaged or is not a checkpoint."""
-    return parse_checkpoint(path, *read_tensors(path))
+    """Read a checkpoint. Raises UserError if it is damaged or is not a checkpoint."""
+    return parse_checkpoint(path, *read_checkpoint(path))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint without its tensors, which `restore_sharded` reads."""
+    return Checkpoint(path, {}, {}, {}, {}, {}, meta=read_meta(path))
+
+
+def restore_sharded(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    teacher: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    memory: nn.Module | None = None,
+) -> None:
+    """Restore what `restore` does in models that are sharded, whatever wrote the checkpoint."""
+    path, found = checkpoint.path, tensor_shapes(checkpoint.path)
+    modules = {"model": model, "teacher": teacher} | ({"memory": memory} if memory else {})
+    into: StateDict = {}
+    for part, module in modules.items():
+        require_same(module, _under(part, found), path)
+        into |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    for name, like in _under("optimizer", found).items():
+        parameter_name, _, kind = name.partition("|")
+        parameter = parameters[parameter_name]
+        # Moments are sharded as the parameter is; step counters are whole.
+        value = (
+            torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+            if like.shape == parameter.shape
+            else torch.zeros(like.shape, dtype=torch.float32, device=parameter.device)
+        )
+        optimizer.state[parameter][kind] = into[f"optimizer.{name}"] = value
+    rng = {name: torch.empty_like(t, device="cpu") for name, t in _under("rng", found).items()}
+    read_into(path, into | {f"rng.{name}": t for name, t in rng.items()})
+    _restore_generators(rng)
+
+
+def _under(part: str, tensors: StateDict) -> StateDict:
+    """The tensors of a part, without its name."""
+    prefix = f"{part}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def parse_checkpoint(path: Path, tensors: StateDict, meta: dict[str, Any]) -> Checkpoint:
@@ -119,17 +190,27 @@ def restore(
         parameter = parameters[parameter_name]
         # Fused AdamW needs its step counters in float32 on the parameter's device.
         optimizer.state[parameter][kind] = value.to(parameter.device, torch.float32)
-    torch.set_rng_state(checkpoint.rng["cpu"])
-    if "cuda" in checkpoint.rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.rng["cuda"])
+    _restore_generators(checkpoint.rng)
+
+
+def _restore_generators(states: StateDict) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def load_exactly(module: nn.Module, state: StateDict, path: Path) -> None:
     """Load a state dict. Raises UserError, naming the first difference in names or shapes."""
+    require_same(module, state, path)
+    module.load_state_dict(state)
+
+
+def require_same(module: nn.Module, state: StateDict, path: Path) -> None:
+    """Raise UserError, naming the first difference, unless a state dict has the module's names and
+    shapes."""
     problems = compare(module, state)
     if problems:
         raise UserError(f"{path}: of another architecture ({problems[0]}; {differ(problems)})")
-    module.load_state_dict(state)
 
 
 def differ(problems: list[str]) -> str:

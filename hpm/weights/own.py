@@ -14,7 +14,6 @@ from hpm.core.files import StateDict, read_tensors, write_tensors, write_text
 from hpm.core.options import make_config
 from hpm.core.version import __version__
 from hpm.models.architecture import Architecture
-from hpm.models.encoder import Encoder
 from hpm.models.vit import LAYER_NORM_EPS
 from hpm.weights.checkpoint import parse_checkpoint
 from hpm.weights.contents import Contents
@@ -25,14 +24,17 @@ BACKBONE = "hpm encoder"  # the `kind` of a backbone file
 
 
 def save_backbone(
-    path: Path, encoder: Encoder, architecture: Architecture, mean: list[float], std: list[float]
+    path: Path, state: StateDict, architecture: Architecture, mean: list[float], std: list[float]
 ) -> None:
-    """Write `backbone.safetensors` (timm's names) and the JSON that describes it."""
+    """Write `backbone.safetensors` (timm's names) and the JSON that describes it.
+
+    state: the encoder's.
+    """
     metadata = architecture.encoder().to_json()
     metadata |= {"mean": mean, "std": std, "kind": BACKBONE, "hpm": __version__}
     if architecture.model is None:
         metadata |= {"layer_norm_eps": LAYER_NORM_EPS}
-    write_tensors(path, encoder.state_dict(), metadata)
+    write_tensors(path, state, metadata)
     write_text(path.with_suffix(".json"), json.dumps(metadata, indent=2) + "\n")
 
 
@@ -75,7 +77,8 @@ class OwnBackbone(WritableFormat):
 
     def write(self, source: ExportSource, path: Path) -> None:
         trained = source.trained
-        save_backbone(path, source.encoder, trained.architecture, trained.mean, trained.std)
+        state = source.encoder.state_dict()
+        save_backbone(path, state, trained.architecture, trained.mean, trained.std)
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
         contents = read_own(path, *read_tensors(path))

@@ -8,9 +8,10 @@ from typing import Any
 
 from hpm.core.choices import TIMM
 from hpm.core.errors import UserError
-from hpm.core.files import TORCH_SUFFIXES, StateDict, read_tensors, read_torch_file
+from hpm.core.files import META_FILE, TORCH_SUFFIXES, StateDict, read_tensors, read_torch_file
 from hpm.core.random_state import random_state_kept
 from hpm.weights.backbone import Backbone
+from hpm.weights.checkpoint import read_checkpoint
 from hpm.weights.contents import Contents
 from hpm.weights.format import ReadableFormat
 from hpm.weights.formats import READABLE
@@ -81,6 +82,10 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
         if name.startswith(TIMM):
             return pretrained(name)
         raise UserError(f"{path}: no such {'file' if path.suffix else 'run folder or file'}")
+    if path.is_dir() and (path / META_FILE).exists():
+        contents = read_own(path, *read_checkpoint(path))
+        assert contents is not None, "checkpoints have a step"
+        return contents
     if path.is_dir() and not (path / "config.json").exists():
         run = RunFolder(path)
         file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)

@@ -11,7 +11,7 @@ import yaml
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.files import read_meta
-from hpm.weights.checkpoint import list_checkpoints
+from hpm.weights.checkpoint import FILE, FOLDER, list_checkpoints, step_of
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,17 @@ class RunFolder:
     @property
     def best_checkpoint(self) -> Path:
         """The checkpoint of the best probe during training."""
-        return self.checkpoints / "best.safetensors"
+        return self._checkpoint("best")
 
     @property
     def before_cooldown(self) -> Path:
         """The checkpoint from which a run of constant learning rate is prolonged."""
-        return self.checkpoints / "before_cooldown.safetensors"
+        return self._checkpoint("before_cooldown")
+
+    def _checkpoint(self, name: str) -> Path:
+        """A folder if a sharded run has written it, else a file, whether it exists or not."""
+        folder = self.checkpoints / f"{name}{FOLDER}"
+        return folder if folder.exists() else self.checkpoints / f"{name}{FILE}"
 
     @property
     def config_file(self) -> Path:
@@ -63,13 +68,14 @@ class RunFolder:
         """Make the checkpoint before the cooldown the latest one. Later ones are renamed."""
         if not self.before_cooldown.exists():
             return
-        start = read_meta(self.before_cooldown)["step"]
+        before = self.before_cooldown
+        start = read_meta(before)["step"]
         for path in list_checkpoints(self.checkpoints):
-            if int(path.stem.removeprefix("step_")) > start:
+            if step_of(path) > start:
                 path.rename(path.with_name(f"cooled_{path.name}"))
-        latest = self.checkpoints / f"step_{start:08d}.safetensors"
-        if not latest.exists():
-            self.before_cooldown.rename(latest)
+        latest = self.latest_checkpoint()
+        if latest is None or step_of(latest) != start:
+            before.rename(before.with_name(f"step_{start:08d}{before.suffix}"))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

@@ -55,7 +55,7 @@ def backbone_of(shape, path, channels=3, model=None):
 
     architecture = architecture_of(shape)
     encoder = build_encoder(architecture, seed=0)
-    save_backbone(path, encoder, architecture, [0.5] * channels, [0.25] * channels)
+    save_backbone(path, encoder.state_dict(), architecture, [0.5] * channels, [0.25] * channels)
     return path
 
 

@@ -511,7 +511,13 @@ def test_pretraining_from_a_published_file(hpm_file, image_folder, tmp_path):
 
 def test_our_own_backbone_at_another_size(tmp_path):
     source = encoder_of(SHAPE, 1)
-    save_backbone(tmp_path / "x.safetensors", source, architecture_of(SHAPE), [0.5] * 3, [0.5] * 3)
+    save_backbone(
+        tmp_path / "x.safetensors",
+        source.state_dict(),
+        architecture_of(SHAPE),
+        [0.5] * 3,
+        [0.5] * 3,
+    )
     target = model_of(SHAPE | {"image_size": [24, 24]}, 2)
     said = initialise(target, tmp_path / "x.safetensors", partial=True)
     assert "encoder 30 of 30" in said and "from 4 x 4 to 6 x 6 patches" in said
