@@ -19,38 +19,34 @@ from hpm.evals import evaluate
 from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
 from hpm.pretraining import run_pretraining
+from hpm.show.compared import LOSS_DEPENDS_ON
+from hpm.show.comparison import compare
+from hpm.show.options import CompareConfig
 from hpm.targets.registry import find_target
-from hpm.weights.run_folder import RunFolder
+from hpm.weights.run_folder import RunFolder, training_minutes
 
 K = 20
 FEATURES = "trained, patch mean"
-# Losses of runs that differ in one of these options cannot be compared.
-LOSS_DEPENDS_ON = (
-    "target",
-    "target_model",
-    "codebook",
-    "target_options",
-    "ranking_signal",
-    "mask_ratio",
-    "image_size",
-    "channels",
-    "normalize",
-    "pretrained",
-)
 
 
 def ablate(config: AblateConfig) -> Results:
-    """Run every arm with every combination and seed; write `ablation.md`, `.csv` and `.png`.
+    """Run every arm with every combination and seed; write `ablation.md`, `.csv` and `.png`, and
+    the runs beside each other in `compare.html`.
 
     Finished runs and evaluations are not repeated. Raises UserError before training if a
     combination cannot work.
     """
     # All runs share one process group.
     with distributed.process_group(distributed.pick_device(config.device)):
-        return _ablate(config)
+        results, folders = _ablate(config)
+        if distributed.is_main() and len(folders) > 1:
+            page = str(results.folder / "compare.html")
+            compare(CompareConfig(tuple(folders), page, config.data, device=config.device))
+    return results
 
 
-def _ablate(config: AblateConfig) -> Results:
+def _ablate(config: AblateConfig) -> tuple[Results, list[str]]:
+    """The results, and the folders of the runs."""
     variants, runs = make_plan(config)
     labels, k = _labels(config)
     with_loss = losses_compare([run.config for run in runs])
@@ -64,7 +60,7 @@ def _ablate(config: AblateConfig) -> Results:
         results.add(run.variant, run.config.seed, values)
         if distributed.is_main():
             results.write()
-    return results
+    return results, [run.config.out for run in runs]
 
 
 def losses_compare(runs: list[PretrainConfig]) -> bool:
@@ -100,7 +96,7 @@ def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
         if measured in last:
             values[name] = last[measured]
     batch_size = yaml.safe_load(RunFolder(folder).config_file.read_text())["batch_size"]
-    values["minutes"] = _minutes(lines, batch_size)
+    values["minutes"] = training_minutes(lines, batch_size)
     return values
 
 
@@ -129,13 +125,3 @@ def _labels(config: AblateConfig) -> tuple[str | None, int]:
         return None, 0
     labelled = labelled_splits(splits, config.seed)
     return data, min(K, len(labelled.train))
-
-
-def _minutes(lines: list[dict[str, Any]], batch_size: int) -> float:
-    """Minutes of training without evaluations, from the logged speeds."""
-    seconds, last_step = 0.0, 0
-    for line in lines:
-        if "images_per_second" in line:
-            seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
-            last_step = line["step"]
-    return seconds / 60

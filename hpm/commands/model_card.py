@@ -45,10 +45,8 @@ class Results:
         """The results of the run's evaluations of these weights at this step."""
         found = Results()
         for saved in saved_evaluations(trained.folder):
-            if saved.rows is None:
-                found.rows.append([saved.file.name, "", "", "unreadable"])
-            elif (saved.weights, saved.step) == (weights, trained.step):
-                found.rows += saved.rows
+            if saved.rows is None or (saved.weights, saved.step) == (weights, trained.step):
+                found.rows += saved.words
             else:
                 found.left_out += 1
         return found

@@ -57,6 +57,12 @@ def _report(config: Any) -> None:
     print(f"written to {run_report(config)}")
 
 
+def _compare(config: Any) -> None:
+    from hpm.show.comparison import compare
+
+    print(f"written to {compare(config)}")
+
+
 def _eval(evaluation: Evaluation, options: Any) -> None:
     from rich.console import Console
 
@@ -87,7 +93,7 @@ def _ablate(config: Any) -> None:
     results = ablate(config)
     if distributed.is_main():
         print_results(results, Console())
-        print(f"written to {results.file} (with .csv and .png beside it)")
+        print(f"written to {results.file} (with .csv, .png and compare.html beside it)")
 
 
 def _bench_step(config: Any) -> None:
@@ -233,6 +239,7 @@ VERBS = {
     "demo": Verb("hpm.commands.options:DemoConfig", _demo),
     "pretrain": Verb("hpm.core.config:PretrainConfig", _pretrain, ("data",), presets=True),
     "report": Verb("hpm.show.options:ReportConfig", _report, ("run",)),
+    "compare": Verb("hpm.show.options:CompareConfig", _compare, ("runs",), ("runs",)),
     "ablate": Verb(
         "hpm.commands.options:AblateConfig", _ablate, ("data",), ("arm", "vary"), presets=True
     ),
@@ -266,6 +273,7 @@ ABOUT = {
     "similar": "list similar images and near-duplicates by their features",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",
     "report": "rewrite a run's report.html",
+    "compare": "draw several runs beside each other on one page",
     "ablate": "pre-train variants over several seeds and compare them",
     "bench": "measure the speed of training, of dense heads, or of data loading",
     "prepare": "shrink images once into large files that are fast to read",

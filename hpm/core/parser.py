@@ -32,7 +32,8 @@ class HelpWanted(Exception):
 class Command:
     """The arguments of `hpm VERB`: options, some of them positional.
 
-    `repeated` options may be given several times; `presets` says whether there is --config.
+    `repeated` options may be given several times, the last positional one without its name;
+    `presets` says whether there is --config.
     """
 
     prog: str
@@ -62,7 +63,7 @@ class Command:
         while waiting:
             argument = waiting.pop(0)
             if not argument.startswith("--"):
-                name, value = next(places, ""), argument
+                name, value = next(places, self._rest), argument
                 if not name:
                     raise UserError(f"unexpected argument '{argument}' (see {self.prog} --help)")
             else:
@@ -87,6 +88,12 @@ class Command:
                 typed[name] = value
         return typed
 
+    @property
+    def _rest(self) -> str:
+        """The option that takes all further arguments without a name; empty if there is none."""
+        last = self.positional[-1:]
+        return last[0] if last and last[0] in self.repeated else ""
+
     def _spell(self, name: str, by_place: bool = True) -> str:
         """An option as the user types it: DATA, --mask-ratio."""
         if by_place and name in self.positional:
@@ -96,7 +103,9 @@ class Command:
     def help(self) -> str:
         """The text of --help: the main options first, then the others by group."""
         described = describe(self.options)
-        places = " ".join(name.upper() for name in self.positional)
+        places = " ".join(
+            name.upper() + (" ..." if name == self._rest else "") for name in self.positional
+        )
         required = " ".join(
             f"{self._spell(name)} {name.upper()}"
             for name, each in described.items()
@@ -134,7 +143,7 @@ class Command:
                 head += f" {_placeholder(each.hint)}"
             text = each.help.removesuffix(".") + ("" if each.required else _default_text(each))
             text += "." if text else ""
-            if name in self.repeated:
+            if name in self.repeated and name != self._rest:
                 text += " May be given several times."
         indent = 28
         body = textwrap.wrap(text, width - indent) or [""]

@@ -1,30 +1,67 @@
-"""Read the evaluations in a run folder, for its report and model card."""
+"""Read the evaluations in a run folder: for its report, its model card, comparisons of runs."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpm.evals.contract import COMPARED, installed_options
 from hpm.evals.files import changed_options
 
 
+class Row(NamedTuple):
+    """The numbers of one kind of features, with NAME_low and NAME_high for intervals."""
+
+    evaluation: str  # with its options and setting
+    data: str
+    features: str
+    numbers: dict[str, float]
+
+    @property
+    def words(self) -> list[str]:
+        """Evaluation, data, features and numbers as text."""
+        return [self.evaluation, self.data, self.features, _words(self.numbers)]
+
+    @property
+    def main(self) -> dict[str, tuple[float, float | None, float | None]]:
+        """Number, low and high, by name: of accuracies only the first, otherwise all."""
+        numbers = self.numbers
+        names = [name for name in numbers if not name.endswith(("_low", "_high"))]
+        if "top1" in numbers:
+            names = ["top1"]
+        return {
+            name: (numbers[name], numbers.get(f"{name}_low"), numbers.get(f"{name}_high"))
+            for name in names
+        }
+
+
 @dataclass
 class Saved:
-    """A result file: its weights (student or teacher) and step, if known, and its rows [evaluation,
-    data, features, numbers], or None if it cannot be read."""
+    """A result file: its weights (student or teacher) and step, if known, and its rows, or None if
+    it cannot be read."""
 
     file: Path
     weights: str | None
     step: int | None
-    rows: list[list[str]] | None
+    rows: list[Row] | None
+
+    @property
+    def whose(self) -> str:
+        """Weights and step in words."""
+        return (self.weights or "") + ("" if self.step is None else f", step {self.step:,}")
+
+    @property
+    def words(self) -> list[list[str]]:
+        """The rows as text."""
+        unreadable = [[self.file.name, "", "", "unreadable"]]
+        return unreadable if self.rows is None else [row.words for row in self.rows]
 
 
-def saved_evaluations(run_folder: Path | None) -> list[Saved]:
+def saved_evaluations(run_folder: Path | None, folder: str = "evals") -> list[Saved]:
     """All of RUN/evals/*.json, by name."""
-    files = sorted((run_folder / "evals").glob("*.json")) if run_folder else []
+    files = sorted((run_folder / folder).glob("*.json")) if run_folder else []
     return [_read(file) for file in files]
 
 
@@ -37,7 +74,7 @@ def _read(file: Path) -> Saved:
         return Saved(file, None, None, None)
 
 
-def _rows(result: dict[str, Any]) -> list[list[str]]:
+def _rows(result: dict[str, Any]) -> list[Row]:
     about, protocol = result["about"], result["protocol"]
     data = Path(about["data"]).name
     data += f", tested on {Path(about['test']).name}" if about.get("test") else ""
@@ -47,10 +84,10 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
             continue  # numbers of another run
         for setting, numbers in settings.items():
             name = protocol if setting == protocol else f"{protocol}, {setting}"
-            rows.append([f"{name}{_options(protocol, about)}", data, features, _numbers(numbers)])
+            rows.append(Row(f"{name}{_options(protocol, about)}", data, features, numbers))
     if result["hardness"]:
         name = "hardness" if protocol == "hardness" else "predictor"
-        rows.append([name, data, "", _numbers(result["hardness"])])
+        rows.append(Row(name, data, "", result["hardness"]))
     return rows
 
 
@@ -63,7 +100,7 @@ def _options(protocol: str, about: dict[str, Any]) -> str:
     return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))
 
 
-def _numbers(numbers: dict[str, float]) -> str:
+def _words(numbers: dict[str, float]) -> str:
     if "top1" in numbers:
         low, high = numbers["top1_low"], numbers["top1_high"]
         return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"

@@ -7,7 +7,7 @@ block `curves`, which has one entry per `.chart`, in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any, NamedTuple
@@ -32,14 +32,15 @@ class Chart(NamedTuple):
 
 @dataclass
 class Curve:
-    """Finite values at increasing steps."""
+    """Finite values at increasing steps. `place`: the number of its colour."""
 
     name: str
     steps: list[int]
     values: list[float]
+    place: int = 0
 
 
-def make_curve(name: str, points: Points) -> Curve:
+def make_curve(name: str, points: Points, place: int = 0) -> Curve:
     """Reduce points (step, value) to at most about 2 * BINS, keeping spikes."""
     points = sorted((step, value) for step, value in points if math.isfinite(value))
     if len(points) > 2 * BINS:
@@ -49,19 +50,26 @@ def make_curve(name: str, points: Points) -> Curve:
             extremes = {min(binned, key=lambda p: p[1]), max(binned, key=lambda p: p[1])}
             kept += sorted(extremes)
         points = [*kept, points[-1]]
-    return Curve(name, [step for step, _ in points], [value for _, value in points])
+    return Curve(name, [step for step, _ in points], [value for _, value in points], place)
 
 
 def draw_charts(
-    charts: Iterable[tuple[Chart, dict[str, Points]]], last_step: int
+    charts: Iterable[tuple[Chart, dict[str, Points]]],
+    last_step: int,
+    places: Mapping[str, int] | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts with the points of their curves, by label; their values for the script).
 
     Charts and curves without finite values are left out; the HTML is empty if all are.
+
+    places: numbers of the colours by label. Default: in order, chart by chart.
     """
     cards, values = [], []
     for chart, labelled in charts:
-        curves = [make_curve(label, points) for label, points in labelled.items()]
+        curves = [
+            make_curve(label, points, place if places is None else places[label])
+            for place, (label, points) in enumerate(labelled.items())
+        ]
         curves = [curve for curve in curves if curve.values]
         if curves:
             card, numbers = draw_chart(chart.title, chart.about, curves, last_step, chart.from_zero)
@@ -89,10 +97,11 @@ def draw_chart(
     lines, labels, keys = [], [], []
     for tick in _ticks(low, high):
         lines.append(f'<path class="grid" d="M0 {down(tick)}H1000"/>')
-        labels.append(f'<span class="y" style="top:{down(tick) / 10}%">{_number(tick)}</span>')
+        labels.append(f'<span class="y" style="top:{down(tick) / 10}%">{number(tick)}</span>')
     for tick in _ticks(0, right):
-        labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{_number(tick)}</span>')
-    for place, curve in enumerate(curves):
+        labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{number(tick)}</span>')
+    for curve in curves:
+        place = curve.place
         points = [(across(s), down(v)) for s, v in zip(curve.steps, curve.values, strict=True)]
         path = "M" + "L".join(f"{x} {y}" for x, y in points)
         lines.append(f'<path class="curve c{place}" d="{path}"/>')
@@ -102,17 +111,17 @@ def draw_chart(
         labels.append(f'<i class="dot c{place}" hidden></i>')
         keys.append(
             f'<span class="key c{place}">{escape(curve.name)} '
-            f"<b>{_number(curve.values[-1])}</b></span>"
+            f"<b>{number(curve.values[-1])}</b></span>"
         )
     label = "; ".join(
-        f"{curve.name} from {_number(curve.values[0])} at step {curve.steps[0]} to "
-        f"{_number(curve.values[-1])} at step {curve.steps[-1]}"
+        f"{curve.name} from {number(curve.values[0])} at step {curve.steps[0]} to "
+        f"{number(curve.values[-1])} at step {curve.steps[-1]}"
         for curve in curves
     )
     step = max(curve.steps[-1] for curve in curves)
     html = (
         f'<figure class="card chart"><h3>{escape(title)}</h3>'
-        f'<div class="keys">{"".join(keys)}<span class="at">step {_number(step)}</span></div>'
+        f'<div class="keys">{"".join(keys)}<span class="at">step {number(step)}</span></div>'
         f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'role="img" aria-label="{escape(f"{title}: {label}")}">{"".join(lines)}'
         f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
@@ -144,7 +153,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [float(place) for place in places if low <= place <= high]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5. `chart.js` formats numbers alike."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"

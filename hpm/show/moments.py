@@ -32,8 +32,18 @@ class Moment:
 
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
-    """Write the panels of a picture into `folder`, images shrunk to at most 128 pixels a side, and
-    film strips a little less."""
+    """Write the panels of a picture into `folder`."""
+    write_tensors(folder / f"step_{step:08d}.safetensors", _tensors(shown), {"step": step})
+
+
+def moment_of(shown: Picture, step: int) -> Moment:
+    """The panels of a picture, as they would be read from a file."""
+    return _moment(step, _tensors(shown))
+
+
+def _tensors(shown: Picture) -> dict[str, Tensor]:
+    """The panels by name, images shrunk to at most 128 pixels a side, and film strips a little
+    less."""
     assert shown.mask is not None and shown.actual is not None
     grid = (len(shown.images), *shown.grid)
     tensors = {
@@ -45,7 +55,19 @@ def keep_moment(shown: Picture, folder: Path, step: int) -> None:
         tensors["predicted"] = shown.predicted.float().reshape(grid)
     if shown.reconstruction is not None:
         tensors["reconstruction"] = _small(shown.reconstruction, shown.images)
-    write_tensors(folder / f"step_{step:08d}.safetensors", tensors, {"step": step})
+    return tensors
+
+
+def _moment(step: int, tensors: dict[str, Tensor]) -> Moment:
+    parts = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Moment(
+        step,
+        parts["images"],
+        parts["mask"],
+        parts["actual"],
+        parts.get("predicted"),
+        parts.get("reconstruction"),
+    )
 
 
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
@@ -62,17 +84,7 @@ def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
     moments = []
     for step in found:
         with contextlib.suppress(UserError, KeyError):  # skip damaged files
-            parts = {name: part.numpy() for name, part in read_tensors(files[step])[0].items()}
-            moments.append(
-                Moment(
-                    step,
-                    parts["images"],
-                    parts["mask"],
-                    parts["actual"],
-                    parts.get("predicted"),
-                    parts.get("reconstruction"),
-                )
-            )
+            moments.append(_moment(step, read_tensors(files[step])[0]))
     return moments
 
 

@@ -25,6 +25,25 @@ class ReportConfig:
 
 
 @dataclass
+class CompareConfig:
+    """Draw runs beside each other on one page: curves, options that differ, evaluations, images."""
+
+    runs: tuple[str, ...]
+    """Run folders, or folders of run folders, such as that of hpm ablate."""
+    out: str = option("compare.html", main=True)
+    """Page to write (.html)."""
+    data: str | None = option(None, main=True)
+    """Images to draw (default: the data of the first run). Those of the test split if there is
+    one."""
+    images: int = option(8, at_least=0, at_most=32, main=True)
+    """Number of images to draw by every run, at random; 0 draws none, and reads no weights."""
+    seed: int = option(0, at_least=0)
+    """Random seed of the masks and of the choice of images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to compute on; auto uses the GPU if there is one."""
+
+
+@dataclass
 class ShowConfig:
     """Draw what a model makes of images: losses, mask, reconstruction, features, attention. Or
     draw the clusters of features that hpm embed wrote."""

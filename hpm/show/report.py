@@ -58,10 +58,9 @@ def run_report(config: ReportConfig) -> Path:
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write `report.html` from the files of the run folder. Returns its path."""
     run = RunFolder(folder)
-    metrics = read_lines(folder / "metrics.jsonl")
-    metrics = [line for line in metrics if isinstance(line.get("step"), int)]
+    metrics = read_metrics(folder)
     sessions = read_sessions(folder)
-    options = _options(run.config_file)
+    options = read_options(run.config_file)
     steps = {line["step"] for line in metrics}
     moments = read_moments(run.moments, steps | {0})
     charts, values = charts_section(metrics)
@@ -94,22 +93,10 @@ def _head(
     last: dict[str, Any] = {}
     for line in metrics:
         last |= line
-    last_session = sessions[-1] if sessions else None
-    total = last_session.total_steps if last_session else options.get("steps")
-    step = last.get("step", 0)
-    if last_session and last_session.failed:
-        step = last_session.last_step or step
-    progress = f"step {step:,} of {total:,}" if total else f"step {step:,}"
-    if last_session and last_session.failed:
-        progress += ", failed"
-    elif step and step == total:
-        progress += ", finished"
-    elif last_session and last_session.reason is None:
-        progress += ", still training when this was written"
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",
-        progress,
+        progress(options, last.get("step", 0), sessions),
     ]
     numbers = [
         (title, f"{last[name]:.4g}")
@@ -129,6 +116,22 @@ def _head(
         "<code>hpm report RUN</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'
     )
+
+
+def progress(options: dict[str, Any], step: int, sessions: list[Session]) -> str:
+    """How far a run has come, in words, given the last step that it logged."""
+    last_session = sessions[-1] if sessions else None
+    total = last_session.total_steps if last_session else options.get("steps")
+    if last_session and last_session.failed:
+        step = last_session.last_step or step
+    words = f"step {step:,} of {total:,}" if total else f"step {step:,}"
+    if last_session and last_session.failed:
+        return f"{words}, failed"
+    if step and step == total:
+        return f"{words}, finished"
+    if last_session and last_session.reason is None:
+        return f"{words}, still training when this was written"
+    return words
 
 
 def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Session]) -> str:
@@ -167,9 +170,7 @@ def _evaluations(folder: Path) -> str:
     """A table of this run's evaluations; empty if there are none."""
     rows = []
     for saved in saved_evaluations(folder):
-        whose = saved.weights or ""
-        whose += "" if saved.step is None else f", step {saved.step:,}"
-        rows += [[*row, whose] for row in saved.rows or [[saved.file.name, "", "", "unreadable"]]]
+        rows += [[*words, saved.whose] for words in saved.words]
     if not rows:
         return ""
     titles = ("evaluation", "data", "features", "numbers", "weights")
@@ -243,7 +244,13 @@ def _size(options: dict[str, Any]) -> str:
     return " x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}"
 
 
-def _options(path: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, each of which has a step."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return [line for line in lines if isinstance(line.get("step"), int)]
+
+
+def read_options(path: Path) -> dict[str, Any]:
     """The content of config.yaml, unchecked, so that reports of older versions can be rewritten."""
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -110,15 +112,36 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
     if not moments:
         reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
-    last = moments[-1]
-    views = [name for name in VIEWS if getattr(last, name) is not None]
-    switch = "".join(
-        f'<input type="radio" name="view" id="view-{name}"{" checked" * (place == 0)}>'
-        f'<label for="view-{name}">{VIEWS[name]}</label>'
-        for place, name in enumerate(views)
+    about = (
+        "Each row is a held-out image, each column a training step. Bright patches are hard; each "
+        "map has its own scale. Hidden patches are grey. The actual loss is the mean over random "
+        "masks"
     )
-    height, width = last.images.shape[1:3]
-    photos = [_photo(image) for image in last.images]
+    predicted = any(moment.predicted is not None for moment in moments)
+    about += "; the teacher predicts losses from the whole image." if predicted else "."
+    columns = {f"step {moment.step:,}": moment for moment in moments}
+    return f"<p>{about}</p>{panels_table(columns, 'held-out image')}"
+
+
+def panels_table(
+    columns: dict[str, Moment], row_name: str, runs: Sequence[int] | None = None
+) -> str:
+    """A table with a row per image and a column per moment, by title, and a switch of the panel.
+
+    runs: the number of the run that a column is of, for a script to find its cells.
+    """
+    moments = list(columns.values())
+    views = [name for name in VIEWS if any(getattr(m, name) is not None for m in moments)]
+    first = next((n for n in views if all(getattr(m, n) is not None for m in moments)), views[0])
+    largest = max(moments, key=lambda moment: moment.images.shape[:2])
+    marks = [""] * len(moments) if runs is None else [f' data-run="{run}"' for run in runs]
+    switch = "".join(
+        f'<input type="radio" name="view" id="view-{name}"{" checked" * (name == first)}>'
+        f'<label for="view-{name}">{VIEWS[name]}</label>'
+        for name in views
+    )
+    height, width = largest.images.shape[1:3]
+    photos = [_photo(image) for image in largest.images]
     style = [f".frame {{ aspect-ratio: {width} / {height}; }}"]
     style += [f".p{row} {{ background-image: url({uri}); }}" for row, uri in enumerate(photos)]
     style += [
@@ -129,21 +152,20 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
     ]
     rows = "".join(
         f'<tr><th scope="row"><div class="frame"><i class="photo p{row}" role="img" '
-        f'aria-label="held-out image {row + 1}"></i></div></th>'
-        + "".join(f"<td>{_cell(moment, views, row)}</td>" for moment in moments)
+        f'aria-label="{row_name} {row + 1}"></i></div></th>'
+        + "".join(
+            f"<td{mark}>{_cell(moment, views, row, title)}</td>"
+            for (title, moment), mark in zip(columns.items(), marks, strict=True)
+        )
         + "</tr>"
-        for row in range(len(last.images))
+        for row in range(len(largest.images))
     )
-    heads = "".join(f'<th scope="col">step {moment.step:,}</th>' for moment in moments)
+    heads = "".join(
+        f'<th scope="col"{mark}>{escape(title)}</th>'
+        for title, mark in zip(columns, marks, strict=True)
+    )
     smooth = "" if max(height, width) > SMALL else " sharp"
-    about = (
-        "Each row is a held-out image, each column a training step. Bright patches are hard; each "
-        "map has its own scale. Hidden patches are grey. The actual loss is the mean over random "
-        "masks"
-    )
-    about += "; the teacher predicts losses from the whole image." if "predicted" in views else "."
     return (
-        f"<p>{about}</p>"
         f"<style>{''.join(style)}</style>"
         f'<div class="moments{smooth}" style="--columns:{len(moments) + 1}">{switch}'
         f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
@@ -151,11 +173,11 @@ def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
     )
 
 
-def _cell(moment: Moment, views: list[str], row: int) -> str:
+def _cell(moment: Moment, views: list[str], row: int, column: str) -> str:
     """All panels of one image at one moment, stacked; the page shows one of them."""
     if row >= len(moment.images):
         return ""
-    about = f"of image {row + 1} at step {moment.step}"
+    about = escape(f"of image {row + 1}, {column}")
     shown = []
     for name in views:
         values = getattr(moment, name)

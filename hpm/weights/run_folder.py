@@ -89,6 +89,16 @@ class RunFolder:
         return read_config(self.config_file).get("base_lr")
 
 
+def training_minutes(metrics: list[dict[str, Any]], batch_size: int) -> float:
+    """Minutes of training without evaluations, from the logged speeds."""
+    seconds, last_step = 0.0, 0
+    for line in metrics:
+        if "images_per_second" in line:
+            seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
+            last_step = line["step"]
+    return seconds / 60
+
+
 def read_config(path: Path) -> dict[str, Any]:
     remedy = "repair it, or choose another --out"
     try:

@@ -1,0 +1,140 @@
+"""Read the runs that a comparison draws: their names, options, numbers and evaluations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpm.core.errors import UserError
+from hpm.evals.contract import RAW_PIXELS, TRAINED
+from hpm.evals.saved import Row, saved_evaluations
+from hpm.show.report import progress, read_metrics, read_options
+from hpm.training.sessions import read_sessions
+from hpm.weights.run_folder import RunFolder, training_minutes
+
+# Losses of runs that differ in one of these options cannot be compared.
+LOSS_DEPENDS_ON = (
+    "target",
+    "target_model",
+    "codebook",
+    "target_options",
+    "ranking_signal",
+    "mask_ratio",
+    "image_size",
+    "channels",
+    "normalize",
+    "pretrained",
+)
+DEPTH = 3  # folders below one that is named, in which runs are looked for
+NUMBERS = {
+    "reconstruction_loss": "reconstruction loss",
+    "held_out/reconstruction_loss": "reconstruction loss, held out",
+    "held_out/ranking_accuracy": "ranking accuracy, held out",
+    "held_out/mining_accuracy": "teacher's ranking accuracy, held out",
+    "probe/linear": "linear probe, %",
+    "probe/knn": "kNN, %",
+    "images_per_second": "images per second",
+}
+
+
+class Measure(NamedTuple):
+    """One number of an evaluation."""
+
+    evaluation: str
+    features: str
+    data: str
+    name: str
+
+    @property
+    def title(self) -> str:
+        return ", ".join(filter(None, (self.evaluation, self.features)))
+
+    @property
+    def about(self) -> str:
+        return (
+            f"{'top-1 in %' if self.name == 'top1' else self.name.replace('_', ' ')}; {self.data}"
+        )
+
+
+Interval = tuple[float, float | None, float | None]  # a number, low and high
+
+
+@dataclass
+class ComparedRun:
+    """A run folder, read. `label`: the part of its path that tells it from the others."""
+
+    folder: Path
+    label: str
+    options: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    progress: str
+    evaluations: list[Row]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The latest value of each of NUMBERS, and the minutes of training, by title."""
+        last: dict[str, Any] = {}
+        for line in self.metrics:
+            last |= line
+        found = {title: last[name] for name, title in NUMBERS.items() if name in last}
+        minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
+        return found | ({"minutes of training": minutes} if minutes else {})
+
+    def measures(self) -> dict[Measure, Interval]:
+        """The numbers of the run's own features. Raw pixels are among them."""
+        found: dict[Measure, Interval] = {}
+        for row in self.evaluations:
+            features = row.features.removeprefix(f"{TRAINED}, ")
+            if row.features and not row.features.startswith((TRAINED, RAW_PIXELS)):
+                continue  # random weights
+            for name, interval in row.main.items():
+                found[Measure(row.evaluation, features, row.data, name)] = interval
+        return found
+
+
+def read_runs(names: Sequence[str]) -> list[ComparedRun]:
+    """The runs of these folders, and of all folders of runs among them.
+
+    Raises UserError if one does not exist, or if there are fewer than two runs.
+    """
+    folders = list(dict.fromkeys(os.path.realpath(run) for name in names for run in _find(name)))
+    if len(folders) < 2:
+        found = f"only {names[0]} is one" if folders else "none of these folders is one"
+        raise UserError(f"name at least two runs of hpm pretrain to compare: {found}")
+    common = os.path.commonpath([os.path.dirname(folder) for folder in folders])
+    return [_read(Path(folder), os.path.relpath(folder, common)) for folder in folders]
+
+
+def differing_options(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
+    """The options whose values differ, with the value of each run (None where it has none)."""
+    names = dict.fromkeys(name for run in runs for name in run.options if name != "out")
+    values = {name: [run.options.get(name) for run in runs] for name in names}
+    return {name: each for name, each in values.items() if len({json.dumps(v) for v in each}) > 1}
+
+
+def _find(name: str) -> list[Path]:
+    """The run folder of this name, or the run folders below it, by name."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"{name}: no such folder")
+    file = RunFolder(path).config_file
+    if file.is_file() or not path.is_dir():
+        return [path] if file.is_file() else []
+    below = ("/".join(["*"] * depth) for depth in range(1, DEPTH + 1))
+    return sorted({config.parent for each in below for config in path.glob(f"{each}/{file.name}")})
+
+
+def _read(folder: Path, label: str) -> ComparedRun:
+    options, metrics = (
+        read_options(folder / RunFolder(folder).config_file.name),
+        read_metrics(folder),
+    )
+    step = max((line["step"] for line in metrics), default=0)
+    saved = [each for place in ("evals", "ablation") for each in saved_evaluations(folder, place)]
+    rows = [row for each in saved if each.weights != "teacher" for row in each.rows or ()]
+    words = progress(options, step, read_sessions(folder))
+    return ComparedRun(folder, label, options, metrics, words, rows)

@@ -1,0 +1,300 @@
+"""`hpm compare`: runs beside each other on one self-contained page.
+
+Everything that belongs to a run has its number as `data-run`, or as the class `cN` in charts:
+`compare.js` sorts and hides by it.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpm.core.distributed import pick_device
+from hpm.core.errors import UserError
+from hpm.core.files import disk_error, write_text
+from hpm.core.progress import track
+from hpm.data.loader import evaluation_batches
+from hpm.data.sources import Subset, open_source
+from hpm.evals.contract import RAW_PIXELS
+from hpm.show.command import hard_share
+from hpm.show.compared import (
+    LOSS_DEPENDS_ON,
+    ComparedRun,
+    Interval,
+    Measure,
+    differing_options,
+    read_runs,
+)
+from hpm.show.curves import Chart, Points, draw_charts, number
+from hpm.show.figures import picture, unavailable_panels
+from hpm.show.moments import Moment, moment_of
+from hpm.show.options import CompareConfig
+from hpm.show.page import asset, data_block, page
+from hpm.show.report_figures import CHARTS, LEFT_OUT, panels_table
+from hpm.show.strips import as_strips
+from hpm.weights.resolve import load
+
+Values = list[Any]  # one for each run; None where a run has none
+
+
+def compare(config: CompareConfig) -> Path:
+    """Write the page. Returns its path. Raises UserError on bad input."""
+    path = Path(config.out).expanduser()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {config.out}: a comparison is a page; name a .html file")
+    runs = read_runs(config.runs)
+    differing = differing_options(runs)
+    numbers = _by_run([run.numbers for run in runs])
+    measures = _by_run([run.measures() for run in runs])
+    pictures = _pictures(runs, config) if config.images else ""
+    curves, curve_values = _curves(runs)
+    keys = {"order given": list(range(len(runs))), "name": [run.label for run in runs]}
+    keys |= differing | numbers
+    own = {m: v for m, v in measures.items() if m.features != RAW_PIXELS}
+    keys |= {f"{m.title} ({m.about})": [v and v[0] for v in found] for m, found in own.items()}
+    words = {title: [_number(v) for v in each] for title, each in numbers.items()}
+    table = {"progress": [run.progress for run in runs]} | words
+    parts = [
+        f"<h1>{len(runs)} runs</h1>",
+        f"<p>{escape(_data(runs))}</p>",
+        _toolbar(runs, list(keys)),
+        "<h2>Runs</h2>",
+        _table(runs, table, list(keys)),
+        "<h2>Options that differ</h2>",
+        _options(runs, differing, list(keys)),
+        "<h2>Evaluations</h2>" + _evaluations(runs, measures) if own else "",
+        f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
+        f"<h2>The same images</h2>{pictures}" if pictures else "",
+        data_block("curves", curve_values),
+        data_block("keys", list(keys.values())),
+    ]
+    script = f"{asset('chart.js')}\n{asset('compare.js')}"
+    files = ("report.css", "chart.css", "compare.css")
+    style = "\n".join([*map(asset, files), *(_colour(place) for place in range(len(runs)))])
+    try:
+        write_text(path, page(f"hpm: {len(runs)} runs", "\n".join(parts), script, style))
+    except OSError as error:
+        raise disk_error(path, error) from None
+    return path
+
+
+def _by_run(each: list[dict[Any, Any]]) -> dict[Any, Values]:
+    """The values of each key, by run."""
+    return {key: [found.get(key) for found in each] for key in {k: 0 for one in each for k in one}}
+
+
+def _data(runs: list[ComparedRun]) -> str:
+    data = dict.fromkeys(str(run.options.get("data")) for run in runs)
+    return f"On {', '.join(data)}."
+
+
+def _toolbar(runs: list[ComparedRun], keys: list[str]) -> str:
+    """Switches that hide runs, and the order. They need the script, which shows them."""
+    chips = "".join(
+        f'<button type="button" class="chip" data-number="{place}" aria-pressed="true">'
+        f'<i class="swatch c{place}"></i>{escape(run.label)}</button>'
+        for place, run in enumerate(runs)
+    )
+    choices = "".join(f'<option value="{i}">{escape(key)}</option>' for i, key in enumerate(keys))
+    return (
+        f'<div class="toolbar" hidden><div class="row"><label>Sort by <select id="sort">{choices}'
+        '</select></label><button type="button" id="turn" aria-pressed="false">descending</button>'
+        f'</div><div class="row">{chips}</div></div>'
+    )
+
+
+def _table(runs: list[ComparedRun], columns: dict[str, Values], keys: list[str]) -> str:
+    """A row for each run; titles that are keys sort."""
+    heads = "".join(
+        f'<th scope="col"><button type="button" class="sorter" data-key="{keys.index(title)}">'
+        f"{escape(title)}</button></th>"
+        if title in keys
+        else f'<th scope="col">{escape(title)}</th>'
+        for title in ["name", *columns]
+    )
+    rows = "".join(
+        f'<tr data-run="{place}"><th scope="row"><i class="swatch c{place}"></i>'
+        f"{escape(run.label)}</th>"
+        + "".join(f"<td>{escape(values[place])}</td>" for values in columns.values())
+        + "</tr>"
+        for place, run in enumerate(runs)
+    )
+    return (
+        f'<div class="scroll compared"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _options(runs: list[ComparedRun], differing: dict[str, Values], keys: list[str]) -> str:
+    if not differing:
+        return "<p>None: the runs have the same options.</p>"
+    words = {
+        name: ["" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
+        for name, values in differing.items()
+    }
+    return _table(runs, words, keys)
+
+
+def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values]) -> str:
+    """A card for each number, with a line for each run and, where known, its interval."""
+    cards = []
+    for measure, found in sorted(measures.items(), key=lambda each: each[0].name != "top1"):
+        if measure.features == RAW_PIXELS:
+            continue
+        pixels = next(filter(None, measures.get(measure._replace(features=RAW_PIXELS), [])), None)
+        cards.append(_card(runs, measure, found, pixels))
+    return (
+        '<p class="faint">Bars are 95 % intervals over the test images; they say nothing of other '
+        f'seeds.</p><div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Interval | None) -> str:
+    ends = [end for v in [*found, pixels and pixels[:1]] if v for end in v if end is not None]
+    low, high = min(ends), max(ends)
+    margin = 0.05 * (high - low) or 1.0
+    low, high = low - margin, high + margin
+
+    def across(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}%"
+
+    def say(value: float) -> str:
+        return f"{value:.1f}" if measure.name == "top1" else number(value)
+
+    line = f'<i class="line" style="left:{across(pixels[0])}"></i>' if pixels else ""
+    lines = []
+    for place, (run, value) in enumerate(zip(runs, found, strict=True)):
+        if value is None:
+            continue
+        middle, least, most = value
+        interval = words = ""
+        if least is not None and most is not None:
+            right = f"{100 * (high - most) / (high - low):.2f}%"
+            interval = f'<i class="interval" style="left:{across(least)};right:{right}"></i>'
+            words = f" ({say(least)} to {say(most)})"
+        lines.append(
+            f'<div class="measured c{place}" data-run="{place}"><span>{escape(run.label)}</span>'
+            f"<span><b>{say(middle)}</b>{words}</span>"
+            f'<div class="range">{line}{interval}'
+            f'<i class="point" style="left:{across(middle)}"></i></div></div>'
+        )
+    about = measure.about + (f". Line: raw pixels, {say(pixels[0])}" if pixels else "")
+    return (
+        f'<section class="card"><h3>{escape(measure.title)}</h3><p class="faint">{escape(about)}.'
+        f'</p><div class="measures">{"".join(lines)}</div></section>'
+    )
+
+
+def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
+    """(HTML of a chart per metric with a curve per run, their values for the script)."""
+    found: dict[str, dict[str, Points]] = {}
+    for run in runs:
+        for line in run.metrics:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                    points = found.setdefault(name, {}).setdefault(run.label, [])
+                    points.append((line["step"], float(value)))
+    known = [
+        (Chart(_title(chart, label), chart.about, {}, chart.from_zero), found.pop(name, {}))
+        for chart in CHARTS
+        for name, label in chart.names.items()
+    ]
+    others = [(Chart(_words(name), "", {}), points) for name, points in sorted(found.items())]
+    last_step = max((line["step"] for run in runs for line in run.metrics), default=0)
+    places = {run.label: place for place, run in enumerate(runs)}
+    html, values = draw_charts([*known[:1], *others, *known[1:]], last_step, places)
+    return html or "<p>No measurements yet.</p>", values
+
+
+def _title(chart: Chart, label: str) -> str:
+    return f"{chart.title}, {label}" if len(chart.names) > 1 else chart.title
+
+
+def _words(name: str) -> str:
+    below, _, last = name.rpartition("/")
+    words = f"{last}, {below}".removesuffix(", ").replace("_", " ")
+    return words[0].upper() + words[1:]
+
+
+def _about_losses(differing: dict[str, Values]) -> str:
+    different = [name for name in (*LOSS_DEPENDS_ON, "patch_size") if name in differing]
+    if not different:
+        return ""
+    return (
+        '<p class="warning">Losses do not compare: the runs differ in '
+        f"{escape(', '.join(different))}.</p>"
+    )
+
+
+def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
+    """The same images, drawn by every run that can."""
+    data = config.data or str(runs[0].options.get("data"))
+    columns: dict[str, Moment] = {}
+    problems: dict[str, list[str]] = {}
+    for run in track(runs, "drawing", total=len(runs)):
+        try:
+            columns[run.label] = _draw(run, data, config)
+        except UserError as error:
+            problems.setdefault(str(error), []).append(run.label)
+    said = "".join(
+        f'<p class="warning">Not drawn: {escape(_all_or(labels, runs))}: {escape(problem)}.</p>'
+        for problem, labels in problems.items()
+    )
+    if not columns:
+        return said
+    places = [place for place, run in enumerate(runs) if run.label in columns]
+    return (
+        f"<p>Images of {escape(data)}, drawn by the latest weights of each run. Bright patches "
+        "are hard; each map has its own scale. Hidden patches are grey: as many, and as hard, as "
+        "at the end of each training. Without a predictor there is no predicted loss.</p>"
+        f"{said}{panels_table(columns, 'image', places)}"
+    )
+
+
+def _all_or(labels: list[str], runs: list[ComparedRun]) -> str:
+    return "all runs" if len(labels) == len(runs) else ", ".join(labels)
+
+
+def _draw(run: ComparedRun, data: str, config: CompareConfig) -> Moment:
+    """Raises UserError if the images are not there, or the weights cannot draw them."""
+    trained = load(str(run.folder))
+    missing = unavailable_panels(trained)
+    if "actual" in missing:
+        raise UserError(missing["actual"])
+    for module in (trained.encoder, trained.model, trained.teacher):
+        if module is not None:
+            module.to(pick_device(config.device)).eval()
+    sampling = trained.sampling()
+    splits = open_source(data, trusted=config.data is not None, clips=sampling is not None)
+    source = splits.test or splits.train
+    order = np.random.default_rng([config.seed, len(source)]).permutation(len(source))
+    some = Subset(source, np.sort(order[: config.images]))
+    height, width = trained.encoder.image_size[-2:]
+    channels = trained.encoder.channels
+    batches = evaluation_batches(some, (height, width), channels, len(some), sampling=sampling)
+    batch = next(iter(batches))
+    if not len(batch.images):
+        raise UserError(f"{data}: none of {len(some)} images can be read")
+    share = hard_share(None, trained)
+    shown = picture(trained, batch.images, batch.indices, share, seed=config.seed)
+    return moment_of(as_strips(shown), trained.step or 0)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else number(float(value))
+
+
+def _colour(place: int) -> str:
+    """The colour and dash of a run: hues far apart for neighbouring numbers."""
+    dash = ("", "6 3", "2 3")[place % 3]
+    border = ("solid", "dashed", "dotted")[place % 3]
+    hue = round(320 + place * 137.508) % 360
+    return (
+        f".c{place} {{ --stroke: hsl({hue} 65% var(--light)); }}\n"
+        f".plot .curve.c{place} {{ stroke-dasharray: {dash or 'none'}; }}\n"
+        f".key.c{place}::before {{ border-top-style: {border}; }}"
+    )

@@ -1,0 +1,112 @@
+"""The page of a comparison: which runs it reads, what it says of them, and that it sorts."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from helpers import TINY, assert_refused, run_here
+
+import hpm
+
+
+@pytest.fixture(scope="module")
+def runs(finished_run, image_folder, tmp_path_factory):
+    """A folder with two runs: HPM with an evaluation, and MAE."""
+    folder = tmp_path_factory.mktemp("compared")
+    # Other tests evaluate this run, too.
+    without = shutil.ignore_patterns("evals")
+    shutil.copytree(finished_run.folder, folder / "hpm" / "seed_0", ignore=without)
+    options = TINY | {"mask": "random", "predictor_loss": "none", "mask_ratio": 0.5, "steps": 2}
+    hpm.pretrain(str(image_folder), str(folder / "mae" / "seed_0"), **options)
+    for name, top1 in (("hpm", 61.5), ("mae", 42.5)):
+        below = folder / name / "seed_0" / "evals"
+        below.mkdir()
+        numbers = {"top1": top1, "top1_low": top1 - 2, "top1_high": top1 + 2}
+        values = {"trained, patch mean": {"k = 5": numbers}, "raw pixels": {"k = 5": {"top1": 50}}}
+        values["raw pixels"]["k = 5"] |= {"top1_low": 48, "top1_high": 52}
+        result = {"protocol": "knn", "values": values, "hardness": {}}
+        about = {"data": "flowers", "weights": "student", "step": 8, "run": "r"}
+        (below / "knn.json").write_text(json.dumps(result | {"about": about}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(runs):
+    out = runs / "compare.html"
+    found = run_here("compare", runs / "hpm", runs / "mae", "--out", out, "--images", 3)
+    assert found.returncode == 0, found.stderr
+    return out
+
+
+def test_the_page_says_what_differs(html):
+    text = html.read_text()
+    assert "<h1>2 runs</h1>" in text and "hpm/seed_0" in text and "mae/seed_0" in text
+    options = text.partition("Options that differ")[2].partition("<h2>")[0]
+    heads = re.findall(r'data-key="\d+">([^<]+)<', options)
+    assert heads[0] == "name" and {"mask", "mask_ratio", "predictor_loss", "steps"} <= set(heads)
+    assert not {"out", "data", "model", "seed"} & set(heads)
+    assert "Losses do not compare: the runs differ in mask_ratio" in text
+    assert text.count('class="measured') == 2 and "<b>61.5</b> (59.5 to 63.5)" in text
+    assert "Line: raw pixels, 50.0." in text
+    loss = re.search(r"<h3>Reconstruction loss</h3>.*?</figure>", text)[0]
+    assert 'class="curve c0"' in loss and 'class="curve c1"' in loss
+    ranking = re.search(r"<h3>Predictor loss</h3>.*?</figure>", text)[0]
+    assert 'class="curve c0"' in ranking and 'class="curve c1"' not in ranking
+    assert text.count('class="view map actual"') == 2 * 3
+    assert text.count('class="view map predicted"') == 3
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_a_browser_sorts_and_hides(browser, html):
+    errors = []
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        shown = context.new_page()
+        shown.on("pageerror", lambda error: errors.append(str(error)))
+        shown.goto(html.as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        rows = shown.locator(".compared tbody").first.locator("tr")
+        shown.select_option("#sort", label="knn, k = 5, patch mean (top-1 in %; flowers)")
+        assert "mae" in rows.first.text_content()
+        assert "mae" in shown.locator(".measured").first.text_content()
+        shown.click("#turn")
+        assert "hpm" in rows.first.text_content()
+        shown.locator(".sorter", has_text="mask_ratio").click()
+        assert "mae" in rows.first.text_content()
+        shown.locator(".chip").first.click()
+        assert shown.locator('[data-run="0"]:visible').count() == 0
+        assert shown.locator(".chart .key.c0:visible").count() == 0
+        assert shown.locator('[data-run="1"]:visible').count() > 0
+        context.close()
+    assert not errors
+
+
+def test_what_cannot_be_drawn_is_said(runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    shutil.rmtree(folder / "mae" / "seed_0" / "checkpoints")
+    file = folder / "hpm" / "seed_0" / "config.yaml"
+    options = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(options | {"data": "/gone"}))
+    out = tmp_path / "page.html"
+    assert run_here("compare", folder, "--out", out).returncode == 0
+    text = out.read_text()
+    assert "Not drawn: hpm/seed_0: /gone" in text and "mae/seed_0: it has a backbone only" in text
+    assert run_here("compare", folder, "--out", out, "--images", 0).returncode == 0
+    assert "The same images" not in out.read_text()
+
+
+def test_refusals(runs, image_folder, tmp_path):
+    one = runs / "hpm" / "seed_0"
+    for words, arguments in (
+        ("RUNS must be given", ()),
+        ("no such folder", (one, tmp_path / "missing")),
+        ("name at least two runs", (one, image_folder)),
+        ("name at least two runs", (one, one)),
+        ("none of these folders is one", (image_folder,)),
+        ("name a .html file", (runs, "--out", tmp_path / "page.png")),
+        ("--images is 100", (runs, "--images", 100)),
+    ):
+        assert_refused(run_here("compare", *arguments), words)
+    assert "RUNS ..." in run_here("compare", "--help").stdout
