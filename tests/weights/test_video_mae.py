@@ -332,7 +332,8 @@ def backbone(folder, **changes):
     shape = {name: value for name, value in OURS.items() if "decoder" not in name}
     architecture = architecture_of(shape | changes)
     path = folder / "run.safetensors"
-    save_backbone(path, build_encoder(architecture, 0), architecture, [0.5] * 3, [0.25] * 3)
+    weights = build_encoder(architecture, 0).state_dict()
+    save_backbone(path, weights, architecture, [0.5] * 3, [0.25] * 3)
     return path
 
 
