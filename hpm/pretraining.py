@@ -91,10 +91,11 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
             f"{best['step']} ({run.files.best_checkpoint}); probing took "
             f"{run.probe_seconds:.1f} s in all"
         )
+    shape, name = ("B C T H W", "clips") if run.sampling else ("B C H W", "images")
     run.log.info(
         f"done: {run.files.backbone}\n  import hpm\n"
         f'  encoder = hpm.load_encoder("{run.config.out}")\n'
-        "  pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
+        f"  pooled, patches = encoder({name})  # uint8 [{shape}] -> [B D], [B N D]"
     )
 
 

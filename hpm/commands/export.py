@@ -19,10 +19,17 @@ from hpm.core.errors import UserError
 from hpm.core.files import disk_error
 from hpm.core.options import make_config
 from hpm.core.random_state import random_state_kept
+from hpm.weights.classification import ClassificationModel
 from hpm.weights.export_format import ExportSource, WritableFormat
 from hpm.weights.finetuned import is_finetuned, load_model
-from hpm.weights.formats import WRITABLE, WRITABLE_WITH_DECODER
-from hpm.weights.resolve import load
+from hpm.weights.formats import (
+    WRITABLE,
+    WRITABLE_CLASSIFIERS,
+    WRITABLE_OF_CLIPS,
+    WRITABLE_OF_CLIPS_WITH_DECODER,
+    WRITABLE_WITH_DECODER,
+)
+from hpm.weights.resolve import Trained, load
 from hpm.weights.segmentation import SegmentationModel
 
 # Largest difference between outputs in float32, relative for outputs larger than 1.
@@ -39,7 +46,8 @@ def export(
 
     Args:
         run: run folder, checkpoint, backbone file, another library's weights (see
-            `hpm.weights.resolve.resolve`), or a fine-tuned segmenter (see `hpm.load_model`).
+            `hpm.weights.resolve.resolve`), or a fine-tuned segmenter or classifier (see
+            `hpm.load_model`).
         to: the format.
         out: file to write (of hf a folder), which must not be there yet.
         report: is called with the largest difference and with the lines that load it.
@@ -57,27 +65,38 @@ def run_export(config: ExportConfig, report: Report = print) -> Path:
     with random_state_kept():
         if is_finetuned(config.run):
             return _export_finetuned(config, report)
-        return _export(config, report)
+        _check(config, Path(config.out).expanduser(), _format(config))
+        source = _source(config, report)
+        return _export(config, source, _format(config, source.of_clips), report)
 
 
 def _export_finetuned(config: ExportConfig, report: Report) -> Path:
     """A fine-tuned model, as far as it can be expressed."""
     out = Path(config.out).expanduser()
     model = load_model(config.run)
-    if config.to != "onnx" or not isinstance(model, SegmentationModel):
-        raise UserError(
-            f"{config.run} is a fine-tuned model: of these, segmenters are exported, to onnx alone "
-            "(hpm.load_model loads any of them; docs/exporting.md says what stops detectors)"
-        )
-    _check(config, out, _format(config))
-    return export_segmenter(model, out, report)
+    if isinstance(model, SegmentationModel) and config.to == "onnx":
+        _check(config, out, _format(config))
+        return export_segmenter(model, out, report)
+    if isinstance(model, ClassificationModel) and config.to in WRITABLE_CLASSIFIERS:
+        written = WRITABLE_CLASSIFIERS[config.to]
+        _check(config, out, written)
+        encoder: Any = model.classifier.encoder
+        mean, std = model.mean.tolist(), model.std.tolist()
+        trained = Trained(config.run, model.architecture, mean, std, encoder)
+        backbone = trained.backbone(config.pool, config.teacher).eval()
+        source = ExportSource(trained, backbone, None, config.crop_share, model)
+        return _export(config, source, written, report)
+    raise UserError(
+        f"{config.run} is a fine-tuned model: of these, segmenters are exported to onnx, and "
+        "classifiers of clips to hf (hpm.load_model loads any of them; docs/exporting.md says what "
+        "stops detectors)"
+    )
 
 
-def _export(config: ExportConfig, report: Report) -> Path:
+def _export(
+    config: ExportConfig, source: ExportSource, written: WritableFormat, report: Report
+) -> Path:
     out = Path(config.out).expanduser()
-    written = _format(config)
-    _check(config, out, written)
-    source = _source(config, report)
     reason = written.unsupported(source)
     if reason:
         raise UserError(f"export to {config.to}: {reason}")
@@ -106,8 +125,8 @@ def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
     largest = 0.0
     for batch in BATCHES:
         generator = torch.Generator().manual_seed(batch)
-        height, width = source.encoder.image_size
-        images = torch.randn(batch, source.encoder.channels, height, width, generator=generator)
+        shape = (batch, source.encoder.channels, *source.encoder.image_size)
+        images = torch.randn(shape, generator=generator)
         ours = written.our_outputs(source, images)
         for name, theirs in written.outputs(source, path, images).items():
             if theirs.shape != ours[name].shape:
@@ -123,12 +142,12 @@ def check(written: WritableFormat, source: ExportSource, path: Path) -> float:
     return largest
 
 
-def _format(config: ExportConfig) -> WritableFormat:
+def _format(config: ExportConfig, of_clips: bool = False) -> WritableFormat:
     if not config.with_decoder:
-        return WRITABLE[config.to]
+        return (WRITABLE | WRITABLE_OF_CLIPS if of_clips else WRITABLE)[config.to]
     if config.to not in WRITABLE_WITH_DECODER:
         raise UserError(f"with_decoder works only with --to hf, but to is {config.to}")
-    return WRITABLE_WITH_DECODER[config.to]
+    return (WRITABLE_OF_CLIPS_WITH_DECODER if of_clips else WRITABLE_WITH_DECODER)[config.to]
 
 
 def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
@@ -156,7 +175,6 @@ def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
 
 def _source(config: ExportConfig, report: Report) -> ExportSource:
     trained = load(config.run)
-    trained.need_images("export")
     for note in trained.notes:
         report(note)
     backbone = trained.backbone(config.pool, config.teacher).eval()

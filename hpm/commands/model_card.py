@@ -85,10 +85,17 @@ def _front_matter(source: ExportSource, config: ExportConfig) -> str:
     lines = [
         f"license: {config.licence or 'unknown'}",
         *([f"library_name: {library}"] if library else []),
-        "pipeline_tag: image-feature-extraction",
+        f"pipeline_tag: {_task(source)}",
         f"tags: [{', '.join(tags)}]",
     ]
     return "\n".join(["---", *lines, "---"])
+
+
+def _task(source: ExportSource) -> str:
+    """The hub's name of what the model does."""
+    if source.classifier is not None:
+        return "video-classification"
+    return "feature-extraction" if source.of_clips else "image-feature-extraction"
 
 
 def _method(source: ExportSource, config: ExportConfig) -> str:
@@ -96,10 +103,14 @@ def _method(source: ExportSource, config: ExportConfig) -> str:
     shape, encoder, trained = source.architecture, source.encoder, source.trained
     name = shape.model or "Vision Transformer"
     text = (
-        f"{name}, width {shape.embed_dim}, {counted(shape.depth, 'block')}, for images of "
+        f"{name}, width {shape.embed_dim}, {counted(shape.depth, 'block')}, for "
+        f"{'clips' if source.of_clips else 'images'} of "
         f"{_by(encoder.image_size)} pixels in patches of {_by(encoder.patch_size)}, "
         f"{counted(encoder.channels, 'channel')}. "
     )
+    if source.classifier is not None:
+        classes = counted(len(source.classifier.classes), "class", "classes")
+        return f"{text}Fine-tuned to tell {classes} apart."
     if trained.notes:
         # The file name only, because its path may be private.
         found = trained.notes[0].removeprefix(f"{trained.name}: ")

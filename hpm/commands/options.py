@@ -15,7 +15,7 @@ class ExportConfig:
 
     run: str
     """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME; or the
-    file of a segmenter that hpm eval segment trained (to onnx)."""
+    file of a segmenter (to onnx) or of a classifier of clips (to hf) that hpm eval trained."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
     """Library or format; hf is Hugging Face transformers, safetensors is hpm's own backbone
     file."""
@@ -26,8 +26,8 @@ class ExportConfig:
     pool: Literal["mean", "cls"] = "mean"
     """Pooled output of timm and onnx: the mean of the patch tokens, or the class token."""
     with_decoder: bool = False
-    """For hf: export a ViTMAEForPreTraining with the reconstructor (run folder or checkpoint
-    only)."""
+    """For hf: export a ViTMAEForPreTraining, or of clips a VideoMAEForPreTraining, with the
+    reconstructor (run folder or checkpoint only)."""
     push: str | None = None
     """Repository USER/NAME on the Hugging Face hub to upload to, with a model card. A new
     repository is private."""

@@ -57,7 +57,12 @@ def run_predict(config: PredictConfig, report: Report = print) -> Path:
     """Predict as configured."""
     with random_state_kept():
         model = load_model(config.model).to(distributed.pick_device(config.device))
-        write = WRITERS[type(model)]
+        write = WRITERS.get(type(model))
+        if write is None:
+            raise UserError(
+                f"{config.model} is a classifier: predictions of segmenters and detectors are "
+                "written; in Python, hpm.load_model loads any of them"
+            )
         out = Path(config.out).expanduser()
         return write(model, open_images(config.images), out, config, report)
 

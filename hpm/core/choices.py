@@ -17,7 +17,9 @@ HARD_SHARES: dict[str, tuple[float, float]] = {
 
 HardShareSchedule = Literal["linear", "cosine", "constant"]
 
-TargetName = Literal["normalized_pixels", "pixels", "hog", "teacher", "frozen", "tokens"]
+TargetName = Literal[
+    "normalized_pixels", "normalized_channels", "pixels", "hog", "teacher", "frozen", "tokens"
+]
 
 RankingSignal = Literal["target", "pixels", "normalized_pixels"]
 

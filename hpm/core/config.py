@@ -133,10 +133,11 @@ class TargetOptions:
     """Target."""
 
     target: TargetName | str = "normalized_pixels"
-    """Reconstruction target: normalized_pixels (standardised within each patch), pixels, hog
-    (histograms of oriented gradients), teacher (features of the EMA teacher), frozen (features of a
-    frozen model), or tokens (indices into a codebook). A target of your own: MODULE:CLASS, or the
-    name of an entry point in the group hpm.targets."""
+    """Reconstruction target: normalized_pixels (standardised within each patch),
+    normalized_channels (within each patch and channel, as VideoMAE), pixels, hog (histograms of
+    oriented gradients), teacher (features of the EMA teacher), frozen (features of a frozen model),
+    or tokens (indices into a codebook). A target of your own: MODULE:CLASS, or the name of an entry
+    point in the group hpm.targets."""
     target_options: tuple[str, ...] = ()
     """Options of a target of your own, as name=value,name=value."""
     target_model: str | None = None

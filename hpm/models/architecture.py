@@ -72,6 +72,7 @@ class Architecture:
     num_heads: int | None = None  # None if it differs between blocks (Hiera)
     class_token: bool = True
     positions: Positions = "sincos"
+    final_norm: bool = True  # False for some of other libraries' weights
     decoders: Decoders | None = None  # None for an encoder only
 
     @classmethod
@@ -99,6 +100,7 @@ class Architecture:
             num_heads=_count(content, "num_heads", source) if needs_heads else None,
             class_token=bool(content.get("class_token", True)),
             positions=_positions(content, source),
+            final_norm=bool(content.get("final_norm", True)),
             decoders=_decoders(content, source) if "decoder_dim" in content else None,
         )
 
@@ -110,6 +112,8 @@ class Architecture:
             del content["class_token"]  # older files of our own ViT lack it
         if self.positions == "sincos":
             del content["positions"]  # older files lack it
+        if self.final_norm:
+            del content["final_norm"]  # as well
         content |= decoders
         sizes = {name: list(content[name]) for name in ("image_size", "patch_size")}
         return {name: value for name, value in (content | sizes).items() if value is not None}

@@ -50,6 +50,7 @@ def build_encoder(
             drop_path=drop_path,
             positions=architecture.positions,
             class_token=architecture.class_token,
+            final_norm=architecture.final_norm,
         )
 
 

@@ -19,8 +19,8 @@ class Classifier(nn.Module):
 
     pool="mean": the mean of the patches, then `fc_norm`, which replaces the encoder's norm.
     pool="cls": the class token after the encoder's norm. The head is initialised near zero (std
-    2e-5), and position embeddings are trained. Raises ValueError for pool="cls" if the encoder has
-    no class token.
+    2e-5), and position embeddings are trained, except for those of `--positions sincos_1d`.
+    Raises ValueError for pool="cls" if the encoder has no class token.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "mean"):
@@ -34,7 +34,8 @@ class Classifier(nn.Module):
             self.fc_norm = nn.LayerNorm(encoder.embed_dim, eps=LAYER_NORM_EPS)
             encoder.norm = nn.Identity()
         self.head = nn.Linear(encoder.embed_dim, num_classes)
-        if encoder.pos_embed is not None:
+        # VideoMAE's positions stay fixed: its files have no place for them.
+        if encoder.pos_embed is not None and getattr(encoder, "positions", "") != "sincos_1d":
             encoder.pos_embed.requires_grad_(True)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)

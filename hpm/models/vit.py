@@ -183,6 +183,7 @@ class VisionTransformer(Encoder):
             so it may be changed at any time.
         positions: name of the fixed positions, see `patches.POSITIONS`.
         class_token: False for patch tokens only.
+        final_norm: False for tokens as the last block gives them.
 
     Raises:
         ValueError: if the sizes do not match.
@@ -201,6 +202,7 @@ class VisionTransformer(Encoder):
         window_size: int | None = None,
         positions: Positions = "sincos",
         class_token: bool = True,
+        final_norm: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
@@ -217,7 +219,8 @@ class VisionTransformer(Encoder):
         self.blocks = nn.ModuleList(
             [Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates]
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS) if final_norm else nn.Identity()
+        self.norm: nn.Module = norm
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_weights)

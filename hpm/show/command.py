@@ -19,11 +19,13 @@ from hpm.show.clusters import show_clusters
 from hpm.show.figures import TITLES, draw, picture, unavailable_panels
 from hpm.show.gallery import write_gallery
 from hpm.show.options import PANELS, Panel, ShowConfig
+from hpm.show.strips import as_strips
 from hpm.weights.resolve import Trained, load
 
 FIGURES = (".png", ".pdf", ".svg", ".jpg")
 PAGES = (".html", ".htm")
 MAX_IMAGES = {FIGURES: 100, PAGES: 2000}  # figures are drawn in memory, pages are one file
+IMAGES_OF_A_CLIP = 10  # a clip takes as much of a file as so many images
 BATCH_SIZE = 64
 MAX_NAMED = 3  # unreadable images that are named
 
@@ -40,6 +42,8 @@ def show(config: ShowConfig) -> Path:
     reasons = unavailable_panels(trained)
     panels = _choose(config, reasons)
     share = hard_share(config.hard_share, trained)
+    if trained.sampling() is not None:
+        _check_count(config, path, clips=True)
     batch, names = _read(config, trained)
     shown = picture(
         trained,
@@ -59,14 +63,13 @@ def show(config: ShowConfig) -> Path:
             about.append(describe_unavailable(reasons))
         write_gallery(shown, path, title, names, about)
     else:
-        draw(shown, path, title)
+        draw(as_strips(shown), path, title)
     return path
 
 
 def open_trained(run: str, device: str) -> Trained:
     """Load weights in eval mode on the device, and print notes about them."""
     trained = load(run)
-    trained.need_images("drawing with hpm show and hpm view")
     for note in trained.notes:
         print(note)
     for module in (trained.encoder, trained.model, trained.teacher):
@@ -136,14 +139,23 @@ def _check(config: ShowConfig, path: Path) -> None:
         raise UserError("images and num_masks must be at least 1")
     if path.suffix.lower() not in FIGURES + PAGES:
         raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg, .jpg or .html file")
-    (limit,) = (number for kinds, number in MAX_IMAGES.items() if path.suffix.lower() in kinds)
-    if config.images > limit:
-        page = "a page (--out show.html) holds more" if limit < MAX_IMAGES[PAGES] else "show fewer"
-        raise UserError(
-            f"images is {config.images}, but a {path.suffix} file holds at most {limit}: {page}"
-        )
+    _check_count(config, path)
     if config.panels is not None and not config.panels:
         raise UserError(f"panels is empty: name some of {', '.join(PANELS)}")
+
+
+def _check_count(config: ShowConfig, path: Path, clips: bool = False) -> None:
+    """Raise UserError for more images, or clips, than the file holds."""
+    on_page = path.suffix.lower() in PAGES
+    limit, what = MAX_IMAGES[PAGES if on_page else FIGURES], ""
+    if clips:
+        limit, what = limit // IMAGES_OF_A_CLIP, " clips"
+    if config.images > limit:
+        more = "show fewer" if on_page else "a page (--out show.html) holds more"
+        raise UserError(
+            f"images is {config.images}, but a {path.suffix} file holds at most {limit}{what}: "
+            f"{more}"
+        )
 
 
 def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
@@ -165,12 +177,18 @@ def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
 def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     """Read random images of the data and their paths. Prints those that cannot be read."""
     assert config.data is not None
-    splits = open_source(config.data)
+    splits = open_source(config.data, clips=trained.sampling() is not None)
     source: Source = splits.test or splits.train
     rng = np.random.default_rng([config.seed, len(source)])
     some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
-    height, width = trained.encoder.image_size
-    reading = evaluation_batches(some, (height, width), trained.encoder.channels, BATCH_SIZE)
+    height, width = trained.encoder.image_size[-2:]
+    reading = evaluation_batches(
+        some,
+        (height, width),
+        trained.encoder.channels,
+        BATCH_SIZE,
+        sampling=trained.sampling(),
+    )
     batches = list(track(reading, "reading", -(-len(some) // BATCH_SIZE)))
     problems = [f"{some.path(i)}: {what}" for b in batches for i, what in b.unreadable]
     batches = [batch for batch in batches if len(batch.images)]

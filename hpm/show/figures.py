@@ -27,7 +27,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.show.options import PANELS, Panel
 from hpm.show.page import colours
-from hpm.targets.pixels import PixelTarget, patch_statistics
+from hpm.targets.pixels import PixelTarget
 from hpm.weights.resolve import Trained
 
 TITLES: dict[Panel, str] = {
@@ -207,9 +207,7 @@ def reconstruct(
     """
     prediction = model(images, visible_ids, hidden_ids)[0].float()
     patches = patchify(images, model.encoder.patch_size)
-    if target.normalized:
-        mean, std = patch_statistics(gather_patches(patches, hidden_ids))
-        prediction = prediction * std + mean
+    prediction = target.to_pixels(prediction, gather_patches(patches, hidden_ids))
     index = hidden_ids[..., None].expand_as(prediction)
     patches = patches.scatter(1, index, prediction)
     return unpatchify(patches, model.encoder.grid, model.encoder.patch_size)

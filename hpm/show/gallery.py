@@ -16,6 +16,7 @@ from hpm.core.files import write_text
 from hpm.show.figures import TITLES, Picture, head_pixels, pixels
 from hpm.show.options import Panel
 from hpm.show.page import asset, image_uri, page
+from hpm.show.strips import FRAMES, all_frames, as_strips, count_frames, cut
 
 # Explanations for readers who have not read the documentation.
 MEANING: dict[Panel, str] = {
@@ -55,38 +56,54 @@ def write_gallery(
     panels = "".join(f"<dt>{TITLES[n]}</dt><dd>{MEANING[n]}</dd>" for n in shown.panels)
     lines = "".join(f"<p>{escape(line)}</p>" for line in about)
     legend = f"<details><summary>What the panels show</summary><dl>{panels}</dl></details>"
-    strips = "".join(_section(shown, row, name) for row, name in enumerate(names))
+    laid = all_frames(shown)
+    short = as_strips(shown) if laid is not shown else None
+    frames = count_frames(shown)
+    strips = "".join(_section(laid, row, name, frames, short) for row, name in enumerate(names))
     body = f"<h1>{escape(title)}</h1>{lines}{legend}{HINT}{strips}{ENLARGED}"
     script = f"\n{asset('gallery.js')}\n"
     style = f"{asset('strip.css')}\n{asset('gallery.css')}\n"
     write_text(path, page(title, body, script, style))
 
 
-def _section(shown: Picture, row: int, name: str) -> str:
-    """The strip of an image."""
+def _section(shown: Picture, row: int, name: str, frames: int | None, short: Picture | None) -> str:
+    """The strip of an image; of a clip, laid out by `all_frames`, animations, and some frames side
+    by side (`short`)."""
     found = pixels(shown, row)
     figures = "".join(
-        figure(panel, TITLES[kind], value_range(shown, row, kind), name)
+        figure(cut(panel, frames), TITLES[kind], value_range(shown, row, kind), name)
         for kind, panel in found.items()
     )
     heads = "".join(
-        figure(head, f"head {number}", "", name)
+        figure(cut(head, frames), f"head {number}", "", name)
         for number, head in enumerate(head_pixels(shown, row), 1)
     )
     if heads:
         heads = f"<details><summary>attention, head by head</summary>{strip(heads, 7)}</details>"
-    return f"<section><h3>{escape(name)}</h3>{strip(figures, len(found))}{heads}</section>"
+    still = ""
+    if short is not None:
+        still = "".join(
+            figure(panel, TITLES[kind], "", f"{name}, some frames", FRAMES)
+            for kind, panel in pixels(short, row).items()
+        )
+        still = (
+            f"<details><summary>some frames side by side</summary>"
+            f'<div class="strip wide">{still}</div></details>'
+        )
+    strips = f"{strip(figures, len(found))}{still}{heads}"
+    return f"<section><h3>{escape(name)}</h3>{strips}</section>"
 
 
 def strip(figures: str, columns: int) -> str:
     return f'<div class="strip" style="max-width: {14 * columns}rem">{figures}</div>'
 
 
-def figure(panel: np.ndarray, title: str, values: str, name: str) -> str:
-    """A panel [H W 3] with its caption. `values`: the range of its colours, as text."""
-    height, width = panel.shape[:2]
-    kind: Literal["PNG", "JPEG"] = "PNG" if width < SHARP else "JPEG"
-    sharp = ' class="map"' if width < SHARP else ""
+def figure(panel: np.ndarray, title: str, values: str, name: str, frames: int = 1) -> str:
+    """A panel [H W 3], or an animation [T H W 3], with its caption. `values`: the range of its
+    colours, as text. frames: pictures side by side in the panel."""
+    height, width = panel.shape[-3:-1]
+    kind: Literal["PNG", "JPEG"] = "PNG" if width < SHARP * frames else "JPEG"
+    sharp = ' class="map"' if width < SHARP * frames else ""
     faint = f"<br>{escape(values)}" if values else ""
     return (
         f'<figure><img{sharp} src="{image_uri(panel, kind)}" alt="{escape(f"{title}, {name}")}" '

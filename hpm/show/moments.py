@@ -13,10 +13,14 @@ from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.core.files import read_tensors, write_tensors
-from hpm.show.figures import Picture, as_rgb
+from hpm.show.figures import Picture, as_rgb, pixels
+from hpm.show.strips import all_frames, count_frames, cut
 
 MAX_SIDE = 128  # pixels of the longer side
 MAX_MOMENTS = 10  # shown in a report
+ANIMATIONS = "clips.safetensors"
+MAX_ANIMATED = 4  # clips
+ANIMATED_SIDE = 96  # pixels of the longer side of a frame
 
 
 @dataclass
@@ -70,6 +74,35 @@ def _moment(step: int, tensors: dict[str, Tensor]) -> Moment:
     )
 
 
+def keep_animations(shown: Picture, folder: Path, step: int) -> None:
+    """Write the frames of the panels of some clips, at most 96 pixels a side, over those of an
+    earlier step."""
+    frames, laid = count_frames(shown), all_frames(shown)
+    tensors: dict[str, Tensor] = {}
+    for row in range(min(MAX_ANIMATED, len(shown.images))):
+        for name, panel in pixels(laid, row).items():
+            small = [_thumbnail(frame, ANIMATED_SIDE) for frame in cut(panel, frames)]
+            tensors[f"{row}.{name}"] = torch.from_numpy(np.stack(small))
+    write_tensors(folder / ANIMATIONS, tensors, {"step": step})
+
+
+def read_animations(folder: Path, steps: set[int]) -> tuple[int, list[dict[str, np.ndarray]]]:
+    """(step, the panels [T H W 3] of each clip by name); no clips of images, of a damaged file, or
+    of a step that is not among these."""
+    if not (folder / ANIMATIONS).exists():
+        return 0, []
+    try:
+        tensors, about = read_tensors(folder / ANIMATIONS)
+    except UserError:
+        return 0, []
+    rows: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        row, _, panel = name.partition(".")
+        rows.setdefault(row, {})[panel] = tensor.numpy()
+    step = about.get("step", 0)
+    return step, [rows[row] for row in sorted(rows)] if step in steps else []
+
+
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
     """Read at most ten moments at these steps, including the first and the last.
 
@@ -92,7 +125,14 @@ def _small(images: Tensor, like: Tensor) -> Tensor:
     """[B C H W] -> uint8 [B H W 3]."""
     small = []
     for image, original in zip(images, like, strict=True):
-        picture = Image.fromarray(as_rgb(image, original))
-        picture.thumbnail((MAX_SIDE * max(1, picture.width // picture.height // 2), MAX_SIDE))
-        small.append(torch.from_numpy(np.array(picture)))
+        rgb = as_rgb(image, original)
+        wide = max(1, rgb.shape[1] // rgb.shape[0] // 2)
+        small.append(torch.from_numpy(_thumbnail(rgb, MAX_SIDE, wide)))
     return torch.stack(small)
+
+
+def _thumbnail(rgb: np.ndarray, side: int, wide: int = 1) -> np.ndarray:
+    """[H W 3], at most `side` high and `wide` times that across."""
+    picture = Image.fromarray(rgb)
+    picture.thumbnail((side * wide, side))
+    return np.array(picture)

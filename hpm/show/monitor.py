@@ -17,7 +17,7 @@ from hpm.data.sources import Subset
 from hpm.evals.loss_maps import evaluate_losses
 from hpm.evals.ongoing import OngoingProbe
 from hpm.show.figures import Picture, draw, picture
-from hpm.show.moments import keep_moment
+from hpm.show.moments import keep_animations, keep_moment
 from hpm.show.report import write_report
 from hpm.show.strips import as_strips
 from hpm.training import sessions
@@ -68,13 +68,15 @@ def picture_held_out(run: PretrainingRun) -> Picture | None:
     with run.autocast():
         share = run.num_hard(max(run.step - 1, 0)) / run.num_hidden
         shown = picture(run.trained, batch.images, batch.indices, share, seed=config.seed)
-        shown = as_strips(shown)
     run.model.train()
+    strips = as_strips(shown)
     if not distributed.is_main():
-        return shown
+        return strips
     with run.log.never_fail("keeping pictures for the report"):
-        keep_moment(shown, run.files.moments, run.step)
-    return shown
+        keep_moment(strips, run.files.moments, run.step)
+        if strips is not shown:
+            keep_animations(shown, run.files.moments, run.step)
+    return strips
 
 
 def probe(run: PretrainingRun, ongoing: OngoingProbe) -> None:

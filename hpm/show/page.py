@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+FRAME_DURATION = 150  # milliseconds of each frame of an animation
+
 
 @cache
 def asset(name: str) -> str:
@@ -82,11 +84,26 @@ def data_block(name: str, values: Any) -> str:
 
 
 def image_uri(image: np.ndarray, kind: Literal["PNG", "JPEG"] = "PNG") -> str:
-    """A uint8 image [H W 3] as a data URI for the `src` of an `img`.
+    """A uint8 image [H W 3] as a data URI for the `src` of an `img`; frames [T H W 3] as a looping
+    animation (WebP).
 
-    PNG may have a fourth channel (alpha). For photographs, JPEG takes a tenth of the bytes.
+    PNG may have a fourth channel (alpha). For photographs, JPEG takes a tenth of the bytes; so does
+    an animation that is not lossless, as it is in place of a PNG.
     """
     file = io.BytesIO()
+    if image.ndim == 4:
+        first, *others = map(Image.fromarray, image)
+        first.save(
+            file,
+            "WEBP",
+            save_all=True,
+            append_images=others,
+            duration=FRAME_DURATION,
+            loop=0,
+            lossless=kind == "PNG",
+            quality=80,
+        )
+        return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
     Image.fromarray(image).save(file, kind, optimize=True)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 

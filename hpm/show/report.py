@@ -17,10 +17,10 @@ from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.evals.saved import saved_evaluations
 from hpm.show.evaluation_report import write_evaluation_report
-from hpm.show.moments import read_moments
+from hpm.show.moments import read_animations, read_moments
 from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
-from hpm.show.report_figures import charts_section, moments_section
+from hpm.show.report_figures import animations_section, charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.run_folder import RunFolder
 
@@ -69,18 +69,19 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _problems(folder, metrics, sessions),
         "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options),
+        animations_section(*read_animations(run.moments, steps | {0})),
         "<h2>Curves</h2>",
         charts,
         _evaluations(folder),
         "<h2>Use the backbone</h2>",
-        _usage(folder),
+        _usage(folder, options.get("frames", 1) > 1),
         "<h2>Configuration</h2>",
         _configuration(options),
         "<h2>Sessions</h2>",
         _sessions(sessions, run.config_file),
         data_block("curves", values),
     ]
-    style = f"{asset('report.css')}\n{asset('chart.css')}"
+    style = f"{asset('strip.css')}\n{asset('report.css')}\n{asset('chart.css')}"
     path = out or run.report
     write_text(path, page(f"hpm: {folder}", "\n".join(parts), asset("chart.js"), style))
     return path
@@ -180,16 +181,18 @@ def _evaluations(folder: Path) -> str:
     )
 
 
-def _usage(folder: Path) -> str:
+def _usage(folder: Path, clips: bool) -> str:
+    shape, images = ("B C T H W", "clips") if clips else ("B C H W", "images")
     path = json.dumps(str(folder))
     python = (
         f"import hpm\n\nencoder = hpm.load_encoder({path})\n"
-        "pooled, patches = encoder(images)  # uint8 [B C H W] -> [B D], [B N D]"
+        f"pooled, patches = encoder({images})  # uint8 [{shape}] -> [B D], [B N D]"
     )
+    export = "onnx --out backbone.onnx" if clips else "timm --out backbone_timm.safetensors"
     shell = (
-        f"hpm eval linear {folder} LABELLED_IMAGES   # how good are the features?\n"
-        f"hpm export {folder} --to timm --out backbone_timm.safetensors\n"
-        f"hpm show {folder} IMAGES --out figure.png"
+        f"hpm eval linear {folder} LABELLED_{images.upper()}   # how good are the features?\n"
+        f"hpm export {folder} --to {export}\n"
+        f"hpm show {folder} {images.upper()} --out figure.png"
     )
     return f"<pre>{escape(python)}</pre>\n<pre>{escape(shell)}</pre>"
 

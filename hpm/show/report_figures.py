@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from hpm.show.curves import Chart, Points, draw_charts
+from hpm.show.figures import TITLES
+from hpm.show.gallery import figure, strip
 from hpm.show.moments import Moment
+from hpm.show.options import PANELS
 from hpm.show.page import colours, image_uri
 
 CHARTS = (
@@ -171,6 +174,21 @@ def panels_table(
         f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"
     )
+
+
+def animations_section(step: int, clips: list[dict[str, np.ndarray]]) -> str:
+    """The panels of some held-out clips as animations; empty without any. clips: see
+    `moments.read_animations`."""
+    if not clips:
+        return ""
+    rows = []
+    for number, panels in enumerate(clips, 1):
+        known = [name for name in PANELS if name in panels]
+        figures = "".join(
+            figure(panels[name], TITLES[name], "", f"held-out clip {number}") for name in known
+        )
+        rows.append(f'<div class="clip">{strip(figures, len(known))}</div>')
+    return f'<h3 id="clips">Held-out clips at step {step:,}</h3>{"".join(rows)}'
 
 
 def _cell(moment: Moment, views: list[str], row: int, column: str) -> str:

@@ -1,13 +1,15 @@
-"""Clips as film strips: some of their frames side by side."""
+"""Clips as film strips: some of their frames side by side, or all, for an animation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
-from hpm.show.figures import Picture
+from hpm.show.figures import Picture, Pixels
 
 FRAMES = 4  # of a strip
 
@@ -18,12 +20,34 @@ def as_strips(shown: Picture, frames: int = FRAMES) -> Picture:
     images is returned as it is."""
     if shown.images.ndim == 4:
         return shown
-    times, rows, columns = shown.grid
+    times = shown.grid[0]
     chosen = torch.linspace(0, times - 1, min(frames, times)).round().long()
-    per_tube = shown.images.shape[2] // times
+    return _lay(shown, chosen * (shown.images.shape[2] // times))
+
+
+def all_frames(shown: Picture) -> Picture:
+    """Lay all frames of each clip side by side: a map then has the same colours at all times, also
+    where `cut` makes frames of it again. A picture of images is returned as it is."""
+    return shown if shown.images.ndim == 4 else _lay(shown, torch.arange(shown.images.shape[2]))
+
+
+def cut(panel: Pixels, frames: int | None) -> UInt8[np.ndarray, "*frames height columns 3"]:
+    """The frames [T H W 3] of a panel of `all_frames`; the panel itself of an image (None)."""
+    return panel if frames is None else np.stack(np.split(panel, frames, axis=1))
+
+
+def count_frames(shown: Picture) -> int | None:
+    """Frames of each clip; None for images."""
+    return None if shown.images.ndim == 4 else shown.images.shape[2]
+
+
+def _lay(shown: Picture, numbers: Tensor) -> Picture:
+    """Lay these frames side by side, and the maps of their tubes."""
+    times, rows, columns = shown.grid
+    chosen = numbers // (shown.images.shape[2] // times)
 
     def of_pixels(clips: Tensor) -> Tensor:
-        return clips[:, :, chosen * per_tube].movedim(2, 3).flatten(3)
+        return clips[:, :, numbers].movedim(2, 3).flatten(3)
 
     def of_patches(values: Tensor, axis: int) -> Tensor:
         cut = values.unflatten(axis, shown.grid).index_select(axis, chosen)

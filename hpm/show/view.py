@@ -29,6 +29,8 @@ from hpm.data.loader import evaluation_batches
 from hpm.data.opening import open_image
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
+from hpm.data.video.clips import ClipEvaluationViews
+from hpm.data.video.decoding import VideoFile, open_video
 from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
 from hpm.show.figures import (
     MASKED,
@@ -42,7 +44,9 @@ from hpm.show.figures import (
 from hpm.show.gallery import SHARP, value_range
 from hpm.show.options import PANELS, ViewConfig
 from hpm.show.page import image_uri
+from hpm.show.strips import all_frames, count_frames, cut
 from hpm.show.view_page import view_page
+from hpm.weights.contents import size_text
 from hpm.weights.resolve import Trained
 
 ADDRESS = "127.0.0.1"
@@ -53,22 +57,35 @@ TIMEOUT = 60  # seconds without data after which a request is dropped
 
 
 @dataclass
+class UploadedVideo:
+    """The bytes of a video, as a source of one."""
+
+    body: bytes
+
+    def open_video(self, index: int) -> VideoFile:
+        return open_video(io.BytesIO(self.body))
+
+
+@dataclass
 class Viewer:
     """A model in eval mode and example images. Handles one request at a time."""
 
     trained: Trained
-    examples: Tensor  # [examples C H W], as in a batch
+    examples: Tensor  # [examples C H W], or of clips [examples C T H W], as in a batch
     example_names: list[str]
     num_masks: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def page(self) -> str:
         reasons, config = unavailable_panels(self.trained), self.trained.config
-        height, width = self.trained.encoder.image_size
+        size = self.trained.encoder.image_size
         channels = self.trained.encoder.channels
+        clips = self.trained.sampling() is not None
         about = {
             "title": self.trained.name,
-            "input": f"{height} x {width} pixels, {channels} channel{'s' * (channels > 1)}",
+            "kind": "video" if clips else "image",
+            "input": f"{'clips of ' * clips}{size_text(size)} pixels, "
+            f"{channels} channel{'s' * (channels > 1)}",
             "not_shown": describe_unavailable(reasons) if reasons else "",
             "panels": [panel for panel in PANELS if panel not in reasons],
             "features_only": all(panel in reasons for panel in MASKED),
@@ -81,10 +98,15 @@ class Viewer:
             "limit": MAX_BYTES,
             "examples": [
                 {"name": name, "src": image_uri(as_rgb(image, image))}
-                for name, image in zip(self.example_names, self.examples, strict=True)
+                for name, image in zip(self.example_names, self._thumbnails(), strict=True)
             ],
         }
         return view_page(about)
+
+    def _thumbnails(self) -> Tensor:
+        """The examples; of clips, the frames in the middle."""
+        clips = self.examples.ndim == 5
+        return self.examples[:, :, self.examples.shape[2] // 2] if clips else self.examples
 
     def answer(self, settings: dict[str, str], body: bytes) -> dict[str, Any]:
         """The panels of an image with these settings, or {"error": message}."""
@@ -114,7 +136,8 @@ class Viewer:
             ratio,
             PANELS,
         )
-        found = pixels(shown, 0)
+        frames, shown = count_frames(shown), all_frames(shown)
+        found = {name: cut(panel, frames) for name, panel in pixels(shown, 0).items()}
         return {
             "panels": [
                 {
@@ -122,21 +145,25 @@ class Viewer:
                     "title": TITLES[name],
                     "values": value_range(shown, 0, name),
                     "src": image_uri(panel),
-                    "sharp": panel.shape[1] < SHARP,
+                    "sharp": panel.shape[-2] < SHARP,
                 }
                 for name, panel in found.items()
             ],
-            "heads": [image_uri(head) for head in head_pixels(shown, 0)],
+            "heads": [image_uri(cut(head, frames)) for head in head_pixels(shown, 0)],
         }
 
     def _image(self, settings: dict[str, str], body: bytes) -> Tensor:
-        """The example or the uploaded image, [1 C H W]."""
+        """The example or the uploaded image, [1 C H W], or clip, [1 C T H W]."""
         if "example" in settings:
             number = _number(settings, "example", 0)
             if number not in range(len(self.examples)):
                 raise UserError(f"there is no example {number:g}")
             return self.examples[int(number)][None]
-        height, width = self.trained.encoder.image_size
+        height, width = self.trained.encoder.image_size[-2:]
+        sampling = self.trained.sampling()
+        if sampling is not None:
+            views = ClipEvaluationViews((height, width), self.trained.encoder.channels, sampling)
+            return torch.from_numpy(views(UploadedVideo(body), (0, 0))[0])[None]
         try:
             image = open_image(io.BytesIO(body))
             deep = is_deep(image)
@@ -273,28 +300,31 @@ def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
     The run's data is used only for a run folder: a checkpoint alone may come from anyone, and its
     config may name any folder.
     """
-    height, width = trained.encoder.image_size
+    height, width = trained.encoder.image_size[-2:]
+    sampling = trained.sampling()
     of_run = trained.config.data if trained.config and trained.folder else ""
-    for candidate in [data] if data is not None else [of_run, "demo"]:
+    built_in = "demo" if sampling is None else "demo-video"
+    for candidate in [data] if data is not None else [of_run, built_in]:
+        if not candidate:
+            continue
         try:
-            splits = open_source(candidate, trusted=data is not None) if candidate else None
+            splits = open_source(candidate, data is not None, clips=sampling is not None)
         except UserError:
             if data is not None:
                 raise
             continue
-        if splits is None:
-            continue
         source = splits.test or splits.train
         some = Subset(source, np.unique(np.linspace(0, len(source) - 1, EXAMPLES).astype(int)))
         size, channels = (height, width), trained.encoder.channels
-        (batch,) = evaluation_batches(some, size, channels, EXAMPLES)
+        (batch,) = evaluation_batches(some, size, channels, EXAMPLES, sampling=sampling)
         if len(batch.images):
             return batch.images, [some.path(int(index)) for index in batch.indices]
         if data is not None:
             raise UserError(
                 f"data: no image of {source.name} can be read: {batch.unreadable[0][1]}"
             )
-    return torch.empty(0, trained.encoder.channels, height, width, dtype=torch.uint8), []
+    shape = (0, trained.encoder.channels, *trained.encoder.image_size)
+    return torch.empty(shape, dtype=torch.uint8), []
 
 
 def _number(settings: dict[str, str], name: str, default: float) -> float:

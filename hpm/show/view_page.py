@@ -12,17 +12,18 @@ from hpm.show.page import asset, data_block, page
 
 def view_page(about: dict[str, Any]) -> str:
     """The page for a model. about: see `Viewer.page`."""
-    lines = [f"The model takes {about['input']}; images are cropped to their centre."]
+    lines = [f"The model takes {about['input']}; {about['kind']}s are cropped to their centre."]
     if about["features_only"]:
         lines.append("These weights show features only.")
     if about["not_shown"]:
         lines.append(f"{about['not_shown'][:1].upper()}{about['not_shown'][1:]}.")
     legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in about["panels"])
+    article = {"image": "an image", "video": "a video"}[about["kind"]]
     body = f"""<h1>{escape(about["title"])}</h1>
 {"".join(f"<p>{escape(line)}</p>" for line in lines)}
 <noscript><p class="warning">This page needs JavaScript.</p></noscript>
-<label id="drop">Drop an image here, or click to pick one. It stays on this machine.
-<input type="file" id="file" aria-label="pick an image"></label>
+<label id="drop">Drop {article} here, or click to pick one. It stays on this machine.
+<input type="file" id="file" aria-label="pick {article}"></label>
 <div class="row" id="examples"></div>
 {_settings(about)}
 <p id="message" class="warning" role="alert"></p>
@@ -32,7 +33,7 @@ def view_page(about: dict[str, Any]) -> str:
 <div class="strip heads" id="heads"></div></details>
 <details><summary>What the panels show</summary><dl>{legend}</dl>
 <p class="faint">Actual loss: the mean over {about["num_masks"]} random masks. Colours of the
-features: of this image alone, so that two images cannot be compared by them.</p></details>
+features: of this {about["kind"]} alone, so that two cannot be compared by them.</p></details>
 {data_block("about", about)}"""
     script, style = f"\n{asset('view.js')}\n", f"{asset('strip.css')}\n{asset('view.css')}\n"
     return page(f"hpm view: {about['title']}", body, script, style, fetches=True)

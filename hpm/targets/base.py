@@ -98,5 +98,5 @@ def needs_images(config: PretrainConfig) -> None:
     if config.frames > 1:
         raise UserError(
             f"target {config.target} takes images, but frames is {config.frames}: pass --target "
-            "normalized_pixels, pixels, hog or teacher"
+            "normalized_pixels, normalized_channels, pixels, hog or teacher"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor
 
 from hpm.core.choices import RankingSignal
@@ -22,7 +23,7 @@ class PixelTarget(Target):
     The predictor may rank by the loss in either; the two differ by the variance of the patch.
     """
 
-    config_options: ClassVar = ("ranking_signal",)
+    config_options: ClassVar[tuple[str, ...]] = ("ranking_signal",)
 
     def __init__(
         self,
@@ -47,6 +48,14 @@ class PixelTarget(Target):
         )
         return pixel_target(images, self.patch_size, name)
 
+    def to_pixels(self, prediction: Patches, patches: Patches) -> Patches:
+        """The pixels that a prediction stands for. Of normalised ones, with the mean and standard
+        deviation of the true patches."""
+        if not self.normalized:
+            return prediction
+        mean, std = patch_statistics(patches)
+        return prediction * std + mean
+
     def patch_loss(self, prediction: Patches, target: Patches) -> PatchLoss:
         return squared_error(prediction, target)
 
@@ -56,6 +65,38 @@ class PixelTarget(Target):
         patches = gather_patches(patchify(images, self.patch_size), hidden_ids)
         variance = patch_statistics(patches)[1].square().squeeze(-1)
         return patch_loss / variance if self.by_normalized else patch_loss * variance
+
+
+class ChannelTarget(PixelTarget):
+    """Pixels standardised within each channel of the patch, as VideoMAE does."""
+
+    config_options: ClassVar[
+        tuple[str, ...]
+    ] = ()  # their loss is no multiple of the loss on raw pixels
+
+    def __init__(self, patch_size: tuple[int, ...], channels: int):
+        super().__init__(patch_size, channels, normalized=True)
+        self.channels = channels
+
+    @classmethod
+    def build(cls, config: PretrainConfig, inputs: TargetInputs, **options: Any) -> ChannelTarget:
+        return cls(inputs.patch_size, inputs.channels)
+
+    def __call__(self, images: Images, features: Tensor | None = None) -> Patches:
+        patches = patchify(images, self.patch_size)
+        mean, std = self._statistics(patches)
+        return (patches - mean) / std
+
+    def to_pixels(self, prediction: Patches, patches: Patches) -> Patches:
+        mean, std = self._statistics(patches)
+        return prediction * std + mean
+
+    def _statistics(self, patches: Patches) -> tuple[Patches, Patches]:
+        """Mean and standard deviation of each value's channel."""
+        by_channel = patches.unflatten(-1, (-1, self.channels)).transpose(2, 3)
+        mean, std = (s.transpose(2, 3) for s in patch_statistics(by_channel))
+        pixels = (1, 1, patches.shape[-1] // self.channels, 1)
+        return mean.repeat(pixels).flatten(2), std.repeat(pixels).flatten(2)
 
 
 def pixel_target(
@@ -69,8 +110,8 @@ def pixel_target(
     return (patches - mean) / std
 
 
-def patch_statistics(patches: Patches) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B N 1] of each patch, with which pixels are normalised."""
+def patch_statistics(patches: Float[Tensor, "*patches values"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [... 1] of each patch, with which pixels are normalised."""
     mean = patches.mean(-1, keepdim=True)
     variance = patches.var(-1, keepdim=True)
     return mean, (variance + EPS).sqrt()

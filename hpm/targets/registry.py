@@ -25,6 +25,7 @@ from hpm.targets.base import Target, TargetInputs
 GROUP = "hpm.targets"
 BUILT_IN: dict[str, str] = {
     "normalized_pixels": "hpm.targets.pixels:PixelTarget",
+    "normalized_channels": "hpm.targets.pixels:ChannelTarget",
     "pixels": "hpm.targets.pixels:PixelTarget",
     "hog": "hpm.targets.hog:HogTarget",
     "teacher": "hpm.targets.teacher:TeacherTarget",

@@ -13,6 +13,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_models import PREFIX
 from hpm.models.vit import VisionTransformer
 from hpm.weights.backbone import Backbone
+from hpm.weights.classification import ClassificationModel
 from hpm.weights.trained import Trained
 
 Outputs = dict[str, Tensor]
@@ -26,6 +27,7 @@ class ExportSource:
     backbone: Backbone
     model: MaskedImageModel | None = None
     crop_share: float = 1.0  # see transforms.evaluation_view
+    classifier: ClassificationModel | None = None  # whose encoder is that of the backbone
 
     @property
     def encoder(self) -> Any:
@@ -37,8 +39,21 @@ class ExportSource:
 
     @property
     def square(self) -> bool:
-        (height, width), (rows, columns) = self.encoder.image_size, self.encoder.patch_size
+        (height, width), (rows, columns) = (
+            self.encoder.image_size[-2:],
+            self.encoder.patch_size[-2:],
+        )
         return height == width and rows == columns
+
+    def need_classifier(self) -> ClassificationModel:
+        """The fine-tuned classifier. Raises ValueError if a backbone is exported."""
+        if self.classifier is None:
+            raise ValueError("there is no classifier to export")
+        return self.classifier
+
+    @property
+    def of_clips(self) -> bool:
+        return len(self.encoder.image_size) == 3
 
 
 class WritableFormat:
@@ -58,7 +73,8 @@ class WritableFormat:
         raise NotImplementedError
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
-        """The outputs of the file, in the other library, for normalised images [B C H W]."""
+        """The outputs of the file, in the other library, for normalised images [B C H W], or clips
+        [B C T H W]."""
         raise NotImplementedError
 
     def our_outputs(self, source: ExportSource, images: Tensor) -> Outputs:
@@ -69,6 +85,15 @@ class WritableFormat:
     def code(self, source: ExportSource, path: Path) -> str:
         """Python code that loads the file and runs it on `images`."""
         raise NotImplementedError
+
+
+def unless_images(source: ExportSource, library: str) -> str | None:
+    """Why a library without models of clips does not support this encoder, or None."""
+    if not source.of_clips:
+        return None
+    return (
+        f"{library} takes images, but this encoder takes clips: pass --to hf, onnx or safetensors"
+    )
 
 
 def unless_plain_vit(source: ExportSource, library: str) -> str | None:

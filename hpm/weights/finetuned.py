@@ -14,14 +14,19 @@ from torch import nn
 
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_tensors
+from hpm.core.hub import read_json
 from hpm.core.random_state import random_state_kept
+from hpm.weights.resolve import read_states, resolve
+from hpm.weights.shapes import complete
+from hpm.weights.video_mae_classifier import read_classifier
 
 # kind -> `module:class`, whose `from_file(path, tensors, about)` builds the model.
 KINDS = {
+    "hpm classifier": "hpm.weights.classification:ClassificationModel",
     "hpm segmenter": "hpm.weights.segmentation:SegmentationModel",
     "hpm detector": "hpm.weights.detection:DetectionModel",
 }
-MODEL_FILES = ("segmenter.safetensors", "detector.safetensors")
+MODEL_FILES = ("classifier.safetensors", "segmenter.safetensors", "detector.safetensors")
 
 
 def load_model(path: str | Path) -> Any:
@@ -34,7 +39,11 @@ def load_model(path: str | Path) -> Any:
         model = hpm.load_model("runs/first/evals/detect_coco/trained")
         found = model.predict("street.jpg")                # boxes, scores, classes, masks
 
-    path: the file, or a folder that holds one such file, however deep (so a run folder as well).
+        model = hpm.load_model("videomae-base-finetuned-kinetics")
+        logits = model(model.normalize(clips))             # [B C T H W] -> [B K]
+
+    path: the file, or a folder that holds one such file, however deep (so a run folder as well); or
+    a folder with a VideoMAEForVideoClassification of Hugging Face.
     Raises UserError where there is none or more than one, or where the file is damaged.
     """
     with random_state_kept():
@@ -53,9 +62,10 @@ def is_finetuned(path: str | Path) -> bool:
 
 
 def find_model(path: str | Path) -> Path:
-    """The file of a fine-tuned model. Raises UserError unless the path names exactly one."""
+    """The file of a fine-tuned model, or a folder of Hugging Face's. Raises UserError unless the
+    path names exactly one."""
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / "config.json").is_file():
         return path
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
@@ -65,7 +75,7 @@ def find_model(path: str | Path) -> Path:
     if not found:
         raise UserError(
             f"{path} holds no fine-tuned model ({' or '.join(MODEL_FILES)}): train one by hpm eval "
-            "segment or detect"
+            "finetune, segment or detect"
         )
     if len(found) > 1:
         names = ", ".join(str(file.parent.relative_to(path)) for file in found)
@@ -75,15 +85,35 @@ def find_model(path: str | Path) -> Path:
 
 def read_model(path: Path) -> nn.Module:
     """Read a model of any kind."""
-    tensors, about = read_tensors(path)
+    tensors, about = ({}, {}) if path.is_dir() else read_tensors(path)
     kind = about.get("kind")
-    if kind not in KINDS:
+    if kind not in KINDS and not path.is_dir():
         raise UserError(
             f"{path}: kind is {kind!r}, not a fine-tuned model ({', '.join(KINDS)}); "
             "hpm.load_encoder reads backbones"
         )
-    module, _, name = KINDS[kind].partition(":")
     try:
+        if kind is None:
+            return _hugging_face_classifier(path)
+        module, _, name = KINDS[kind].partition(":")
         return getattr(importlib.import_module(module), name).from_file(path, tensors, about)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _hugging_face_classifier(path: Path) -> nn.Module:
+    """A VideoMAEForVideoClassification. Raises UserError if the folder holds something else."""
+    config = read_json(path / "config.json")
+    names = {int(number): str(name) for number, name in config.get("id2label", {}).items()}
+    if "VideoMAEForVideoClassification" not in config.get("architectures", ()) or not names:
+        raise UserError(
+            f"{path}: no VideoMAEForVideoClassification, the classifier of Hugging Face that is "
+            "known; hpm.load_encoder reads backbones"
+        )
+    if not config.get("use_mean_pooling", True):
+        raise UserError(f"{path}: its head reads one token, not their mean, which is not supported")
+    contents = resolve(path)
+    complete(contents)
+    tensors = read_states(path)[""]
+    head = {part: tensors[f"classifier.{part}"] for part in ("weight", "bias")}
+    return read_classifier(contents, head, [names[number] for number in sorted(names)])

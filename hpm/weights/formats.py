@@ -10,12 +10,16 @@ from hpm.weights.own import OwnBackbone
 from hpm.weights.published import PublishedHpm, PublishedMae
 from hpm.weights.timm import Timm
 from hpm.weights.torchvision import Torchvision
+from hpm.weights.video_mae import VideoMae, VideoMaeForPreTraining
+from hpm.weights.video_mae_classifier import VideoMaeForClassification
 
 # The first match is used: formats with a decoder come before those without.
 READABLE: tuple[ReadableFormat, ...] = (
     PublishedHpm(),
     PublishedMae(),
     Timm(),
+    VideoMaeForPreTraining(),
+    VideoMae(),
     HuggingFaceMae(),
     HuggingFaceViT(),
 )
@@ -29,3 +33,7 @@ WRITABLE: dict[str, WritableFormat] = {
 }
 # With --with-decoder.
 WRITABLE_WITH_DECODER: dict[str, WritableFormat] = {"hf": HuggingFaceMae()}
+# In their place for clips, and for fine-tuned classifiers.
+WRITABLE_OF_CLIPS: dict[str, WritableFormat] = {"hf": VideoMae()}
+WRITABLE_OF_CLIPS_WITH_DECODER: dict[str, WritableFormat] = {"hf": VideoMaeForPreTraining()}
+WRITABLE_CLASSIFIERS: dict[str, WritableFormat] = {"hf": VideoMaeForClassification()}

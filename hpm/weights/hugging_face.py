@@ -20,18 +20,14 @@ from hpm.weights.renaming import Rules, rename, split_qkv
 
 BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 
-# Names in files on the hub, and the names that transformers gives since version 5.
-TO_OURS: Rules = (
-    (r"^embeddings\.cls_token$", "encoder.cls_token"),
-    (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
+# Names in files on the hub, and the names that transformers gives since version 5. First those that
+# its models of images and of clips share.
+SHARED_TO_OURS: Rules = (
     (r"^embeddings\.patch_embeddings\.projection\.", "encoder.patch_embed.proj."),
     (r"^layernorm\.", "encoder.norm."),
     (r"^(?:encoder\.layer|layers)\.", "encoder.blocks."),
     # The second is what transformers 5 writes for a ViTMAE.
     (r"^decoder\.decoder_(?:layers|encoder\.layer)\.", "reconstructor.blocks."),
-    (r"^decoder\.decoder_norm\.", "reconstructor.norm."),
-    (r"^decoder\.decoder_pred\.", "reconstructor.head."),
-    (r"^decoder\.(?=decoder_embed\.|mask_token$|decoder_pos_embed$)", ""),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
@@ -41,17 +37,20 @@ TO_OURS: Rules = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
+TO_OURS: Rules = (
+    (r"^embeddings\.cls_token$", "encoder.cls_token"),
+    (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
+    (r"^decoder\.decoder_norm\.", "reconstructor.norm."),
+    (r"^decoder\.decoder_pred\.", "reconstructor.head."),
+    (r"^decoder\.(?=decoder_embed\.|mask_token$|decoder_pos_embed$)", ""),
+    *SHARED_TO_OURS,
+)
 # Names that every version of transformers reads.
-TO_HUGGING_FACE: Rules = (
-    (r"^encoder\.cls_token$", "embeddings.cls_token"),
-    (r"^encoder\.pos_embed$", "embeddings.position_embeddings"),
+SHARED_TO_HUGGING_FACE: Rules = (
     (r"^encoder\.patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^encoder\.norm\.", "layernorm."),
     (r"^encoder\.blocks\.", "encoder.layer."),
     (r"^reconstructor\.blocks\.", "decoder.decoder_layers."),
-    (r"^reconstructor\.norm\.", "decoder.decoder_norm."),
-    (r"^reconstructor\.head\.", "decoder.decoder_pred."),
-    (r"^(?=decoder_embed\.|mask_token$|decoder_pos_embed$)", "decoder."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
     (r"\.attn\.proj\.", ".attention.output.dense."),
@@ -60,6 +59,14 @@ TO_HUGGING_FACE: Rules = (
     (r"\.attn\.v\.", ".attention.attention.value."),
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
+)
+TO_HUGGING_FACE: Rules = (
+    (r"^encoder\.cls_token$", "embeddings.cls_token"),
+    (r"^encoder\.pos_embed$", "embeddings.position_embeddings"),
+    (r"^reconstructor\.norm\.", "decoder.decoder_norm."),
+    (r"^reconstructor\.head\.", "decoder.decoder_pred."),
+    (r"^(?=decoder_embed\.|mask_token$|decoder_pos_embed$)", "decoder."),
+    *SHARED_TO_HUGGING_FACE,
 )
 
 
@@ -74,20 +81,24 @@ class HuggingFaceViT(ReadableFormat, WritableFormat):
         return "embeddings.patch_embeddings.projection.weight" in names
 
     def unsupported(self, source: ExportSource) -> str | None:
-        oblong = source.encoder.image_size[0] != source.encoder.image_size[1]
-        if oblong and source.crop_share != 1:
+        height, width = source.encoder.image_size[-2:]
+        if height != width and source.crop_share != 1:
             return "transformers cuts the centre out for square images alone: leave crop_share out"
         return unless_plain_vit(source, "transformers' ViT")
 
     def write(self, source: ExportSource, path: Path) -> None:
         need("transformers", "hf", self.purpose)
         path.mkdir()
-        state = {f"encoder.{name}": t for name, t in source.encoder.state_dict().items()}
-        write_tensors(path / "model.safetensors", to_hugging_face(state), {})
+        write_tensors(path / "model.safetensors", self.tensors(source), {})
         _write_json(path / "config.json", self.config(source))
         _write_json(path / "preprocessor_config.json", preprocessing(source))
 
+    def tensors(self, source: ExportSource) -> StateDict:
+        """The weights under transformers' names."""
+        return to_hugging_face(encoder_tensors(source))
+
     def config(self, source: ExportSource) -> dict[str, Any]:
+        """Contents of config.json."""
         shape = source.architecture
         return {
             "architectures": ["ViTModel"],
@@ -96,8 +107,8 @@ class HuggingFaceViT(ReadableFormat, WritableFormat):
             "num_hidden_layers": shape.depth,
             "num_attention_heads": shape.num_heads,
             "intermediate_size": 4 * shape.embed_dim,
-            "image_size": _number(source.encoder.image_size),
-            "patch_size": _number(source.encoder.patch_size),
+            "image_size": _number(source.encoder.image_size[-2:]),
+            "patch_size": _number(source.encoder.patch_size[-2:]),
             "num_channels": source.encoder.channels,
             "hidden_act": "gelu",
             "hidden_dropout_prob": 0.0,
@@ -147,12 +158,8 @@ class HuggingFaceMae(HuggingFaceViT):
             return "ViTMAE takes square images and patches alone"
         return super().unsupported(source)
 
-    def write(self, source: ExportSource, path: Path) -> None:
-        super().write(source, path)
-        assert source.model is not None
-        left = ("predictor.", "predictor_embed.", "cover")
-        state = {n: t for n, t in source.model.state_dict().items() if not n.startswith(left)}
-        write_tensors(path / "model.safetensors", to_hugging_face(state), {})
+    def tensors(self, source: ExportSource) -> StateDict:
+        return to_hugging_face(autoencoder_tensors(source))
 
     def config(self, source: ExportSource) -> dict[str, Any]:
         decoders, config = source.architecture.need_decoders(), source.trained.config
@@ -205,6 +212,18 @@ class HuggingFaceMae(HuggingFaceViT):
         )
 
 
+def encoder_tensors(source: ExportSource) -> StateDict:
+    """The encoder's weights under our names."""
+    return {f"encoder.{name}": tensor for name, tensor in source.encoder.state_dict().items()}
+
+
+def autoencoder_tensors(source: ExportSource) -> StateDict:
+    """The weights of encoder and reconstructor under our names."""
+    assert source.model is not None
+    left = ("predictor.", "predictor_embed.", "cover")
+    return {n: t for n, t in source.model.state_dict().items() if not n.startswith(left)}
+
+
 def to_hugging_face(state: StateDict) -> StateDict:
     """Our encoder (under `encoder.`), and the reconstructor if there is one, under Hugging Face's
     names; with a reconstructor, the encoder is under `vit.`, as in ViTMAEForPreTraining."""
@@ -215,12 +234,12 @@ def to_hugging_face(state: StateDict) -> StateDict:
 
 
 def preprocessing(source: ExportSource) -> dict[str, Any]:
-    """Contents of preprocessor_config.json: 8-bit images, their shorter side resized and the centre
-    cut out, as in our evaluations, and normalised as ours were.
+    """Contents of preprocessor_config.json: 8-bit images or frames, their shorter side resized and
+    the centre cut out, as in our evaluations, and normalised as ours were.
 
     For oblong images transformers has no such processor: they are resized to the shape.
     """
-    height, width = source.encoder.image_size
+    *frames, height, width = source.encoder.image_size
     common = {
         "do_resize": True,
         "resample": BICUBIC,
@@ -232,9 +251,12 @@ def preprocessing(source: ExportSource) -> dict[str, Any]:
     }
     if height != width:
         size = {"height": height, "width": width}
-        return {"image_processor_type": "ViTImageProcessor", "size": size} | common
+        kind: dict[str, Any] = {"image_processor_type": "ViTImageProcessor"}
+        if frames:
+            kind = {"image_processor_type": "VideoMAEImageProcessor", "do_center_crop": False}
+        return kind | {"size": size} | common
     return {
-        "image_processor_type": "BitImageProcessor",
+        "image_processor_type": "VideoMAEImageProcessor" if frames else "BitImageProcessor",
         "size": {"shortest_edge": int(height / source.crop_share)},
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -253,6 +275,10 @@ def read_description(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "norm_pix_loss": "norm_pix_loss",
     }
     found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    if config.get("model_type") == "videomae" and "num_frames" in config and "image_size" in found:
+        size = found["image_size"]
+        sides = list(size) if isinstance(size, list) else [size, size]
+        found["image_size"] = [config["num_frames"], *sides]
     moments = read_json(folder / "preprocessor_config.json")
     return found | {n: moments[f"image_{n}"] for n in ("mean", "std") if f"image_{n}" in moments}
 

@@ -34,14 +34,14 @@ class Onnx(WritableFormat):
         return None
 
     def write(self, source: ExportSource, path: Path) -> None:
-        height, width = source.encoder.image_size
         # Two images, because the exporter treats a batch of one as fixed.
-        images = torch.zeros(2, source.encoder.channels, height, width)
+        images = torch.zeros(2, source.encoder.channels, *source.encoder.image_size)
         model = _FromPixels(_expressible(source.backbone))
         write_onnx(model, images, path, ["pooled", "patches"])
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
-        mean, std = source.backbone.mean.view(-1, 1, 1), source.backbone.std.view(-1, 1, 1)
+        by_channel = (-1, *(1 for _ in source.encoder.image_size))
+        mean, std = source.backbone.mean.view(by_channel), source.backbone.std.view(by_channel)
         return run_onnx(path, images * std + mean)
 
     def code(self, source: ExportSource, path: Path) -> str:

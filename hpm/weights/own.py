@@ -88,8 +88,9 @@ class OwnBackbone(WritableFormat):
 
     def code(self, source: ExportSource, path: Path) -> str:
         pool = "" if source.backbone.pool == "mean" else f', pool="{source.backbone.pool}"'
+        shape, name = ("B C T H W", "clips") if source.of_clips else ("B C H W", "images")
         return (
             "import hpm\n\n"
             f'encoder = hpm.load_encoder("{path}"{pool})\n'
-            "pooled, patches = encoder(images)  # uint8 or uint16 [B C H W] -> [B D], [B N D]"
+            f"pooled, patches = encoder({name})  # uint8 or uint16 [{shape}] -> [B D], [B N D]"
         )

@@ -15,7 +15,7 @@ from hpm.core.files import StateDict
 Rules = tuple[tuple[str, str], ...]  # (regular expression, replacement)
 
 # Prefixes added by training scripts, torch.compile and larger models.
-WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|vit)\.)+")
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|vit|videomae)\.)+")
 
 
 def unwrap(name: str) -> str:
@@ -31,15 +31,17 @@ def rename(name: str, rules: Rules) -> str:
 
 
 def join_qkv(state: StateDict) -> StateDict:
-    """Concatenate queries, keys and values into one tensor; a missing bias becomes zeros."""
+    """Concatenate queries, keys and values into one tensor; a missing bias, of all or of one of
+    them, becomes zeros."""
     joined = {name: t for name, t in state.items() if not re.search(r"\.attn\.[qkv]\.", name)}
     for name in state:
         if ".attn.q." in name:
-            parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-            if all(part in state for part in parts):
-                joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(
-                    [state[part] for part in parts]
-                )
+            parts = [state.get(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+            if name.endswith(".bias"):
+                parts = [torch.zeros_like(state[name]) if p is None else p for p in parts]
+            found = [part for part in parts if part is not None]
+            if len(found) == len(parts):
+                joined[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(found)
     for name, tensor in list(joined.items()):
         if name.endswith(".attn.qkv.weight"):
             bias = name.removesuffix("weight") + "bias"

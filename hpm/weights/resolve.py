@@ -95,7 +95,7 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
         contents.name, contents.folder = str(path), path
         return contents
     if path.is_dir() or path.suffix in TORCH_SUFFIXES:
-        return _other_library(path, _read_states(path), convert)
+        return _other_library(path, read_states(path), convert)
     tensors, metadata = read_tensors(path)
     return read_own(path, tensors, metadata) or _other_library(path, {"": tensors}, convert)
 
@@ -127,7 +127,7 @@ def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> C
     if unknown:
         raise UserError(
             f"{path}: {known.description}, but of another architecture: it has {unknown[0]}, "
-            "which a plain Vision Transformer with a class token does not have"
+            "which a plain Vision Transformer does not have"
         )
     teacher_key = next((key for key in TEACHER_KEYS if key in states), None)
     contents = Contents(
@@ -146,10 +146,11 @@ def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> C
     if unused:
         contents.notes.append(f"left over: {', '.join(unused[:5])}{' ...' * (len(unused) > 5)}")
     check_metadata(contents)
+    known.complete(contents)
     return contents
 
 
-def _read_states(path: Path) -> dict[str, StateDict]:
+def read_states(path: Path) -> dict[str, StateDict]:
     """The state dicts of a PyTorch file by key, or that of a folder under ""."""
     if not path.is_dir():
         return read_torch_file(path)

@@ -48,17 +48,23 @@ def derive_architecture(contents: Contents) -> Architecture:
 
     Raises UserError where the shapes are not those of a Vision Transformer.
     """
-    projection = _tensor(contents, "encoder.patch_embed.proj.weight", 4)
-    dim, channels, rows, columns = projection.shape
+    known = contents.format
+    assert known is not None
+    projection = _tensor(contents, "encoder.patch_embed.proj.weight", 2 + known.axes)
+    dim, channels, *sides = projection.shape
+    patch_size = tuple(sides)
     depth = _count_blocks(contents.student, "encoder.blocks.")
-    known = [s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (dim, depth)]
+    heads = [s.num_heads for s in SIZES.values() if (s.embed_dim, s.depth) == (dim, depth)]
     architecture = Architecture(
-        image_size=_image_size(contents, (rows, columns)),
-        patch_size=(rows, columns),
+        image_size=_image_size(contents, patch_size),
+        patch_size=patch_size,
         channels=channels,
         embed_dim=dim,
         depth=depth,
-        num_heads=_heads(contents, "num_heads", dim, known[0] if known else dim / HEAD_DIM),
+        num_heads=_heads(contents, "num_heads", dim, heads[0] if heads else dim / HEAD_DIM),
+        class_token=known.class_token,
+        positions=known.positions,
+        final_norm=not known.may_lack_norm or "encoder.norm.weight" in contents.student,
         decoders=_decoders(contents),
     )
     contents.notes.append(_summary(contents, architecture))
@@ -70,7 +76,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     preprocessor_config.json, or FILE.json."""
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
-    if config.get("model_type") in ("vit", "vit_mae"):
+    if config.get("model_type") in ("vit", "vit_mae", "videomae"):
         found = hugging_face.read_description(folder, config)
     else:
         found = config.get("pretrained_cfg", {}) if "architecture" in config else {}
@@ -88,10 +94,10 @@ def check_metadata(contents: Contents) -> None:
         value = metadata.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {name} cannot be {value!r}")
-    size = metadata.get("image_size")
-    if isinstance(size, int):
+    size, axes = metadata.get("image_size"), contents.format.axes if contents.format else 2
+    if isinstance(size, int) and axes == 2:
         metadata["image_size"] = [size, size]
-    elif size is not None and not (_are_numbers(size, 2) and all(type(v) is int for v in size)):
+    elif size is not None and not (_are_numbers(size, axes) and all(type(v) is int for v in size)):
         raise UserError(f"{path}: image_size cannot be {size!r}")
     eps = metadata.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps != LAYER_NORM_EPS:
@@ -115,7 +121,8 @@ def _decoders(contents: Contents) -> Decoders | None:
         return None
     dim = _tensor(contents, "decoder_embed.weight", 2).shape[0]
     depth = _count_blocks(contents.student, "reconstructor.blocks.")
-    heads = _heads(contents, "decoder_heads", dim, dim / DECODER_HEAD_DIM)
+    per_head = DECODER_HEAD_DIM if contents.format.axes == 2 else HEAD_DIM
+    heads = _heads(contents, "decoder_heads", dim, dim / per_head)
     predictor = contents.format.has_predictor
     scalar = predictor and len(_tensor(contents, "predictor.head.bias", 1)) == 1
     return Decoders(
@@ -150,23 +157,24 @@ def _count_blocks(state: StateDict, prefix: str) -> int:
     return len({name.partition(".")[0] for name in names})
 
 
-def _image_size(contents: Contents, patch_size: tuple[int, int]) -> tuple[int, int]:
-    positions = _tensor(contents, "encoder.pos_embed", 3)
-    count = positions.shape[1]
+def _image_size(contents: Contents, patch_size: tuple[int, ...]) -> tuple[int, ...]:
+    assert contents.format is not None
+    count = _tensor(contents, "encoder.pos_embed", 3).shape[1]
     given = contents.metadata.get("image_size")
     if given is not None:
         fits = all(i > 0 and i % p == 0 for i, p in zip(given, patch_size, strict=True))
-        if not fits or prod(grid_size(given, patch_size)) + 1 != count:
+        prefix = int(contents.format.class_token)
+        if not fits or prod(grid_size(given, patch_size)) + prefix != count:
             raise UserError(
                 f"{contents.path}: image_size {given} does not match its {count} positions and "
                 f"patches of {size_text(patch_size)} pixels"
             )
-        return given[0], given[1]
-    size = square_image(positions, patch_size)
+        return tuple(given)
+    size = square_image(contents.student["encoder.pos_embed"], patch_size)
     if size is None:
         raise UserError(
             f"{contents.path}: its {count} positions are not a class token and a square of "
-            f"patches: {_add(contents, 'image_size', '[H, W]')}"
+            f"patches: {to_add(contents, 'image_size', '[H, W]')}"
         )
     return size
 
@@ -177,7 +185,7 @@ def _heads(contents: Contents, name: str, dim: int, guess: float) -> int:
     if heads != int(heads) or heads < 1 or dim % int(heads):
         raise UserError(
             f"{contents.path}: the number of attention heads is unknown (width {dim}): "
-            f"{_add(contents, name, 'N')}"
+            f"{to_add(contents, name, 'N')}"
         )
     return int(heads)
 
@@ -212,7 +220,7 @@ def _normalisation(contents: Contents, channels: int) -> tuple[list[float], list
     if channels != len(IMAGENET_MEAN):
         raise UserError(
             f"{contents.path}: the normalisation of its {counted(channels, 'channel')} is "
-            f"unknown: {_add(contents, 'mean', '[...]', 'std', '[...]')}"
+            f"unknown: {to_add(contents, 'mean', '[...]', 'std', '[...]')}"
         )
     contents.notes.append("images are normalised by ImageNet's mean and deviation (assumed)")
     return list(IMAGENET_MEAN), list(IMAGENET_STD)
@@ -229,22 +237,27 @@ def _target(contents: Contents, architecture: Architecture) -> str | None:
     normalised = contents.metadata.get("norm_pix_loss")
     if normalised is None:
         contents.notes.append("its target is normalised pixels (assumed)")
-    return "normalized_pixels" if normalised in (None, True) else "pixels"
+    assert contents.format is not None
+    return contents.format.normalized_target if normalised in (None, True) else "pixels"
 
 
 def _config(architecture: Architecture, target: str) -> PretrainConfig:
     """The options that evaluations and figures read; data and out are unknown."""
-    config = PretrainConfig(data="", out="")
-    config.image_size = pair(architecture.image_size)
-    config.patch_size = pair(architecture.patch_size)
+    config = PretrainConfig(data="", out="", target=target)
+    config.image_size = pair(architecture.image_size[-2:])
+    sides = architecture.patch_size
+    config.patch_size = pair(sides) if len(sides) == 2 else (sides[0], sides[1], sides[2])
     config.channels = architecture.channels
-    config.target = "pixels" if target == "pixels" else "normalized_pixels"
+    config.positions, config.class_token = architecture.positions, architecture.class_token
     if not architecture.need_decoders().with_predictor:
         config.mask, config.predictor_loss = "random", "none"
+    if len(sides) == 3:  # as VideoMAE is trained
+        config.frames = architecture.image_size[0]
+        config.mask, config.mask_ratio = "tube", 0.9
     return config
 
 
-def _add(contents: Contents, *items: str) -> str:
+def to_add(contents: Contents, *items: str) -> str:
     """`add {"num_heads": N} to weights.json`"""
     pairs = zip(items[::2], items[1::2], strict=True)
     content = ", ".join(f'"{name}": {value}' for name, value in pairs)

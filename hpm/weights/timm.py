@@ -16,7 +16,7 @@ from hpm.models.hiera import HieraEncoder
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.weights.contents import Contents, size_text
-from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
+from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_images
 from hpm.weights.format import ReadableFormat, starts
 
 
@@ -34,7 +34,7 @@ class Timm(ReadableFormat, WritableFormat):
     def unsupported(self, source: ExportSource) -> str | None:
         name = source.architecture.model
         if name is None or name.startswith(PREFIX):
-            return None
+            return unless_images(source, "timm")
         return f"timm does not have {name}: pass --to onnx or safetensors"
 
     def write(self, source: ExportSource, path: Path) -> None:

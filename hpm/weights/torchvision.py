@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from hpm.core.extras import need
 from hpm.core.files import StateDict, write_tensors
-from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_plain_vit
+from hpm.weights.export_format import (
+    ExportSource,
+    Outputs,
+    WritableFormat,
+    unless_images,
+    unless_plain_vit,
+)
 from hpm.weights.renaming import Rules, rename
 
 TO_TORCHVISION: Rules = (
@@ -34,6 +40,9 @@ class Torchvision(WritableFormat):
     suffixes: tuple[str, ...] = (".safetensors", ".pth")
 
     def unsupported(self, source: ExportSource) -> str | None:
+        reason = unless_images(source, "torchvision's VisionTransformer")
+        if reason:
+            return reason
         if not source.square:
             return "torchvision's VisionTransformer takes square images and patches alone"
         if source.encoder.channels != 3:

@@ -29,7 +29,9 @@ def backbone(tmp_path_factory):
     """An encoder of random weights."""
     file = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     architecture = Architecture((16, 16), (4, 4), 3, 32, 1, 2)
-    save_backbone(file, build_encoder(architecture, 0), architecture, [0.5] * 3, [0.3] * 3)
+    save_backbone(
+        file, build_encoder(architecture, 0).state_dict(), architecture, [0.5] * 3, [0.3] * 3
+    )
     return file
 
 
@@ -202,7 +204,9 @@ def test_refusals(backbone, image_folder, tmp_path):
     hpm.embed(backbone, image_folder, tmp_path / "f.npy", report=str, **QUICK)
     other = tmp_path / "other.safetensors"
     architecture = Architecture((16, 16), (4, 4), 3, 32, 1, 2)
-    save_backbone(other, build_encoder(architecture, 1), architecture, [0.5] * 3, [0.3] * 3)
+    save_backbone(
+        other, build_encoder(architecture, 1).state_dict(), architecture, [0.5] * 3, [0.3] * 3
+    )
     refused("was made with other weights", "choose another --out", run=other)
     shutil.copytree(image_folder, tmp_path / "more")
     (tmp_path / "more" / "class_0" / "000.png").unlink()
@@ -215,7 +219,7 @@ def test_no_class_token(image_folder, tmp_path):
     encoder = build_encoder(architecture, 0)
     assert not encoder.has_class_token
     file = tmp_path / "b.safetensors"
-    save_backbone(file, encoder, architecture, [0.5] * 3, [0.3] * 3)
+    save_backbone(file, encoder.state_dict(), architecture, [0.5] * 3, [0.3] * 3)
     out = tmp_path / "f.npy"
     found = run_here("embed", file, image_folder, "--out", out, "--pool", "cls", *FLAGS)
     assert_refused(found, "has no class token: pass --pool mean")

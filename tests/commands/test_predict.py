@@ -78,7 +78,7 @@ def test_what_cannot_be_taken_away(linear_segmenter, scenes, finished_run, tmp_p
     out, _ = linear_segmenter
     file = model_in(out)
     refused = run_here("export", file, "--to", "timm", "--out", tmp_path / "s.safetensors")
-    assert_refused(refused, "segmenters are exported, to onnx alone")
+    assert_refused(refused, "segmenters are exported to onnx")
     assert_refused(run_here("predict", tmp_path, scenes, "--out", tmp_path / "m"), "holds no fine-")
     refused = run_here("predict", finished_run.backbone, scenes, "--out", tmp_path / "m")
     assert_refused(refused, "kind is 'hpm encoder', not a fine-tuned model")

@@ -84,7 +84,7 @@ def test_refusals(features, finished_run, tmp_path):
     # The run went on, or moved.
     other, trained = tmp_path / "other.safetensors", load(finished_run.folder)
     encoder = build_encoder(trained.architecture, seed=1)
-    save_backbone(other, encoder, trained.architecture, trained.mean, trained.std)
+    save_backbone(other, encoder.state_dict(), trained.architecture, trained.mean, trained.std)
     refused("made with other weights", arguments=(features, image, "--run", other))
 
 

@@ -72,8 +72,7 @@ def test_raw_pixels_of_clips():
         (["eval", "finetune", "RUN", "demo-video"], "fine-tuning is for images"),
         (["eval", "segment", "RUN", "demo"], "segmentation is for images"),
         (["eval", "detect", "RUN", "demo"], "detection is for images"),
-        (["show", "RUN", "demo-video"], "is for images, but"),
-        (["export", "RUN", "--to=timm", "--out=x.safetensors"], "export is for images"),
+        (["export", "RUN", "--to=timm", "--out=x.safetensors"], "timm takes images, but"),
         (["eval", "knn", "IMAGES", "demo-video", "--compare", "RUN"], "they cannot be compared"),
     ],
 )

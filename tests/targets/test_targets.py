@@ -14,7 +14,7 @@ from hpm.mining.losses import squared_error, token_cross_entropy
 from hpm.models.patches import gather_patches, patchify
 from hpm.targets.frozen_model import of_hugging_face, of_timm
 from hpm.targets.hog import HogTarget, hog
-from hpm.targets.pixels import PixelTarget
+from hpm.targets.pixels import ChannelTarget, PixelTarget
 from hpm.targets.teacher import TeacherTarget
 from hpm.training.checks import check_pretrain
 
@@ -42,6 +42,22 @@ def test_ranking_by_the_other_pixel_loss(seed, normalized):
     torch.testing.assert_close(ranked, expected, rtol=1e-4, atol=1e-5)
     same = PixelTarget((4, 4), 3, normalized)
     assert torch.equal(same.ranked_by(loss, x, hidden), loss)
+
+
+def test_pixels_normalised_by_channel():
+    """Each channel of each tube has mean 0 and deviation 1, and gives its pixels back."""
+    clips = torch.randn(2, 2, 4, 8, 8) * 3 + 1
+    target = ChannelTarget((2, 4, 4), 2)
+    found = target(clips)
+    tube = found[1, 3].view(2, 4, 4, 2)  # the second column of the second row
+    pixels = clips[1, :, :2, 4:, 4:].movedim(0, -1)
+    for channel in range(2):
+        expected = pixels[..., channel] - pixels[..., channel].mean()
+        torch.testing.assert_close(
+            tube[..., channel], expected / expected.std(), rtol=1e-4, atol=1e-5
+        )
+    patches = patchify(clips, (2, 4, 4))
+    torch.testing.assert_close(target.to_pixels(found, patches), patches, rtol=1e-4, atol=1e-5)
 
 
 def test_hog_equals_that_of_scikit_image():

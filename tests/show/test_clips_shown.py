@@ -1,0 +1,132 @@
+"""Figures, pages and the report of runs on clips: film strips and animations."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, assert_refused, run_here
+from PIL import Image
+from videos import write_video
+
+import hpm
+from hpm.show.figures import Picture, pixels
+from hpm.show.moments import keep_animations, read_animations
+from hpm.show.page import FRAME_DURATION
+from hpm.show.strips import all_frames, as_strips, cut
+from hpm.show.view import Viewer, _examples
+from hpm.weights.resolve import load
+
+FRAMES = 4
+URI = re.compile(r"data:image/webp;base64,([A-Za-z0-9+/=]+)")
+
+
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory):
+    options = {"frames": FRAMES, "patch_size": (2, 4, 4), "normalize": "imagenet", "holdout": 2}
+    out = tmp_path_factory.mktemp("runs") / "clips"
+    return hpm.pretrain(data="demo-video", out=str(out), **TINY | {"steps": 2} | options)
+
+
+def animation(uri):
+    """uint8 [T H W 3]; equal frames are stored as a longer one."""
+    picture = Image.open(io.BytesIO(base64.b64decode(uri)))
+    frames = []
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        frame = np.asarray(picture.convert("RGB"))  # which also reads its duration
+        frames += [frame] * round(picture.info["duration"] / FRAME_DURATION)
+    assert picture.info["loop"] == 0
+    return np.stack(frames)
+
+
+@pytest.fixture
+def shown():
+    """Two clips of 4 frames in tubes of 2, each with a mask and a predicted loss."""
+    clips = torch.randint(0, 256, (2, 3, FRAMES, 8, 12), dtype=torch.uint8)
+    return Picture(clips, (2, 2, 3), predicted=torch.rand(2, 12), mask=torch.rand(2, 12) < 0.5)
+
+
+def test_frames_of_panels(shown):
+    """Each frame has the map of its tube, in the colours of the whole clip."""
+    found = {n: cut(p, FRAMES) for n, p in pixels(all_frames(shown), 1).items()}
+    assert np.array_equal(found["image"], shown.images[1].permute(1, 2, 3, 0).numpy())
+    predicted = found["predicted"]
+    assert predicted.shape == (FRAMES, 2, 3, 3)
+    assert np.array_equal(predicted[0], predicted[1]) and not np.array_equal(*predicted[1:3])
+    brightest = predicted.sum(-1)[::2].reshape(-1).argmax()
+    assert brightest == shown.predicted[1].argmax()
+    hidden = shown.mask[1].view(2, 2, 3).repeat_interleave(2, 0)
+    covered = hidden.repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()
+    assert (found["mask"][covered] == 128).all()
+    assert np.array_equal(found["mask"][~covered], found["image"][~covered])
+    # A strip has the first frame of each tube.
+    strip = pixels(as_strips(shown), 1)["image"]
+    assert np.array_equal(strip, np.concatenate(found["image"][::2], axis=1))
+
+
+def test_pages_and_figures(clip_run, tmp_path):
+    for name in ("a.html", "a.png"):
+        result = run_here(
+            "show",
+            clip_run.folder,
+            "demo-video",
+            "--images=2",
+            "--num-masks=2",
+            "--out",
+            tmp_path / name,
+        )
+        assert result.returncode == 0, result.stderr
+    width, height = Image.open(tmp_path / "a.png").size
+    assert width > 4 * height  # two strips beneath each other, seven panels side by side
+    found = [animation(uri) for uri in URI.findall((tmp_path / "a.html").read_text())]
+    panels = 7 + 3  # each head's attention as well
+    assert len(found) == 2 * panels
+    assert found[0].shape == (FRAMES, 16, 16, 3) and found[1].shape == (FRAMES, 4, 4, 3)
+    assert (found[0][0] != found[0][-1]).any()
+    too_many = run_here(
+        "show", clip_run.folder, "demo-video", "--images=11", "--out", tmp_path / "b.png"
+    )
+    assert_refused(too_many, "images is 11, but a .png file holds at most 10 clips: a page")
+
+
+def test_a_backbone_alone(clip_run, tmp_path):
+    """Without a config: the frames are those of its clips."""
+    out = tmp_path / "x.html"
+    result = run_here("show", clip_run.backbone, "demo-video", "--images=1", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert len(URI.findall(out.read_text())) == 3 + 3
+
+
+def test_the_viewer(clip_run, tmp_path):
+    trained = load(clip_run.folder)
+    trained.model.eval()
+    viewer = Viewer(trained, *_examples(None, trained), 2)
+    page = viewer.page()
+    assert "clips of 4 x 16 x 16 pixels" in page and "Drop a video here" in page
+    answers = [viewer.answer({"example": "1"}, b"")]
+    answers.append(viewer.answer({}, write_video(tmp_path / "a.mp4").read_bytes()))
+    for answer in answers:
+        assert "error" not in answer, answer
+        for panel in answer["panels"]:
+            (uri,) = URI.findall(panel["src"])
+            assert len(animation(uri)) == FRAMES
+    for body in (b"nothing", b""):
+        assert set(viewer.answer({}, body)) == {"error"}
+
+
+def test_the_report(clip_run, shown, tmp_path):
+    text = (clip_run.folder / "report.html").read_text()
+    assert "Held-out clips at step 2" in text and "held-out clip 2" in text
+    assert len(URI.findall(text)) == 2 * 5
+    assert "# uint8 [B C T H W]" in text
+    keep_animations(shown, tmp_path, 7)
+    step, clips = read_animations(tmp_path, {7})
+    assert step == 7 and [sorted(clip) for clip in clips] == [["image", "mask", "predicted"]] * 2
+    assert np.array_equal(clips[1]["image"], shown.images[1].permute(1, 2, 3, 0).numpy())
+    assert read_animations(tmp_path, {6})[1] == []  # of a training taken back
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:50])
+    assert read_animations(tmp_path, {7})[1] == []
