@@ -10,7 +10,7 @@ from hpm.core.choices import Flip
 from hpm.core.errors import UserError
 from hpm.core.options import option
 from hpm.evals.contract import RANDOM, RAW_PIXELS, Measured
-from hpm.evals.options import LabelledEvalOptions
+from hpm.evals.options import ClassificationOptions
 
 if TYPE_CHECKING:
     from hpm.evals.features import Labelled
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Options(LabelledEvalOptions):
+class Options(ClassificationOptions):
     """Fine-tune the whole encoder with labels, by the recipe of DeiT and MAE."""
 
     baselines: bool = option(False, may_change=True, testing_only=True)
