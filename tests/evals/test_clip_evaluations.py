@@ -208,7 +208,10 @@ def test_raw_pixels_of_clips():
             "leave crop_share out",
         ),
         (["eval", "knn", "RUN", "demo-video", "--segments=0"], "--segments is 0"),
-        (["eval", "finetune", "RUN", "demo-video"], "fine-tuning is for images"),
+        (
+            ["eval", "finetune", "IMAGES", "demo-video", "--frames=4"],
+            "a run of clips first",
+        ),
         (["eval", "segment", "RUN", "demo"], "segmentation is for images"),
         (["eval", "detect", "RUN", "demo"], "detection is for images"),
         (["show", "RUN", "demo-video"], "is for images, but"),

@@ -57,16 +57,17 @@ class ClipViews:
 
     def __call__(self, source: Any, key: Key) -> tuple[View, Crop, Times | None]:
         rng = np.random.default_rng([self.seed, *key])
-        clip, times = self._clip(source, key[0], key[1])
+        clip, times = self.clip(source, key[0], key[1])
         check_side(clip, self.min_side)
         if self.crop_scale == WHOLE:
             box = centred_box(clip.width, clip.height, self.size)
         else:
             box = random_crop(rng, clip.width, clip.height, self.crop_scale)
         view, crop = cropped_view(clip, self.size, box, rng, self.flip)
-        return _image_or_clip(view), crop, times if self.sampling.frames > 1 else None
+        return image_or_clip(view), crop, times if self.sampling.frames > 1 else None
 
-    def _clip(self, source: Any, epoch: int, index: int) -> tuple[Clip, Times]:
+    def clip(self, source: Any, epoch: int, index: int) -> tuple[Clip, Times]:
+        """The decoded clip that the views of a sample share. Raises OSError or UnreadableImage."""
         if self._last and self._last[:3] == (source, epoch, index):
             return self._last[3]
         # Five numbers: no crop is drawn from the same.
@@ -107,7 +108,7 @@ class ClipEvaluationViews:
         segment, crop = divmod(key[2] if len(key) > 2 else 0, self.grid.crops)
         clip, times = self._clip(source, key[1], segment)
         check_side(clip, self.min_side)
-        view = _image_or_clip(self._cropped(clip, crop))
+        view = image_or_clip(self._cropped(clip, crop))
         return view, None, times if self.sampling.frames > 1 else None
 
     def _cropped(self, clip: Clip, crop: int) -> View:
@@ -145,6 +146,6 @@ def crop_box(width: int, height: int, size: tuple[int, int], crop: int, crops: i
     return left, top, left + across, top + down
 
 
-def _image_or_clip(view: View) -> View:
+def image_or_clip(view: View) -> View:
     """[C T H W], or [C H W] of a single frame."""
     return view[:, 0] if view.shape[1] == 1 else view
