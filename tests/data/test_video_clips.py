@@ -18,6 +18,7 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import DemoVideos, open_source
 from hpm.data.statistics import measure_statistics
+from hpm.data.transforms import least_size
 from hpm.data.video import demo
 from hpm.data.video.clips import ClipEvaluationViews, ClipViews, crop_box
 from hpm.data.video.sampling import ClipSampling, ViewGrid
@@ -67,13 +68,14 @@ def test_all_frames_of_a_clip_are_cropped_and_flipped_alike():
     source = DemoVideos("train")
     views = ClipViews((24, 24), 3, 0, (0.3, 0.8), True, 1, ClipSampling(3, 2))
     flips = set()
+    side, _ = least_size((24, 24), 0.3)  # the built-in videos are rendered no larger than needed
     for epoch in range(6):
         view, (top, bottom, left, right), times = views(source, (epoch, 5))
         start = round(times[0] * demo.LENGTH)
-        frames = demo.render(5, "train", [start, start + 2, start + 4]).frames
+        frames = demo.render(5, "train", [start, start + 2, start + 4], side).frames
         flips.add(left > right)
         for number, frame in enumerate(frames):
-            box = [round(64 * edge) for edge in (top, bottom, *sorted((left, right)))]
+            box = [round(side * edge) for edge in (top, bottom, *sorted((left, right)))]
             part = frame[box[0] : box[1], box[2] : box[3]].transpose(2, 0, 1)
             part = part[:, :, ::-1] if left > right else part
             resized = torch.nn.functional.interpolate(
