@@ -305,6 +305,42 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000
 
 
+@pytest.mark.slow
+def test_demo_of_videos(tmp_path, monkeypatch):
+    """Two steps on few videos, which cannot be above anything: the output says so."""
+    from hpm.data.video import demo
+
+    monkeypatch.setattr(demo, "SIZES", {"train": 120, "test": 40})
+    result = run_here("demo", "--video", "--steps", 2, "--out", tmp_path / "demo")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    assert re.search(
+        r"motion: trained, class token tells .* above: .*; not above: .*raw pix", words
+    )
+    assert "one frame, repeated" in words and re.search(r"% lies on objects \(\d+ % by", words)
+    assert "hpm pretrain FOLDER_OF_VIDEOS" in words
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 20_000
+
+
+def test_the_verdict_of_the_demo():
+    from hpm.commands.demo import verdict
+    from hpm.evals.result import Result
+
+    def numbers(top1):
+        return {"linear": {"top1": top1, "top1_low": top1 - 2, "top1_high": top1 + 2}}
+
+    def result(**names):
+        values = {name.replace("_", " "): numbers(top1) for name, top1 in names.items()}
+        values["trained, class token"] = numbers(30.0 if "raw_pixels" in names else 12.0)
+        values["random weights, class token"] = numbers(29.0)
+        return Result("linear", {"classes": 10}, values)
+
+    text = verdict(result(raw_pixels=15.0), result())
+    assert "tells 30.0 % of the videos (28.0 to 32.0)" in text
+    above, _, below = text.partition("; not above: ")
+    assert all(f"({n} %)" in above for n in ("10.0", "15.0", "12.0")) and "29.0" in below
+
+
 def test_counts_have_their_number():
     from hpm.core.errors import counted
 

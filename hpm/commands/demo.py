@@ -1,6 +1,10 @@
-"""`hpm demo`: pre-train on the built-in images, measure, draw, and say where to look."""
+"""`hpm demo`: pre-train on the built-in images or videos, measure, draw, and say where to look."""
 
 from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -8,28 +12,89 @@ from hpm.commands.options import DemoConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import make_config, read_preset
 from hpm.evals import evaluate
-from hpm.evals.result import print_result
+from hpm.evals.contract import RANDOM, RAW_PIXELS, TRAINED, Numbers
+from hpm.evals.features import CLASS_TOKEN
+from hpm.evals.result import Result, print_hardness, print_result
 from hpm.pretraining import run_pretraining
 from hpm.show.command import show
 from hpm.show.options import ShowConfig
 from hpm.weights.run import Run
 
+# Of the linear probe of videos: one pass over the grid takes seconds.
+PROBE: dict[str, Any] = {"lr": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0,), "epochs": 30}
+
 
 def demo(config: DemoConfig) -> Run:
     """Pre-train, evaluate and draw. Run it again to resume; a finished run is only evaluated."""
-    options = read_preset("demo") | {"out": config.out}
+    preset, folder = ("demo_video", "demo-video") if config.video else ("demo", "demo")
+    options = read_preset(preset) | {"out": config.out or f"runs/{folder}"}
     if config.steps is not None:
         options["steps"] = config.steps
+    if config.seed is not None:
+        options["seed"] = config.seed
     run = run_pretraining(make_config(PretrainConfig, options))
-    result = evaluate("knn", str(run.folder), "demo")
-    figure = show(ShowConfig(str(run.folder), "demo", str(run.folder / "demo.png"), images=6))
     console = Console()
-    print_result(result, console)
+    figure = _measure_videos(run, console) if config.video else _measure_images(run, console)
+    what = (
+        "FOLDER_OF_VIDEOS --frames 16 --patch-size 2,16,16" if config.video else "FOLDER_OF_IMAGES"
+    )
     console.print(
         f"\nreport:      {run.report}\n"
         f"figures:     {figure}, {run.figures}/ (during training)\n"
         f"curves:      tensorboard --logdir {run.folder}\n"
-        f"your images: hpm pretrain FOLDER_OF_IMAGES --out runs/first",
+        f"your {folder.removeprefix('demo-')}s: hpm pretrain {what} --out runs/first",
         highlight=False,
+        soft_wrap=True,
     )
     return run
+
+
+def _measure_images(run: Run, console: Console) -> Path:
+    """kNN, and a figure of some images."""
+    result = evaluate("knn", str(run.folder), "demo")
+    figure = show(ShowConfig(str(run.folder), "demo", str(run.folder / "demo.png"), images=6))
+    print_result(result, console)
+    return figure
+
+
+def _measure_videos(run: Run, console: Console) -> Path:
+    """What a linear probe knows of motion, beside what is left of it without motion, and where the
+    patches of highest predicted loss lie."""
+    folder = str(run.folder)
+    moving = evaluate("linear", folder, "demo-video", **PROBE)
+    still = evaluate("linear", folder, "demo-video", frame_stride=0, baselines=False, **PROBE)
+    hardness = evaluate("hardness", folder, "demo-video").hardness
+    print_result(moving, console)
+    console.print(verdict(moving, still), highlight=False, soft_wrap=True)
+    print_hardness(hardness, console)
+    figure = run.folder / "demo.png"
+    shutil.copy(max(run.figures.iterdir()), figure)  # of the last step
+    return figure
+
+
+def verdict(moving: Result, still: Result) -> str:
+    """Whether the classes by motion are told above chance, raw pixels and one frame, in a
+    sentence. One is above another if their 95 % intervals do not overlap."""
+    name = TRAINED + CLASS_TOKEN
+    chance = 100 / moving.about["classes"]
+    ours = _numbers(moving, name)
+    others = {
+        "chance": {"top1": chance, "top1_high": chance},
+        RAW_PIXELS: _numbers(moving, RAW_PIXELS),
+        "its own features of one frame, repeated": _numbers(still, name),
+        RANDOM: _numbers(moving, RANDOM + CLASS_TOKEN),
+    }
+    above: list[str] = []
+    not_above: list[str] = []
+    for other, numbers in others.items():
+        clear = ours["top1_low"] > numbers["top1_high"]
+        (above if clear else not_above).append(f"{other} ({numbers['top1']:.1f} %)")
+    return (
+        f"motion: {name} tells {ours['top1']:.1f} % of the videos "
+        f"({ours['top1_low']:.1f} to {ours['top1_high']:.1f}); "
+        f"above: {', '.join(above) or 'none'}; not above: {', '.join(not_above) or 'none'}"
+    )
+
+
+def _numbers(result: Result, name: str) -> Numbers:
+    return result.values[name][result.protocol]

@@ -226,12 +226,16 @@ class PrepareConfig:
 
 @dataclass
 class DemoConfig:
-    """Pre-train, evaluate and draw on the built-in images. Takes minutes on a CPU."""
+    """Pre-train, evaluate and draw on the built-in images or videos. Takes minutes on a CPU."""
 
-    out: str = "runs/demo"
-    """Run folder."""
+    video: bool = False
+    """Videos, whose classes are motions, instead of images."""
+    out: str | None = None
+    """Run folder (default: runs/demo, or runs/demo-video)."""
     steps: int | None = option(None, at_least=1)
-    """Number of optimiser steps (default: as in the demo preset)."""
+    """Number of optimiser steps (default: as in the preset demo or demo_video)."""
+    seed: int | None = option(None, at_least=0)
+    """Random seed of the training (default: 0)."""
 
 
 @dataclass

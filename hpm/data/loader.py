@@ -20,8 +20,8 @@ from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
-from hpm.data.video.clips import ClipEvaluationViews, ClipViews
-from hpm.data.video.sampling import ClipSampling, Times
+from hpm.data.video.clips import ClipEvaluationViews, ClipViews, Key, view_keys
+from hpm.data.video.sampling import ONE_VIEW, ClipSampling, Times, ViewGrid
 from hpm.data.video.sources import holds_videos
 from hpm.data.workers import batch_loader
 
@@ -29,7 +29,6 @@ MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
-Key = tuple[int, ...]  # (epoch, sample index) or, with several views per sample, (..., view index)
 # A view, its crop, and for clips its times. None where views do not know.
 Made = tuple[View, Crop | None] | tuple[View, Crop | None, Times | None]
 MakeView = Callable[[Source, Key], Made]
@@ -72,6 +71,15 @@ class Batch:
         ]
         parts[0].unreadable = self.unreadable
         return parts
+
+    def complete(self, views: int) -> tuple[Tensor, Tensor]:
+        """(images, indices) of the samples of which all views are there: `views` consecutive images
+        per sample, and one index."""
+        if views == 1:
+            return self.images, self.indices
+        _, inverse, counts = self.indices.unique(return_inverse=True, return_counts=True)
+        kept = counts[inverse] == views
+        return self.images[kept], self.indices[kept][::views]
 
     def pin_memory(self) -> Batch:
         places = (
@@ -217,10 +225,7 @@ class StepSampler(Sampler[list[Key]]):
                 rng = np.random.default_rng([self.seed, this_round])
                 order, last_round = rng.permutation(self.num_samples), this_round
             batch = order[position * self.samples :][: self.samples][self.part]
-            if self.repeats == 1:
-                yield [(epoch, int(i)) for i in batch]
-            else:
-                yield [(epoch, int(i), k) for i in batch for k in range(self.repeats)]
+            yield view_keys(epoch, batch.tolist(), self.repeats)
 
 
 def training_views(
@@ -238,6 +243,20 @@ def training_views(
         clip = sampling or ClipSampling(1, 1)
         return ClipViews(size, channels, seed, crop_scale, flip, min_side, clip)
     return TrainingViews(size, channels, seed, crop_scale, flip, min_side)
+
+
+def evaluation_views(
+    size: tuple[int, int],
+    channels: int,
+    crop_share: float = 1.0,
+    sampling: ClipSampling | None = None,
+    grid: ViewGrid = ONE_VIEW,
+) -> EvaluationViews | ClipEvaluationViews:
+    """The centre of each image; with `sampling`, the clip in the middle of each video, or the views
+    of a grid."""
+    if sampling is None:
+        return EvaluationViews(size, channels, crop_share=crop_share)
+    return ClipEvaluationViews(size, channels, sampling, crop_share=crop_share, grid=grid)
 
 
 def training_loader(
@@ -268,14 +287,16 @@ def evaluation_batches(
     crop_share: float = 1.0,
     sampling: ClipSampling | None = None,
     pin_memory: bool = False,
+    grid: ViewGrid = ONE_VIEW,
 ) -> Iterator[Batch]:
-    """All readable images once, in order; with `sampling`, a clip of each video."""
-    make_view: MakeView = EvaluationViews(size, channels, crop_share=crop_share)
-    if sampling is not None:
-        make_view = ClipEvaluationViews(size, channels, sampling, crop_share=crop_share)
+    """All readable images once, in order; with `sampling`, a clip of each video, or all views of
+    the grid, of which no batch holds a part only."""
+    make_view = evaluation_views(size, channels, crop_share, sampling, grid)
     views = Views(source, make_view, stand_in=False)
-    starts = range(0, len(source), batch_size)
-    steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
+    samples = max(1, batch_size // grid.count)
+    starts = range(0, len(source), samples)
+    ids = (range(start, min(start + samples, len(source))) for start in starts)
+    steps = (view_keys(0, each, grid.count) for each in ids)
     yield from batch_loader(views, steps, _collate, workers, pin_memory=pin_memory)
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from hpm.core.options import option
 from hpm.evals.contract import Measured
-from hpm.evals.options import FrozenEvalOptions, LabelledEvalOptions
+from hpm.evals.options import ClassificationOptions, FrozenEvalOptions
 
 if TYPE_CHECKING:
     from hpm.evals.task import Task
 
 
 @dataclass
-class Options(FrozenEvalOptions, LabelledEvalOptions):
+class Options(FrozenEvalOptions, ClassificationOptions):
     """Attentive probe on frozen features: one learned query pools the patches."""
 
     lr: tuple[float, ...] = option((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), above=0)
@@ -35,7 +35,6 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     """Yield a row for the patches of each backbone and of raw pixels."""
     import torch
 
-    from hpm.data.loader import EvaluationViews
     from hpm.evals.attentive_heads import AttentiveHeads
     from hpm.evals.features import by_view, extract, patches
     from hpm.evals.probing import Computed, Probed, Recipe, grid, probe, rows
@@ -51,28 +50,23 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     )
     found: dict[str, Probed] = {}
     task.about |= {"train_images": len(data.train), "test_images": len(data.test)}
-    sides = (data.train, data.train_labels), (data.test, data.test_labels)
+    sides = task.sides(data)
+    views = len(data.train) + task.test_reader.grid.count * len(data.test)
     for alike, baseline in by_view(task.backbones, options.baselines):
         size, channels = alike[0].view
         embed = patches(alike, baseline)
         one = embed(torch.zeros(1, channels, *task.reader.shape(size), dtype=torch.uint8))
         values = sum(features[0].numel() for features in one.values())
-        if 4 * values * (len(data.train) + len(data.test)) <= options.cache_gb * 1e9:
-            train, test = (extract(embed, *side, size, channels, task.reader) for side in sides)
+        if 4 * values * views <= options.cache_gb * 1e9:
+            train, test = (
+                extract(embed, source, labels, size, channels, reader)
+                for source, labels, reader in sides
+            )
             found |= task.probe_cached(data, train, test, recipe)
         else:
-            task.need_images("an attentive probe of more features than --cache-gb")
-            still = EvaluationViews(size, channels, crop_share=options.crop_share)
             train_bank, test_bank = (
-                Computed(
-                    *side,
-                    still,
-                    embed,
-                    task.workers,
-                    task.unreadable(side[0]),
-                    task.reader.report,
-                )
-                for side in sides
+                Computed(source, labels, size, channels, embed, reader, task.unreadable(source))
+                for source, labels, reader in sides
             )
             held = task.held_out(data)
             found |= probe(train_bank, train_bank, test_bank, held, len(data.classes), recipe)

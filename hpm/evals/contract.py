@@ -35,6 +35,8 @@ ENTRY_POINTS = "hpm.evaluations"
 # First words of the names of features. Differences pair TRAINED with COMPARED (the run that
 # --compare names), whose names are otherwise equal.
 TRAINED, COMPARED, RANDOM, RAW_PIXELS = "trained", "compared", "random weights", "raw pixels"
+# Last words of the names of the features of an encoder of images on clips.
+OVER_FRAMES = ", mean of frames"
 # In place of features: the numbers of the run's loss predictor (`Result.hardness`).
 PREDICTOR = "predictor"
 

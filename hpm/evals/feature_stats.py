@@ -14,6 +14,8 @@ from hpm.core import distributed
 from hpm.data.sources import Source
 from hpm.evals.contract import RAW_PIXELS
 from hpm.evals.features import (
+    CLASS_TOKEN,
+    PATCH_MEAN,
     Embed,
     EvaluatedBackbone,
     Features,
@@ -59,9 +61,9 @@ def _embed(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
         features = {}
         for backbone in backbones:
             cls_token, patches = backbone.parts(images)
-            mean = f"{backbone.name}, patch mean"
+            mean = backbone.title(images, PATCH_MEAN)
             if cls_token is not None:
-                features[f"{backbone.name}, class token"] = cls_token
+                features[backbone.title(images, CLASS_TOKEN)] = cls_token
             features[mean] = patches.mean(1)
             features[LIKENESS + mean] = patch_similarity(patches)
         if baseline:

@@ -17,24 +17,32 @@ from hpm.core.errors import UserError, counted
 from hpm.data.loader import Batch, evaluation_batches, num_workers
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
-from hpm.data.video.sampling import ClipSampling
-from hpm.evals.contract import RAW_PIXELS
+from hpm.data.video.sampling import ONE_VIEW, ClipSampling, ViewGrid
+from hpm.evals.contract import OVER_FRAMES, RAW_PIXELS
 from hpm.models.architecture import Architecture
 from hpm.models.patches import patchify
 from hpm.weights.resolve import Backbone
 
 Embed = Callable[[Tensor], dict[str, Tensor]]
+CLASS_TOKEN, PATCH_MEAN = ", class token", ", patch mean"  # kinds of features
 
 
 @dataclass
 class Features:
-    """Features and labels of the same images, in the same order."""
+    """Features and labels of the same images, in the same order.
 
-    features: Float[Tensor, images * dims]
+    views: of each image. With several, each image has as many consecutive rows of features.
+    """
+
+    features: Float[Tensor, rows * dims]
     labels: Int[Tensor, " images"]
+    views: int = 1
 
-    def __getitem__(self, ids: Tensor) -> Features:
-        return Features(self.features[ids], self.labels[ids])
+    def rows(self, ids: Tensor) -> Tensor:
+        """Features of all views of these images."""
+        if self.views == 1:
+            return self.features[ids]
+        return self.features.unflatten(0, (-1, self.views))[ids].flatten(0, 1)
 
 
 @dataclass
@@ -51,8 +59,7 @@ class EvaluatedBackbone:
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
         """Class token (or None) and patches of a loaded batch, in float32. The features of an
         encoder of images are averaged over the frames of a clip."""
-        device = self.backbone.mean.device.type
-        clips = images.ndim - 2 > len(self.architecture.image_size)
+        device, clips = self.backbone.mean.device.type, self.pools_frames(images)
         frames = images.transpose(1, 2).flatten(0, 1) if clips else images
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             cls_token, patches = self.backbone.tokens(self.backbone.normalize(frames))
@@ -61,6 +68,15 @@ class EvaluatedBackbone:
             if cls_token is not None:
                 cls_token = cls_token.unflatten(0, (len(images), -1)).mean(1)
         return None if cls_token is None else cls_token.float(), patches.float()
+
+    def pools_frames(self, images: Tensor) -> bool:
+        """Whether these are clips, and the encoder is of images."""
+        return images.ndim - 2 > len(self.architecture.image_size)
+
+    def title(self, images: Tensor, kind: str = "") -> str:
+        """The name of a kind of features of these images."""
+        pooled = OVER_FRAMES if self.pools_frames(images) else ""
+        return f"{self.name}{kind}{pooled}"
 
     @property
     def view(self) -> tuple[tuple[int, int], int]:
@@ -71,7 +87,8 @@ class EvaluatedBackbone:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of an evaluation, or with `sampling`, the middle clip of each video."""
+    """Reads the images of an evaluation, or with `sampling`, the middle clip of each video, or the
+    views of a grid."""
 
     batch_size: int
     workers: int | None
@@ -79,23 +96,36 @@ class ImageReader:
     crop_share: float = 1.0  # see transforms.evaluation_view
     max_unreadable: float = 1.0
     sampling: ClipSampling | None = None
+    grid: ViewGrid = ONE_VIEW
 
     def shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """The size of an image or clip along each axis, given its (height, width)."""
         return size if self.sampling is None else (self.sampling.frames, *size)
 
     def batches(self, source: Source, size: tuple[int, int], channels: int) -> Any:
-        """This process's share of the readable images, in order, in batches."""
+        """This process's share of the readable images, in order, in batches.
+
+        With several views of each image, `images` holds all of them, and `indices` each image once.
+        An image of which one view cannot be read is left out.
+        """
         ids = distributed.part_of(len(source)).numpy()
         workers = num_workers(self.workers)
         own = Subset(source, ids)
         unreadable = UnreadableImages(source, self.max_unreadable)
         for batch in evaluation_batches(
-            own, size, channels, self.batch_size, workers, self.crop_share, self.sampling
+            own,
+            size,
+            channels,
+            self.batch_size,
+            workers,
+            self.crop_share,
+            self.sampling,
+            grid=self.grid,
         ):
             unreadable.add((int(ids[index]), problem) for index, problem in batch.unreadable)
-            if len(batch.images):
-                yield Batch(batch.images, torch.from_numpy(ids)[batch.indices], [])
+            images, indices = batch.complete(self.grid.count)
+            if len(indices):
+                yield Batch(images, torch.from_numpy(ids)[indices], [])
         unreadable.check(self.report)
 
 
@@ -109,8 +139,8 @@ def pooled(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
         for backbone in backbones:
             cls_token, patches = backbone.parts(images)
             if cls_token is not None:
-                features[f"{backbone.name}, class token"] = cls_token
-            features[f"{backbone.name}, patch mean"] = patches.mean(1)
+                features[backbone.title(images, CLASS_TOKEN)] = cls_token
+            features[backbone.title(images, PATCH_MEAN)] = patches.mean(1)
         return features | ({RAW_PIXELS: raw_pixels(images)} if baseline else {})
 
     return embed
@@ -121,7 +151,7 @@ def patches(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:
 
     @torch.inference_mode()
     def embed(images: Tensor) -> dict[str, Tensor]:
-        features = {backbone.name: backbone.parts(images)[1] for backbone in backbones}
+        features = {each.title(images): each.parts(images)[1] for each in backbones}
         if baseline:
             features[RAW_PIXELS] = raw_patches(images, backbones[0].architecture.patch_size)
         return features
@@ -181,7 +211,7 @@ def extract(
     the main process returns the result, the others an empty dictionary. Raises UserError if no
     image can be read, or if features are not finite.
     """
-    share = len(distributed.part_of(len(source)))
+    share, views = len(distributed.part_of(len(source))), reader.grid.count
     found: dict[str, Tensor] = {}
     ids = torch.empty(share, dtype=torch.int64)
     count = 0
@@ -189,6 +219,7 @@ def extract(
         rows = slice(count, count + len(batch.indices))
         ids[rows], count = batch.indices, rows.stop
         for name, features in embed(batch.images).items():
+            features = features.unflatten(0, (-1, views))
             if name not in found:
                 found[name] = torch.empty(share, *features.shape[1:])
             found[name][rows] = features
@@ -197,13 +228,14 @@ def extract(
     if not len(all_ids):
         raise UserError(f"{source.name}: no readable image")
     if not found:  # only other processes have read images
-        found = no_features(embed, reader.shape(size), channels)
+        empty = no_features(embed, reader.shape(size), channels)
+        found = {name: each.unflatten(0, (-1, views)) for name, each in empty.items()}
     kept = torch.from_numpy(np.asarray(labels, dtype=np.int64))[all_ids]
     result = {}
     for name in list(found):
         rows_of_name = distributed.rows_to_main(found.pop(name)[:count], ids)
         if distributed.is_main():
-            result[name] = Features(rows_of_name, kept)
+            result[name] = Features(rows_of_name.flatten(0, 1), kept, views)
     distributed.main_first(lambda: check_finite(result))
     return result
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from hpm.core.errors import UserError, counted
 from hpm.core.options import option
 from hpm.evals.contract import Measured
-from hpm.evals.options import FrozenEvalOptions, LabelledEvalOptions
+from hpm.evals.options import ClassificationOptions, FrozenEvalOptions
 
 if TYPE_CHECKING:
     from hpm.evals.task import Task
 
 
 @dataclass
-class Options(FrozenEvalOptions, LabelledEvalOptions):
+class Options(FrozenEvalOptions, ClassificationOptions):
     """k-nearest-neighbour classification of frozen features."""
 
     k: tuple[int, ...] = option((10, 20, 100, 200), at_least=1, main=True)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpm.core.choices import Flip
 from hpm.core.options import option
 from hpm.evals.contract import Measured
-from hpm.evals.options import FrozenEvalOptions, LabelledEvalOptions
+from hpm.evals.options import ClassificationOptions, FrozenEvalOptions
 
 if TYPE_CHECKING:
     from hpm.evals.features import Labelled
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Options(FrozenEvalOptions, LabelledEvalOptions):
+class Options(FrozenEvalOptions, ClassificationOptions):
     """Linear probe on frozen features; the hyperparameters are chosen on a held-out part of the
     training set."""
 
@@ -34,6 +35,8 @@ class Options(FrozenEvalOptions, LabelledEvalOptions):
     """Features per optimiser step, at most a sixteenth of the training set or 32."""
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
     """Smallest and largest area of a random crop with --augment, as a fraction of the image."""
+    flip: bool | Flip = True
+    """Flip at random with --augment (see pretrain); none where direction has a meaning."""
 
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
@@ -42,7 +45,6 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
 
     data = task.labelled(options.train_share)
     if options.augment:
-        task.need_images("--augment")
         yield from rows(_probe_augmented(task, options, data))
     else:
         yield from rows(task.probe_cached(data, *task.pooled(data), recipe(task, options)))
@@ -65,7 +67,7 @@ def recipe(task: Task, options: Options) -> Recipe:
 
 def _probe_augmented(task: Task, options: Options, data: Labelled) -> dict[str, Probed]:
     """Probe with new random views in each epoch."""
-    from hpm.data.loader import EvaluationViews, TrainingViews
+    from hpm.data.loader import training_views
     from hpm.evals.features import by_view, pooled
     from hpm.evals.probing import Computed, probe
 
@@ -75,16 +77,23 @@ def _probe_augmented(task: Task, options: Options, data: Labelled) -> dict[str, 
     for alike, baseline in by_view(task.backbones, options.baselines):
         size, channels = alike[0].view
         embed = pooled(alike, baseline)
-        augmented = TrainingViews(size, channels, options.seed, options.crop_scale, True, 1)
-        still = EvaluationViews(size, channels, crop_share=options.crop_share)
+        augmented = training_views(
+            data.train,
+            size,
+            channels,
+            options.seed,
+            options.crop_scale,
+            options.flip,
+            1,
+            task.reader.sampling,
+        )
         in_train, in_test = task.unreadable(data.train), task.unreadable(data.test)
-        train = data.train, data.train_labels
-        test = data.test, data.test_labels
-        how, report = (embed, task.workers), task.reader.report
+        train = data.train, data.train_labels, size, channels, embed, task.reader, in_train
+        test = data.test, data.test_labels, size, channels, embed, task.test_reader, in_test
         found |= probe(
-            Computed(*train, augmented, *how, in_train, report, stand_in=True),
-            Computed(*train, still, *how, in_train, report),
-            Computed(*test, still, *how, in_test, report),
+            Computed(*train, augmented, stand_in=True),
+            Computed(*train),
+            Computed(*test),
             held,
             len(data.classes),
             recipe(task, options),

@@ -38,6 +38,21 @@ def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]
     return TrueClassRanks(ranks.cpu(), labels.cpu())
 
 
+def mean_scores(
+    scores: Float[Tensor, "rows classes"], views: int
+) -> Float[Tensor, "images classes"]:
+    """The mean over the `views` consecutive rows of each image."""
+    return scores if views == 1 else scores.unflatten(0, (-1, views)).mean(1)
+
+
+def mean_probabilities(
+    logits: Float[Tensor, "rows classes"], views: int
+) -> Float[Tensor, "images classes"]:
+    """The mean of the softmax over the views of each image; of a single view, the logits, which
+    rank the classes alike."""
+    return logits if views == 1 else mean_scores(logits.float().softmax(1), views)
+
+
 def join(parts: Sequence[TrueClassRanks]) -> TrueClassRanks:
     """Concatenate batches."""
     return TrueClassRanks(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpm.evals.features import Features
-from hpm.evals.metrics import TrueClassRanks, rank
+from hpm.evals.metrics import TrueClassRanks, mean_scores, rank
 
 QUERIES = 512
 
@@ -24,17 +24,18 @@ def nearest_neighbours(
     device: torch.device | None = None,
 ) -> Iterator[tuple[int, TrueClassRanks]]:
     """Yield (k, rank of the true class of each test image), skipping k larger than the training
-    set."""
+    set. The votes of several views of a test image are averaged."""
     device = device or torch.device("cpu")
     ks = [k for k in ks if k <= len(train.features)]
     bank = F.normalize(train.features.to(device), dim=1)
     labels = train.labels.to(device)
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for ids in torch.arange(len(test.labels)).split(QUERIES):
-        queries = F.normalize(test.features[ids].to(device), dim=1)
+    for ids in torch.arange(len(test.labels)).split(max(1, QUERIES // test.views)):
+        queries = F.normalize(test.rows(ids).to(device), dim=1)
         votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
         for k in ks:
-            parts[k].append(rank(votes[k], test.labels[ids].to(device)).ranks)
+            scores = mean_scores(votes[k], test.views)
+            parts[k].append(rank(scores, test.labels[ids].to(device)).ranks)
     for k in ks:
         ranks = torch.cat([*parts[k], torch.empty(0, dtype=torch.int64)])
         yield k, TrueClassRanks(ranks, test.labels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpm.core.options import option
+from hpm.data.video.sampling import ONE_VIEW, ViewGrid
 
 
 @dataclass
@@ -27,8 +28,9 @@ class EvalOptions:
     frames: int | None = option(None, at_least=1)
     """Frames of the clips to evaluate on (default: as in pre-training). Of a run on images, the
     features of the frames are averaged."""
-    frame_stride: int | None = option(None, at_least=1)
-    """Frames of the video from one frame of a clip to the next (default: as in pre-training)."""
+    frame_stride: int | None = option(None, at_least=0)
+    """Frames of the video from one frame of a clip to the next (default: as in pre-training). 0
+    repeats the middle frame: what the features tell without motion."""
     baselines: bool = option(True, may_change=True, testing_only=True)
     """Also measure random weights of the same architecture, and raw pixels."""
     out: str | None = option(None, may_change=True, changes_numbers=False)
@@ -60,6 +62,11 @@ class EvalOptions:
         """Largest share of the images that may be unreadable."""
         return 1.0
 
+    @property
+    def test_grid(self) -> ViewGrid:
+        """The views of each test video whose scores are averaged."""
+        return ONE_VIEW
+
 
 @dataclass
 class LabelledEvalOptions(EvalOptions):
@@ -74,6 +81,21 @@ class LabelledEvalOptions(EvalOptions):
     @property
     def unreadable_limit(self) -> float:
         return self.max_unreadable
+
+
+@dataclass
+class ClassificationOptions(LabelledEvalOptions):
+    """Options of classification, by scores that can be averaged over views."""
+
+    segments: int = option(1, at_least=1, may_change=True, testing_only=True)
+    """Clips per test video, evenly spaced in time, whose scores are averaged."""
+    crops: int = option(1, at_least=1, may_change=True, testing_only=True)
+    """Crops per test clip, evenly spaced along the longer side, whose scores are averaged. The
+    usual tests of clips are 5 segments of 3 crops (Kinetics) and 2 of 3 (Something-Something)."""
+
+    @property
+    def test_grid(self) -> ViewGrid:
+        return ViewGrid(self.segments, self.crops)
 
 
 @dataclass

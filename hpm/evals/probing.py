@@ -8,7 +8,7 @@ images and tested. Only the chosen heads are tested.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol, runtime_checkable
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.progress import track
-from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
+from hpm.data.loader import MakeView, evaluation_views, num_workers, training_loader, view_keys
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
 from hpm.evals.contract import RAW_PIXELS, Measured
-from hpm.evals.features import Embed, Features, check_finite, no_features
-from hpm.evals.metrics import TrueClassRanks, join, rank
+from hpm.evals.features import Embed, Features, ImageReader, check_finite, no_features
+from hpm.evals.metrics import TrueClassRanks, join, mean_probabilities, rank
 from hpm.training.optim import learning_rate
 
 SMALLEST_BATCH = 32
@@ -37,9 +37,11 @@ Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels
 
 @runtime_checkable
 class Bank(Protocol):
-    """Batches of features of a data set by id, from memory or computed on the fly."""
+    """Batches of features of a data set by id, from memory or computed on the fly. With several
+    views of each image, a batch has as many consecutive rows of features per label."""
 
     labels: Int[Tensor, " images"]
+    views: int
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]: ...
 
@@ -49,11 +51,12 @@ class Cached:
 
     def __init__(self, found: dict[str, Features]):
         self.found = found
-        self.labels = next(iter(found.values())).labels
+        first = next(iter(found.values()))
+        self.labels, self.views = first.labels, first.views
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
         for ids in steps:
-            rows = {name: features.features[ids] for name, features in self.found.items()}
+            rows = {name: features.rows(ids) for name, features in self.found.items()}
             yield rows, self.labels[ids], ids
 
 
@@ -61,42 +64,52 @@ class Computed:
     """Features computed on the fly, for augmented views or to save memory.
 
     Processes share the work of each batch, and all receive the whole batch. Unreadable images are
-    dropped or, with `stand_in` (for training), replaced.
+    dropped or, with `stand_in` (for training), replaced. The view is one of evaluation, of which
+    the reader's grid has several, unless `make_view` is another.
     """
 
     def __init__(
         self,
         source: Source,
         labels: np.ndarray,
-        make_view: TrainingViews | EvaluationViews,
+        size: tuple[int, int],
+        channels: int,
         embed: Embed,
-        workers: int,
+        reader: ImageReader,
         unreadable: UnreadableImages,
-        report: Callable[[str], None],
+        make_view: MakeView | None = None,
         stand_in: bool = False,
     ):
-        self.stand_in, self.unreadable, self.report = stand_in, unreadable, report
-        self.source, self.make_view, self.embed, self.workers = source, make_view, embed, workers
+        self.source, self.embed, self.reader = source, embed, reader
+        self.stand_in, self.unreadable = stand_in, unreadable
+        self.shape, self.channels = reader.shape(size), channels
+        self.views = 1 if make_view else reader.grid.count
+        self.make_view = make_view or evaluation_views(
+            size, channels, reader.crop_share, reader.sampling, reader.grid
+        )
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
         own = slice(distributed.rank(), None, distributed.world_size())
-        keys = [[(epoch, int(i)) for i in ids[own]] for ids in steps]
+        keys = [view_keys(epoch, ids[own].tolist(), self.views) for ids in steps]
+        workers = num_workers(self.reader.workers)
         for batch in training_loader(
-            self.source, self.make_view, keys, self.workers, False, self.stand_in
+            self.source, self.make_view, keys, workers, False, self.stand_in
         ):
-            if len(batch.images):
-                rows = {name: f.float().cpu() for name, f in self.embed(batch.images).items()}
+            images, indices = batch.complete(self.views)
+            if len(images):
+                rows = {name: f.float().cpu() for name, f in self.embed(images).items()}
             else:
-                rows = no_features(self.embed, self.make_view.size, self.make_view.channels)
+                rows = no_features(self.embed, self.shape, self.channels)
             self.unreadable.add(batch.unreadable)
-            ids = distributed.rows_of_all(batch.indices)
+            ids = distributed.rows_of_all(indices)
             if not len(ids):
                 raise UserError(f"{self.source.name}: no readable image")
             whole = {name: distributed.rows_of_all(features) for name, features in rows.items()}
-            check_finite({n: Features(f, self.labels[ids]) for n, f in whole.items()})
-            yield whole, self.labels[ids], ids
-        self.unreadable.check(self.report)
+            labels = self.labels[ids]
+            check_finite({n: Features(f, labels, self.views) for n, f in whole.items()})
+            yield whole, labels, ids
+        self.unreadable.check(self.reader.report)
 
 
 @dataclass(frozen=True)
@@ -192,7 +205,8 @@ def probe(
         best[name] = int(order.argmax())
     ranks: dict[str, list[TrueClassRanks]] = {name: [] for name in heads}
     for name, logits, labels in _logits(heads, test, torch.arange(len(test.labels)), recipe):
-        ranks[name].append(rank(logits[best[name], TESTED], labels))
+        scores = mean_probabilities(logits[best[name], TESTED], test.views)
+        ranks[name].append(rank(scores, labels))
     return {
         name: Probed(
             join(ranks[name]),
@@ -240,8 +254,8 @@ def _new_heads(
 def _logits(
     heads: dict[str, Heads], bank: Bank, ids: Tensor, recipe: Recipe
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(kind of features, logits [grid 2 B C], labels [B]) for the given images in order."""
-    for rows, labels, _ in bank.batches(ids.split(512)):
+    """(kind of features, logits [grid 2 rows C], labels [B]) for the given images in order."""
+    for rows, labels, _ in bank.batches(ids.split(max(1, 512 // bank.views))):
         for name, head in heads.items():
             logits = head.eval()(rows[name].to(recipe.device))
             yield name, logits, labels.to(recipe.device)

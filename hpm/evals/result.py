@@ -88,7 +88,7 @@ def print_result(result: Result, console: Console) -> None:
             runs = f"{result.about['run']} less {result.about['compare']}"
             line = f"{runs}, {name}{at}: {_difference(numbers)}"
             console.print(line, soft_wrap=True, highlight=False)
-    _print_hardness(result.hardness, console)
+    print_hardness(result.hardness, console)
     console.print(f"{result.about['seconds']:.1f} seconds", highlight=False)
 
 
@@ -174,7 +174,7 @@ def _difference(numbers: Numbers) -> str:
     return f"{value:+.1f} {unit} (95 % interval {low:+.1f} to {high:+.1f})"
 
 
-def _print_hardness(hard: Numbers, console: Console) -> None:
+def print_hardness(hard: Numbers, console: Console) -> None:
     if hard:
         console.print(
             f"predictor, on hidden patches: ranking accuracy {hard['ranking_accuracy']:.3f} "

@@ -13,7 +13,7 @@ from hpm.core.errors import UserError, why
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
-from hpm.evals.contract import COMPARED, PREDICTOR, TRAINED, Evaluation, Measured
+from hpm.evals.contract import COMPARED, OVER_FRAMES, PREDICTOR, TRAINED, Evaluation, Measured
 from hpm.evals.files import result_file
 from hpm.evals.options import EvalOptions
 from hpm.evals.result import Result
@@ -51,6 +51,12 @@ def make_result(
 ) -> Result:
     """Group rows by features and setting, and compute the differences between two runs."""
     rows = {(each.features, each.setting or evaluation.name): each for each in measured}
+    # An encoder of clips may be compared with one of images, whose features are pooled over frames.
+    others = {
+        (features.removesuffix(OVER_FRAMES), setting): row
+        for (features, setting), row in rows.items()
+        if features.startswith(COMPARED)
+    }
     seed = about["seed"]
     result = Result(evaluation.name, about, columns=evaluation.columns)
     for (features, setting), row in rows.items():
@@ -63,7 +69,8 @@ def make_result(
             result.per_class.setdefault(features, {})[setting] = dict(row.per_class)
         if row.chosen:
             result.chosen[features] = dict(row.chosen)
-        other = rows.get((features.replace(TRAINED, COMPARED, 1), setting))
+        kind = features.removesuffix(OVER_FRAMES).replace(TRAINED, COMPARED, 1)
+        other = others.get((kind, setting))
         if other and other is not row and row.scores and other.scores:
             difference = row.scores.difference(other.scores, seed)
             result.differences.setdefault(features, {})[setting] = difference

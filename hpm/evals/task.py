@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,16 @@ from hpm.evals.probing import Cached, Probed, Recipe, probe
 from hpm.models.build import build_encoder
 from hpm.weights.resolve import Backbone, Trained, load
 
+Side = tuple[Source, np.ndarray, ImageReader]
+
 
 class Task:
     """The inputs of an evaluation, built from its options.
 
     options: of the evaluation.
     device: device to compute on.
-    reader: reads images in batches.
+    reader: reads images in batches. test_reader: the same for test images, of which it may read
+        several views each.
     trained: the evaluated run, with its decoders and teacher if it has them.
     backbones: of the evaluated run, of the run that --compare names, and random weights.
     folder: folder for results and trained models, or None.
@@ -57,6 +61,8 @@ class Task:
             options.unreadable_limit,
             self.trained.sampling(options.frames, options.frame_stride),
         )
+        self.test_reader = replace(self.reader, grid=options.test_grid)
+        self._check_views()
         self.backbones = [self._backbone(TRAINED, self.trained)]
         if options.compare:
             self.backbones.append(self._backbone(COMPARED, load(options.compare)))
@@ -81,6 +87,20 @@ class Task:
         self.trained.need_images(protocol)
         if self.reader.sampling is not None:
             raise UserError(f"{protocol} is for images: leave --frames out")
+
+    def _check_views(self) -> None:
+        """Raise UserError if several views are asked for that there cannot be."""
+        grid, options = self.test_reader.grid, self.options
+        if grid.count > 1 and self.reader.sampling is None:
+            raise UserError(
+                f"segments is {grid.segments} and crops {grid.crops}, but {options.run} is of "
+                "images: several views are of clips (see --frames)"
+            )
+        if grid.crops > 1 and options.crop_share != 1:
+            raise UserError(
+                f"crops is {grid.crops} and crop_share {options.crop_share:g}: several crops keep "
+                "the shorter side whole; leave crop_share out"
+            )
 
     def _backbone(self, name: str, trained: Trained) -> EvaluatedBackbone:
         size, sampling = trained.architecture.image_size, self.reader.sampling
@@ -137,12 +157,18 @@ class Task:
 
         Only the main process returns them; the others return empty dictionaries.
         """
-        baseline = self.options.baselines
-        sides = (data.train, data.train_labels), (data.test, data.test_labels)
         train, test = (
-            pooled_features(self.backbones, *side, self.reader, baseline) for side in sides
+            pooled_features(self.backbones, *side, self.options.baselines)
+            for side in self.sides(data)
         )
         return train, test
+
+    def sides(self, data: Labelled) -> tuple[Side, Side]:
+        """Training and test images, each with their labels and what reads them."""
+        return (
+            (data.train, data.train_labels, self.reader),
+            (data.test, data.test_labels, self.test_reader),
+        )
 
     def count_images(self, train: dict[str, Features], test: dict[str, Features]) -> None:
         """Add the numbers of training and test images to `about`."""

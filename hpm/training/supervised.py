@@ -48,6 +48,7 @@ class SupervisedTraining(ABC):
         folder: for checkpoints and the log.
         identity: further values that must be unchanged to resume, JSON-like. Options count unless
             they are marked `may_change`.
+        repeats: views of each image in its batch, each of which counts as an image.
     """
 
     log_every = 10
@@ -65,10 +66,11 @@ class SupervisedTraining(ABC):
         peak_lr: float,
         folder: Path,
         identity: dict[str, Any],
+        repeats: int = 1,
     ):
         self.options, self.model, self.source = options, model, source
         self.images_per_step, self.total_steps = images_per_step, total_steps
-        self.steps_per_epoch = len(source) // images_per_step
+        self.steps_per_epoch, self.repeats = len(source) // images_per_step, repeats
         self.device = next(model.parameters()).device
         groups = layer_decay_groups(model, peak_lr, options.layer_decay, options.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=options.betas, fused=True)
@@ -148,6 +150,7 @@ class SupervisedTraining(ABC):
             self.step,
             distributed.rank(),
             world_size,
+            self.repeats,
         )
         loader = self.loader(sampler)
         return counted_batches(loader, self.unreadable, self.images_per_step // world_size)

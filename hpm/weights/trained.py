@@ -77,7 +77,7 @@ class Trained:
         if frames == 1:
             return None
         stride = self.config.frame_stride if self.config else ClipSampling().stride
-        return ClipSampling(frames, frame_stride or stride)
+        return ClipSampling(frames, stride if frame_stride is None else frame_stride)
 
     def find_target(self, device: torch.device) -> Target:
         """The target that the model was trained to reconstruct. Raises UserError if a part of it is

@@ -9,6 +9,7 @@ import torch
 from videos import number_of, write_video
 
 from hpm.data.loader import (
+    Batch,
     StepSampler,
     TrainingViews,
     evaluation_batches,
@@ -17,9 +18,10 @@ from hpm.data.loader import (
 )
 from hpm.data.sources import DemoVideos, open_source
 from hpm.data.statistics import measure_statistics
+from hpm.data.transforms import least_size
 from hpm.data.video import demo
-from hpm.data.video.clips import ClipTestViews, ClipViews, crop_box
-from hpm.data.video.sampling import ClipSampling
+from hpm.data.video.clips import ClipEvaluationViews, ClipViews, crop_box
+from hpm.data.video.sampling import ClipSampling, ViewGrid
 
 SAMPLING = ClipSampling(4, 3)
 SIZE = (32, 128)  # of the numbered videos: nothing is cropped away
@@ -66,13 +68,14 @@ def test_all_frames_of_a_clip_are_cropped_and_flipped_alike():
     source = DemoVideos("train")
     views = ClipViews((24, 24), 3, 0, (0.3, 0.8), True, 1, ClipSampling(3, 2))
     flips = set()
+    side, _ = least_size((24, 24), 0.3)  # the built-in videos are rendered no larger than needed
     for epoch in range(6):
         view, (top, bottom, left, right), times = views(source, (epoch, 5))
         start = round(times[0] * demo.LENGTH)
-        frames = demo.render(5, "train", [start, start + 2, start + 4]).frames
+        frames = demo.render(5, "train", [start, start + 2, start + 4], side).frames
         flips.add(left > right)
         for number, frame in enumerate(frames):
-            box = [round(64 * edge) for edge in (top, bottom, *sorted((left, right)))]
+            box = [round(side * edge) for edge in (top, bottom, *sorted((left, right)))]
             part = frame[box[0] : box[1], box[2] : box[3]].transpose(2, 0, 1)
             part = part[:, :, ::-1] if left > right else part
             resized = torch.nn.functional.interpolate(
@@ -105,7 +108,7 @@ def test_the_evaluated_clip_is_the_middle(videos):
 
 
 def test_segments_and_crops_span_the_video(videos):
-    views = ClipTestViews((32, 32), 3, SAMPLING, segments=3, crops=2)
+    views = ClipEvaluationViews((32, 32), 3, SAMPLING, grid=ViewGrid(3, 2))
     times = [views(videos, (0, 0, view))[2] for view in range(6)]
     assert [start for start, _ in times] == [start / 30 for start in (0, 0, 10, 10, 20, 20)]
     assert [crop_box(128, 32, (32, 32), crop, 3)[::2] for crop in range(3)] == [
@@ -115,6 +118,28 @@ def test_segments_and_crops_span_the_video(videos):
     ]
     assert crop_box(32, 128, (32, 32), 1, 2) == (0, 96, 32, 128)
     assert crop_box(50, 50, (32, 32), 2, 3) == (0, 0, 50, 50)
+
+
+def test_a_batch_holds_all_views_of_its_videos(videos):
+    batches = list(evaluation_batches(videos, SIZE, 3, 13, sampling=SAMPLING, grid=ViewGrid(3, 2)))
+    assert [batch.indices.tolist() for batch in batches] == [
+        [i] * 6 + [i + 1] * 6 for i in range(0, 6, 2)
+    ]
+    alone = evaluation_batches(videos, SIZE, 3, 6, sampling=SAMPLING, grid=ViewGrid(3, 1))
+    assert numbers_of(next(alone).images[1].numpy()) == [10, 13, 16, 19]  # the middle segment
+
+
+def test_videos_without_all_of_their_views():
+    images = torch.arange(7)[:, None]
+    batch = Batch(images, torch.tensor([4, 4, 4, 5, 5, 8, 8]), [])
+    kept, indices = batch.complete(3)
+    assert kept.flatten().tolist() == [0, 1, 2] and indices.tolist() == [4]
+    assert torch.equal(batch.complete(1)[1], batch.indices)
+
+
+def test_a_stride_of_zero_repeats_the_middle_frame(videos):
+    (batch,) = evaluation_batches(videos, SIZE, 3, 6, sampling=ClipSampling(4, 0))
+    assert numbers_of(batch.images[0].numpy()) == [14] * 4
 
 
 def test_single_frames_are_images_from_all_of_the_video(videos):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import hpm
 from hpm.core.files import read_tensors, write_tensors
+from hpm.data.loader import TrainingViews
 from hpm.evals import finetune
 from hpm.evals.finetune.augmentation import Augmentation, seed_everything
 from hpm.models.architecture import Architecture
@@ -257,7 +258,8 @@ def test_presets_have_the_papers_settings():
 def test_every_strength_of_rand_augment_can_be_drawn():
     """At the highest strength timm asks for posterize with no bit, which Pillow refuses."""
     options = finetune.Options("run", "data", rand_augment="rand-m10-inc1")
-    augmentation = Augmentation(options, torch.full((3,), 0.5), 3, (16, 16), 2)
+    plain = TrainingViews((16, 16), 3, 0, (0.08, 1.0), True, 1)
+    augmentation = Augmentation(options, torch.full((3,), 0.5), plain, 2)
     image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
     for seed in range(60):  # each draws 2 of 15 operations
         seed_everything(seed)

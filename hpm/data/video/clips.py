@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,17 @@ from hpm.data.transforms import (
     resized_size,
 )
 from hpm.data.video.clip import Clip, read_clip
-from hpm.data.video.sampling import ClipSampling, Times
+from hpm.data.video.sampling import ONE_VIEW, ClipSampling, Times, ViewGrid
 
 Key = tuple[int, ...]  # (epoch, sample index), and the view index with several views per sample
 WHOLE = (1.0, 1.0)  # crop_scale that leaves nothing to chance
+
+
+def view_keys(epoch: int, ids: Iterable[int], views: int) -> list[Key]:
+    """The keys of samples, or of all their views if these are several."""
+    if views == 1:
+        return [(epoch, int(i)) for i in ids]
+    return [(epoch, int(i), view) for i in ids for view in range(views)]
 
 
 @dataclass
@@ -49,16 +57,17 @@ class ClipViews:
 
     def __call__(self, source: Any, key: Key) -> tuple[View, Crop, Times | None]:
         rng = np.random.default_rng([self.seed, *key])
-        clip, times = self._clip(source, key[0], key[1])
+        clip, times = self.clip(source, key[0], key[1])
         check_side(clip, self.min_side)
         if self.crop_scale == WHOLE:
             box = centred_box(clip.width, clip.height, self.size)
         else:
             box = random_crop(rng, clip.width, clip.height, self.crop_scale)
         view, crop = cropped_view(clip, self.size, box, rng, self.flip)
-        return _image_or_clip(view), crop, times if self.sampling.frames > 1 else None
+        return image_or_clip(view), crop, times if self.sampling.frames > 1 else None
 
-    def _clip(self, source: Any, epoch: int, index: int) -> tuple[Clip, Times]:
+    def clip(self, source: Any, epoch: int, index: int) -> tuple[Clip, Times]:
+        """The decoded clip that the views of a sample share. Raises OSError or UnreadableImage."""
         if self._last and self._last[:3] == (source, epoch, index):
             return self._last[3]
         # Five numbers: no crop is drawn from the same.
@@ -76,79 +85,53 @@ class ClipViews:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClipEvaluationViews:
-    """The centre of the clip in the middle of each video."""
+    """The centre of the clip in the middle of each video, or the views of a grid of several.
+
+    The view index counts the crops of the first segment, then those of the second. Consecutive
+    crops decode their segment once. Several crops have the shape of `size` and are as large as
+    possible; crop_share is for a single one.
+    """
 
     size: tuple[int, int]
     channels: int
     sampling: ClipSampling
     min_side: int = 1
     crop_share: float = 1.0
-
-    def __call__(self, source: Any, key: Key) -> tuple[View, None, Times | None]:
-        least = resized_size(self.size, self.size, self.crop_share)
-        with reading(), closing(source.open_video(key[1])) as video:
-            clip, times = read_segment(video, self.sampling, 0, 1, self.channels, least)
-        check_side(clip, self.min_side)
-        view = _image_or_clip(centre_view(clip, self.size, self.crop_share))
-        return view, None, times if self.sampling.frames > 1 else None
-
-
-@dataclass
-class ClipTestViews:
-    """One of the `segments` x `crops` views of a video whose scores are averaged, such as 5 x 3.
-
-    The view index counts the crops of the first segment, then those of the second. Crops have the
-    shape of `size`, and lie from one end of the frame's longer side to the other. Consecutive crops
-    decode their segment once.
-    """
-
-    size: tuple[int, int]
-    channels: int
-    sampling: ClipSampling
-    segments: int
-    crops: int
-    min_side: int = 1
+    grid: ViewGrid = ONE_VIEW
 
     def __post_init__(self) -> None:
         self._last: tuple[Any, int, int, tuple[Clip, Times]] | None = None
 
-    def __call__(self, source: Any, key: Key) -> tuple[View, None, Times]:
-        segment, crop = divmod(key[2], self.crops)
+    def __call__(self, source: Any, key: Key) -> tuple[View, None, Times | None]:
+        segment, crop = divmod(key[2] if len(key) > 2 else 0, self.grid.crops)
         clip, times = self._clip(source, key[1], segment)
         check_side(clip, self.min_side)
+        view = image_or_clip(self._cropped(clip, crop))
+        return view, None, times if self.sampling.frames > 1 else None
+
+    def _cropped(self, clip: Clip, crop: int) -> View:
+        if self.grid.crops == 1:
+            return centre_view(clip, self.size, self.crop_share)
         with reading():
-            box = crop_box(clip.width, clip.height, self.size, crop, self.crops)
-            return clip.resized(self.size, box), None, times
+            box = crop_box(clip.width, clip.height, self.size, crop, self.grid.crops)
+            return clip.resized(self.size, box)
 
     def _clip(self, source: Any, index: int, segment: int) -> tuple[Clip, Times]:
         if self._last and self._last[:3] == (source, index, segment):
             return self._last[3]
+        least = resized_size(self.size, self.size, self.crop_share)
         with reading(), closing(source.open_video(index)) as video:
-            found = read_segment(
-                video, self.sampling, segment, self.segments, self.channels, self.size
+            found = read_clip(
+                video,
+                self.sampling,
+                lambda length: self.sampling.segment_start(length, segment, self.grid.segments),
+                self.channels,
+                least,
             )
         self._last = source, index, segment, found
         return found
-
-
-def read_segment(
-    video: Any,
-    sampling: ClipSampling,
-    segment: int,
-    segments: int,
-    channels: int,
-    least: tuple[int, int],
-) -> tuple[Clip, Times]:
-    """One of `segments` evenly spaced clips; a single one lies in the middle."""
-    return read_clip(
-        video,
-        sampling,
-        lambda length: sampling.segment_start(length, segment, segments),
-        channels,
-        least,
-    )
 
 
 def crop_box(width: int, height: int, size: tuple[int, int], crop: int, crops: int) -> Box:
@@ -163,6 +146,6 @@ def crop_box(width: int, height: int, size: tuple[int, int], crop: int, crops: i
     return left, top, left + across, top + down
 
 
-def _image_or_clip(view: View) -> View:
+def image_or_clip(view: View) -> View:
     """[C T H W], or [C H W] of a single frame."""
     return view[:, 0] if view.shape[1] == 1 else view

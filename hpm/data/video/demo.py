@@ -96,9 +96,9 @@ class DemoVideo:
         """uint8 [frames H W 3]."""
         if channels not in (1, 3, 4):
             raise UnreadableImage(f"3 channels instead of {channels}")
-        return render(
-            self.index, self.split, [min(number, LENGTH - 1) for number in numbers]
-        ).frames
+        size = min(SIZE, max(least)) if least else SIZE
+        within = [min(number, LENGTH - 1) for number in numbers]
+        return render(self.index, self.split, within, size).frames
 
 
 def _motion(rng: np.random.Generator, name: str, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

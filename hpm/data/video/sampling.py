@@ -17,7 +17,7 @@ class ClipSampling:
     Frames are numbered at the rate that the video's header names: number k is the frame shown in
     the middle of the k-th period. In a video of constant rate that is its k-th frame; in one of
     variable rate, equal numbers are equal times. A video shorter than the clip repeats its last
-    frame.
+    frame. A stride of 0 repeats one frame: what is left of a clip without its motion.
     """
 
     frames: int = 16
@@ -30,7 +30,7 @@ class ClipSampling:
 
     def numbers(self, start: int) -> list[int]:
         """The numbers of the clip's frames."""
-        return list(range(start, start + self.span, self.stride))
+        return [start + number * self.stride for number in range(self.frames)]
 
     def room(self, length: int) -> int:
         """The last start of a clip in a video of `length` frames."""
@@ -51,6 +51,23 @@ class ClipSampling:
         clip where the last frame is repeated."""
         whole = max(length, self.span)
         return start / whole, (start + self.span) / whole
+
+
+@dataclass(frozen=True)
+class ViewGrid:
+    """The views of a test video whose scores are averaged: `segments` clips, evenly spaced in time,
+    of `crops` crops each, evenly spaced along the longer side of the frames."""
+
+    segments: int = 1
+    crops: int = 1
+
+    @property
+    def count(self) -> int:
+        """Views of each video."""
+        return self.segments * self.crops
+
+
+ONE_VIEW = ViewGrid()
 
 
 def clip_sampling(config: PretrainConfig) -> ClipSampling | None:

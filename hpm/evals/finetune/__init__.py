@@ -1,16 +1,17 @@
-"""Fine-tuning: the whole encoder trained with labels (the recipe of DeiT and MAE, appendix A.1)."""
+"""Fine-tuning: the whole encoder trained with labels (the recipe of DeiT and MAE, appendix A.1; for
+clips, of VideoMAE)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from hpm.core.choices import Flip
 from hpm.core.errors import UserError
 from hpm.core.options import option
-from hpm.evals.contract import RANDOM, RAW_PIXELS, Measured
-from hpm.evals.options import LabelledEvalOptions
+from hpm.evals.contract import COMPARED, RANDOM, RAW_PIXELS, Measured
+from hpm.evals.options import ClassificationOptions
 
 if TYPE_CHECKING:
     from hpm.evals.features import Labelled
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Options(LabelledEvalOptions):
+class Options(ClassificationOptions):
     """Fine-tune the whole encoder with labels, by the recipe of DeiT and MAE."""
 
     baselines: bool = option(False, may_change=True, testing_only=True)
@@ -26,6 +27,9 @@ class Options(LabelledEvalOptions):
     linear layer on raw pixels."""
     batch_size: int = option(256, at_least=1, main=True)
     """Images per optimiser step, summed over all processes."""
+    repeat_augment: int = option(1, at_least=1)
+    """Number of views per image in a batch, each with its own augmentation; a clip is decoded once.
+    Each view counts as an image of the batch and of the epoch."""
     accumulate: int = option(1, at_least=1)
     """Number of gradient accumulation steps that each batch is split into. Saves memory; the batch
     size stays the same."""
@@ -76,10 +80,12 @@ class Options(LabelledEvalOptions):
 
 def run(task: Task, options: Options) -> Iterator[Measured]:
     """Yield a row for each backbone and, with baselines, for a linear layer on raw pixels."""
+    from hpm.core import distributed
     from hpm.evals.files import training_folder
     from hpm.evals.finetune.training import check_finetune, finetune
 
-    task.need_images("fine-tuning")
+    reader = task.test_reader
+    _check_clips(task)
     if task.folder is None:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     folder = training_folder("finetune", options, task.folder)
@@ -89,11 +95,14 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     if options.baselines:
         task.held_out(data)  # check now that each class has enough images
     test_images = 0
+    # As many images at once as in training.
+    parts = options.accumulate * distributed.world_size()
+    reader = replace(reader, batch_size=max(1, options.batch_size // parts))
     for backbone in task.backbones:
         random = backbone.name == RANDOM
         weights = None if random else backbone.backbone.encoder.state_dict()
         below = folder / backbone.name.replace(" ", "_")
-        ranks = finetune(options, backbone, weights, data, below, task.reader)
+        ranks = finetune(options, backbone, weights, data, below, reader)
         yield Measured(backbone.name, scores=ranks)
         test_images = test_images or len(ranks.labels)
     if options.baselines:
@@ -102,14 +111,26 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     task.about |= {"classes": len(data.classes), "training": folder.name}
 
 
+def _check_clips(task: Task) -> None:
+    """Raise UserError for clips and an encoder of images, whose features can only be pooled."""
+    for backbone in task.backbones:
+        if task.reader.sampling and len(backbone.architecture.image_size) == 2:
+            raise UserError(
+                f"{task.options.compare if backbone.name == COMPARED else task.options.run} is of "
+                "images: to fine-tune on clips, make it a run of clips first (hpm pretrain VIDEOS "
+                "--frames 16 --init RUN)"
+            )
+
+
 def _linear_layer_on_pixels(task: Task, data: Labelled) -> Measured:
     """Baseline without a network: a linear probe of raw pixels with default options."""
     from hpm.evals import linear
     from hpm.evals.features import extract, raw_pixels
 
+    view = task.backbones[0].view
     train, test = (
-        extract(lambda x: {RAW_PIXELS: raw_pixels(x)}, *side, *task.backbones[0].view, task.reader)
-        for side in ((data.train, data.train_labels), (data.test, data.test_labels))
+        extract(lambda x: {RAW_PIXELS: raw_pixels(x)}, source, labels, *view, reader)
+        for source, labels, reader in task.sides(data)
     )
     defaults = linear.Options(task.options.run, task.options.data, seed=task.options.seed)
     probed = task.probe_cached(data, train, test, linear.recipe(task, defaults))[RAW_PIXELS]

@@ -19,6 +19,7 @@ from hpm.core.extras import need
 from hpm.data.loader import Key, MakeView, TrainingViews
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
+from hpm.data.video.clips import ClipViews, image_or_clip
 from hpm.evals.finetune import Options
 
 
@@ -34,6 +35,28 @@ class FinetuneViews:
     def __call__(self, source: Source, key: Key) -> tuple[View, None]:
         seed_everything(self.seed, *key)
         return augmented_view(source.open(key[1]), self.channels, self.transform), None
+
+
+@dataclass(frozen=True)
+class FinetuneClipViews:
+    """The same for clips, whose frames are all augmented alike. Views of one video share its
+    decoded clip."""
+
+    clips: ClipViews
+    transform: Callable[[Image.Image], Any]
+
+    @property
+    def channels(self) -> int:
+        return self.clips.channels
+
+    def __call__(self, source: Source, key: Key) -> tuple[View, None]:
+        clip, _ = self.clips.clip(source, key[0], key[1])
+        frames = []
+        for frame in clip.frames:
+            seed_everything(self.clips.seed, *key)  # for each frame anew: the same choices
+            image = Image.fromarray(np.squeeze(frame, 2) if frame.shape[2] == 1 else frame)
+            frames.append(augmented_view(image, self.channels, self.transform))
+        return image_or_clip(np.stack(frames, 1)), None
 
 
 def seed_everything(*key: int) -> None:
@@ -52,23 +75,24 @@ class Augmentation:
         self,
         config: Options,
         mean: Tensor,
-        channels: int,
-        size: tuple[int, int],
+        views: TrainingViews | ClipViews,
         num_classes: int,
     ):
-        """mean: of each channel [C], on a scale of 0 to 1, on the device. size: (height, width)."""
+        """mean: of each channel [C], on a scale of 0 to 1, on the device. views: without
+        RandAugment."""
         self.mean = mean
         data = need("timm.data", "finetune", "fine-tuning")
         erasing = need("timm.data.random_erasing", "finetune", "fine-tuning")
         self.config, self.num_classes = config, num_classes
-        self.channels = channels
-        self.views: MakeView
-        if config.rand_augment == "none":
-            self.views = TrainingViews(
-                size, self.channels, config.seed, config.crop_scale, config.flip, 1
+        self.channels = views.channels
+        self.views: MakeView = views
+        if config.rand_augment != "none":
+            transform = self._transform(views.size)
+            self.views = (
+                FinetuneClipViews(views, transform)
+                if isinstance(views, ClipViews)
+                else FinetuneViews(views.size, views.channels, config.seed, transform)
             )
-        else:
-            self.views = FinetuneViews(size, self.channels, config.seed, self._transform(size))
         self.erase = None
         if config.random_erase > 0:
             device = str(self.mean.device)
@@ -113,15 +137,17 @@ class Augmentation:
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, autocast: Callable[[], Any]
     ) -> Tensor:
-        """Cross-entropy of a batch of normalised images, erased and mixed."""
+        """Cross-entropy of a batch of normalised images or clips, erased and mixed."""
         smoothing = self.config.label_smoothing
+        # Frames as channels [B C*T H W]: all frames of a clip have the same boxes.
+        flat = images.flatten(1, -3)
         if self.erase is not None:
-            images = self.erase(images)
+            flat = self.erase(flat)
         if self.mix is not None:
-            images, labels = self.mix(images, labels)
+            flat, labels = self.mix(flat, labels)
             smoothing = 0.0  # timm's mixup has already smoothed the labels
         with autocast():
-            logits = model(images)
+            logits = model(flat.reshape(images.shape))
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,19 @@ from hpm.core.errors import UserError, counted
 from hpm.core.files import write_tensors
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
-from hpm.data.loader import Batch, StepSampler, normalize, num_workers, training_loader
+from hpm.data.loader import (
+    Batch,
+    StepSampler,
+    normalize,
+    num_workers,
+    training_loader,
+    training_views,
+)
+from hpm.data.video.sampling import ClipSampling
 from hpm.evals.features import EvaluatedBackbone, ImageReader, Labelled
 from hpm.evals.finetune import Options
 from hpm.evals.finetune.augmentation import Augmentation, seed_everything
-from hpm.evals.metrics import TrueClassRanks, rank
+from hpm.evals.metrics import TrueClassRanks, mean_probabilities, rank
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier, check_image_size
 from hpm.models.classifier import Classifier
@@ -32,8 +41,7 @@ from hpm.training.supervised import SupervisedTraining, full_batch
 
 def check_finetune(config: Options, architecture: Architecture) -> None:
     """Raise UserError for the first invalid option."""
-    size = pair(config.image_size) if config.image_size else architecture.image_size
-    check_image_size(size, architecture.patch_size)
+    check_image_size(input_size(config, architecture), architecture.patch_size)
     if config.rand_augment != "none" and architecture.channels not in (1, 3):
         raise UserError(
             f"rand_augment knows grey and RGB, but this backbone has "
@@ -42,6 +50,12 @@ def check_finetune(config: Options, architecture: Architecture) -> None:
     if config.pool == "cls" and not architecture.class_token:
         raise UserError(f"pool cls: {architecture.model} has no class token, pass --pool mean")
     check_rules(config)
+
+
+def input_size(config: Options, architecture: Architecture) -> tuple[int, ...]:
+    """Size of the images or clips to fine-tune on."""
+    size = architecture.image_size
+    return (*size[:-2], *pair(config.image_size)) if config.image_size else size
 
 
 def finetune(
@@ -58,14 +72,14 @@ def finetune(
     """
     check_finetune(config, subject.architecture)
     with random_state_kept(subject.backbone.mean.device):
-        training = ClassifierTraining(config, subject, weights, data, folder)
+        training = ClassifierTraining(config, subject, weights, data, folder, reading.sampling)
         with training.completed():
             training.save_classifier()
             return training.test(reading)
 
 
 class ClassifierTraining(SupervisedTraining):
-    """A fine-tuning; the arguments are those of `finetune`."""
+    """A fine-tuning; the arguments are those of `finetune`. sampling: of the training clips."""
 
     trained_name = "classifier.safetensors"
     against_divergence = "lower --base-lr"
@@ -78,20 +92,32 @@ class ClassifierTraining(SupervisedTraining):
         weights: dict[str, Tensor] | None,
         data: Labelled,
         folder: Path,
+        sampling: ClipSampling | None = None,
     ):
-        self.subject, self.data = subject, data
+        self.subject, self.data, self.sampling = subject, data, sampling
         self.mean, self.std = subject.backbone.mean, subject.backbone.std
         self.channels = subject.architecture.channels
-        height, width = pair(config.image_size or subject.architecture.image_size)
-        self.size = (height, width)
+        self.size = input_size(config, subject.architecture)
+        height, width = self.size[-2:]
+        self.view_size = (height, width)
         _check_depth(config, data)
-        # An even number in each part, because mixup pairs images.
+        # An even number in each part, because mixup pairs images; all views of an image in one
+        # process.
+        at_least = math.lcm(2, config.repeat_augment)
         images_per_step = full_batch(
-            config.batch_size, len(data.train), config.accumulate, at_least=2
+            config.batch_size, len(data.train), config.accumulate, at_least
         )
-        self.augmentation = Augmentation(
-            config, self.mean, self.channels, self.size, len(data.classes)
+        views = training_views(
+            data.train,
+            self.view_size,
+            self.channels,
+            config.seed,
+            config.crop_scale,
+            config.flip,
+            1,
+            sampling,
         )
+        self.augmentation = Augmentation(config, self.mean, views, len(data.classes))
         model = build_classifier(
             subject.architecture,
             weights,
@@ -112,6 +138,7 @@ class ClassifierTraining(SupervisedTraining):
             config.base_lr,
             folder,
             identity,
+            config.repeat_augment,
         )
 
     @cached_property
@@ -121,7 +148,8 @@ class ClassifierTraining(SupervisedTraining):
 
     def summary(self) -> str:
         return (
-            f"fine-tuning {self.subject.name}: {counted(len(self.source), 'image')} of "
+            f"fine-tuning {self.subject.name}: "
+            f"{counted(len(self.source), 'video' if self.sampling else 'image')} of "
             f"{counted(len(self.data.classes), 'class', 'classes')}"
         )
 
@@ -164,20 +192,23 @@ class ClassifierTraining(SupervisedTraining):
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
         }
+        if self.sampling:
+            about["frame_stride"] = self.sampling.stride
         state = self.model.state_dict()
         distributed.main_first(lambda: write_tensors(self.trained_file, state, about))
 
     @torch.inference_mode()
     def test(self, reading: ImageReader) -> TrueClassRanks:
-        """The rank of the true class of each test image."""
+        """The rank of the true class of each test image, by the mean probabilities of its views."""
         self.model.eval()
         labels = torch.from_numpy(np.asarray(self.data.test_labels, dtype=np.int64))
         ids, parts = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-        for batch in reading.batches(self.data.test, self.size, self.channels):
+        for batch in reading.batches(self.data.test, self.view_size, self.channels):
             with self.autocast():
                 logits = self.model(normalize(batch.images.to(self.device), self.mean, self.std))
             ids.append(batch.indices)
-            parts.append(rank(logits.float().cpu(), labels[batch.indices]).ranks)
+            scores = mean_probabilities(logits.float().cpu(), reading.grid.count)
+            parts.append(rank(scores, labels[batch.indices]).ranks)
         all_ids = distributed.rows_of_all(torch.cat(ids))
         if not len(all_ids):
             raise UserError(f"{self.data.test.name}: no readable image")
