@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from hpm.data.cache import Cache
 from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
+from hpm.data.streams.lanes import Cursor
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.data.video.clips import ClipEvaluationViews, ClipViews
 from hpm.data.video.sampling import ClipSampling, Times
@@ -45,7 +47,7 @@ class Batch:
     replaced or skipped. crops: float32 [B 4], the position of each view in its image (see
     transforms.Crop), or None. own_ids: int64 [B], unique for each view of a sample, or None with
     one view per sample. times: float32 [B 2], start and end of each clip as fractions of its
-    video's duration, or None for images.
+    video's duration, or None for images. cursors: for a stream, progress of lanes after the batch.
     """
 
     images: Tensor
@@ -54,6 +56,7 @@ class Batch:
     crops: Tensor | None = None
     own_ids: Tensor | None = None
     times: Tensor | None = None
+    cursors: dict[int, Cursor] = field(default_factory=dict)
 
     @property
     def view_ids(self) -> Tensor:
@@ -74,10 +77,10 @@ class Batch:
         return parts
 
     def pin_memory(self) -> Batch:
-        places = (
-            x if x is None else x.pin_memory() for x in (self.crops, self.own_ids, self.times)
-        )
-        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, *places)
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **pinned)
 
 
 @dataclass
@@ -252,7 +255,7 @@ def training_loader(
     return batch_loader(
         Views(source, make_view, stand_in),
         steps,
-        _collate,
+        collate,
         workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
@@ -276,10 +279,11 @@ def evaluation_batches(
     views = Views(source, make_view, stand_in=False)
     starts = range(0, len(source), batch_size)
     steps = ([(0, i) for i in range(s, min(s + batch_size, len(source)))] for s in starts)
-    yield from batch_loader(views, steps, _collate, workers, pin_memory=pin_memory)
+    yield from batch_loader(views, steps, collate, workers, pin_memory=pin_memory)
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
+    """One batch of samples; those without a view are left out."""
     views = [s.view for s in samples if s.view is not None]
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]
