@@ -30,8 +30,8 @@ class DataOptions:
 
     data: str
     """Training images or videos: a folder (searched recursively), a list file (`path label` per
-    line), a parquet file or folder, `demo` or `demo-video` for the built-in ones, or
-    MODULE:FUNCTION for a source of your own. If there is a train split, only that is used."""
+    line), parquet (a file or folder), WebDataset archives (path, http:// or s3://), `demo` or
+    `demo-video`, or MODULE:FUNCTION of your own. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
@@ -240,6 +240,8 @@ class ImageOptions:
     """Mean and standard deviation of the channels: measured on the data, imagenet, or timm for
     those of the timm model's weights (auto: timm with --pretrained if the number of channels
     matches, else measured)."""
+    shuffle: int = option(512, at_least=1)
+    """Images of a stream that each worker shuffles; twice as many are in its memory."""
     holdout: int = option(128, at_least=0)
     """Number of images to keep out of training for measurements and figures; taken from the val
     split if there is one."""

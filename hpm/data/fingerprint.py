@@ -30,11 +30,11 @@ def fingerprint(source: Source) -> Fingerprint:
     if isinstance(source, DemoSource | DemoVideos):
         return {"names": source.name}
     if isinstance(source, TableSource):
-        return {"rows": str(len(source)), "sizes": _digest(_sizes(source.files))}
+        return {"rows": str(len(source)), "sizes": digest(_sizes(source.files))}
     if isinstance(source, FileSource | VideoFiles):
         root = os.path.join(source.root, "")
         names = (path.removeprefix(root).replace(os.sep, "/") for path in source.paths)
-        return {"names": _digest(names), "sizes": _digest(_sizes(source.paths))}
+        return {"names": digest(names), "sizes": digest(_sizes(source.paths))}
     return {}
 
 
@@ -56,7 +56,8 @@ def _size(file: str | Path) -> int:
         return -1
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest(texts: Iterable[str]) -> str:
+    """A short hash of some texts, in order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(os.fsencode(text) + b"\0")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from hpm.data.cache import Cache
 from hpm.data.inspection import loses_alpha
 from hpm.data.notes import say_once
 from hpm.data.sources import Source
+from hpm.data.streams.lanes import Cursor
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
 from hpm.data.video.clips import ClipEvaluationViews, ClipViews, Key, view_keys
 from hpm.data.video.sampling import ONE_VIEW, ClipSampling, Times, ViewGrid
@@ -44,7 +46,7 @@ class Batch:
     replaced or skipped. crops: float32 [B 4], the position of each view in its image (see
     transforms.Crop), or None. own_ids: int64 [B], unique for each view of a sample, or None with
     one view per sample. times: float32 [B 2], start and end of each clip as fractions of its
-    video's duration, or None for images.
+    video's duration, or None for images. cursors: for a stream, progress of lanes after the batch.
     """
 
     images: Tensor
@@ -53,6 +55,7 @@ class Batch:
     crops: Tensor | None = None
     own_ids: Tensor | None = None
     times: Tensor | None = None
+    cursors: dict[int, Cursor] = field(default_factory=dict)
 
     @property
     def view_ids(self) -> Tensor:
@@ -82,10 +85,10 @@ class Batch:
         return self.images[kept], self.indices[kept][::views]
 
     def pin_memory(self) -> Batch:
-        places = (
-            x if x is None else x.pin_memory() for x in (self.crops, self.own_ids, self.times)
-        )
-        return Batch(self.images.pin_memory(), self.indices.pin_memory(), self.unreadable, *places)
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return replace(self, **pinned)
 
 
 @dataclass
@@ -271,7 +274,7 @@ def training_loader(
     return batch_loader(
         Views(source, make_view, stand_in),
         steps,
-        _collate,
+        collate,
         workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
@@ -297,10 +300,11 @@ def evaluation_batches(
     starts = range(0, len(source), samples)
     ids = (range(start, min(start + samples, len(source))) for start in starts)
     steps = (view_keys(0, each, grid.count) for each in ids)
-    yield from batch_loader(views, steps, _collate, workers, pin_memory=pin_memory)
+    yield from batch_loader(views, steps, collate, workers, pin_memory=pin_memory)
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
+    """One batch of samples; those without a view are left out."""
     views = [s.view for s in samples if s.view is not None]
     indices = [s.index for s in samples if s.view is not None]
     crops = [s.crop for s in samples if s.crop is not None]

@@ -28,6 +28,8 @@ from hpm.data.lists import labels_of, read_list
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
 from hpm.data.paths import Files
+from hpm.data.streams.opening import open_stream
+from hpm.data.streams.stream import STREAM_MEMBERS, Stream
 from hpm.data.tables import ArrowSource, ParquetSource
 from hpm.data.video.clip import Video
 from hpm.data.video.lists import is_video_list
@@ -100,20 +102,38 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
         clips: whether clips are wanted, so that a GIF and a folder of numbered images are videos.
             Otherwise they are images, and of videos one frame at a time is used.
 
-    Raises UserError if there are no images, or no videos where clips are wanted.
+    Raises UserError if there are no images, or no videos where clips are wanted, or if it is a
+    stream.
     """
+    opened = open_data(data, trusted, clips)
+    if not isinstance(opened, Splits):
+        raise UserError(
+            f"{data} is a stream, which only hpm pretrain reads: pass images that are read in any "
+            "order, such as a folder or parquet"
+        )
+    return opened
+
+
+def open_data(data: str, trusted: bool = True, clips: bool = False) -> Splits | Stream:
+    """`open_source` for who also takes a stream."""
     splits = _open(data, trusted, clips)
+    if not isinstance(splits, Splits):
+        if clips:
+            raise UserError(f"{data}: streams are of images, not of videos: pass --frames 1")
+        return splits
     if clips and not holds_videos(splits.train):
         other = ", or demo-video" if data == "demo" else ""
         raise UserError(f"{data}: images, not videos: pass --frames 1{other}")
     return splits
 
 
-def _open(data: str, trusted: bool, clips: bool) -> Splits:
+def _open(data: str, trusted: bool, clips: bool) -> Splits | Stream:
     if data == "demo":
         return Splits(DemoSource("train"), DemoSource("test"))
     if data == "demo-video":
         return Splits(DemoVideos("train"), DemoVideos("test"))
+    if stream := open_stream(data, trusted):
+        return stream
     path = Path(data).expanduser()
     if path.is_dir():
         return _open_folder(path, clips)
@@ -123,7 +143,7 @@ def _open(data: str, trusted: bool, clips: bool) -> Splits:
             return _open_own(data)
         raise UserError(
             f"{data}: no such folder or file; name a folder of images or videos, a list file, "
-            "parquet, demo or demo-video"
+            "parquet, archives such as 'shards/*.tar', demo or demo-video"
         )
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -135,7 +155,7 @@ def _open(data: str, trusted: bool, clips: bool) -> Splits:
     return Splits(video_list(path) if clips or is_video_list(path) else _open_list(path))
 
 
-def _open_own(data: str) -> Splits:
+def _open_own(data: str) -> Splits | Stream:
     """Call the user's function. Raises UserError if it fails or returns something else."""
     make = find_plugin("data", data, ENTRY_POINTS, ("demo", "demo-video"))
     if not callable(make):
@@ -146,12 +166,16 @@ def _open_own(data: str) -> Splits:
         raise
     except Exception as error:
         raise UserError(f"data {data} failed: {type(error).__name__}: {one_line(error)}") from error
+    if all(hasattr(made, name) for name in STREAM_MEMBERS):
+        if not len(made.shards):
+            raise UserError(f"data {data} has no shards")
+        return made
     sources: list[Any] = [made.train, made.test] if isinstance(made, Splits) else [made]
     for source in sources:
         missing = [name for name in SOURCE_MEMBERS if not hasattr(source, name)]
         if source is not None and missing:
             raise UserError(
-                f"data {data} must return a hpm.data.sources.Source or Splits, but "
+                f"data {data} must return a Source, Splits or a Stream, but "
                 f"{type(source).__name__} lacks {', '.join(missing)}"
             )
         if source is not None and len(source) == 0:

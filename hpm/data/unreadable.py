@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
 
 from hpm.core import distributed
 from hpm.core.errors import UserError
-from hpm.data.sources import Source
+
+
+@runtime_checkable
+class Named(Protocol):
+    """What the images are part of, and their names for messages: a source or a stream."""
+
+    name: str
+
+    def path(self, index: int) -> str: ...
 
 
 class UnreadableImages:
@@ -16,10 +25,18 @@ class UnreadableImages:
         source: the source of the images.
         share: largest share of its images that may be unreadable.
         known: earlier problems by index, which are not reported again.
+        count: number of its images; of a stream, those that have been read.
     """
 
-    def __init__(self, source: Source, share: float, known: dict[int, str] | None = None):
+    def __init__(
+        self,
+        source: Named,
+        share: float,
+        known: dict[int, str] | None = None,
+        count: Callable[[], int] | None = None,
+    ):
         self.source, self.share = source, share
+        self.count = count or (lambda: len(source))  # type: ignore[arg-type]
         self.problems = dict(known or {})  # of all processes, up to the last check
         self._found: dict[int, str] = {}  # of this process since the last check
 
@@ -41,9 +58,10 @@ class UnreadableImages:
                     report(f"cannot read {self.source.path(index)} ({problem}), passed over")
                     self.problems[index] = problem
         self._found = {}
-        if len(self.problems) > self.share * len(self.source):
+        count = self.count()
+        if len(self.problems) > self.share * count:
             raise UserError(
-                f"{len(self.problems)} of {len(self.source)} images cannot be read, more than "
+                f"{len(self.problems)} of {count} images cannot be read, more than "
                 f"max_unreadable {self.share}: repair or remove them (each is named above, and in "
                 "the log), or pass a larger --max-unreadable"
             )

@@ -17,7 +17,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
-from hpm.data.sources import Source, hold_out, open_source
+from hpm.data.sources import Source, Splits, hold_out, open_data
 from hpm.data.statistics import measure_statistics
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sources import holds_videos
@@ -31,10 +31,11 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
+from hpm.training.images import TrainingImages
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
 from hpm.training.resume import claim, length_of
-from hpm.training.run import PretrainingRun, TrainingImages
+from hpm.training.run import PretrainingRun
 from hpm.training.schedule import (
     few_images,
     few_steps,
@@ -42,7 +43,9 @@ from hpm.training.schedule import (
     make_schedule,
     num_steps,
     resolve,
+    steps_per_epoch,
 )
+from hpm.training.streams import begin_reading, open_stream_images
 from hpm.weights.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -66,7 +69,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
     files = RunFolder(Path(config.out))
     config = settle(config, images, files, device)
     checkpoint, notes = claim_folder(files, config, images)
-    schedule = make_schedule(config, len(images.source), warm_up_start(config, images, checkpoint))
+    schedule = make_schedule(config, images.count, warm_up_start(config, images, checkpoint))
     architecture = resolve_model(config)
     if checkpoint:
         mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
@@ -108,7 +111,10 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
 
     meta: dict[str, Any] = checkpoint.meta if checkpoint else {}
     step = meta.get("step", 0)
+    reading, lines = begin_reading(config, images, meta.get("stream"))
+    notes += lines
     known = {int(index): text for index, text in meta.get("unreadable", {}).items()}
+    unreadable = UnreadableImages(images.names, config.max_unreadable, known)
     run = PretrainingRun(
         config=config,
         schedule=schedule,
@@ -127,12 +133,15 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
         miner=miner,
         eager_miner=eager_miner,
         log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config),
-        unreadable=UnreadableImages(images.source, config.max_unreadable, known),
+        unreadable=unreadable,
         writer=_shard_writer() if sharded else None,
         step=step,
         best_probe=meta.get("best_probe", {}),
         probe_seconds=meta.get("probe_seconds", 0.0),
+        reading=reading,
     )
+    if reading is not None:
+        unreadable.count = run.images_read
     if checkpoint:
         notes.append(f"resuming from {checkpoint.path}, step {step}")
     if step and step == schedule.start < schedule.total:
@@ -143,7 +152,9 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
 
 def open_images(config: PretrainConfig) -> TrainingImages:
     """Open the data, and hold out images for evaluation."""
-    splits = open_source(config.data, clips=config.frames > 1)
+    splits = open_data(config.data, clips=config.frames > 1)
+    if not isinstance(splits, Splits):
+        return open_stream_images(config, splits)
     train, held_out = splits.train, None
     if config.cache == "true" and holds_videos(train):
         raise UserError(
@@ -166,16 +177,14 @@ def settle(
     rate."""
     if config.base_lr is None:
         config = dataclasses.replace(config, base_lr=distributed.from_main(files.base_lr()))
-    return resolve(config, len(images.source), device, distributed.world_size())
+    return resolve(config, images.count, device, distributed.world_size())
 
 
 def claim_folder(
     files: RunFolder, config: PretrainConfig, images: TrainingImages
 ) -> tuple[Checkpoint | None, list[str]]:
     """Lock the folder. Returns (its latest checkpoint, lines for the log)."""
-    note = distributed.main_first(
-        lambda: claim(files, config, len(images.source), images.fingerprint)
-    )
+    note = distributed.main_first(lambda: claim(files, config, images.count, images.fingerprint))
     latest = distributed.from_main(files.latest_checkpoint())
     load = open_checkpoint if is_sharded(config) else load_checkpoint
     return load(latest) if latest else None, [note] if note else []
@@ -198,9 +207,9 @@ def warm_up_start(
     """The step from which the schedule warms up: 0, or where a run had ended that is prolonged."""
     if checkpoint is None or config.schedule == "constant":
         return 0
-    steps_per_epoch = len(images.source) // config.global_batch_size
-    ended = length_of(checkpoint.meta["config"], steps_per_epoch)
-    total = num_steps(config.steps, config.epochs, steps_per_epoch)
+    per_epoch = steps_per_epoch(config, config.global_batch_size, images.count)
+    ended = length_of(checkpoint.meta["config"], per_epoch)
+    total = num_steps(config.steps, config.epochs, per_epoch)
     if checkpoint.meta["step"] == ended < total:
         return ended
     return checkpoint.meta.get("schedule_start", 0)
@@ -267,7 +276,7 @@ def _compile(part: Any, compiled: bool) -> Any:
 
 def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
     """Log the first lines of a session."""
-    config, total, count = run.config, run.schedule.total, len(run.images.source)
+    config, total, count = run.config, run.schedule.total, run.images.count
     lines = [_introduction(run)]
     lines += [] if resumed else few_steps(config, total, count)
     lines += few_images(count)
@@ -287,13 +296,14 @@ def _introduction(run: PretrainingRun) -> str:
         fewer += (
             "but the split has no more)" if images.has_split else "but at most a tenth is held out)"
         )
+    epochs = "" if images.count is None else f"({run.schedule.epochs:.4g} epochs), "
     memory = run.memory.nbytes / 1e6 if run.memory else 0
     return (
         f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
-        f"{counted(len(images.source), 'image')} of {images.source.name}, {held_out} held out"
+        f"{images.described()}, {held_out} held out"
         f"{fewer}, {counted(run.schedule.total, 'step')} of "
-        f"{counted(config.global_batch_size, 'image')} "
-        f"({run.schedule.epochs:.4g} epochs), base lr {config.base_lr:g}, {run.device}, "
+        f"{counted(config.global_batch_size, 'image')}{' ' if epochs else ', '}"
+        f"{epochs}base lr {config.base_lr:g}, {run.device}, "
         f"{config.precision}, "
         f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"
         + (f", memory of hardness {memory:.3g} MB" if memory else "")

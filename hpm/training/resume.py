@@ -23,7 +23,7 @@ from hpm.core.files import read_meta, remove_stale, write_text
 from hpm.core.options import describe
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
-from hpm.training.schedule import num_steps
+from hpm.training.schedule import num_steps, steps_per_epoch
 from hpm.weights.run_folder import RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
@@ -32,13 +32,15 @@ NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
 DURATIONS = ("warmup", "cooldown", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
 
 
-def claim(run: RunFolder, config: PretrainConfig, count: int, found: Fingerprint) -> str | None:
+def claim(
+    run: RunFolder, config: PretrainConfig, count: int | None, found: Fingerprint
+) -> str | None:
     """Lock a run folder (see `hpm.core.lock`), remove stale temporary files, and write config.yaml
     or check it.
 
     Args:
         config: resolved.
-        count: number of training images.
+        count: number of training images; None for a stream.
         found: their fingerprint.
 
     Returns a line for the log, or None. Raises UserError if the folder holds something else, or if
@@ -76,7 +78,7 @@ def may_change(name: str) -> bool:
 
 
 def check_options(
-    folder: Path, before: dict[str, Any], config: PretrainConfig, count: int, step: int
+    folder: Path, before: dict[str, Any], config: PretrainConfig, count: int | None, step: int
 ) -> bool:
     """Raise UserError for the first option whose meaning has changed. Returns whether the run is
     prolonged.
@@ -86,14 +88,14 @@ def check_options(
     for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    steps_per_epoch = count // config.global_batch_size
-    total = num_steps(config.steps, config.epochs, steps_per_epoch)
+    per_epoch = steps_per_epoch(config, config.global_batch_size, count)
+    total = num_steps(config.steps, config.epochs, per_epoch)
 
     def steps(duration: str) -> float:
-        return duration_steps(duration, total, steps_per_epoch)
+        return duration_steps(duration, total, per_epoch)
 
     free = {name for name in now if may_change(name)} | {"data"}
-    length = length_of(before, steps_per_epoch) or total
+    length = length_of(before, per_epoch) or total
     # The same length may be given in epochs or in steps, and a run may be prolonged: at any time
     # with a constant learning rate, else when it is finished.
     prolonged = total > length and (config.schedule == "constant" or step == length)
@@ -116,12 +118,18 @@ def length_of(options: dict[str, Any], steps_per_epoch: int) -> int:
 
 
 def check_data(
-    folder: Path, meta: dict[str, Any], data: str, count: int, found: Fingerprint
+    folder: Path, meta: dict[str, Any], data: str, count: int | None, found: Fingerprint
 ) -> None:
     """Raise UserError if the training images are not those of a checkpoint's metadata. Checkpoints
     without a fingerprint, of older versions, are compared by number of images and path."""
     num_images = meta["num_images"]
-    if count != num_images:
+    if (count is None) != (num_images is None):
+        now, before = ("is", "none") if count is None else ("is not", "one")
+        raise UserError(
+            f"{data} {now} a stream, but the run in {folder} began with {before}: put the data "
+            "back, or choose another --out"
+        )
+    if count is not None and count != num_images:
         raise UserError(
             f"{data} has {counted(count, 'training image')}, but the run began with {num_images}: "
             "put the data back, or choose another --out"

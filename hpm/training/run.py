@@ -19,7 +19,6 @@ from hpm.core.errors import UserError
 from hpm.core.files import remove
 from hpm.core.shards import whole_state
 from hpm.data.cache import make_cache
-from hpm.data.fingerprint import Fingerprint
 from hpm.data.loader import (
     Batch,
     StepSampler,
@@ -29,7 +28,6 @@ from hpm.data.loader import (
     training_loader,
     training_views,
 )
-from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.masking import hard_share
@@ -41,30 +39,18 @@ from hpm.models.build import build_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.targets.base import Target
+from hpm.training.images import TrainingImages
 from hpm.training.log import RunLog
 from hpm.training.loop import StepResult, autocast, counted_batches
 from hpm.training.not_finite import not_finite_error
 from hpm.training.schedule import Schedule
+from hpm.training.streams import FEWEST_READ, StreamReading, read_stream
 from hpm.weights.checkpoint import FILE, FOLDER, checkpoint_tensors, prune, write_checkpoint
 from hpm.weights.resolve import Trained, save_backbone
 from hpm.weights.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from hpm.weights.shard_writer import ShardWriter
-
-
-@dataclass(frozen=True)
-class TrainingImages:
-    """The images of a run.
-
-    source: training images. held_out: images for evaluation. has_split: whether held_out comes from
-    a split of its own. fingerprint: identifies the data when the run is resumed.
-    """
-
-    source: Source
-    held_out: Source | None
-    has_split: bool
-    fingerprint: Fingerprint
 
 
 @dataclass
@@ -93,6 +79,7 @@ class PretrainingRun:
         step: optimiser steps done.
         best_probe: step and top-1 accuracy (%) of the best probe so far.
         probe_seconds: total time of the probes.
+        reading: progress in a stream; None if the images are no stream.
     """
 
     config: PretrainConfig
@@ -117,6 +104,7 @@ class PretrainingRun:
     step: int = 0
     best_probe: dict[str, float] = field(default_factory=dict)
     probe_seconds: float = 0.0
+    reading: StreamReading | None = None
 
     @property
     def total_steps(self) -> int:
@@ -125,6 +113,10 @@ class PretrainingRun:
     @property
     def images_per_step(self) -> int:
         return self.config.global_batch_size
+
+    def images_read(self) -> int:
+        """Number of images that a share of unreadable ones refers to in a stream."""
+        return max(FEWEST_READ, self.step * self.images_per_step)
 
     @property
     def log_every(self) -> int:
@@ -194,6 +186,18 @@ class PretrainingRun:
             min(self.architecture.patch_size[-2:]),
             self.sampling,
         )
+        per_process = config.global_batch_size // distributed.world_size()
+        if self.reading is not None:
+            assert isinstance(views, TrainingViews), "streams are of images"
+            batches = read_stream(
+                config,
+                self.images,
+                self.reading,
+                views,
+                (self.step, self.schedule.total),
+                self.device,
+            )
+            return counted_batches(batches, self.unreadable, per_process)
         if isinstance(views, TrainingViews):
             views.cache = make_cache(config.cache, source, partial(views.decoded, source))
             if views.cache:
@@ -211,7 +215,6 @@ class PretrainingRun:
         loader = training_loader(
             source, views, sampler, num_workers(config.workers), self.device.type == "cuda"
         )
-        per_process = config.global_batch_size // distributed.world_size()
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -253,6 +256,8 @@ class PretrainingRun:
             "hard_share": self.num_hard(step) / self.num_hidden,
             "epoch": self.step / self.schedule.steps_per_epoch,
         }
+        if self.reading is not None:  # the length of an epoch is not known
+            del values["epoch"]
         status = f"loss {means['reconstruction_loss']:.4f}"
         if "ranking_accuracy" in means:
             status += f"  ranking {means['ranking_accuracy']:.3f}"
@@ -284,6 +289,7 @@ class PretrainingRun:
         if self.writer is not None:
             path, other = other, path
         models = (self.model, self.teacher.model, self.optimizer)
+        meta = self._meta()
 
         def clean() -> None:
             remove(other)  # of the time before --shard, or after
@@ -291,7 +297,7 @@ class PretrainingRun:
                 prune(folder, keep)
 
         def write() -> None:
-            write_checkpoint(path, *models, self._meta(), self.memory)
+            write_checkpoint(path, *models, meta, self.memory)
             clean()
 
         if self.writer is None:
@@ -300,7 +306,7 @@ class PretrainingRun:
             tensors = checkpoint_tensors(*models, self.memory)
             generators = {n: t for n, t in tensors.items() if n.startswith("rng.")}
             tensors |= distributed.from_main(generators)
-            self.writer.write(path, tensors, self._meta(), clean)
+            self.writer.write(path, tensors, meta, clean)
 
     def saving(self) -> AbstractContextManager[None]:
         """A context that ends when everything that was saved in it is written."""
@@ -327,13 +333,15 @@ class PretrainingRun:
         return self.sharded or distributed.is_main()
 
     def _meta(self) -> dict[str, Any]:
-        return {
+        """Of a checkpoint. All processes call it."""
+        stream = {} if self.reading is None else {"stream": self.reading.to_json()}
+        return stream | {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "architecture": self.architecture.to_json(),
             "mean": self.mean,
             "std": self.std,
-            "num_images": len(self.images.source),
+            "num_images": self.images.count,
             "fingerprint": self.images.fingerprint,
             "unreadable": self.unreadable.problems,
             "schedule_start": self.schedule.start,

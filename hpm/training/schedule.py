@@ -83,20 +83,20 @@ class Schedule:
         return steps_done % self.checkpoint_every == 0 or steps_done == self.total
 
 
-def make_schedule(config: PretrainConfig, num_images: int, start: int = 0) -> Schedule:
-    """The schedule of a resolved config for `num_images` training images.
+def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0) -> Schedule:
+    """The schedule of a resolved config for `num_images` training images, None for a stream.
 
     start: of a prolonged run, the step at which it had ended.
     """
-    steps_per_epoch = num_images // config.global_batch_size
-    total = num_steps(config.steps, config.epochs, steps_per_epoch)
+    per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
+    total = num_steps(config.steps, config.epochs, per_epoch)
 
     def steps(text: str) -> float:
-        return duration_steps(text, total, steps_per_epoch)
+        return duration_steps(text, total, per_epoch)
 
     return Schedule(
         total=total,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=per_epoch,
         warmup=steps(config.warmup),
         peak_lr=config.peak_lr,
         ema_horizon_start=steps(config.ema_horizon_start),
@@ -116,6 +116,15 @@ def num_steps(steps: int | None, epochs: int, steps_per_epoch: int) -> int:
     return steps or epochs * steps_per_epoch
 
 
+def steps_per_epoch(config: PretrainConfig, batch_size: int, num_images: int | None) -> int:
+    """Length of an epoch in steps. Of a stream (None) it is not known: all of its training counts
+    as one."""
+    if num_images is None:
+        assert config.steps is not None, "a stream needs a number of steps"
+        return config.steps
+    return num_images // batch_size
+
+
 def default_base_lr(steps: int, batch_size: int) -> float:
     """Default base learning rate: larger for shorter training.
 
@@ -127,11 +136,11 @@ def default_base_lr(steps: int, batch_size: int) -> float:
     return float(f"{base_lr:.2g}")
 
 
-def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
+def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> list[str]:
     """A warning for the log if training is short."""
     if total >= FEW_STEPS or config.data == "demo":  # the demo is made to be short
         return []
-    per_epoch = num_images // config.global_batch_size
+    per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
     return [
         f"warning: {counted(total, 'step')} is a short training: useful features take about "
@@ -139,9 +148,9 @@ def few_steps(config: PretrainConfig, total: int, num_images: int) -> list[str]:
     ]
 
 
-def few_images(num_images: int) -> list[str]:
+def few_images(num_images: int | None) -> list[str]:
     """A warning for the log if there are very few training images."""
-    if num_images >= FEW_IMAGES:
+    if num_images is None or num_images >= FEW_IMAGES:
         return []
     are = "is" if num_images == 1 else "are"
     return [
@@ -161,21 +170,23 @@ def long_warmup(text: str, warmup: float, total: int) -> list[str]:
 
 
 def resolve(
-    config: PretrainConfig, num_images: int, device: torch.device, world_size: int
+    config: PretrainConfig, num_images: int | None, device: torch.device, world_size: int
 ) -> PretrainConfig:
-    """Replace None and `auto` by their values for this data, model and machine.
+    """Replace None and `auto` by their values for this data, model and machine. num_images: None
+    for a stream.
 
     Raises UserError if the batch size does not fit.
     """
     architecture = resolve_model(config)
     share = config.accumulate * world_size * config.repeat_augment
-    batch_size = config.batch_size or min(256, num_images) // share * share
-    if not 0 < batch_size <= num_images:
+    most = 256 if num_images is None else min(256, num_images)
+    batch_size = config.batch_size or most // share * share
+    if num_images is not None and not 0 < batch_size <= num_images:
         raise UserError(
             f"a batch of {batch_size or share} needs more than {counted(num_images, 'image')} to "
             "train on: pass a smaller --batch-size"
         )
-    if batch_size % share:
+    if batch_size % share or not batch_size:
         raise UserError(
             f"batch_size {batch_size} cannot be shared by "
             f"{counted(world_size, 'process', 'processes')}, "
@@ -184,9 +195,8 @@ def resolve(
         )
     base_lr = config.base_lr
     if base_lr is None:
-        base_lr = default_base_lr(
-            num_steps(config.steps, config.epochs, num_images // batch_size), batch_size
-        )
+        per_epoch = steps_per_epoch(config, batch_size, num_images)
+        base_lr = default_base_lr(num_steps(config.steps, config.epochs, per_epoch), batch_size)
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"

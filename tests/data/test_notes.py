@@ -107,7 +107,7 @@ def no_space(*arguments):
 def test_shared_memory_that_is_full(workers, image_folder, monkeypatch):
     source = open_source(str(image_folder)).train
     views = EvaluationViews((8, 8), 3)
-    monkeypatch.setattr(loader, "_collate", no_space)
+    monkeypatch.setattr(loader, "collate", no_space)
     expected = (hpm.UserError, "/dev/shm.* is too small for 1 loading worker: .*--shm-size")
     if not workers:
         expected = (RuntimeError, "unable to write")  # something else

@@ -1,0 +1,1 @@
+"""Data that is read in order: shards on a disk, a web server or an object store."""

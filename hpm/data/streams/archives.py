@@ -1,0 +1,124 @@
+"""WebDataset: images in tar archives. Every image file of an archive is a sample; its other files
+(labels, captions) are passed over.
+
+The `webdataset` package is not used: it opens addresses by running shell commands, and its loading
+cannot be resumed at an image.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from lzma import LZMAError
+from pathlib import PurePosixPath
+from typing import Any
+
+from hpm.core.errors import UserError, counted, one_line
+from hpm.data.folders import IMAGE_SUFFIXES
+from hpm.data.streams.shards import find_shards
+from hpm.data.streams.stream import Entry
+from hpm.data.streams.transport import opened
+
+LARGEST = 1 << 28  # bytes of an image file
+LARGEST_HEADER = 1 << 20  # bytes of a long name or of further attributes, which tarfile loads
+BUFFER = 1 << 18
+DAMAGED = (tarfile.TarError, zlib.error, LZMAError, EOFError, OSError, ValueError)
+
+
+class Archives:
+    """Archives as a stream. Raises UserError if there are none."""
+
+    repeatable = True
+
+    def __init__(self, data: str):
+        self.name = data
+        self.shards: Sequence[str] = find_shards(data)
+
+    def read(self, shard: int) -> Iterator[Entry]:
+        yield from images_of(self.shards[shard])
+
+
+def images_of(url: str) -> Iterator[Entry]:
+    """The images of an archive, in order. Raises UserError if it is damaged or has none."""
+    images, others = 0, Counter[str]()
+    with opened(url) as file:
+        try:
+            with tarfile.open(  # type: ignore[call-overload]
+                fileobj=file,
+                mode="r|*",
+                bufsize=BUFFER,
+                tarinfo=_Member,
+            ) as archive:
+                for member in archive:
+                    archive.members = []  # it keeps all that it has read
+                    kind = _image_kind(url, member)
+                    if kind in IMAGE_SUFFIXES:
+                        entry = _entry(archive, member)
+                        images += 1
+                        yield entry
+                    elif kind:
+                        others[kind] += 1
+        except UserError:
+            raise
+        except DAMAGED as error:
+            if not images and not others and "truncated" not in str(error):
+                raise UserError(f"{url}: not a tar archive ({one_line(error, 200)})") from None
+            raise UserError(
+                f"{url}: the archive is damaged or cut off after {counted(images, 'image')} "
+                f"({one_line(error, 200)}): write it again, or leave it out"
+            ) from None
+    if not images:
+        found = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+        raise UserError(
+            f"{url}: the archive has no images (looked for {' '.join(IMAGE_SUFFIXES)})"
+            + (f", but {found}" if found else "")
+        )
+
+
+def _image_kind(url: str, member: tarfile.TarInfo) -> str:
+    """Suffix of a file; empty for what is no file, or hidden. Raises UserError for a path that
+    leads out of the archive. Nothing is ever extracted to a disk, but who makes such a path means
+    harm, or has made a mistake that other tools will suffer from."""
+    path = PurePosixPath(member.name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{url}: the path {member.name[:100]!r} leads out of the archive")
+    if not member.isfile() or path.name.startswith("."):
+        return ""
+    return path.suffix.lower() or "without suffix"
+
+
+def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Entry:
+    if member.size > LARGEST:
+        return Entry(member.name, problem=f"{member.size} bytes, more than {LARGEST}")
+    file = archive.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return Entry(member.name, data)
+
+
+class _Member(tarfile.TarInfo):
+    """A header that must be whole. tarfile takes an archive that breaks off between two files, or
+    has a damaged header there, for one that ends."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        member = super().frombuf(buf, encoding, errors)
+        extended = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        long_names = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if member.type in extended + long_names and member.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        return member
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError("truncated: no end of the archive") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(one_line(error)) from None

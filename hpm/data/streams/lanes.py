@@ -1,0 +1,129 @@
+"""Share a stream among loading workers, shuffle it, and resume it at an image.
+
+All epochs form one sequence of shards: each epoch is a permutation of them. Lane `l` of `n` reads
+every n-th shard of that sequence, beginning with the l-th. So every shard is read once in each
+epoch, by one lane, and all lanes read equally many, whether or not `n` divides their number. A lane
+goes on with its next shard without regard to the end of an epoch: no image is dropped there.
+
+Within a lane, images are shuffled in blocks of consecutive ones. A block is known by where it
+begins, and its order is drawn from seed and beginning. So a lane's progress is three numbers, its
+`Cursor`, and going on from there reads again what the block holds, at most from the beginning of
+its first shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from hpm.core.errors import UserError
+from hpm.data.streams.stream import Entry, Stream, image_id
+
+SHARDS, BLOCKS = 1, 2  # purposes of random numbers
+MOST_EMPTY = 2  # times the number of shards that a lane reads in a row without an image
+
+
+class Cursor(NamedTuple):
+    """Progress of a lane.
+
+    turn: which of the lane's shards the current block begins in. place: of the block's first image
+    in that shard. taken: images of the block that have been used.
+    """
+
+    turn: int = 0
+    place: int = 0
+    taken: int = 0
+
+
+class Read(NamedTuple):
+    """An image of a lane: its epoch, its id (see `image_id`), and where it was read."""
+
+    epoch: int
+    id: int
+    entry: Entry
+    turn: int
+    place: int
+
+
+class Lane:
+    """Iterator over the images of a lane, without an end.
+
+    Args:
+        stream: what is read.
+        number: of this lane, below `count`.
+        count: number of lanes, at most the number of shards.
+        seed: of the order.
+        block: number of images that are shuffled with each other. Twice as many are in memory.
+        first_index: images of lower ids are left out.
+        cursor: where to begin.
+
+    Raises UserError if a shard cannot be read, or if no shard has an image.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        number: int,
+        count: int,
+        seed: int,
+        block: int,
+        first_index: int = 0,
+        cursor: Cursor | None = None,
+    ):
+        self.stream, self.number, self.count = stream, number, count
+        self.seed, self.block, self.first_index = seed, block, first_index
+        self.cursor = cursor or Cursor()  # after the last image that was returned
+        self._images = self._shuffled()
+
+    def __iter__(self) -> Iterator[Read]:
+        return self
+
+    def __next__(self) -> Read:
+        return next(self._images)
+
+    def _shuffled(self) -> Iterator[Read]:
+        turn, place, taken = self.cursor
+        images = self._in_order(turn, place)
+        block = list(islice(images, self.block))
+        while True:
+            turn, place = block[0].turn, block[0].place
+            rng = np.random.default_rng([self.seed, BLOCKS, self._position(turn), place])
+            order = rng.permutation(len(block))
+            following = list(islice(images, taken))
+            for number in range(taken, len(block)):
+                # One is read for each that is used, instead of a whole block at once.
+                following.append(next(images))
+                self.cursor = Cursor(turn, place, number + 1)
+                yield block[order[number]]
+            block, taken = following, 0
+
+    def _in_order(self, turn: int, place: int) -> Iterator[Read]:
+        """The images of the lane's shards, from a place in one of them."""
+        empty = 0
+        while True:
+            epoch, shard = self.shard(turn)
+            empty += 1
+            for number, entry in enumerate(self.stream.read(shard)):
+                index = image_id(shard, number)
+                if number < place or index < self.first_index:
+                    continue
+                empty = 0
+                yield Read(epoch, index, entry, turn, number)
+            if empty > MOST_EMPTY * len(self.stream.shards):
+                raise UserError(f"{self.stream.name}: no image is left in its shards")
+            turn, place = turn + 1, 0
+
+    def shard(self, turn: int) -> tuple[int, int]:
+        """(epoch, number of the shard) of a turn of this lane."""
+        epoch, position = divmod(self._position(turn), len(self.stream.shards))
+        order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(
+            len(self.stream.shards)
+        )
+        return epoch, int(order[position])
+
+    def _position(self, turn: int) -> int:
+        """Of a turn in the sequence of all epochs."""
+        return self.number + turn * self.count
