@@ -26,6 +26,7 @@ State = Literal["ok", "warning", "missing"]
 EXTRAS = {
     "parquet": "parquet files and Hugging Face data sets",
     "multichannel": "TIFF and 16-bit colours",
+    "stream": "shards on S3, and braces in addresses",
     "video": "video files",
     "timm": "timm's encoders, export to timm",
     "hf": "Hugging Face models, export to transformers",

@@ -256,16 +256,15 @@ class MachineOptions:
     device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
     """Device to train on; auto uses the GPU if there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
-    CPU."""
+    """Precision of the passes; auto is bfloat16 on a GPU and float32 on a CPU."""
     compile: Literal["auto", "true", "false"] = option("auto", may_change=True)
     """Compile student and teacher with torch.compile; auto compiles on a GPU only."""
     checkpoint_activations: bool = option(False, may_change=True)
     """Recompute the blocks' activations in the backward pass: less memory, about a third more
     time."""
     shard: bool = option(False, may_change=True)
-    """Share weights, gradients and optimiser states among the processes (FSDP2), for models that do
-    not fit into one GPU. Needs torchrun; checkpoints become folders, written in the background."""
+    """Share weights, gradients and optimiser states among the processes of torchrun (FSDP2), for
+    models that do not fit into one GPU. Checkpoints become folders, written in the background."""
     shard_within: Literal["all", "node"] = option("all", may_change=True)
     """Processes among which --shard shares a model: all, or those of each node, so that nodes only
     exchange gradients."""
