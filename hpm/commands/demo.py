@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def demo(config: DemoConfig) -> Run:
 def _measure_images(run: Run, console: Console) -> Path:
     """kNN, and a figure of some images."""
     result = evaluate("knn", str(run.folder), "demo")
-    figure = show(ShowConfig(str(run.folder), "demo", str(run.folder / "demo.png"), images=6))
+    figure = _draw(run, "demo")
     print_result(result, console)
     return figure
 
@@ -67,9 +66,11 @@ def _measure_videos(run: Run, console: Console) -> Path:
     print_result(moving, console)
     console.print(verdict(moving, still), highlight=False, soft_wrap=True)
     print_hardness(hardness, console)
-    figure = run.folder / "demo.png"
-    shutil.copy(max(run.figures.iterdir()), figure)  # of the last step
-    return figure
+    return _draw(run, "demo-video")
+
+
+def _draw(run: Run, data: str) -> Path:
+    return show(ShowConfig(str(run.folder), data, str(run.folder / "demo.png"), images=6))
 
 
 def verdict(moving: Result, still: Result) -> str:

@@ -132,6 +132,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_loses_only_that(whole, image_folder, tmp_path):
     out, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(KILLED)
