@@ -93,6 +93,17 @@ def test_programs(name, package, program, started, mined):
     assert learned > 10
 
 
+def test_patches_of_vit_mae_know_where_they_are(program):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    import_torchvision()
+    model, teacher = program("vit_mae_loop").main()
+    for part in (model, teacher.model):
+        embeddings = [part.vit.embeddings.position_embeddings]
+        embeddings += [d.decoder_pos_embed for d in (part.decoder, part.predictor)]
+        for positions in embeddings:
+            assert len(positions[0, 1:].unique(dim=0)) == 16
+
+
 def test_public_names_are_documented_and_typed():
     rows = dict(re.findall(r"^\| `hpm\.(\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
     assert list(rows) == ["masking", "losses", "mining"]
