@@ -16,11 +16,13 @@ from hpm.core.signals import Interrupted
 from hpm.core.version import __version__
 
 if TYPE_CHECKING:
+    from hpm import mining
     from hpm.commands.embed import embed
     from hpm.commands.export import export
     from hpm.commands.predict import predict
     from hpm.evals import evaluate
     from hpm.evals.embeddings import Embeddings
+    from hpm.mining import losses, masking
     from hpm.pretraining import pretrain
     from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
@@ -38,6 +40,12 @@ _LAZY = {
     "predict": "hpm.commands.predict",
     "pretrain": "hpm.pretraining",
 }
+# Parts to build on (docs/library.md), which are modules.
+_MODULES = {
+    "losses": "hpm.mining.losses",
+    "masking": "hpm.mining.masking",
+    "mining": "hpm.mining",
+}
 
 __all__ = [
     "Embeddings",
@@ -50,16 +58,23 @@ __all__ = [
     "export",
     "load_encoder",
     "load_model",
+    "losses",
+    "masking",
+    "mining",
     "predict",
     "pretrain",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _LAZY and name not in _MODULES:
         raise AttributeError(f"module 'hpm' has no attribute '{name}'")
     state = random.getstate()  # libraries draw from it while they are imported
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    value: Any
+    if name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
     random.setstate(state)
     globals()[name] = value
     return value

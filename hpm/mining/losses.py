@@ -7,6 +7,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+__all__ = [
+    "absolute_loss",
+    "normalized_squared_error",
+    "ranking_accuracy",
+    "relative_loss",
+    "squared_error",
+    "token_cross_entropy",
+]
+
 PatchLoss = Float[Tensor, "batch hidden"]
 Values = Float[Tensor, "batch hidden values"]
 Scalar = Float[Tensor, ""]

@@ -21,6 +21,16 @@ from hpm.mining.draw import (
 from hpm.mining.strategies import find_mask, random
 from hpm.mining.units import mean_of_units, unit_by_unit, unit_grid
 
+__all__ = [
+    "Draw",
+    "hard_share",
+    "hide_top",
+    "make_mask",
+    "num_hidden_patches",
+    "random_mask",
+    "to_mask",
+]
+
 TOP_PRIORITY = 1e30
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hpm.core.shards import local
@@ -21,16 +22,33 @@ Signal = Float[Tensor, "batch patches"]
 PredictLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
-class Teacher:
-    """EMA copy of a whole model: encoder, reconstructor and predictor."""
+Model = TypeVar("Model", bound=nn.Module)
 
-    def __init__(self, student: MaskedImageModel):
+
+class Teacher(Generic[Model]):
+    """EMA copy of a whole model: encoder, reconstructor and predictor.
+
+    The copy, `model`, is in evaluation mode and without gradients. Its buffers stay as they were
+    copied.
+
+    Args:
+        student: any module, on the device where it is trained.
+    """
+
+    model: Model
+
+    def __init__(self, student: Model):
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, student: MaskedImageModel, decay: float) -> None:
+    def update(self, student: Model, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student, in one fused pass; of shards, if both
-        are sharded."""
+        are sharded.
+
+        Args:
+            student: of the same parameters as the one given first.
+            decay: from 0 (the student) to 1 (no change).
+        """
         torch._foreach_lerp_(
             [local(p) for p in self.model.parameters()],
             [local(p) for p in student.parameters()],

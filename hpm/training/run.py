@@ -91,7 +91,7 @@ class PretrainingRun:
     mean: list[float]
     std: list[float]
     model: MaskedImageModel
-    teacher: Teacher
+    teacher: Teacher[MaskedImageModel]
     target: Target
     memory: HardnessMemory | None
     optimizer: torch.optim.Optimizer
