@@ -115,7 +115,7 @@ def test_loss_falls(image_folder, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("stopped_at", [3, 4])
+@pytest.mark.parametrize("stopped_at", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_resuming_is_bitwise_the_same(image_folder, tmp_path, monkeypatch, stopped_at):
     """An epoch has 5 steps: both stops are in the middle of one, the first not at a reading."""
     options = {"steps": 12, "accumulate": 2, "checkpoint_every": f"{stopped_at} steps"}

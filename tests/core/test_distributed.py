@@ -197,6 +197,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -204,7 +205,7 @@ sys.exit(cli.main())
             "UserError('the disk of this machine is full')",
             "rank 1: the disk of this machine is full",
         ),
-        pytest.param("RuntimeError('a bug')", "RuntimeError: a bug", marks=pytest.mark.slow),
+        ("RuntimeError('a bug')", "RuntimeError: a bug"),
     ],
 )
 def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):

@@ -69,6 +69,7 @@ def test_the_whole_recipe(clip_run, growing, tmp_path):
     assert again.about["training"] == folder.name and again.about["test_images"] == 4
 
 
+@pytest.mark.slow
 def test_it_learns_what_no_frame_tells(clip_run, growing, tmp_path):
     run, data = str(clip_run.folder), str(growing)
     options = FEW | PLAIN | {"epochs": 12, "base_lr": 4e-2, "crop_scale": (0.8, 1.0)}

@@ -81,7 +81,7 @@ def test_constant_learning_rate():
     assert rates == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
 
 
-@pytest.mark.parametrize("stopped_at", [4, 8])
+@pytest.mark.parametrize("stopped_at", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_a_prolonged_constant_run_equals_a_long_one(
     stopped_at, image_folder, tmp_path, monkeypatch
 ):

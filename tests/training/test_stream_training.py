@@ -40,7 +40,7 @@ def assert_same(run, other):
     assert first.meta["stream"]["cursors"] == second.meta["stream"]["cursors"]
 
 
-@pytest.mark.parametrize("workers", [2, 1, 0])
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow), 0])
 def test_a_stopped_run_resumes_at_the_image(shards, whole, tmp_path, monkeypatch, workers):
     options = {"data": f"{shards}/s-*.tar", "out": str(tmp_path / "run")} | OPTIONS
     with monkeypatch.context() as patch:
