@@ -67,7 +67,11 @@ def test_every_program_is_run():
 
 @pytest.mark.parametrize(
     ("name", "package"),
-    [("own_loop", None), ("lightning_loop", "lightning"), ("vit_mae_loop", "accelerate")],
+    [
+        ("own_loop", None),
+        pytest.param("lightning_loop", "lightning", marks=pytest.mark.slow),
+        ("vit_mae_loop", "accelerate"),
+    ],
 )
 def test_programs(name, package, program, started, mined):
     if package:

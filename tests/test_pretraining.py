@@ -168,6 +168,7 @@ def test_the_held_out_loss_does_not_depend_on_what_is_mined(finished_run, image_
     assert logged and all(m["held_out/reconstruction_loss"] > 0 for m in logged)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(image_folder, tmp_path):
     options = {"steps": 60, "checkpoint_every": "100%", "eval_every": "100%", "log_every": 1}
     arguments = [

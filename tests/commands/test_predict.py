@@ -60,7 +60,8 @@ def test_a_loaded_model(linear_segmenter, scenes):
     assert model.predict(np.zeros((20, 70, 3), np.uint8)).shape == (20, 70)
 
 
-@pytest.mark.parametrize("head", ["linear", pytest.param("upernet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_onnx_gives_the_same(head, request, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     trained = model_in(request.getfixturevalue(f"{head}_segmenter")[0])

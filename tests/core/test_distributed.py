@@ -159,6 +159,7 @@ with distributed.process_group(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [(0, 2, 4)])
 def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
     """Also where one of the processes can read no image at all."""

@@ -103,7 +103,8 @@ def no_space(*arguments):
     raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+# Its worker may take ten seconds to end, in the setup of the next test.
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_shared_memory_that_is_full(workers, image_folder, monkeypatch):
     source = open_source(str(image_folder)).train
     views = EvaluationViews((8, 8), 3)

@@ -46,6 +46,7 @@ def clip_run(growing, tmp_path_factory):
     return hpm.pretrain(data=str(growing), out=str(out), **CLIPS)
 
 
+@pytest.mark.slow
 def test_the_whole_recipe(clip_run, growing, tmp_path):
     """From the command line: all augmentations, two views of each clip, tested on 2 x 3 views."""
     options = ["--epochs=3", "--batch-size=8", "--workers=0", "--repeat-augment=2"]

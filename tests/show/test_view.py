@@ -272,8 +272,15 @@ class Driven:
         expect(self.page.locator(selector)).to_have_text(re.compile(pattern), timeout=30_000)
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (1280, "light"),
+        pytest.param(360, "light", marks=pytest.mark.slow),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page(browser, server, width, scheme):
     driven = Driven(browser, server, width, scheme)
     example = driven.pictures("000.png")
@@ -366,6 +373,7 @@ def test_a_server_that_is_gone(browser, finished_run):
 # As a command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_it(finished_run):
     command = [sys.executable, "-m", "hpm", "view", str(finished_run.folder), "--port", "0"]
     process = subprocess.Popen(

@@ -85,9 +85,8 @@ def test_a_signal_to_the_whole_group_saves(number, image_folder, tmp_path, job):
     assert run.all_gone()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_of_torchrun_saves(number, image_folder, tmp_path, job):
     out = tmp_path / "run"
     options = tiny_arguments(**OPTIONS | {"workers": 1})

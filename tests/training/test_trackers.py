@@ -148,6 +148,7 @@ def fake_mlflow(monkeypatch):
     return library
 
 
+@pytest.mark.slow
 def test_mlflow_receives_the_same(image_folder, tmp_path, fake_mlflow, monkeypatch):
     run = stop_and_go_on(image_folder, tmp_path / "run", monkeypatch, "mlflow")
     requests = fake_mlflow.MlflowClient.requests
