@@ -30,6 +30,7 @@ from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
 from hpm.training.run import PretrainingRun
+from hpm.weights.own import encoder_call
 from hpm.weights.run import Run
 
 
@@ -91,11 +92,10 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
             f"{best['step']} ({run.files.best_checkpoint}); probing took "
             f"{run.probe_seconds:.1f} s in all"
         )
-    shape, name = ("B C T H W", "clips") if run.sampling else ("B C H W", "images")
     run.log.info(
         f"done: {run.files.backbone}\n  import hpm\n"
         f'  encoder = hpm.load_encoder("{run.config.out}")\n'
-        f"  pooled, patches = encoder({name})  # uint8 [{shape}] -> [B D], [B N D]"
+        f"  {encoder_call(run.sampling is not None)}"
     )
 
 

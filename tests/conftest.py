@@ -133,3 +133,24 @@ def browser():
 
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def screens(browser):
+    """Open a page wide and light, then narrow and dark: it fits, and its script has no errors."""
+
+    def each(html):
+        errors = []
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            context = browser.new_context(
+                viewport={"width": width, "height": 800}, color_scheme=scheme
+            )
+            shown = context.new_page()
+            shown.on("pageerror", lambda error: errors.append(str(error)))
+            shown.goto(html.as_uri())
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
+            yield shown
+            context.close()
+        assert not errors
+
+    return each

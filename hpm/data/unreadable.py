@@ -25,18 +25,15 @@ class UnreadableImages:
         source: the source of the images.
         share: largest share of its images that may be unreadable.
         known: earlier problems by index, which are not reported again.
-        count: number of its images; of a stream, those that have been read.
+
+    `count` gives the number of its images. Of a stream, set it to those that have been read.
     """
 
-    def __init__(
-        self,
-        source: Named,
-        share: float,
-        known: dict[int, str] | None = None,
-        count: Callable[[], int] | None = None,
-    ):
+    count: Callable[[], int]
+
+    def __init__(self, source: Named, share: float, known: dict[int, str] | None = None):
         self.source, self.share = source, share
-        self.count = count or (lambda: len(source))  # type: ignore[arg-type]
+        self.count = lambda: len(source)  # type: ignore[arg-type]
         self.problems = dict(known or {})  # of all processes, up to the last check
         self._found: dict[int, str] = {}  # of this process since the last check
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +73,35 @@ def open_trained(run: str, device: str) -> Trained:
     trained = load(run)
     for note in trained.notes:
         print(note)
+    prepare(trained, device)
+    return trained
+
+
+def prepare(trained: Trained, device: str) -> None:
+    """Move models to the device, in eval mode."""
     for module in (trained.encoder, trained.model, trained.teacher):
         if module is not None:
             module.to(pick_device(device)).eval()
-    return trained
+
+
+def some_images(data: str, count: int, seed: int, trained: Trained, trusted: bool = True) -> Subset:
+    """Random images of the test split, if there is one, or of all; videos for a model of clips.
+
+    trusted: whether the user named the data. Raises UserError if there are none.
+    """
+    splits = open_source(data, trusted, clips=trained.sampling() is not None)
+    source: Source = splits.test or splits.train
+    order = np.random.default_rng([seed, len(source)]).permutation(len(source))
+    return Subset(source, np.sort(order[:count]))
+
+
+def evaluation_images(some: Subset, trained: Trained, batch_size: int) -> Iterator[Batch]:
+    """These images, as the encoder takes them."""
+    height, width = trained.encoder.image_size[-2:]
+    channels = trained.encoder.channels
+    return evaluation_batches(
+        some, (height, width), channels, batch_size, sampling=trained.sampling()
+    )
 
 
 def describe_unavailable(reasons: dict[Panel, str]) -> str:
@@ -177,23 +203,13 @@ def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
 def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     """Read random images of the data and their paths. Prints those that cannot be read."""
     assert config.data is not None
-    splits = open_source(config.data, clips=trained.sampling() is not None)
-    source: Source = splits.test or splits.train
-    rng = np.random.default_rng([config.seed, len(source)])
-    some = Subset(source, np.sort(rng.permutation(len(source))[: config.images]))
-    height, width = trained.encoder.image_size[-2:]
-    reading = evaluation_batches(
-        some,
-        (height, width),
-        trained.encoder.channels,
-        BATCH_SIZE,
-        sampling=trained.sampling(),
-    )
+    some = some_images(config.data, config.images, config.seed, trained)
+    reading = evaluation_images(some, trained, BATCH_SIZE)
     batches = list(track(reading, "reading", -(-len(some) // BATCH_SIZE)))
     problems = [f"{some.path(i)}: {what}" for b in batches for i, what in b.unreadable]
     batches = [batch for batch in batches if len(batch.images)]
     if not batches:
-        raise UserError(f"{source.name}: no image of {len(some)} can be read ({problems[0]})")
+        raise UserError(f"{some.name}: no image of {len(some)} can be read ({problems[0]})")
     for problem in problems[:MAX_NAMED]:
         print(f"passed over: {problem}")
     if len(problems) > MAX_NAMED:

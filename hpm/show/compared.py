@@ -129,10 +129,7 @@ def _find(name: str) -> list[Path]:
 
 
 def _read(folder: Path, label: str) -> ComparedRun:
-    options, metrics = (
-        read_options(folder / RunFolder(folder).config_file.name),
-        read_metrics(folder),
-    )
+    options, metrics = read_options(RunFolder(folder).config_file), read_metrics(folder)
     step = max((line["step"] for line in metrics), default=0)
     saved = [each for place in ("evals", "ablation") for each in saved_evaluations(folder, place)]
     rows = [row for each in saved if each.weights != "teacher" for row in each.rows or ()]

@@ -11,16 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError
 from hpm.core.files import disk_error, write_text
 from hpm.core.progress import track
-from hpm.data.loader import evaluation_batches
-from hpm.data.sources import Subset, open_source
 from hpm.evals.contract import RAW_PIXELS
-from hpm.show.command import hard_share
+from hpm.show.command import evaluation_images, hard_share, prepare, some_images
 from hpm.show.compared import (
     LOSS_DEPENDS_ON,
     ComparedRun,
@@ -265,18 +260,9 @@ def _draw(run: ComparedRun, data: str, config: CompareConfig) -> Moment:
     missing = unavailable_panels(trained)
     if "actual" in missing:
         raise UserError(missing["actual"])
-    for module in (trained.encoder, trained.model, trained.teacher):
-        if module is not None:
-            module.to(pick_device(config.device)).eval()
-    sampling = trained.sampling()
-    splits = open_source(data, trusted=config.data is not None, clips=sampling is not None)
-    source = splits.test or splits.train
-    order = np.random.default_rng([config.seed, len(source)]).permutation(len(source))
-    some = Subset(source, np.sort(order[: config.images]))
-    height, width = trained.encoder.image_size[-2:]
-    channels = trained.encoder.channels
-    batches = evaluation_batches(some, (height, width), channels, len(some), sampling=sampling)
-    batch = next(iter(batches))
+    prepare(trained, config.device)
+    some = some_images(data, config.images, config.seed, trained, config.data is not None)
+    (batch,) = evaluation_images(some, trained, len(some))
     if not len(batch.images):
         raise UserError(f"{data}: none of {len(some)} images can be read")
     share = hard_share(None, trained)

@@ -22,6 +22,7 @@ from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.show.report_figures import animations_section, charts_section, moments_section
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
+from hpm.weights.own import encoder_call
 from hpm.weights.run_folder import RunFolder
 
 # Options that `schedule.resolve` fills in, and that the user rarely sets.
@@ -182,17 +183,14 @@ def _evaluations(folder: Path) -> str:
 
 
 def _usage(folder: Path, clips: bool) -> str:
-    shape, images = ("B C T H W", "clips") if clips else ("B C H W", "images")
+    images = "CLIPS" if clips else "IMAGES"
     path = json.dumps(str(folder))
-    python = (
-        f"import hpm\n\nencoder = hpm.load_encoder({path})\n"
-        f"pooled, patches = encoder({images})  # uint8 [{shape}] -> [B D], [B N D]"
-    )
+    python = f"import hpm\n\nencoder = hpm.load_encoder({path})\n{encoder_call(clips)}"
     export = "onnx --out backbone.onnx" if clips else "timm --out backbone_timm.safetensors"
     shell = (
-        f"hpm eval linear {folder} LABELLED_{images.upper()}   # how good are the features?\n"
+        f"hpm eval linear {folder} LABELLED_{images}   # how good are the features?\n"
         f"hpm export {folder} --to {export}\n"
-        f"hpm show {folder} {images.upper()} --out figure.png"
+        f"hpm show {folder} {images} --out figure.png"
     )
     return f"<pre>{escape(python)}</pre>\n<pre>{escape(shell)}</pre>"
 

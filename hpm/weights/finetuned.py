@@ -85,20 +85,25 @@ def find_model(path: str | Path) -> Path:
 
 def read_model(path: Path) -> nn.Module:
     """Read a model of any kind."""
-    tensors, about = ({}, {}) if path.is_dir() else read_tensors(path)
+    try:
+        return _hugging_face_classifier(path) if path.is_dir() else _own_model(path)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _own_model(path: Path) -> nn.Module:
+    """A model that `hpm eval` trained. Raises UserError if the file holds something else."""
+    tensors, about = read_tensors(path)
     kind = about.get("kind")
-    if kind not in KINDS and not path.is_dir():
+    if kind not in KINDS:
         raise UserError(
             f"{path}: kind is {kind!r}, not a fine-tuned model ({', '.join(KINDS)}); "
             "hpm.load_encoder reads backbones"
         )
-    try:
-        if kind is None:
-            return _hugging_face_classifier(path)
-        module, _, name = KINDS[kind].partition(":")
-        return getattr(importlib.import_module(module), name).from_file(path, tensors, about)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name).from_file(path, tensors, about)
 
 
 def _hugging_face_classifier(path: Path) -> nn.Module:

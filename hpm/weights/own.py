@@ -88,9 +88,12 @@ class OwnBackbone(WritableFormat):
 
     def code(self, source: ExportSource, path: Path) -> str:
         pool = "" if source.backbone.pool == "mean" else f', pool="{source.backbone.pool}"'
-        shape, name = ("B C T H W", "clips") if source.of_clips else ("B C H W", "images")
-        return (
-            "import hpm\n\n"
-            f'encoder = hpm.load_encoder("{path}"{pool})\n'
-            f"pooled, patches = encoder({name})  # uint8 or uint16 [{shape}] -> [B D], [B N D]"
+        return f'import hpm\n\nencoder = hpm.load_encoder("{path}"{pool})\n' + encoder_call(
+            source.of_clips, "uint8 or uint16"
         )
+
+
+def encoder_call(clips: bool, pixels: str = "uint8") -> str:
+    """The line of Python that calls a loaded encoder, for logs, reports and exports."""
+    shape, name = ("B C T H W", "clips") if clips else ("B C H W", "images")
+    return f"pooled, patches = encoder({name})  # {pixels} [{shape}] -> [B D], [B N D]"

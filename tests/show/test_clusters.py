@@ -115,14 +115,8 @@ def test_many_images_are_drawn_at_random(features, tmp_path, monkeypatch):
     assert len(re.findall(r'class="thumb s0" style', text)) == 6
 
 
-def test_a_browser_shows_what_is_pointed_at(browser, html):
-    errors = []
-    for width, scheme in ((1280, "light"), (390, "dark")):
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        shown = context.new_page()
-        shown.on("pageerror", lambda error: errors.append(str(error)))
-        shown.goto(html.as_uri())
-        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+def test_a_browser_shows_what_is_pointed_at(screens, html):
+    for shown in screens(html):
         found = values(html.read_text())
         world = shown.locator(".world")
         world.scroll_into_view_if_needed()
@@ -143,8 +137,6 @@ def test_a_browser_shows_what_is_pointed_at(browser, html):
         shown.locator('button[data-by="label"]').click()
         assert shown.locator('g[data-by="label"]').is_visible()
         assert shown.locator("path.dim").count() == 0
-        context.close()
-    assert not errors
 
 
 def test_refusals(features, finished_run, image_folder, tmp_path):
