@@ -424,16 +424,23 @@ class Experiment:
     def summary(self, differences: dict[str, list[float]]) -> str:
         """The README's paragraph: what HPM less MAE is so far."""
         pairs = len(next(iter(differences.values())))
-        told: dict[str, list[str]] = {"better": [], "worse": [], "not told apart": []}
+        told: dict[str, list[str]] = {
+            "is better than MAE on": [],
+            "is worse than MAE on": [],
+            "cannot be told apart from MAE on": [],
+        }
+        better, worse, same = told
         for measure, values in differences.items():
             mean, half = mean_and_half(values)
-            word = "not told apart" if abs(mean) < half else "better" if mean > 0 else "worse"
-            told[word].append(f"{MEASURES[measure].split(',')[0]} ({interval(values)})")
-        verdict = "; ".join(f"{word} by {', '.join(ms)}" for word, ms in told.items() if ms)
+            word = same if abs(mean) < half else better if mean > 0 else worse
+            title = MEASURES[measure].split(",")[0]
+            article = "the " if title.endswith("probe") else ""
+            told[word].append(f"{article}{title} ({interval(values)})")
+        verdict = "; it ".join(f"{word} {' and '.join(ms)}" for word, ms in told.items() if ms)
         ratio = self.known.get("ratio")
         cost = f" A step of HPM took {ratio:.1f} times as long." if ratio else ""
         text = (
-            f"So far, after {pairs} of {len(self.seeds)} planned pairs of seeds, HPM beside MAE is "
+            f"So far, {pairs} of {len(self.seeds)} planned pairs of seeds have finished. HPM "
             f"{verdict} (points, with 95 % t-intervals). Both trained {self.chosen.model} for "
             f"{self.epochs} epochs on {self.chosen.rows:,} images of Tiny ImageNet, each at its "
             f"own best setting.{cost}"
