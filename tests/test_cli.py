@@ -303,6 +303,7 @@ def test_demo(tmp_path):
     )
     assert hard > 1.5 * chance
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 50_000
+    assert "your images: hpm pretrain FOLDER_OF_IMAGES --out" in result.stdout
 
 
 @pytest.mark.slow
@@ -318,7 +319,7 @@ def test_demo_of_videos(tmp_path, monkeypatch):
         r"motion: trained, class token tells .* above: .*; not above: .*raw pix", words
     )
     assert "one frame, repeated" in words and re.search(r"% lies on objects \(\d+ % by", words)
-    assert "hpm pretrain FOLDER_OF_VIDEOS" in words
+    assert "your videos: hpm pretrain FOLDER_OF_VIDEOS --frames 16" in words
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 20_000
 
 

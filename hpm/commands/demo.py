@@ -34,14 +34,13 @@ def demo(config: DemoConfig) -> Run:
     run = run_pretraining(make_config(PretrainConfig, options))
     console = Console()
     figure = _measure_videos(run, console) if config.video else _measure_images(run, console)
-    what = (
-        "FOLDER_OF_VIDEOS --frames 16 --patch-size 2,16,16" if config.video else "FOLDER_OF_IMAGES"
-    )
+    kind = "videos" if config.video else "images"
+    clips = " --frames 16 --patch-size 2,16,16" if config.video else ""
     console.print(
         f"\nreport:      {run.report}\n"
         f"figures:     {figure}, {run.figures}/ (during training)\n"
         f"curves:      tensorboard --logdir {run.folder}\n"
-        f"your {folder.removeprefix('demo-')}s: hpm pretrain {what} --out runs/first",
+        f"your {kind}: hpm pretrain FOLDER_OF_{kind.upper()}{clips} --out runs/first",
         highlight=False,
         soft_wrap=True,
     )
