@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -147,7 +148,10 @@ def measure(files: list[bytes], rounds: int, titles: tuple[str, str]) -> list[st
 
         return make
 
-    alone = {name: lambda i, d=decode: d(files[i]) for name, decode in ways.items()}
+    def only(decode: Decode) -> Callable[[int], Any]:
+        return lambda index: decode(files[index])
+
+    alone = {name: only(decode) for name, decode in ways.items()}
     views = {
         f"{name} | {resize_name}": view(decode, resize)
         for name, decode in ways.items()
@@ -203,7 +207,7 @@ def main() -> None:
     paths = [p for p in sorted(chosen.photos.iterdir()) if p.suffix.lower() in (".jpg", ".jpeg")]
     files = [path.read_bytes() for path in paths[: chosen.images]]
     large = [enlarged(data) for data in files[: chosen.large_images]]
-    pixels = statistics.mean(np.prod(open_by_pillow(io.BytesIO(f)).size) for f in files)
+    pixels = statistics.mean(math.prod(open_by_pillow(io.BytesIO(f)).size) for f in files)
     _, missing = decoders()
     lines = [
         "## Decoders",

@@ -93,7 +93,7 @@ def main() -> None:
         folder = Path(temporary)
         run = folder / "run.safetensors"
         encoder = build_encoder(architecture, seed=0)
-        save_backbone(run, encoder, architecture, [0.5] * 3, [0.25] * 3)
+        save_backbone(run, encoder.state_dict(), architecture, [0.5] * 3, [0.25] * 3)
         (folder / "images").mkdir()
         for number in range(chosen.images):  # only their names are used
             Image.new("RGB", (1, 1)).save(folder / "images" / f"{number:05d}.png")
@@ -104,7 +104,7 @@ def main() -> None:
                 str(folder / f"{number}.npy"),
                 precision=chosen.precision,
                 batch_size=chosen.batch_size,
-                device=device.type,
+                device="cuda" if device.type == "cuda" else "cpu",
             )
             bare = time_bare(run, batches, device, chosen.precision)
             rounds.append((bare, time_embedding(config, batches, device)))

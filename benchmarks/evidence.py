@@ -195,9 +195,9 @@ class Experiment:
                 continue
             for seed in self.seeds:
                 jobs += [
-                    self.job(method, settings[method], seed)
+                    self.job(method, setting, seed)
                     for method in methods
-                    if settings[method] is not None
+                    if (setting := settings[method]) is not None
                 ]
         setting = self.tune("HPM")[1]
         if setting is not None:
@@ -494,10 +494,12 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
         x0, y0, x1, y1 = boxes[index]
         inside[row, 0, y0:y1, x0:x1] = 1
     share = patchify(inside, (8, 8)).mean(-1)  # of each patch, the part in the box
-    found = {"chance": share.mean().item(), "progress": [], "mined": [], "hardest": []}
+    found: dict[str, list[float]] = {"progress": [], "mined": [], "hardest": []}
     checkpoints = sorted((run / "checkpoints").glob("step_*.safetensors"))
     for number, file in enumerate(checkpoints, 1):
         trained = load(file)
+        assert trained.model is not None and trained.teacher is not None
+        assert trained.config is not None
         trained.model.eval(), trained.teacher.eval()
         pixels = normalize(batch.images, torch.tensor(trained.mean), torch.tensor(trained.std))
         target = trained.find_target(torch.device("cpu"))
@@ -512,10 +514,12 @@ def measure_objects(run: Path, data: Path, images: int = 512, num_masks: int = 8
         )
         count = trained.find_miner().num_hidden // 2
         for name, values in (("mined", maps.predicted), ("hardest", maps.actual)):
+            assert values is not None  # the model predicts losses
             top = values.nan_to_num(nan=-torch.inf).topk(count, dim=1).indices
             found[name].append(share.gather(1, top).mean().item())
         found["progress"].append(number / len(checkpoints))
-    (run / "objects.json").write_text(json.dumps(found) + "\n")
+    chance = share.mean().item()
+    (run / "objects.json").write_text(json.dumps({"chance": chance} | found) + "\n")
 
 
 def object_rows(objects: list[dict]) -> list[list[str]]:

@@ -13,6 +13,7 @@ import json
 import statistics
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from methods import as_arguments
 from results import machine, table, write_section
@@ -20,7 +21,7 @@ from results import machine, table, write_section
 DATA = Path(__file__).parent / ".." / ".." / "shared" / "data" / "flowers"
 STEPS = (100, 300, 1000)
 BASE_LRS = (1.5e-4, 5e-4, 1.5e-3, 4e-3, 8e-3)
-COMMON = {
+COMMON: dict[str, Any] = {
     "model": "vit_nano",
     "image_size": 64,
     "patch_size": 8,
@@ -46,8 +47,8 @@ def train(out: Path, steps: list[int], base_lrs: list[float], seeds: int) -> Non
         folder = run_folder(out, count, base_lr, seed)
         if top1(folder, "trained") is not None:
             continue
-        own = {"steps": count, "base_lr": base_lr, "seed": seed, "out": str(folder)}
-        hpm.pretrain(data=str(DATA), **COMMON, **own)
+        own: dict[str, Any] = {"steps": count, "base_lr": base_lr, "seed": seed}
+        hpm.pretrain(data=str(DATA), out=str(folder), **COMMON, **own)
         # Random weights are the same for all runs of a seed.
         baselines = (count, base_lr) == (STEPS[0], BASE_LRS[0])
         hpm.evaluate("knn", str(folder), str(DATA), k=(K,), baselines=baselines, workers=0)

@@ -119,7 +119,8 @@ class Experiment:
         """True once all is done."""
         stages = (self.tuning, self.tuning_probes, self.timing, self.pretraining, self.evaluation)
         for stage in stages:
-            print(f"{self.name}: {stage.__doc__.splitlines()[0]}", flush=True)
+            title = (stage.__doc__ or "").splitlines()[0]
+            print(f"{self.name}: {title}", flush=True)
             if not run_all(stage(), self.side_by_side, deadline):
                 return False
         return True
@@ -227,8 +228,8 @@ class Experiment:
         options = {"baselines": str(arm.name == "MAE").lower(), "workers": 0, "seed": seed}
         options |= {"out": run / "evals"} | self.dataset.labels
         options |= FINETUNE if protocol == "finetune" else {}
-        command = ("eval", protocol, str(run), str(DATA / self.dataset.data))
-        command += tuple(as_arguments(options))
+        data = str(DATA / self.dataset.data)
+        command = ("eval", protocol, str(run), data, *as_arguments(options))
         return Job(command, run / "evals", f"{protocol}_*.json", run.with_name(run.name + ".log"))
 
     # Results.
@@ -384,7 +385,7 @@ def run_all(jobs: list[Job], side_by_side: int, deadline: float) -> bool:
                 del running[job]
                 if process.returncode:
                     log_tail = job.log.read_text()[-2000:]
-                    sys.exit(f"failed: {' '.join(process.args)}\n{log_tail}")
+                    sys.exit(f"failed: hpm {' '.join(job.arguments)}\n{log_tail}")
                 print(f"{total - len(waiting) - len(running)} of {total}: {job.result}", flush=True)
     return True
 

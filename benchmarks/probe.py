@@ -13,6 +13,7 @@ import time
 
 import torch
 from results import machine, write_section
+from torch import Tensor
 from torch.nn import functional as F
 
 from hpm.evals import linear
@@ -39,7 +40,7 @@ class Recorded(torch.nn.Module):
             nesterov=True,
         )
 
-    def learn(self, features, labels, seen, rate) -> None:
+    def learn(self, features: Tensor, labels: Tensor, seen: Tensor, rate: float) -> None:
         weight, bias = torch.cat(self.weights, 1), torch.cat(self.biases)
         logits = torch.addmm(bias, self.norm(features), weight)
         logits = logits.view(len(features), -1, 2, CLASSES).permute(1, 2, 0, 3)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from results import machine, write_section
 from rich.console import Console
@@ -30,7 +31,7 @@ SIZES = {
 }
 
 
-def as_options(words: list[str]) -> dict[str, str | int]:
+def as_options(words: list[str]) -> dict[str, Any]:
     """`--image-size 64` -> image_size=64."""
     names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
     values = [int(word) if word.isdigit() else word for word in words[1::2]]

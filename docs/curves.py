@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hpm.weights.run_folder import Run
+from hpm.weights.run_folder import RunFolder
 
 DOCS = Path(__file__).parent
 PANELS = {
@@ -23,24 +23,25 @@ CHANCE = {"reconstruction_loss": 1.0, "ranking_accuracy": 0.5}
 DASHED = {"ranking_accuracy": "held_out/mining_accuracy"}
 
 
-def draw_curve(panel: Axes, run: Run, name: str, colour: str, dashed: bool = False) -> None:
+def draw_curve(panel: Axes, run: RunFolder, name: str, colour: str, dashed: bool = False) -> None:
     """Draw a metric over the progress of training, so that runs of any length can be compared."""
     lines = run.metrics()
     last = lines[-1]["step"]
     points = [(100 * line["step"] / last, line[name]) for line in lines if name in line]
-    style = {"linestyle": (0, (3, 2)), "marker": "."} if dashed else {}
+    style = "--." if dashed else "-"
     if points:
-        panel.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, **style)
+        panel.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.2)
 
 
-def title(run: Run) -> str:
+def title(run: RunFolder) -> str:
     options = yaml.safe_load(run.config_file.read_text())
     target = options["target"].replace("_", " ").replace("normalized", "normalised")
     steps = run.metrics()[-1]["step"]
     return f"{run.folder.name.split('_')[0]}: {target}, {steps} steps"
 
 
-runs = [Run(Path(folder)) for folder in sys.argv[1:] or [DOCS.parent / "runs" / "demo"]]
+folders = sys.argv[1:] or [str(DOCS.parent / "runs" / "demo")]
+runs = [RunFolder(Path(folder)) for folder in folders]
 figure = Figure(figsize=(11, 5.4), dpi=110, layout="constrained")
 FigureCanvasAgg(figure)
 *panels, corner = figure.subplots(2, 3).flatten()

@@ -20,14 +20,15 @@ DOCS = Path(__file__).parent
 IMAGE, RATIO = 7, 0.75
 
 trained = load(DOCS.parent / "runs" / "demo")
-encoder = trained.teacher.encoder
-view = torch.from_numpy(
-    evaluation_view(open_source("demo").test.open(IMAGE), encoder.image_size, 3)
-)[None]
+teacher, photos = trained.teacher, open_source("demo").test
+assert teacher is not None and photos is not None
+encoder = teacher.encoder
+height, width = encoder.image_size
+view = torch.from_numpy(evaluation_view(photos.open(IMAGE), (height, width), 3))[None]
 images = normalize(view, torch.tensor(trained.mean), torch.tensor(trained.std))
 with torch.no_grad():
-    signals = {"attention": attention(trained.teacher, images)[1]}
-    losses = predicted_losses(trained.teacher.predict_loss, images)[1]
+    signals = {"attention": attention(teacher, images)[1]}
+    losses = predicted_losses(teacher.predict_loss, images)[1]
 
 names = BUILT_IN
 hidden = num_hidden_patches(encoder.num_patches, RATIO)
