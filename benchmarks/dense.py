@@ -35,7 +35,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 NOTE = (
-    "\n\nShares above 100 %: on this CPU the convolutions of the heads run faster than a matrix product."
+    "\n\nShares above 100 %: on this CPU the convolutions of the heads run faster than a matrix "
+    "product."
 )
 
 
