@@ -59,6 +59,10 @@ def understand(arguments: Sequence[str]) -> tuple[Callable[[Any], None], Any]:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         raise HelpWanted(_usage())
     name, *rest = arguments
+    if name == "__complete":  # asked by the shell: see hpm/commands/completion.py
+        from hpm.commands.completion import complete
+
+        raise HelpWanted("".join(f"{word}\n" for word in complete(rest)))
     if name == "--version":
         raise HelpWanted(f"{__version__}\n")
     if name in GROUPS:

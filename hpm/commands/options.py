@@ -247,6 +247,16 @@ class DoctorConfig:
 
 
 @dataclass
+class CompletionConfig:
+    """Print a script that completes verbs, options and their values when you press the tab key.
+    bash: `eval "$(hpm completion bash)"` in ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after
+    compinit. fish: `hpm completion fish | source` in ~/.config/fish/config.fish."""
+
+    shell: Literal["bash", "zsh", "fish"]
+    """The shell."""
+
+
+@dataclass
 class PredictConfig:
     """Write the predictions of a fine-tuned model for a folder of images: masks as PNG, or
     objects as COCO's JSON."""

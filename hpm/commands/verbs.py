@@ -204,6 +204,12 @@ def _doctor(config: Any) -> None:
     _write_json(run_doctor(), config.json)
 
 
+def _completion(config: Any) -> None:
+    from hpm.commands.completion import SCRIPTS
+
+    print(SCRIPTS[config.shell], end="")
+
+
 def _export(config: Any) -> None:
     from hpm.commands.export import run_export
 
@@ -254,6 +260,7 @@ VERBS = {
     ),
     "export": Verb("hpm.commands.options:ExportConfig", _export, ("run",)),
     "doctor": Verb("hpm.commands.options:DoctorConfig", _doctor),
+    "completion": Verb("hpm.commands.options:CompletionConfig", _completion, ("shell",)),
 }
 
 # Verbs of several kinds: what a kind is called, and what finds all of them, or the one of a name.
@@ -266,7 +273,7 @@ ABOUT = {
     "demo": "pre-train on built-in images, evaluate and draw; minutes on a CPU",
     "pretrain": "pre-train a backbone on a folder of images",
     "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
-    "show": "draw what a model makes of images: losses, mask, features, attention",
+    "show": "draw what a model makes of images: losses, mask, attention",
     "view": "try a model on images in the browser",
     "predict": "write the predictions of a fine-tuned model for a folder of images",
     "embed": "write the features of images into a file, one row per image",
@@ -278,5 +285,6 @@ ABOUT = {
     "bench": "measure the speed of training, of dense heads, or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
     "doctor": "show versions, hardware and extras, and what is missing",
+    "completion": "print a script that completes commands in bash, zsh or fish",
     "tokenize": "learn a codebook of discrete tokens as a reconstruction target",
 }

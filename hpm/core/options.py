@@ -292,11 +292,16 @@ def preset_path(name: str | Path) -> Path:
     name = str(name)
     if Path(name).is_file():
         return Path(name)
-    presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
+    presets = preset_names()
     if name not in presets:
-        known = ", ".join(sorted(presets))
+        known = ", ".join(presets)
         raise UserError(f"no preset or file '{name}'{nearest(name, presets)} (presets: {known})")
-    return presets[name]
+    return PRESETS / f"{name}.yaml"
+
+
+def preset_names() -> list[str]:
+    """The presets that are installed with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def read_preset(name: str | Path) -> dict[str, Any]:
