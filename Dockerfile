@@ -5,7 +5,7 @@
 FROM python:3.13-slim
 
 ARG TORCH=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=clusters,dense,hf,multichannel,onnx,parquet,stream,timm,video
+ARG EXTRAS=clusters,dense,heic,hf,multichannel,onnx,parquet,stream,timm,video
 
 RUN pip install --no-cache-dir torch torchvision --index-url "$TORCH"
 WORKDIR /opt/hpm

@@ -26,6 +26,7 @@ State = Literal["ok", "warning", "missing"]
 EXTRAS = {
     "parquet": "parquet files and Hugging Face data sets",
     "multichannel": "TIFF and 16-bit colours",
+    "heic": "photographs of phones in HEIC",
     "stream": "shards on S3, and braces in addresses",
     "video": "video files",
     "timm": "timm's encoders, export to timm",

@@ -9,7 +9,9 @@ from pathlib import Path
 from hpm.core.errors import why
 from hpm.data.arrays import JPEG_SUFFIXES
 from hpm.data.notes import say_once
+from hpm.data.pillow import READS_HEIC
 
+HEIC_SUFFIXES = (".heic", ".heif")
 IMAGE_SUFFIXES = (
     *JPEG_SUFFIXES,
     ".png",
@@ -21,6 +23,8 @@ IMAGE_SUFFIXES = (
     ".ppm",
     ".pgm",
     ".npy",
+    ".avif",
+    *(HEIC_SUFFIXES if READS_HEIC else ()),
 )
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -38,12 +42,14 @@ VIDEO_SUFFIXES = (
 )
 # Kinds of files that are recognised but not read, by suffix.
 OTHER_KINDS = {
-    **dict.fromkeys((".heic", ".heif", ".avif", ".jxl", ".jp2"), "images"),
+    **dict.fromkeys(HEIC_SUFFIXES, "heic"),
+    **dict.fromkeys((".jxl", ".jp2"), "images"),
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2"), "raw"),
     **dict.fromkeys(VIDEO_SUFFIXES, "videos"),
 }
 HINTS = {
-    "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.heic)",
+    "heic": "for HEIC, pip install 'hpm[heic]'",
+    "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.jxl)",
     "raw": "convert raw photographs to JPEG or TIFF",
     "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg), or train "
     "on a folder of videos alone",

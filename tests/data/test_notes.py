@@ -8,7 +8,7 @@ from helpers import TINY, write_images
 from PIL import Image
 
 import hpm
-from hpm.data import loader, notes
+from hpm.data import folders, loader, notes
 from hpm.data.loader import EvaluationViews, training_loader
 from hpm.data.opening import open_image
 from hpm.data.sources import FileSource, open_source
@@ -29,18 +29,26 @@ def touch(folder, *names):
 
 def test_other_kinds_are_counted_and_named_once(tmp_path, capsys):
     folder = write_images(tmp_path / "data", classes=1, per_class=2)
-    touch(folder, "a.HEIC", "b.heic", "c.mp4", "notes.txt", ".hidden.heic")
+    touch(folder, "a.JXL", "b.jxl", "c.mp4", "notes.txt", ".hidden.jxl")
     for _ in range(2):
         assert len(open_source(str(folder)).train) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "passed over: 2 .heic, 1 .mp4: convert images to JPEG" in said[0]
+    assert "passed over: 2 .jxl, 1 .mp4: convert images to JPEG" in said[0]
     assert "ffmpeg" in said[0]
 
 
 def test_a_folder_of_other_kinds_alone(tmp_path):
-    touch(tmp_path / "phone", "a.heic", "b.avif")
-    with pytest.raises(hpm.UserError, match=r"no images.*1 .avif, 1 .heic: convert images to JPEG"):
+    touch(tmp_path / "scans", "a.jp2", "b.jxl")
+    with pytest.raises(hpm.UserError, match=r"no images.*1 .jp2, 1 .jxl: convert images to JPEG"):
+        open_source(str(tmp_path / "scans"))
+
+
+def test_heic_without_its_decoder_names_the_extra(tmp_path, monkeypatch):
+    without = [s for s in folders.IMAGE_SUFFIXES if s not in folders.HEIC_SUFFIXES]
+    monkeypatch.setattr(folders, "IMAGE_SUFFIXES", tuple(without))
+    touch(tmp_path / "phone", "a.heic")
+    with pytest.raises(hpm.UserError, match=r"1 .heic: for HEIC, pip install 'hpm\[heic\]'"):
         open_source(str(tmp_path / "phone"))
 
 

@@ -11,7 +11,7 @@ from PIL import EpsImagePlugin, Image
 import hpm
 from hpm.data.arrays import UnreadableImage
 from hpm.data.opening import open_image
-from hpm.data.pillow import FORMATS
+from hpm.data.pillow import FORMATS, HEIC
 from hpm.data.transforms import evaluation_view
 from hpm.show import view
 from hpm.weights.resolve import load
@@ -27,6 +27,8 @@ showpage
 
 def encoded(kind):
     file = io.BytesIO()
+    if kind == HEIC:
+        pytest.importorskip("pillow_heif").register_heif_opener()
     more = {"append_images": [PICTURE], "save_all": True} if kind == "MPO" else {}
     PICTURE.save(file, kind, **more)
     return file.getvalue()
@@ -41,7 +43,7 @@ def no_ghostscript(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
 
 
-@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO", HEIC])
 def test_the_formats_that_are_read(kind, tmp_path):
     (tmp_path / "photo.png").write_bytes(encoded(kind))
     for file in (io.BytesIO(encoded(kind)), tmp_path / "photo.png"):
