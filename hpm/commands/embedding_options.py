@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hpm.core.choices import DeviceName
 from hpm.core.options import option
 
 
@@ -43,8 +44,9 @@ class EmbedConfig:
     """Images per forward pass."""
     workers: int | None = option(None, at_least=0)
     """Number of processes that load images (default: one per spare core, at most 16)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
 
 
 @dataclass
@@ -72,5 +74,6 @@ class SimilarConfig:
     """Search an index (HNSW) instead of comparing with every image. It is built at the first call
     and kept beside the features; worth it for many searches among millions of images (pip install
     'hpm[faiss]')."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""

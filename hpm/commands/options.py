@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hpm.core.choices import DeviceName
 from hpm.core.config import PretrainConfig
 from hpm.core.options import option
 
@@ -101,8 +102,9 @@ class BenchDenseConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
     seed: int = option(0, at_least=0)
     """Random seed of the weights and of the images."""
     json: str | None = option(None, main=True)
@@ -199,8 +201,9 @@ class TokenizeConfig:
     """Maximum number of k-means iterations."""
     workers: int = option(0, at_least=0)
     """Number of processes that load images."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
     seed: int = option(0, at_least=0)
     """Random seed of the sampling and of the initial codes."""
 
@@ -273,5 +276,6 @@ class PredictConfig:
     """Stop if more than this fraction of the images cannot be read."""
     workers: int | None = option(None, at_least=0)
     """Number of processes that load images (default: one per spare core, at most 16)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""

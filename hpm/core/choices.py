@@ -28,6 +28,7 @@ PredictorLoss = Literal["relative", "absolute", "none"]
 PatchSize = tuple[int, int] | tuple[int, int, int]
 Tubes = Literal["none", "mean", "max"]
 Positions = Literal["sincos", "sincos_1d"]
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 TrackerName = Literal["none", "wandb", "mlflow"]
 
 TIMM = "timm/"  # prefix of the names of timm's models

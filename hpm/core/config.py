@@ -11,6 +11,7 @@ from typing import Literal
 
 from hpm.core.choices import (
     HARD_SHARES,
+    DeviceName,
     Flip,
     HardShareSchedule,
     PatchSize,
@@ -253,8 +254,9 @@ class ImageOptions:
 class MachineOptions:
     """Hardware and data loading."""
 
-    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True)
-    """Device to train on; auto uses the GPU if there is one."""
+    device: DeviceName = option("auto", may_change=True)
+    """Device to train on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the passes; auto is bfloat16 on a GPU and float32 on a CPU."""
     compile: Literal["auto", "true", "false"] = option("auto", may_change=True)

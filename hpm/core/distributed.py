@@ -52,7 +52,13 @@ def is_main() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """This process's device for `auto`, `cpu` or `cuda`."""
+    """This process's device for `auto`, `cpu`, `cuda` or `mps`."""
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device is mps, but PyTorch sees no Apple GPU: pass --device cpu")
+        if world_size() > 1:
+            raise UserError("device mps works in one process only: start hpm without torchrun")
+        return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch sees no GPU: pass --device cpu")
     if name == "cpu" or not torch.cuda.is_available():

@@ -36,6 +36,8 @@ class PhaseClock:
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
     def __enter__(self) -> PhaseClock:

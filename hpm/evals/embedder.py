@@ -129,7 +129,8 @@ class Embedder:
         assert pooled is not None
         found = {"features": pooled} | ({"patches": patches} if self.recipe.with_patches else {})
         dtype = getattr(torch, self.recipe.dtype)
-        return {name: x.to(dtype).to("cpu", non_blocking=True) for name, x in found.items()}
+        overlaps = self.device.type == "cuda"  # elsewhere, nothing waits for the copies
+        return {name: x.to(dtype).to("cpu", non_blocking=overlaps) for name, x in found.items()}
 
     def _computed(
         self, batch: Batch, tensors: dict[str, Tensor], copied: Any, stop: int

@@ -194,6 +194,8 @@ def hardness(
 
 def spearman(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """Spearman's rank correlation; ties get their mean rank. NaN if x or y is constant."""
+    if x.device.type == "mps":  # has no float64
+        return spearman(x.cpu(), y.cpu()).to(x.device)
     ranks = torch.stack([mean_ranks(x), mean_ranks(y)])
     return torch.corrcoef(ranks)[0, 1].float()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hpm.core.choices import DeviceName
 from hpm.core.options import option
 from hpm.data.video.sampling import ONE_VIEW, ViewGrid
 
@@ -42,8 +43,9 @@ class EvalOptions:
     """Images per forward pass."""
     workers: int | None = option(None, at_least=0, may_change=True, changes_numbers=False)
     """Number of processes that load images (default: one per spare core, at most 16)."""
-    device: Literal["auto", "cpu", "cuda"] = option("auto", may_change=True, changes_numbers=False)
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = option("auto", may_change=True, changes_numbers=False)
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
     seed: int = option(0, at_least=0)
     """Random seed of the random-weights baseline, splits, batches and masks."""
 

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from hpm.core.choices import DeviceName
 from hpm.core.options import option
 
 Panel = Literal["image", "actual", "predicted", "mask", "reconstruction", "pca", "attention"]
@@ -39,8 +40,9 @@ class CompareConfig:
     """Number of images to draw by every run, at random; 0 draws none, and reads no weights."""
     seed: int = option(0, at_least=0)
     """Random seed of the masks and of the choice of images."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
 
 
 @dataclass
@@ -70,8 +72,9 @@ class ShowConfig:
     """Fraction of the patches to hide (default: as in training)."""
     num_masks: int = option(10, at_least=1)
     """Number of random masks to average the actual loss over."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""
     seed: int = option(0, at_least=0)
     """Random seed of the masks and of the choice of images."""
 
@@ -90,5 +93,6 @@ class ViewConfig:
     """Open the page in a browser."""
     num_masks: int = option(10, at_least=1)
     """Number of random masks to average the actual loss over."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on; auto uses the GPU if there is one."""
+    device: DeviceName = "auto"
+    """Device to compute on; auto uses a CUDA GPU if there is one.
+    mps, Apple's, is untested."""

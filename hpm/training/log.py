@@ -176,6 +176,8 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory in GB: on the GPU if there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":  # now, since no peak is kept
+        return torch.mps.driver_allocated_memory() / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, ru_maxrss includes the peak of the parent process
         (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())

@@ -90,6 +90,8 @@ def checkpoint_tensors(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        tensors["rng.mps"] = torch.mps.get_rng_state()
     return tensors
 
 
@@ -197,6 +199,8 @@ def _restore_generators(states: StateDict) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
 
 
 def load_exactly(module: nn.Module, state: StateDict, path: Path) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from helpers import run_here, tiny_arguments, write_images
 from jobs import torchrun
 
+import hpm
 from hpm.core import distributed
 from hpm.core.files import read_tensors
 from hpm.weights.run import Run
@@ -277,3 +278,13 @@ def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
     assert joined["device_id"] == device and joined["timeout"] == distributed.TIMEOUT
     # What the main process does alone is waited for on the CPU, which has no watchdog.
     assert groups == [{"backend": "gloo", "timeout": distributed.MAIN_TIMEOUT}]
+
+
+def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
+    with pytest.raises(hpm.UserError, match="pass --device cpu"):
+        distributed.pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert distributed.pick_device("mps").type == "mps"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(hpm.UserError, match="one process only"):
+        distributed.pick_device("mps")
