@@ -25,8 +25,7 @@ from hpm.data.loader import num_workers
 from hpm.data.sources import open_source
 from hpm.data.unreadable import UnreadableImages
 from hpm.evals.embedder import Embedder, Recipe
-from hpm.evals.embedding_files import KIND, format_to_write
-from hpm.evals.embeddings import Embeddings
+from hpm.evals.embeddings import KIND, Embeddings, format_to_write
 
 Report = Callable[[str], None]
 

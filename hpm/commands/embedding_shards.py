@@ -20,8 +20,7 @@ from hpm.core.progress import track
 from hpm.data.chain import UNLABELLED, Chain
 from hpm.data.sources import Subset
 from hpm.evals.embedder import Arrays, Computed, Embedder
-from hpm.evals.embedding_files import ABOUT_FILE, FOLDER, FORMATS, Format
-from hpm.evals.embeddings import Embeddings
+from hpm.evals.embeddings import ABOUT_FILE, FOLDER, FORMATS, Embeddings, Format
 
 IN_A_FOLDER, IN_A_FILE = 10_000, 1_000  # images per shard
 LARGEST = 2**28  # bytes of a shard, which is held in memory

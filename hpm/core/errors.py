@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -27,6 +27,11 @@ def why(error: OSError) -> str:
 def counted(count: int, singular: str, plural: str | None = None) -> str:
     """`1 image`, `2 images`; pass the plural if it is irregular."""
     return f"{count} {singular if count == 1 else plural or singular + 's'}"
+
+
+def size_text(size: Sequence[int]) -> str:
+    """`16 x 16`"""
+    return " x ".join(map(str, size))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

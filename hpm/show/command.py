@@ -14,7 +14,7 @@ from hpm.core.errors import UserError
 from hpm.core.progress import track
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
-from hpm.evals.embedding_files import holds_features
+from hpm.evals.embeddings import holds_features
 from hpm.mining.masking import num_hidden_patches
 from hpm.show.clusters import show_clusters
 from hpm.show.figures import TITLES, draw, picture, unavailable_panels

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import UserError, one_line, size_text
 from hpm.data.arrays import UnreadableImage, at_depth, is_deep
 from hpm.data.loader import evaluation_batches
 from hpm.data.opening import open_image
@@ -46,7 +46,6 @@ from hpm.show.options import PANELS, ViewConfig
 from hpm.show.page import image_uri
 from hpm.show.strips import all_frames, count_frames, cut
 from hpm.show.view_page import view_page
-from hpm.weights.contents import size_text
 from hpm.weights.resolve import Trained
 
 ADDRESS = "127.0.0.1"

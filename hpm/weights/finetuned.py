@@ -16,7 +16,7 @@ from hpm.core.errors import UserError, counted
 from hpm.core.files import read_tensors
 from hpm.core.hub import read_json
 from hpm.core.random_state import random_state_kept
-from hpm.weights.resolve import read_states, resolve
+from hpm.weights.resolve import other_library, read_states, require_recognised
 from hpm.weights.shapes import complete
 from hpm.weights.video_mae_classifier import read_classifier
 
@@ -58,7 +58,7 @@ def is_finetuned(path: str | Path) -> bool:
         return any((path / name).is_file() for name in MODEL_FILES)
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    return read_tensors(path)[1].get("kind") in KINDS
+    return read_tensors(path, only=())[1].get("kind") in KINDS
 
 
 def find_model(path: str | Path) -> Path:
@@ -117,8 +117,10 @@ def _hugging_face_classifier(path: Path) -> nn.Module:
         )
     if not config.get("use_mean_pooling", True):
         raise UserError(f"{path}: its head reads one token, not their mean, which is not supported")
-    contents = resolve(path)
+    states = read_states(path)
+    contents = other_library(path, states)
+    require_recognised(contents)
     complete(contents)
-    tensors = read_states(path)[""]
+    tensors = states[""]
     head = {part: tensors[f"classifier.{part}"] for part in ("weight", "bias")}
     return read_classifier(contents, head, [names[number] for number in sorted(names)])

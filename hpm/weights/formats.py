@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hpm.weights.contents import ReadableFormat
 from hpm.weights.export_format import WritableFormat
-from hpm.weights.format import ReadableFormat
 from hpm.weights.hugging_face import HuggingFaceMae, HuggingFaceViT
 from hpm.weights.onnx import Onnx
 from hpm.weights.own import OwnBackbone

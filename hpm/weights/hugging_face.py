@@ -14,9 +14,9 @@ from hpm.core.files import StateDict, write_tensors, write_text
 from hpm.core.hub import read_json
 from hpm.mining.masking import num_hidden_patches
 from hpm.models.vit import LAYER_NORM_EPS
+from hpm.weights.contents import ReadableFormat
 from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_plain_vit
-from hpm.weights.format import ReadableFormat, starts
-from hpm.weights.renaming import Rules, rename, split_qkv
+from hpm.weights.renaming import Rules, rename, split_qkv, starts
 
 BICUBIC = 3  # PIL's number, used in preprocessor_config.json
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpm.core.errors import UserError, counted
+from hpm.core.errors import UserError, counted, size_text
 from hpm.core.files import StateDict
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import Size, grid_size, interpolate_positions, resample_projection
 from hpm.models.vit import VisionTransformer
-from hpm.weights.contents import Contents, size_text
+from hpm.weights.contents import Contents
 from hpm.weights.resolve import require_recognised, resolve
 from hpm.weights.shapes import square_image
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hpm.weights.format import ReadableFormat, starts
-from hpm.weights.renaming import Rules
+from hpm.weights.contents import ReadableFormat
+from hpm.weights.renaming import Rules, starts
 
 
 class PublishedMae(ReadableFormat):

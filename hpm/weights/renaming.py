@@ -7,6 +7,7 @@ Our names are those of `MaskedImageModel`: the encoder's are timm's under `encod
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -59,3 +60,8 @@ def split_qkv(state: StateDict) -> StateDict:
         for part, third in zip("qkv", tensor.chunk(3), strict=True):
             split[name.replace(".attn.qkv.", f".attn.{part}.")] = third
     return split
+
+
+def starts(names: Iterable[str], prefix: str) -> bool:
+    """Whether any name starts with the prefix."""
+    return any(name.startswith(prefix) for name in names)

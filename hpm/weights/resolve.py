@@ -12,8 +12,7 @@ from hpm.core.files import META_FILE, TORCH_SUFFIXES, StateDict, read_tensors, r
 from hpm.core.random_state import random_state_kept
 from hpm.weights.backbone import Backbone
 from hpm.weights.checkpoint import read_checkpoint
-from hpm.weights.contents import Contents
-from hpm.weights.format import ReadableFormat
+from hpm.weights.contents import Contents, ReadableFormat
 from hpm.weights.formats import READABLE
 from hpm.weights.own import read_own, save_backbone
 from hpm.weights.renaming import unwrap
@@ -95,9 +94,9 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
         contents.name, contents.folder = str(path), path
         return contents
     if path.is_dir() or path.suffix in TORCH_SUFFIXES:
-        return _other_library(path, read_states(path), convert)
+        return other_library(path, read_states(path), convert)
     tensors, metadata = read_tensors(path)
-    return read_own(path, tensors, metadata) or _other_library(path, {"": tensors}, convert)
+    return read_own(path, tensors, metadata) or other_library(path, {"": tensors}, convert)
 
 
 def recognise(names: Iterable[str]) -> ReadableFormat | None:
@@ -116,8 +115,11 @@ def require_recognised(contents: Contents) -> None:
         )
 
 
-def _other_library(path: Path, states: dict[str, StateDict], convert: bool) -> Contents:
-    """The contents of another library's file, with our tensor names if it is recognised."""
+def other_library(path: Path, states: dict[str, StateDict], convert: bool = True) -> Contents:
+    """The contents of another library's file, with our tensor names if it is recognised.
+
+    states: what `read_states` found in it. Raises UserError if it is of another architecture.
+    """
     found = next(states[key] for key in (*STUDENT_KEYS, *TEACHER_KEYS, *states) if key in states)
     known = recognise(found) if convert else None
     if known is None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from hpm.core.config import PretrainConfig, pair
-from hpm.core.errors import UserError, counted
+from hpm.core.errors import UserError, counted, size_text
 from hpm.core.files import StateDict
 from hpm.core.hub import read_json
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
@@ -21,7 +21,7 @@ from hpm.models.architecture import SIZES, Architecture, Decoders
 from hpm.models.patches import grid_size
 from hpm.models.vit import LAYER_NORM_EPS
 from hpm.weights import hugging_face
-from hpm.weights.contents import Contents, size_text
+from hpm.weights.contents import Contents
 
 # Width of an attention head in all published models except ViT-H, which is in SIZES.
 HEAD_DIM, DECODER_HEAD_DIM = 64, 32

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hpm.core.errors import size_text
 from hpm.core.extras import need
 from hpm.core.files import write_tensors
 from hpm.core.hub import fetched
@@ -15,9 +16,9 @@ from hpm.models.build import build_encoder
 from hpm.models.hiera import HieraEncoder
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
-from hpm.weights.contents import Contents, size_text
+from hpm.weights.contents import Contents, ReadableFormat
 from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_images
-from hpm.weights.format import ReadableFormat, starts
+from hpm.weights.renaming import starts
 
 
 class Timm(ReadableFormat, WritableFormat):

@@ -23,7 +23,6 @@ from hpm.models.patches import grid_size, sincos_1d_positions
 from hpm.models.vit import LAYER_NORM_EPS
 from hpm.weights.contents import Contents
 from hpm.weights.export_format import ExportSource, Outputs, unless_plain_vit
-from hpm.weights.format import starts
 from hpm.weights.hugging_face import (
     SHARED_TO_HUGGING_FACE,
     SHARED_TO_OURS,
@@ -31,7 +30,7 @@ from hpm.weights.hugging_face import (
     autoencoder_tensors,
     encoder_tensors,
 )
-from hpm.weights.renaming import Rules, rename, split_qkv
+from hpm.weights.renaming import Rules, rename, split_qkv, starts
 from hpm.weights.shapes import to_add
 
 MAX_PATCHES = 2**16  # of a clip: its size is read from a file, and nothing else bounds it

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hpm
+from hpm.core import files
 from hpm.core.errors import UserError
 from hpm.core.extras import need
 from hpm.core.files import write_tensors
@@ -115,11 +116,18 @@ def test_reading_a_model_with_its_decoder(tmp_path, changes):
     assert output.loss.item() == pytest.approx(error.mean().item(), rel=1e-3)
 
 
-def test_reading_a_classifier(tmp_path):
+def test_reading_a_classifier(tmp_path, monkeypatch):
     names = ["running", "jumping", "sitting"]
     labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
     model = theirs("VideoMAEForVideoClassification", tmp_path, **labels)
-    found = hpm.load_model(tmp_path)
+    with monkeypatch.context() as patch:
+        opened = []
+        open_file = files.safe_open
+        patch.setattr(
+            files, "safe_open", lambda path, **how: opened.append(path) or open_file(path, **how)
+        )
+        found = hpm.load_model(tmp_path)
+    assert opened == [tmp_path / "model.safetensors"]  # once, encoder and head
     close(model(FRAMES_FIRST).logits, found(CLIPS))
     assert found.classes == names and not found.training
     # As a backbone, each token is normalised, and not their mean.
@@ -376,3 +384,8 @@ def test_folders_that_hold_no_classifier(tmp_path):
         hpm.load_model(tmp_path)
     result = run_here("predict", tmp_path, tmp_path, "--out", tmp_path / "x")
     assert_refused(result, "no VideoMAEForVideoClassification")
+    config = {"architectures": ["VideoMAEForVideoClassification"], "id2label": {"0": "running"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="its tensors are named other"):
+        hpm.load_model(tmp_path)
