@@ -9,10 +9,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from jaxtyping import install_import_hook
+import typecheck
 
 # Before anything of hpm is imported; subprocesses of the tests run unchecked, as a user would.
-install_import_hook("hpm", "typecheck.typechecker")
+typecheck.install()
 
 import torch  # noqa: E402
 from helpers import write_images  # noqa: E402
