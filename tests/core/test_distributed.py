@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import run_here, tiny_arguments, write_images
-from jobs import torchrun
+from jobs import hpm_on, torchrun
 
 import hpm
 from hpm.core import distributed
@@ -92,10 +92,10 @@ def test_a_run_of_one_process_goes_on_with_two(runs, image_folder):
 def test_two_processes_evaluate_as_one(runs, image_folder, tmp_path, protocol, options):
     """Exactly, but for fine-tuning, whose processes augment on their own."""
     found = {}
-    for processes, run in ((1, run_here), (2, run_torchrun)):
+    for processes in (1, 2):
         out = tmp_path / str(processes)
         command = ["eval", protocol, runs / "one", image_folder, "--out", out, "--workers=0"]
-        result = run(*command, *options)
+        result = hpm_on(processes, *command, *options)
         assert result.returncode == 0, result.stderr
         (file,) = out.glob("*.json")
         found[processes] = json.loads(file.read_text())
@@ -174,9 +174,8 @@ def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
 
 
 def test_a_mistake_is_told_once(image_folder, tmp_path):
-    result = run_torchrun(
-        "pretrain", image_folder, "--out", tmp_path / "run", *tiny_arguments(batch_size=7)
-    )
+    options = tiny_arguments(batch_size=7)
+    result = hpm_on(2, "pretrain", image_folder, "--out", tmp_path / "run", *options)
     assert result.returncode != 0
     assert result.stderr.count("hpm: error:") == 1
     assert "cannot be shared by 2 processes" in result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, assert_refused, run_here, tiny_arguments
-from jobs import TORCHRUN, Job, torchrun
+from jobs import TORCHRUN, Job, hpm_on, torchrun
 
 import hpm
 from hpm.core.files import read_meta
@@ -20,11 +20,8 @@ OPTIONS = {"log_every": 1, "base_lr": 1e-3, "keep_checkpoints": 9, "holdout": 8}
 
 
 def pretrain(images, out, processes=2, **changes):
-    result = torchrun(
-        *("-m", "hpm", "pretrain", images, "--out", out),
-        *tiny_arguments(**OPTIONS | {"shard": True} | changes),
-        processes=processes,
-    )
+    options = tiny_arguments(**OPTIONS | {"shard": True} | changes)
+    result = hpm_on(processes, "pretrain", images, "--out", out, *options)
     assert result.returncode == 0, result.stderr
     return hpm.Run(out)
 
