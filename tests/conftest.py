@@ -119,7 +119,7 @@ def open_folder():
         yield Path(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     """A headless Chromium of playwright: `browser.new_page(viewport=...)`."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import assert_refused, run_here, run_hpm, tiny_arguments, write_images
+from helpers import assert_refused, full_disk, run_here, run_hpm, tiny_arguments, write_images
 
 import hpm
 
@@ -232,20 +232,12 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_kept(image_folder, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
-    import resource
-
     out = tmp_path / "run"
-    result = run_hpm(
-        "pretrain",
-        image_folder,
-        "--out",
-        out,
-        *tiny_arguments(steps=4),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(steps=4)]
+    with full_disk(100_000):
+        result = run_here(*arguments)
     assert_refused(result, "no space left; make room, then run the same command again")
     assert not list((out / "checkpoints").iterdir())
-    arguments = ["pretrain", image_folder, "--out", out, *tiny_arguments(steps=4)]
     assert run_here(*arguments).returncode == 0
 
 

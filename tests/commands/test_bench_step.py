@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_refused, run_here
+from jobs import FORKS
 
 from hpm.commands import bench_step as bench
 from hpm.commands import timing
@@ -134,6 +135,8 @@ def test_the_papers_sizes():
 
 def test_bench_step(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "CPU_SIZE", 256)
+    # Memory is measured in processes of their own, which a spawn would let import everything.
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: FORKS)
     result = run_here("bench", "step", *SMALL, "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr
     assert "HPM takes" in result.stdout and "teacher, ms" in result.stdout

@@ -36,7 +36,7 @@ def png(seed=0, size=(30, 20)):
 def serving(run, data=None, num_masks=2):
     trained = view.open_trained(str(run), "cpu")
     server = make_server(Viewer(trained, *view._examples(data, trained), num_masks), 0)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

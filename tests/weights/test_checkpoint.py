@@ -1,19 +1,18 @@
 import copy
 import errno
 import os
-import resource
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, architecture_of
+from helpers import TINY, architecture_of, full_disk
 from safetensors.torch import load_file, save_file
 
 import hpm
+from hpm.core import files
 from hpm.core.errors import UserError
-from hpm.core.files import write_atomically
+from hpm.core.files import write_atomically, write_tensors
 from hpm.models.build import build_model
 from hpm.training.optim import adamw
 from hpm.weights import checkpoint
@@ -92,50 +91,34 @@ def test_a_write_that_fails_leaves_the_file_before_it(tmp_path):
 
 
 def test_a_disk_that_fills_up(tmp_path):
-    """A limit on the size of files stands in for a full disk: the write really fails halfway."""
     model, optimizer = trained()
     first = save(tmp_path, 1, model, optimizer)
-    code = (
-        "import sys, torch; from pathlib import Path\n"
-        "from hpm.core.files import write_tensors\n"
-        "from hpm.core.errors import UserError\n"
-        "try: write_tensors(Path(sys.argv[1]), {'x': torch.zeros(10**6)}, {})\n"
-        "except UserError as error: print('refused:', error)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "step_00000002.safetensors")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-    )
-    assert "refused:" in result.stdout and "no space left" in result.stdout, result
+    with full_disk(10**6), pytest.raises(UserError, match="no space left"):
+        write_tensors(tmp_path / "step_00000002.safetensors", {"x": torch.zeros(10**6)}, {})
     assert checkpoint.list_checkpoints(tmp_path) == [first]
     assert checkpoint.load_checkpoint(first).meta["step"] == 1
     assert os.listdir(tmp_path) == [first.name]
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-import hpm
-from hpm.core import files
-
-def save_file(tensors, path, header):
-    Path(path).write_bytes(b"half of it")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-files.save_file = save_file
-files.write_tensors(Path(sys.argv[1]), {"x": torch.zeros(10)}, {})
-"""
+def killed_while_saving(path):
+    """Save to a path in a process that is killed halfway. Returns its exit status."""
+    child = os.fork()
+    if not child:
+        files.save_file = lambda tensors, temporary, header: (
+            Path(temporary).write_bytes(b"half of it"),
+            os.kill(os.getpid(), signal.SIGKILL),
+        )
+        try:
+            write_tensors(path, {"x": torch.zeros(10)}, {})
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_what_killed_saves_left_is_removed_when_the_folder_is_claimed(image_folder, tmp_path):
     run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
     for folder in (run.folder, run.checkpoints):
-        path = folder / "step_00000009.safetensors"
-        result = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=60)
-        assert result.returncode == -signal.SIGKILL
+        assert killed_while_saving(folder / "step_00000009.safetensors") == -signal.SIGKILL
         assert len(list(folder.glob(".step*.tmp"))) == 1
     (run.checkpoints / ".tmpaB3xYz").touch()  # where safetensors writes first
     (run.folder / ".mine.tmp").touch()
