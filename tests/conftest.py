@@ -119,7 +119,8 @@ def open_folder():
         yield Path(folder)
 
 
-@pytest.fixture(scope="session")
+# Not of the session: while it runs, nothing in this thread can call asyncio.run.
+@pytest.fixture(scope="module")
 def browser():
     """A headless Chromium of playwright: `browser.new_page(viewport=...)`."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
