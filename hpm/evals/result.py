@@ -124,13 +124,17 @@ def _table(result: Result) -> Table:
     return table
 
 
+def has_few_classes(about: Mapping[str, Any]) -> bool:
+    """Whether top-5 accuracy is always 100 %, and is left out of tables."""
+    return about.get("classes", 1000) <= 5
+
+
 def _columns(result: Result) -> Mapping[str, str]:
     """Title -> format of the numbers."""
     if result.columns:
         return result.columns
     if _is_classification(result):
-        # With at most five classes, top-5 is always 100 %.
-        few = result.about.get("classes", 1000) <= 5
+        few = has_few_classes(result.about)
         return {
             title: form for title, form in CLASSIFICATION.items() if not (few and title == TOP5)
         }
@@ -159,7 +163,7 @@ def _with_half_width(numbers: Numbers) -> str:
     """The first number, with half of its interval if it has one."""
     for name, value in numbers.items():
         if f"{name}_low" not in numbers:
-            return f"{value:.4g}"
+            return f"{value:.3g}"
         return f"{value:.1f} ± {(numbers[f'{name}_high'] - numbers[f'{name}_low']) / 2:.1f}"
     return ""
 

@@ -17,7 +17,8 @@ from hpm.data.sources import Source, Subset, open_source
 from hpm.evals.embedding_files import holds_features
 from hpm.mining.masking import num_hidden_patches
 from hpm.show.clusters import show_clusters
-from hpm.show.figures import TITLES, draw, picture, unavailable_panels
+from hpm.show.drawing import draw
+from hpm.show.figures import TITLES, picture, unavailable_panels
 from hpm.show.gallery import write_gallery
 from hpm.show.options import PANELS, Panel, ShowConfig
 from hpm.show.strips import as_strips

@@ -37,7 +37,7 @@ class Moment:
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
     """Write the panels of a picture into `folder`."""
-    write_tensors(folder / f"step_{step:08d}.safetensors", _tensors(shown), {"step": step})
+    write_tensors(_file(folder, step), _tensors(shown), {"step": step})
 
 
 def moment_of(shown: Picture, step: int) -> Moment:
@@ -103,22 +103,29 @@ def read_animations(folder: Path, steps: set[int]) -> tuple[int, list[dict[str, 
     return step, [rows[row] for row in sorted(rows)] if step in steps else []
 
 
+def measured_steps(folder: Path, steps: set[int]) -> list[int]:
+    """Those of these steps that a moment was kept of."""
+    return sorted(step for step in steps if _file(folder, step).exists())
+
+
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
     """Read at most ten moments at these steps, including the first and the last.
 
     Files of other steps are ignored: a resumed run may have discarded those steps.
     """
-    names = {step: folder / f"step_{step:08d}.safetensors" for step in steps}
-    files = {step: path for step, path in names.items() if path.exists()}
-    found = sorted(files)
+    found = measured_steps(folder, steps)
     if len(found) > MAX_MOMENTS:
         places = np.linspace(0, len(found) - 1, MAX_MOMENTS).round().astype(int)
         found = [found[place] for place in places]
     moments = []
     for step in found:
         with contextlib.suppress(UserError, KeyError):  # skip damaged files
-            moments.append(_moment(step, read_tensors(files[step])[0]))
+            moments.append(_moment(step, read_tensors(_file(folder, step))[0]))
     return moments
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.safetensors"
 
 
 def _small(images: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset
 from hpm.evals.loss_maps import evaluate_losses
 from hpm.evals.ongoing import OngoingProbe
-from hpm.show.figures import Picture, draw, picture
+from hpm.show.drawing import draw
+from hpm.show.figures import Picture, picture
 from hpm.show.moments import keep_animations, keep_moment
 from hpm.show.report import write_report
 from hpm.show.strips import as_strips
