@@ -22,7 +22,7 @@ Points = list[tuple[int, float]]  # steps and values
 
 
 class Reference(NamedTuple):
-    """The value of a metric before anything is learned, and what it means."""
+    """The value of a metric before anything is learned, and a few words on it."""
 
     value: float
     name: str
@@ -106,11 +106,6 @@ def draw_chart(chart: Chart, curves: list[Curve], last_step: int) -> tuple[str, 
     if reference is not None:
         place = down(reference.value)
         lines.append(f'<path class="reference" d="M0 {place}H1000"/>')
-        below = " below" if place < 150 else ""
-        labels.append(
-            f'<span class="refers{below}" style="top:{place / 10}%">'
-            f"{number(reference.value)}, {escape(reference.name)}</span>"
-        )
     for tick in _ticks(0, right):
         labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{_tick(tick)}</span>')
     for curve in curves:
@@ -126,6 +121,8 @@ def draw_chart(chart: Chart, curves: list[Curve], last_step: int) -> tuple[str, 
             f'<span class="key c{place}">{escape(curve.name)} '
             f"<b>{number(curve.values[-1])}</b></span>"
         )
+    if reference is not None:
+        keys.append(f'<span class="key reference">{escape(reference.name)}</span>')
     label = "; ".join(
         f"{curve.name} from {number(curve.values[0])} at step {curve.steps[0]} to "
         f"{number(curve.values[-1])} at step {curve.steps[-1]}"

@@ -26,20 +26,21 @@ def references(options: dict[str, Any]) -> dict[str, Reference]:
     """The references of the metrics of a run, by name. Targets whose loss has no natural scale have
     none for the loss."""
     found = {
-        name: Reference(0.5, "chance") for name in (RANKING, HELD_OUT + RANKING, HELD_OUT + MINING)
+        name: Reference(0.5, "0.5 is chance")
+        for name in (RANKING, HELD_OUT + RANKING, HELD_OUT + MINING)
     }
     for name in ("rank_correlation", "mining_correlation"):
-        found[HELD_OUT + name] = Reference(0.0, "chance")
+        found[HELD_OUT + name] = Reference(0.0, "0 is chance")
     target = options.get("target", "normalized_pixels")
     # Raw pixels have variance 1 if they are normalised by their own statistics.
     measured = options.get("normalize", "auto") in ("auto", "measured")
     if target in ("normalized_pixels", "normalized_channels") or (target == "pixels" and measured):
-        mean = Reference(1.0, "predicting the mean")
+        mean = Reference(1.0, "1.0 is predicting the mean")
         found |= {LOSS: mean, HELD_OUT + LOSS: mean}
     if options.get("predictor_loss") == "relative":
-        found[PREDICTOR] = Reference(math.log(2), "chance")
+        found[PREDICTOR] = Reference(math.log(2), "0.693 is chance")
     elif options.get("predictor_loss") == "absolute":
-        found[PREDICTOR] = Reference(1.0, "predicting the mean")
+        found[PREDICTOR] = Reference(1.0, "1.0 is predicting the mean")
     return found
 
 
@@ -82,15 +83,17 @@ def _reconstruction(
     if reference is None:
         return _fall(metrics, HELD_OUT + LOSS if held_out is not None else LOSS, where)
     share, shown = value / reference.value, number(value)
-    if share > 2 - BARELY:
-        return f"loss {shown}{where}, above the 1.0 of {reference.name}: has learned nothing yet"
-    if share >= BARELY:
+    if BARELY <= share <= 2 - BARELY:
         return f"loss near 1.0 ({shown}{where}): has barely learned"
-    if share >= BEGUN:
-        return (
-            f"loss {shown}{where}, a little below the 1.0 of {reference.name}: has begun to learn"
-        )
-    return f"loss {shown}{where}, below the 1.0 of {reference.name}: reconstructs what is hidden"
+    if share > 1:
+        verdict = "has learned nothing yet"
+    elif share >= BEGUN:
+        verdict = "has begun to learn"
+    elif options.get("target") == "pixels":  # the mean colour of visible neighbours is enough
+        verdict = "reconstructs colour and brightness at least"
+    else:
+        verdict = "reconstructs what is hidden"
+    return f"loss {shown}{where} ({reference.name}): {verdict}"
 
 
 def _fall(metrics: list[dict[str, Any]], name: str, where: str) -> str:
@@ -108,25 +111,23 @@ def _predictor(options: dict[str, Any], last: dict[str, Any]) -> str:
     ranking = last.get(HELD_OUT + RANKING, last.get(RANKING))
     if ranking is None or not math.isfinite(ranking):
         return ""
-    shown = number(ranking)
     if ranking < CHANCE:
-        words = f"the predictor does not tell hard patches from easy ones ({shown}; 0.5 is chance)"
+        words = "does not tell hard patches from easy ones"
     elif ranking < CLEAR:
-        words = f"the predictor begins to tell hard patches from easy ones ({shown}; 0.5 is chance)"
+        words = "begins to tell hard patches from easy ones"
     else:
-        words = f"the predictor tells hard patches from easy ones ({shown}; 0.5 is chance)"
+        words = "tells hard patches from easy ones"
+    shown = f"ranking accuracy {number(ranking)}; {references(options)[RANKING].name}"
     mining = last.get(HELD_OUT + MINING)
     mines = options.get("mask") in HARD_SHARES and options.get("mask") != "attention"
     if mining is None or not mines or options.get("mine_by", "teacher") != "teacher":
-        return words
-    shown = number(mining)
+        return f"{words} ({shown})"
+    shown = f"ranking accuracy {number(ranking)}, teacher {number(mining)}; 0.5 is chance"
     if mining < 1 - CHANCE:
-        return f"{words}, but the teacher takes hard patches for easy ({shown}): mining misleads"
-    if mining < CHANCE:
+        return f"{words}, but mining hides easy ones ({shown})"
+    if mining < CHANCE <= ranking:
         return f"{words}, but the teacher, which mines, does not ({shown})"
-    return (
-        f"{words}, and so does the teacher, which mines ({shown})" if ranking >= CHANCE else words
-    )
+    return f"{words} ({shown})"
 
 
 def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool) -> str:
@@ -137,13 +138,13 @@ def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool
     found = {(row.evaluation, row.data): None for row in rows if row.features.startswith(TRAINED)}
     if not found:
         if "probe/linear" in last:
-            return f"linear probe {last['probe/linear']:.1f} %"
+            return f"linear probe {last['probe/linear']:.1f}\u00a0%"
         return "its features are not evaluated yet" if finished else ""
     evaluation, data = min(found, key=_preference)
     own = [row for row in rows if (row.evaluation, row.data) == (evaluation, data)]
     trained = _best(own, TRAINED)
     assert trained is not None
-    words = f"{evaluation} on {data}: {_percent(trained)}"
+    words = f"{evaluation} on {data} {_percent(trained)}"
     sides: dict[str, list[str]] = {}
     for kind in (RANDOM, RAW_PIXELS):
         other = _best(own, kind)
@@ -174,7 +175,7 @@ def _side(ours: Row, other: Row) -> str:
 
 
 def _percent(row: Row) -> str:
-    return f"{row.main['top1'][0]:.1f} %"
+    return f"{row.main['top1'][0]:.1f}\u00a0%"
 
 
 def _loss(metrics: list[dict[str, Any]]) -> str:

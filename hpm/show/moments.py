@@ -14,6 +14,7 @@ from torch import Tensor
 from hpm.core.errors import UserError
 from hpm.core.files import read_tensors, write_tensors
 from hpm.show.figures import Picture, as_rgb, pixels
+from hpm.show.scale import Scale
 from hpm.show.strips import all_frames, count_frames, cut
 
 MAX_SIDE = 128  # pixels of the longer side
@@ -83,24 +84,34 @@ def keep_animations(shown: Picture, folder: Path, step: int) -> None:
         for name, panel in pixels(laid, row).items():
             small = [_thumbnail(frame, ANIMATED_SIDE) for frame in cut(panel, frames)]
             tensors[f"{row}.{name}"] = torch.from_numpy(np.stack(small))
-    write_tensors(folder / ANIMATIONS, tensors, {"step": step})
+    write_tensors(folder / ANIMATIONS, tensors, {"step": step, "scale": laid.scale})
 
 
-def read_animations(folder: Path, steps: set[int]) -> tuple[int, list[dict[str, np.ndarray]]]:
-    """(step, the panels [T H W 3] of each clip by name); no clips of images, of a damaged file, or
-    of a step that is not among these."""
+@dataclass
+class Animations:
+    """Clips at one step: the panels [T H W 3] of each by name, and the scale of their losses."""
+
+    step: int
+    clips: list[dict[str, np.ndarray]]
+    scale: Scale | None
+
+
+def read_animations(folder: Path, steps: set[int]) -> Animations | None:
+    """None for images, a damaged file, or a step that is not among these."""
     if not (folder / ANIMATIONS).exists():
-        return 0, []
+        return None
     try:
         tensors, about = read_tensors(folder / ANIMATIONS)
     except UserError:
-        return 0, []
+        return None
     rows: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         row, _, panel = name.partition(".")
         rows.setdefault(row, {})[panel] = tensor.numpy()
-    step = about.get("step", 0)
-    return step, [rows[row] for row in sorted(rows)] if step in steps else []
+    step, scale = about.get("step", 0), about.get("scale")
+    if step not in steps:
+        return None
+    return Animations(step, [rows[row] for row in sorted(rows)], Scale(*scale) if scale else None)
 
 
 def measured_steps(folder: Path, steps: set[int]) -> list[int]:

@@ -64,10 +64,12 @@ def panels_table(
             f'aria-label="{row_name} {row + 1}"></div></th>{cells}</tr>'
         )
     smooth = "" if max(height, width) > SMALL else " sharp"
+    film = " film" if width > 1.5 * height else ""
     wide = min(max(1.0, width / height), MOST_WIDE)
     return (
         f"<style>{_style(views, largest.images)}</style>"
-        f'<div class="moments{smooth}" style="--columns:{len(moments) + 1};--wide:{wide:.2f}">'
+        f'<div class="moments{smooth}{film}" '
+        f'style="--columns:{len(moments) + 1};--wide:{wide:.2f}">'
         f"{_switch(views, moments)}"
         f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"

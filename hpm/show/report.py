@@ -82,7 +82,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _problems(folder, metrics, sessions),
         "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options, measured),
-        animations_section(*read_animations(run.moments, steps | {0})),
+        animations_section(read_animations(run.moments, steps | {0})),
         "<h2>Curves</h2>",
         charts,
         _evaluations(folder),
@@ -122,7 +122,7 @@ def _head(
     return (
         f"<h1>{escape(str(folder))} {state}</h1>\n"
         f'<p class="verdict">{escape(judgement)}</p>\n'
-        f"<p>{status.steps}{times}. {escape('; '.join(facts))}.</p>\n"
+        f"<p>S{status.steps[1:]}{times}. {escape('; '.join(facts))}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")} from the run folder; '
         "<code>hpm report RUN</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'
@@ -145,15 +145,15 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
-    for number, session in enumerate(sessions):
-        latest = number == len(sessions) - 1
+    for place, session in enumerate(sessions):
+        latest = place == len(sessions) - 1
         where = f"at step {session.last_step:,}" if session.last_step is not None else ""
         if session.reason is None and not latest:
             found.append(f"The session that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
             ended, resumed = "Failed" if session.failed else "Stopped", ""
             if not latest:
-                resumed = f"; resumed from step {sessions[number + 1].first_step:,}"
+                resumed = f"; resumed from step {sessions[place + 1].first_step:,}"
             found.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
     if not found:
         return ""

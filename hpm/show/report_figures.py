@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from hpm.show.curves import Chart, Points, draw_charts
+from hpm.show.drawing import LOSSES
 from hpm.show.figures import TITLES
 from hpm.show.gallery import figure, strip
 from hpm.show.judgement import references
-from hpm.show.moments import Moment
+from hpm.show.moments import Animations, Moment
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import PANELS
 from hpm.show.page import by_device
+from hpm.show.scale import bar
 from hpm.show.strips import frames_text
 
 CHARTS = (
@@ -124,14 +124,14 @@ def moments_section(
         reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
     about = (
-        "Each row is a held-out image, each column a training step. Bright patches are hard, hidden "
-        f"patches grey. {ABOUT_ACTUAL}"
+        "Each row is a held-out image, each column a training step. Bright patches are hard, "
+        f"hidden patches grey. {ABOUT_ACTUAL}"
     )
     if any(moment.predicted is not None for moment in moments):
         about += f" The teacher predicts losses from the whole image. {ABOUT_SCALE}"
     if options.get("frames", 1) > 1:
         times = options["frames"] // options["patch_size"][0]
-        about += f" Of each clip, {frames_text(options['frames'], times)} are shown."
+        about += f" Shown of each clip: {frames_text(options['frames'], times)}."
     columns = {f"step {moment.step:,}": moment for moment in moments}
     gaps = _gaps([moment.step for moment in moments], measured or [])
     if gaps:
@@ -151,16 +151,17 @@ def _gaps(shown: list[int], measured: Sequence[int]) -> dict[int, int]:
     return {place: count for place, count in found.items() if count}
 
 
-def animations_section(step: int, clips: list[dict[str, np.ndarray]]) -> str:
-    """The panels of some held-out clips as animations; empty without any. clips: see
-    `moments.read_animations`."""
-    if not clips:
+def animations_section(shown: Animations | None) -> str:
+    """The panels of some held-out clips as animations; empty without any."""
+    if shown is None:
         return ""
+    below = bar(shown.scale) if shown.scale else ""
     rows = []
-    for number, panels in enumerate(clips, 1):
+    for number, panels in enumerate(shown.clips, 1):
         known = [name for name in PANELS if name in panels]
         figures = "".join(
-            figure(panels[name], TITLES[name], f"held-out clip {number}") for name in known
+            figure(panels[name], TITLES[name], f"held-out clip {number}", below * (name in LOSSES))
+            for name in known
         )
         rows.append(f'<div class="clip">{strip(figures, len(known))}</div>')
-    return f'<h3 id="clips">Held-out clips at step {step:,}</h3>{"".join(rows)}'
+    return f'<h3 id="clips">Held-out clips at step {shown.step:,}</h3>{"".join(rows)}'

@@ -47,7 +47,7 @@ def _matched(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     known = np.sort(actual[np.isfinite(actual)])
     if not len(known):
         return np.full(predicted.shape, np.nan, np.float32)
-    values, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
     # Ties get their mean rank.
     ranks = (np.cumsum(counts) - (counts + 1) / 2) / max(len(predicted) - 1, 1)
     return np.quantile(known, ranks)[inverse].astype(np.float32)
@@ -55,7 +55,7 @@ def _matched(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
 
 def bar(scale: Scale) -> str:
     """The bar of a scale, as HTML; `strip.css` and `moments.css` style it."""
-    return f'<span class="bar">{scale.low:.3g}<i></i>{scale.high:.3g}</span>'
+    return f'<span class="bar">{scale.low:.2g}<i></i>{scale.high:.2g}</span>'
 
 
 @cache

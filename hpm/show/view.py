@@ -144,7 +144,7 @@ class Viewer:
                 {
                     "name": name,
                     "title": TITLES[name],
-                    "scale": [f"{end:.3g}" for end in shown.scale]
+                    "scale": [f"{end:.2g}" for end in shown.scale]
                     if name in LOSSES and shown.scale is not None
                     else [],
                     "overlaid": name in OVERLAID,

@@ -29,8 +29,8 @@ def view_page(about: dict[str, Any]) -> str:
 <div class="row" id="examples"></div>
 {_settings(about)}
 <p id="message" class="warning" role="alert"></p>
-<div class="row"><h2 id="name"></h2><button type="button" id="overlay" aria-pressed="false">maps over
-the {about["kind"]}</button></div>
+<div class="row"><h2 id="name"></h2>
+<button type="button" id="overlay" aria-pressed="false">maps over the {about["kind"]}</button></div>
 <div class="strip" id="panels" aria-busy="false"></div>
 <details id="attention" hidden><summary>attention, head by head</summary>
 <div class="strip heads" id="heads"></div></details>
