@@ -47,11 +47,15 @@ class Drawing:
         whole.quantize(256, dither=Image.Dither.NONE).save(reduced, "PNG", optimize=True)
         return reduced.getvalue()
 
+    def __repr__(self) -> str:
+        width, height = self.figure.get_size_inches()
+        return f"Drawing({width:.1f} x {height:.1f} inches)"
+
     def _repr_png_(self) -> bytes:
         return self.png(palette=True)
 
 
-def new_figure(width: float, height: float, dpi: int = 120) -> Figure:
+def new_figure(width: float, height: float, dpi: float = 120) -> Figure:
     """An empty figure of this size in inches, which no window and no other figure knows of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -35,6 +35,26 @@ class Moment:
     predicted: np.ndarray | None
     reconstruction: np.ndarray | None  # shaped like images
 
+    def picture(self, count: int) -> Picture:
+        """The panels of the first images, to draw them."""
+
+        def pixels_of(images: np.ndarray | None) -> Tensor | None:
+            return None if images is None else torch.from_numpy(images[:count]).movedim(-1, 1)
+
+        def patches_of(values: np.ndarray | None) -> Tensor | None:
+            return None if values is None else torch.from_numpy(values[:count]).flatten(1)
+
+        images = pixels_of(self.images)
+        assert images is not None
+        return Picture(
+            images,
+            self.mask.shape[1:],
+            actual=patches_of(self.actual),
+            predicted=patches_of(self.predicted),
+            mask=patches_of(self.mask),
+            reconstruction=pixels_of(self.reconstruction),
+        )
+
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
     """Write the panels of a picture into `folder`."""
@@ -117,6 +137,14 @@ def read_animations(folder: Path, steps: set[int]) -> Animations | None:
 def measured_steps(folder: Path, steps: set[int]) -> list[int]:
     """Those of these steps that a moment was kept of."""
     return sorted(step for step in steps if _file(folder, step).exists())
+
+
+def latest_moment(folder: Path, steps: set[int]) -> Moment | None:
+    """The moment of the last of these steps; None without any that can be read."""
+    for step in reversed(measured_steps(folder, steps)):
+        with contextlib.suppress(UserError, KeyError):
+            return _moment(step, read_tensors(_file(folder, step))[0])
+    return None
 
 
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:

@@ -91,11 +91,7 @@ def charts_section(
 ) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts of all logged metrics, their values for the script)."""
     known_references = references(options)
-    points: dict[str, Points] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name not in LEFT_OUT:
-                points.setdefault(name, []).append((line["step"], float(value)))
+    points = points_by_metric(metrics)
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
     last_step = max((line["step"] for line in metrics), default=0)
@@ -111,6 +107,16 @@ def charts_section(
         return "<p>No measurements yet.</p>", values
     hint = f"Steps from left to right. {by_device('Point at', 'Touch')} a curve to read its values."
     return f'<p class="faint">{hint}</p>\n{html}', values
+
+
+def points_by_metric(metrics: list[dict[str, Any]]) -> dict[str, Points]:
+    """The points of each metric that is drawn, by name."""
+    points: dict[str, Points] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                points.setdefault(name, []).append((line["step"], float(value)))
+    return points
 
 
 def moments_section(
