@@ -17,6 +17,7 @@ from hpm.show.clusters import LABELS_NAMED, SIDE, open_images, thumbnails
 from hpm.show.drawing import Drawing, new_figure
 
 THUMB = 0.75  # inches
+GAP = 4  # pixels between thumbnails
 MAP = 5.0  # inches
 
 
@@ -69,15 +70,17 @@ class ImageClusters:
         frequent labels."""
         rows = [self.clusters.members(number)[:images] for number in range(len(self))]
         ids = self.features.ids[np.concatenate(rows)]
-        pictures = iter(thumbnails(self.source, ids, self.features.about["channels"]))
-        figure = new_figure(THUMB * images + 0.3, (THUMB + 0.22) * len(self), dpi=SIDE / THUMB)
-        axes = figure.subplots(len(self), images, squeeze=False)
-        for axis in axes.ravel():
+        pictures = thumbnails(self.source, ids, self.features.about["channels"])
+        figure = new_figure(THUMB * images, (THUMB + 0.22) * len(self), dpi=SIDE / THUMB)
+        axes = figure.subplots(len(self), squeeze=False)[:, 0]
+        ends = np.cumsum([len(row) for row in rows])
+        for number, (axis, own) in enumerate(zip(axes, np.split(pictures, ends[:-1]), strict=True)):
+            line = np.full((SIDE, images * (SIDE + GAP), 3), 255, np.uint8)
+            for place, picture in enumerate(own):
+                line[:, place * (SIDE + GAP) :][:, :SIDE] = picture
+            axis.imshow(line)
             axis.set_axis_off()
-        for number, row in enumerate(rows):
-            for axis in axes[number, : len(row)]:
-                axis.imshow(next(pictures))
-            axes[number, 0].set_title(self._about(number), fontsize=8, loc="left")
+            axis.set_title(self._about(number), fontsize=8, loc="left")
         return Drawing(figure)
 
     def map(self) -> Drawing:

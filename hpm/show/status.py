@@ -55,28 +55,33 @@ def read_status(
     options: dict[str, Any],
     metrics: list[dict[str, Any]],
     sessions: Sequence[Session],
+    now: float | None = None,
 ) -> Status:
-    """The state of the run in a folder, from its options, metrics and sessions."""
+    """The state of the run in a folder, from its options, metrics and sessions.
+
+    now: seconds since the epoch (default: the present).
+    """
+    now = time.time() if now is None else now
     step = max((line["step"] for line in metrics), default=0)
     last = sessions[-1] if sessions else None
     total = last.total_steps if last else options.get("steps")
     if last and last.last_step is not None:
         step = last.last_step
     state = _state(folder, step, total, last)
-    now = time.time()
     ends = [*[session.first_step for session in sessions[1:]], step]
     elapsed = 0.0
     for session, end in zip(sessions, ends, strict=True):
         running = state == "running" and session is last
         if running or session.ended:
-            elapsed += max(0.0, (now if running else _seconds(session.ended)) - _began(session))
+            end_time = now if running else _seconds(session.ended, now)
+            elapsed += max(0.0, end_time - _seconds(session.began, now))
         else:  # killed: what its readings tell
             own = [line for line in metrics if session.first_step < line["step"] <= end]
             batch = options.get("batch_size") or 0
             elapsed += 60 * training_minutes(own, batch, session.first_step)
     left = None
     if last and total and state == "running" and step > last.first_step:
-        pace = (now - _began(last)) / (step - last.first_step)
+        pace = (now - _seconds(last.began, now)) / (step - last.first_step)
         left = max(0.0, pace * (total - step))
     return Status(state, step, total, elapsed, left)
 
@@ -90,13 +95,9 @@ def _state(folder: Path, step: int, total: int | None, last: Session | None) -> 
     return "running" if running else "stopped"
 
 
-def _began(session: Session) -> float:
-    return _seconds(session.began)
-
-
-def _seconds(text: str | None) -> float:
+def _seconds(text: str | None, now: float) -> float:
     """Seconds since the epoch of a time in a session; now, if it is not one."""
     try:
         return time.mktime(time.strptime(text or "", TIME))
     except ValueError:  # written by another version
-        return time.time()
+        return now
