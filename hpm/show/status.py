@@ -70,7 +70,7 @@ def read_status(
     state = _state(folder, step, total, last)
     ends = [*[session.first_step for session in sessions[1:]], step]
     elapsed = 0.0
-    for session, end in zip(sessions, ends, strict=True):
+    for session, end in zip(sessions, ends, strict=False):
         running = state == "running" and session is last
         if running or session.ended:
             end_time = now if running else _seconds(session.ended, now)

@@ -1,7 +1,7 @@
 """Predicted losses on the scale of actual ones."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -10,6 +10,7 @@ from hpm.show.scale import as_losses, bar, scale_of
 numbers = st.floats(-100, 100, width=32)
 
 
+@settings(max_examples=25, deadline=None)
 @given(arrays(np.float32, (2, 9), elements=numbers), arrays(np.float32, (2, 9), elements=numbers))
 def test_the_order_stays_and_the_values_are_actual_ones(predicted, actual):
     drawn = as_losses(predicted, actual)

@@ -8,7 +8,6 @@ from hpm.core import lock
 from hpm.show.status import read_status
 from hpm.training.sessions import TIME, Session
 
-
 NOW = 1_800_000_000.0
 
 
