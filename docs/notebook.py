@@ -33,8 +33,8 @@ CELLS = [
 # From a folder of images to clusters
 
 `hpm` learns from images without labels. This notebook pre-trains a small model on a folder of
-images, looks at what it has learned, and groups the images by it. It takes about a minute on a
-CPU. It needs `pip install '.[clusters]' jupyterlab`.
+images, looks at what it has learned, and groups the images by it. It takes a minute or two on an
+idle CPU. It needs `pip install '.[clusters]' jupyterlab`.
 
 Name your own folder, or let this cell draw 800 images of shapes."""
     ),
@@ -88,7 +88,7 @@ mask hides most of them."""
     ),
     code(
         """\
-some = sorted(photos.glob("*/*.png"))[:3]
+some = sorted(photos.glob("*/*.png"))[::300]
 run.show(some)"""
     ),
     text(

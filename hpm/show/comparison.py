@@ -212,10 +212,17 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _shared_references(runs: list[ComparedRun]) -> dict[str, Reference]:
-    """The references of metrics that are the same for all runs that have the metric."""
-    each = [references(run.options) for run in runs]
-    first = each[0]
-    return {name: first[name] for name in first if all(r.get(name) == first[name] for r in each)}
+    """The references of metrics, where they are the same for all runs that have the metric."""
+    each: dict[str, list[Reference | None]] = {}
+    for run in runs:
+        own = references(run.options)
+        for name in {name for line in run.metrics for name in line}:
+            each.setdefault(name, []).append(own.get(name))
+    return {
+        name: found[0]
+        for name, found in each.items()
+        if found[0] is not None and len({*found}) == 1
+    }
 
 
 def _title(chart: Chart, label: str) -> str:

@@ -55,7 +55,7 @@ def _matched(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
 
 def bar(scale: Scale) -> str:
     """The bar of a scale, as HTML; `strip.css` and `moments.css` style it."""
-    return f'<span class="bar">{scale.low:.2g}<i></i>{scale.high:.2g}</span>'
+    return f'<span class="bar">{scale.low:.2g}<i class="ramp"></i>{scale.high:.2g}</span>'
 
 
 @cache

@@ -76,9 +76,10 @@ def test_an_image_and_its_settings(server):
     assert list(first) == ALL
     assert sources(show(server, png())) == first
     changed = {
-        "mask_ratio=0.25&hard_share=0.5&seed=0": {"actual", "mask", "reconstruction"},
+        # The predicted loss has the colours of the actual one.
+        "mask_ratio=0.25&hard_share=0.5&seed=0": {"actual", "predicted", "mask", "reconstruction"},
         "mask_ratio=0.5&hard_share=1&seed=0": {"mask", "reconstruction"},
-        "mask_ratio=0.5&hard_share=0.5&seed=5": {"actual", "mask", "reconstruction"},
+        "mask_ratio=0.5&hard_share=0.5&seed=5": {"actual", "predicted", "mask", "reconstruction"},
     }
     for query, expected in changed.items():
         other = sources(show(server, png(), query))
