@@ -27,7 +27,7 @@ from hpm.show.clustering import (
 )
 from hpm.show.figures import as_rgb
 from hpm.show.options import ShowConfig
-from hpm.show.page import asset, data_block, image_uri, page
+from hpm.show.page import asset, by_device, data_block, image_uri, page
 
 MOST = 5000  # images on a page
 SIDE = 72  # of a thumbnail, in pixels
@@ -204,14 +204,14 @@ def _map(
         f'<span><i class="dot k{number % COLOURS}"></i>{escape(name or "no label")}</span>'
         for number, name in enumerate(classes[:COLOURS])
     )
+    pointing = by_device("Point at an image, or move with the arrow keys.", "Touch an image.")
     legend = f'<div class="row legend" data-by="label" hidden>{keys}</div>' if keys else ""
     return (
         f'{choice}{legend}<figure class="card map-of-all"><div class="world{many}" tabindex="0">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="map of {shown} images">{"".join(groups)}<path class="here" d=""/></svg>'
         '<div class="pointed card" hidden><i class="thumb"></i><b></b><span></span></div></div>'
-        f"<figcaption>Similar images lie together. {how}.{some} Point at an image, tap it, or move "
-        "with the arrow keys.</figcaption></figure>"
+        f"<figcaption>Similar images lie together. {how}.{some} {pointing}</figcaption></figure>"
     )
 
 

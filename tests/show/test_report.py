@@ -177,6 +177,9 @@ def test_a_long_run_of_a_large_model_stays_small(long_run):
     text = path.read_text()
     assert path.stat().st_size < 3e6
     assert text.count('<th scope="col">step ') == 10
+    gaps = [int(number) for number in re.findall(r'<th class="gap" title="(\d+) not shown">', text)]
+    assert sum(gaps) == 15 and "10 of 25 measurements are shown; figures/ has all." in text
+    assert text.count('<td class="gap"></td>') == 8 * len(gaps)
     assert max(len(d.split("L")) for d in re.findall(r'class="curve c0" d="([^"]*)"', text)) < 400
 
 
@@ -202,6 +205,17 @@ def test_in_a_browser(browser, finished_run, scheme, width):
         assert shown.count() == 8
         assert all(name in shown.nth(i).get_attribute("class") for i in range(8))
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+
+    page.click("label[for=view-actual]")
+    page.click("label[for=overlay]")
+    laid = page.locator(".view.actual").first
+    assert laid.evaluate("e => getComputedStyle(e).opacity") == "0.6"
+    assert "data:image" in laid.evaluate(
+        "e => getComputedStyle(e.parentElement).backgroundImage"
+    ), "over the image"
+    page.click("label[for=view-mask]")
+    assert not page.locator("label[for=overlay]").is_visible()
+    assert page.locator(".moments .bar:visible").count() == 0
 
     # Pointing at the second reading of the loss: 4 of 8 steps.
     losses = {
@@ -252,6 +266,14 @@ def test_by_finger(browser, finished_run):
     plot = page.locator(".plot").first
     plot.tap(position={"x": 0.5 * plot.bounding_box()["width"], "y": 20})
     assert page.locator(".at").first.text_content() == "step 4", "it stays after the finger left"
+    hint = page.get_by_text("Steps from left to right").inner_text()
+    assert "Touch a curve" in hint and "Point at" not in hint
+    table = page.locator(".moments .scroll")
+    first = page.locator(".moments tbody th").first
+    page.add_style_tag(content=".moments table { min-width: 60rem !important; }")
+    left = first.bounding_box()["x"]
+    assert table.evaluate("e => (e.scrollLeft = 300, e.scrollLeft)") == 300
+    assert first.bounding_box()["x"] == left, "the image stays in sight"
     context.close()
 
 

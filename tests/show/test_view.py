@@ -286,6 +286,11 @@ def test_the_page(browser, server, width, scheme):
     driven = Driven(browser, server, width, scheme)
     example = driven.pictures("000.png")
     assert list(example) == ALL
+    boxes = [f.bounding_box() for f in driven.page.locator("#panels figure").all()]
+    if width == 1280:
+        assert len({box["y"] for box in boxes}) == 1, "in one row"
+        assert max(box["y"] + box["height"] for box in boxes) < 800, "captions in sight"
+    assert driven.page.locator("#panels .bar").count() == 2, "of the actual and predicted loss"
     driven.drop("mine.png", png())
     mine = driven.pictures("mine.png")
     assert all(mine[name] != example[name] for name in ALL)
@@ -299,6 +304,12 @@ def test_the_page(browser, server, width, scheme):
     driven.slide("hard_share", 0)
     driven.page.locator("#seed").fill("7")
     assert driven.pictures()["reconstruction"] != harder["reconstruction"]
+    laid = driven.page.locator("#panels figure[data-panel=actual] img")
+    opacity = [laid.evaluate("e => getComputedStyle(e).opacity")]
+    driven.page.click("#overlay")
+    opacity.append(laid.evaluate("e => getComputedStyle(e).opacity"))
+    behind = laid.evaluate("e => getComputedStyle(e.parentElement).backgroundImage")
+    assert opacity == ["1", "0.6"] and driven.pictures()["image"] in behind
     driven.page.get_by_text("attention, head by head").click()
     assert driven.page.get_by_text("head 3").is_visible()
     driven.page.locator("#examples button").nth(2).click()
