@@ -25,15 +25,15 @@ from hpm.weights.resolve import load_encoder
 from hpm.weights.run_folder import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Run(RunFolder, os.PathLike[str]):
     """A run by its folder: `hpm.Run("runs/first")`. A notebook shows it as a summary.
 
     A run may be passed wherever a run folder is: `hpm.evaluate("knn", run, "flowers/")`.
     """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder).expanduser())
+    def __init__(self, folder: str | Path):
+        object.__setattr__(self, "folder", Path(folder).expanduser())  # it is frozen
 
     def __fspath__(self) -> str:
         return str(self.folder)

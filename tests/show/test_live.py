@@ -25,6 +25,7 @@ def cell(monkeypatch):
     shell = types.SimpleNamespace(kernel=object())
     module = types.ModuleType("IPython")
     module.get_ipython = lambda: shell
+    module.version_info = (9, 0)  # which matplotlib asks for
     module.display = types.ModuleType("IPython.display")
     module.display.display = display
     monkeypatch.setitem(sys.modules, "IPython", module)
