@@ -37,7 +37,7 @@ def test_a_finished_run_has_one(finished_run):
         assert reference in text
     for title in ("Reconstruction loss", "Ranking accuracy", "Hard share", "Memory", "Data wait"):
         assert f"<h3>{title}" in text
-    assert [int(n) for n in re.findall(r'<th scope="col">step (\d+)</th>', text)] == [0, 8]
+    assert [int(n) for n in re.findall(r'<th scope="col">step (\d+)<', text)] == [0, 8]
     assert len(re.findall(r'class="view map predicted"', text)) == 8
     assert f"hpm.load_encoder(&quot;{finished_run.folder}&quot;)" in text
     (session,) = read_sessions(finished_run.folder)
