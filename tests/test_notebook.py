@@ -12,7 +12,12 @@ pytest.importorskip("ipykernel")
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Of a smaller run of the same cells.
-SMALL = {"STEPS = 250": "STEPS = 2", "range(800)": "range(60)", "epochs=20": "epochs=1"}
+SMALL = {
+    "STEPS = 250": "STEPS = 2",
+    "range(800)": "range(60)",
+    "batch_size=64": "batch_size=16",
+    "epochs=20": "epochs=1",
+}
 
 
 @pytest.fixture(scope="module")

@@ -77,3 +77,7 @@ def test_long_work_has_a_bar_that_goes(cell):
     assert list(track(iter("abc"), "counting", total=3)) == ["a", "b", "c"]
     assert list(cell.outputs.values()) == [{"text/plain": ""}]
     assert list(track(iter("abc"), "unknown length")) == ["a", "b", "c"]
+
+
+def test_a_mistake_is_one_line_there_too():
+    assert hpm.UserError("no such folder")._render_traceback_() == ["UserError: no such folder"]
