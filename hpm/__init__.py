@@ -24,14 +24,19 @@ if TYPE_CHECKING:
     from hpm.evals.embeddings import Embeddings
     from hpm.mining import losses, masking
     from hpm.pretraining import pretrain
+    from hpm.show.drawing import Drawing
+    from hpm.show.image_clusters import ImageClusters, cluster
+    from hpm.show.run import Run
     from hpm.weights.finetuned import load_model
     from hpm.weights.resolve import load_encoder
-    from hpm.weights.run import Run
 
 # What needs PyTorch is imported when it is asked for, so that `hpm --help` answers at once.
 _LAZY = {
+    "Drawing": "hpm.show.drawing",
     "Embeddings": "hpm.evals.embeddings",
-    "Run": "hpm.weights.run",
+    "ImageClusters": "hpm.show.image_clusters",
+    "Run": "hpm.show.run",
+    "cluster": "hpm.show.image_clusters",
     "embed": "hpm.commands.embed",
     "evaluate": "hpm.evals",
     "export": "hpm.commands.export",
@@ -48,11 +53,14 @@ _MODULES = {
 }
 
 __all__ = [
+    "Drawing",
     "Embeddings",
+    "ImageClusters",
     "Interrupted",
     "Run",
     "UserError",
     "__version__",
+    "cluster",
     "embed",
     "evaluate",
     "export",

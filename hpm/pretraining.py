@@ -24,14 +24,15 @@ from hpm.mining.draw import Draw
 from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.mining.miner import Mined
 from hpm.models.patches import gather_patches
+from hpm.show.live import live_display
 from hpm.show.monitor import evaluate, picture_held_out, probe, refresh_report, session_recorded
+from hpm.show.run import Run
 from hpm.targets.base import Target
 from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
 from hpm.training.run import PretrainingRun
 from hpm.weights.own import encoder_call
-from hpm.weights.run import Run
 
 
 def pretrain(
@@ -83,7 +84,11 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
     if finished:
         run.log.info(f"{run.config.out} is already finished: nothing to do")
     else:
-        with session_recorded(run), run.saving():
+        with (
+            session_recorded(run),
+            live_display(run.files.folder, run.log, run.step),
+            run.saving(),
+        ):
             _train(run, ongoing, stop)
     run.save_backbone(overwrite=not finished)
     if best := run.best_probe:

@@ -109,8 +109,8 @@ def bench_step(config: BenchConfig) -> dict[str, Any]:
 def build_bench_run(
     config: BenchConfig, options: dict[str, Any], out: Path, device: torch.device
 ) -> PretrainingRun:
-    """Build a run without loading images."""
-    return build_run(_run_config(config, options, out), device)
+    """Build a run without loading images, and without announcing it."""
+    return build_run(_run_config(config, options, out), device, quiet=True)
 
 
 def _run_config(config: BenchConfig, options: dict[str, Any], out: Path) -> PretrainConfig:

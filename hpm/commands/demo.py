@@ -17,7 +17,7 @@ from hpm.evals.result import Result, print_hardness, print_result
 from hpm.pretraining import run_pretraining
 from hpm.show.command import show
 from hpm.show.options import ShowConfig
-from hpm.weights.run import Run
+from hpm.show.run import Run
 
 # Of the linear probe of videos: one pass over the grid takes seconds.
 PROBE: dict[str, Any] = {"lr": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0,), "epochs": 30}

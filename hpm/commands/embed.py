@@ -16,7 +16,7 @@ from hpm.commands.embedding_shards import Shard, Shards, compute_shards
 from hpm.core import distributed, lock
 from hpm.core.config import pair
 from hpm.core.errors import UserError
-from hpm.core.options import make_config
+from hpm.core.options import AnyPath, make_config
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
 from hpm.data.chain import Chain, chain
@@ -42,9 +42,9 @@ class Embedded:
 
 
 def embed(
-    run: str | Path,
-    images: str | Path,
-    out: str | Path | None = None,
+    run: AnyPath,
+    images: AnyPath,
+    out: AnyPath | None = None,
     report: Report = print,
     **options: Any,
 ) -> Embeddings:

@@ -17,7 +17,7 @@ from hpm.commands.options import ExportConfig
 from hpm.core import hub
 from hpm.core.errors import UserError
 from hpm.core.files import disk_error
-from hpm.core.options import make_config
+from hpm.core.options import AnyPath, make_config
 from hpm.core.random_state import random_state_kept
 from hpm.weights.classification import ClassificationModel
 from hpm.weights.export_format import ExportSource, WritableFormat
@@ -39,9 +39,7 @@ BATCHES = (2, 1)
 Report = Callable[[str], None]
 
 
-def export(
-    run: str | Path, to: str, out: str | Path, report: Report = print, **options: Any
-) -> Path:
+def export(run: AnyPath, to: str, out: AnyPath, report: Report = print, **options: Any) -> Path:
     """Write a backbone for timm, hf, torchvision, onnx or safetensors, and check it there.
 
     Args:

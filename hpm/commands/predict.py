@@ -15,7 +15,7 @@ from hpm.commands.predict_objects import results_file, write_objects
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.files import write_atomically, write_text
-from hpm.core.options import make_config
+from hpm.core.options import AnyPath, make_config
 from hpm.core.progress import track
 from hpm.core.random_state import random_state_kept
 from hpm.data.dense import dense_batches
@@ -33,7 +33,7 @@ Report = Callable[[str], None]
 
 
 def predict(
-    model: str | Path, images: str | Path, out: str | Path, report: Report = print, **options: Any
+    model: AnyPath, images: AnyPath, out: AnyPath, report: Report = print, **options: Any
 ) -> Path:
     """Write the predictions of a fine-tuned model for images.
 

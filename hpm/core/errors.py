@@ -9,8 +9,13 @@ from collections.abc import Iterable, Sequence
 class UserError(ValueError):
     """An error in the input. Its text is one line: what is wrong and how to fix it.
 
-    The command line prints the line and exits with code 2; no traceback is shown.
+    The command line prints the line and exits with code 2; no traceback is shown, nor is one in a
+    notebook.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows."""
+        return [f"UserError: {self}"]
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

@@ -61,6 +61,25 @@ def release(folder: Path) -> None:
         os.close(file)
 
 
+def may_be_held(folder: Path) -> bool:
+    """Whether a process may hold the lock of a folder: False only if it is known that none does."""
+    if folder.resolve() in _held:
+        return True
+    try:
+        file = os.open(folder / FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:  # held, or the file system has no locks
+        return True
+    finally:
+        os.close(file)
+
+
 def _release_inherited() -> None:
     """Release inherited locks in a forked worker, which may outlive its parent."""
     for file in _held.values():

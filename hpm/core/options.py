@@ -26,6 +26,7 @@ import yaml
 from hpm.core.durations import check_duration
 from hpm.core.errors import UserError, nearest
 
+AnyPath = str | os.PathLike[str]  # also an `hpm.Run`
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpm.core.options import make_config, read_preset
+from hpm.core.options import AnyPath, make_config, read_preset
 from hpm.evals.contract import find
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     protocol: str,
-    run: str | Path,
-    data: str | Path,
+    run: AnyPath,
+    data: AnyPath,
     report: Callable[[str], None] = print,
     config: str | Path | None = None,
     **options: Any,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,19 @@ class Result:
     unwritable: str | None = None
 
     def __str__(self) -> str:
-        console = Console(width=100, no_color=True)
+        console = _text_console()
         with console.capture() as capture:
             print_result(self, console)
         return capture.get().rstrip()
+
+    def _repr_html_(self) -> str:
+        """The table, and what `print` says below it, for a notebook."""
+        console = _text_console()
+        with console.capture() as capture:
+            _print_below(self, console)
+        table = f"<p>{escape(_heading(self))}</p>{_html_table(self)}" if self.values else ""
+        below = "<br>".join(escape(capture.get().strip()).splitlines())
+        return f"{table}<p>{below}</p>"
 
     def save(self, file: Path) -> None:
         """Write the result as JSON."""
@@ -75,11 +85,21 @@ class Result:
         self.file = file
 
 
+def _text_console() -> Console:
+    """A console whose output is plain text, wherever it goes."""
+    return Console(width=100, no_color=True, force_terminal=False, force_jupyter=False)
+
+
 def print_result(result: Result, console: Console) -> None:
     """Print the tables, and lines about the loss predictor."""
     if result.values:
         console.print(_heading(result), soft_wrap=True, highlight=False)
         console.print(_table(result))
+    _print_below(result, console)
+
+
+def _print_below(result: Result, console: Console) -> None:
+    """Print what belongs below the table."""
     if _has_settings(result) and _is_classification(result):
         console.print("±: half of the 95 % bootstrap interval", highlight=False)
     for name, settings in result.differences.items():
@@ -106,22 +126,47 @@ def _heading(result: Result) -> str:
 
 
 def _table(result: Result) -> Table:
-    """One row per kind of features; one column per setting, or per number."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("features", no_wrap=True)
-    settings = list(next(iter(result.values.values())))
-    columns = settings if _has_settings(result) else _columns(result)
-    for title in columns:
+    titles, rows = _cells(result)
+    table.add_column(titles[0], no_wrap=True)
+    for title in titles[1:]:
         table.add_column(title, justify="right", no_wrap=True)
-    for name, values in result.values.items():
-        if _has_settings(result):
-            table.add_row(
-                name, *[_with_half_width(values.get(setting, {})) for setting in settings]
-            )
-        else:
-            numbers = next(iter(values.values()))
-            table.add_row(name, *[_cell(form, numbers) for form in _columns(result).values()])
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _html_table(result: Result) -> str:
+    titles, rows = _cells(result)
+
+    def line(tag: str, cells: list[str]) -> str:
+        first = f'<{tag} style="text-align:left">{escape(cells[0])}</{tag}>'
+        return f"<tr>{first}{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells[1:])}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', titles)}</thead><tbody>{body}</tbody></table>"
+
+
+def _cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows): one row per kind of features; one column per setting, or per number."""
+    if _has_settings(result):
+        settings = list(next(iter(result.values.values())))
+        rows = [
+            [name, *[_with_half_width(values.get(setting, {})) for setting in settings]]
+            for name, values in result.values.items()
+        ]
+        return ["features", *settings], rows
+    columns = _columns(result)
+    rows = [
+        [name, *[_cell(form, next(iter(values.values()))) for form in columns.values()]]
+        for name, values in result.values.items()
+    ]
+    return ["features", *columns], rows
+
+
+def has_few_classes(about: Mapping[str, Any]) -> bool:
+    """Whether top-5 accuracy is always 100 %, and is left out of tables."""
+    return about.get("classes", 1000) <= 5
 
 
 def _columns(result: Result) -> Mapping[str, str]:
@@ -129,8 +174,7 @@ def _columns(result: Result) -> Mapping[str, str]:
     if result.columns:
         return result.columns
     if _is_classification(result):
-        # With at most five classes, top-5 is always 100 %.
-        few = result.about.get("classes", 1000) <= 5
+        few = has_few_classes(result.about)
         return {
             title: form for title, form in CLASSIFICATION.items() if not (few and title == TOP5)
         }
@@ -159,7 +203,7 @@ def _with_half_width(numbers: Numbers) -> str:
     """The first number, with half of its interval if it has one."""
     for name, value in numbers.items():
         if f"{name}_low" not in numbers:
-            return f"{value:.4g}"
+            return f"{value:.3g}"
         return f"{value:.1f} ± {(numbers[f'{name}_high'] - numbers[f'{name}_low']) / 2:.1f}"
     return ""
 

@@ -104,4 +104,4 @@ def _words(numbers: dict[str, float]) -> str:
     if "top1" in numbers:
         low, high = numbers["top1_low"], numbers["top1_high"]
         return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())

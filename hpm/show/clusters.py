@@ -27,7 +27,7 @@ from hpm.show.clustering import (
 )
 from hpm.show.figures import as_rgb
 from hpm.show.options import ShowConfig
-from hpm.show.page import asset, data_block, image_uri, page
+from hpm.show.page import asset, by_device, data_block, image_uri, page
 
 MOST = 5000  # images on a page
 SIDE = 72  # of a thumbnail, in pixels
@@ -48,7 +48,7 @@ def show_clusters(config: ShowConfig) -> Path:
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {config.out}: features are shown on a page; name a .html file")
     embeddings = Embeddings.load(config.run)
-    source = _open_images(embeddings.about, config.data)
+    source = open_images(embeddings.about, config.data)
     units = centred_units(embeddings.features)
     clusters = find_clusters(units, config.clusters or default_count(len(units)), config.seed)
     on_page = _choose(clusters, config.images, config.seed)
@@ -58,7 +58,7 @@ def show_clusters(config: ShowConfig) -> Path:
     return path
 
 
-def _open_images(about: dict[str, Any], data: str | None) -> Chain:
+def open_images(about: dict[str, Any], data: str | None) -> Chain:
     """The images that were embedded. Raises UserError if they are not there."""
     place = data or about["data"]
     try:
@@ -84,17 +84,25 @@ def _choose(clusters: Clusters, per_cluster: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([kept, some]))
 
 
-def _sheets(source: Chain, ids: np.ndarray, channels: int) -> list[np.ndarray]:
-    """Sheets of thumbnails in the order of `ids`, uint8 [H W 3] each. Those that cannot be read are
+def thumbnails(source: Chain, ids: np.ndarray, channels: int) -> np.ndarray:
+    """Thumbnails in the order of `ids`, uint8 [images SIDE SIDE 3]. Those that cannot be read are
     grey."""
-    count = -(-len(ids) // PER_SHEET)
-    sheets = [np.full((PER_ROW * SIDE, PER_ROW * SIDE, 3), 128, np.uint8) for _ in range(count)]
+    found = np.full((len(ids), SIDE, SIDE, 3), 128, np.uint8)
     batches = evaluation_batches(Subset(source, ids), (SIDE, SIDE), channels, BATCH)
     for batch in track(batches, "thumbnails", total=-(-len(ids) // BATCH)):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=False):
-            sheet, place = divmod(index, PER_SHEET)
-            top, left = (SIDE * x for x in divmod(place, PER_ROW))
-            sheets[sheet][top : top + SIDE, left : left + SIDE] = as_rgb(image, image)
+            found[index] = as_rgb(image, image)
+    return found
+
+
+def _sheets(source: Chain, ids: np.ndarray, channels: int) -> list[np.ndarray]:
+    """Sheets of thumbnails in the order of `ids`, uint8 [H W 3] each."""
+    count = -(-len(ids) // PER_SHEET)
+    sheets = [np.full((PER_ROW * SIDE, PER_ROW * SIDE, 3), 128, np.uint8) for _ in range(count)]
+    for index, thumbnail in enumerate(thumbnails(source, ids, channels)):
+        sheet, place = divmod(index, PER_SHEET)
+        top, left = (SIDE * x for x in divmod(place, PER_ROW))
+        sheets[sheet][top : top + SIDE, left : left + SIDE] = thumbnail
     rows = -(-(len(ids) - (count - 1) * PER_SHEET) // PER_ROW)
     sheets[-1] = sheets[-1][: rows * SIDE]
     return sheets
@@ -196,14 +204,14 @@ def _map(
         f'<span><i class="dot k{number % COLOURS}"></i>{escape(name or "no label")}</span>'
         for number, name in enumerate(classes[:COLOURS])
     )
+    pointing = by_device("Point at an image, or move with the arrow keys.", "Touch an image.")
     legend = f'<div class="row legend" data-by="label" hidden>{keys}</div>' if keys else ""
     return (
         f'{choice}{legend}<figure class="card map-of-all"><div class="world{many}" tabindex="0">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="map of {shown} images">{"".join(groups)}<path class="here" d=""/></svg>'
         '<div class="pointed card" hidden><i class="thumb"></i><b></b><span></span></div></div>'
-        f"<figcaption>Similar images lie together. {how}.{some} Point at an image, tap it, or move "
-        "with the arrow keys.</figcaption></figure>"
+        f"<figcaption>Similar images lie together. {how}.{some} {pointing}</figcaption></figure>"
     )
 
 

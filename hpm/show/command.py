@@ -17,7 +17,8 @@ from hpm.data.sources import Source, Subset, open_source
 from hpm.evals.embeddings import holds_features
 from hpm.mining.masking import num_hidden_patches
 from hpm.show.clusters import show_clusters
-from hpm.show.figures import TITLES, draw, picture, unavailable_panels
+from hpm.show.drawing import draw
+from hpm.show.figures import TITLES, picture, unavailable_panels
 from hpm.show.gallery import write_gallery
 from hpm.show.options import PANELS, Panel, ShowConfig
 from hpm.show.strips import as_strips
@@ -41,11 +42,11 @@ def show(config: ShowConfig) -> Path:
     trained = open_trained(config.run, config.device)
     check_shares(trained, config.hard_share, config.mask_ratio)
     reasons = unavailable_panels(trained)
-    panels = _choose(config, reasons)
+    panels = choose_panels(config, reasons)
     share = hard_share(config.hard_share, trained)
     if trained.sampling() is not None:
-        _check_count(config, path, clips=True)
-    batch, names = _read(config, trained)
+        check_count(config, path, clips=True)
+    batch, names = read_images(config, trained)
     shown = picture(
         trained,
         batch.images,
@@ -165,12 +166,12 @@ def _check(config: ShowConfig, path: Path) -> None:
         raise UserError("images and num_masks must be at least 1")
     if path.suffix.lower() not in FIGURES + PAGES:
         raise UserError(f"out is '{config.out}': name a .png, .pdf, .svg, .jpg or .html file")
-    _check_count(config, path)
+    check_count(config, path)
     if config.panels is not None and not config.panels:
         raise UserError(f"panels is empty: name some of {', '.join(PANELS)}")
 
 
-def _check_count(config: ShowConfig, path: Path, clips: bool = False) -> None:
+def check_count(config: ShowConfig, path: Path, clips: bool = False) -> None:
     """Raise UserError for more images, or clips, than the file holds."""
     on_page = path.suffix.lower() in PAGES
     limit, what = MAX_IMAGES[PAGES if on_page else FIGURES], ""
@@ -184,7 +185,7 @@ def _check_count(config: ShowConfig, path: Path, clips: bool = False) -> None:
         )
 
 
-def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
+def choose_panels(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
     """The requested panels, by default all that are available. Raises UserError for others."""
     available = tuple(panel for panel in PANELS if panel not in reasons)
     if config.panels is None:
@@ -200,7 +201,7 @@ def _choose(config: ShowConfig, reasons: dict[Panel, str]) -> tuple[Panel, ...]:
     return config.panels
 
 
-def _read(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
+def read_images(config: ShowConfig, trained: Trained) -> tuple[Batch, list[str]]:
     """Read random images of the data and their paths. Prints those that cannot be read."""
     assert config.data is not None
     some = some_images(config.data, config.images, config.seed, trained)

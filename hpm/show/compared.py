@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from hpm.core.errors import UserError
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, saved_evaluations
-from hpm.show.report import progress, read_metrics, read_options
+from hpm.show.report import read_metrics, read_options
+from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.run_folder import RunFolder, training_minutes
 
@@ -32,9 +33,9 @@ LOSS_DEPENDS_ON = (
 DEPTH = 3  # folders below one that is named, in which runs are looked for
 NUMBERS = {
     "reconstruction_loss": "reconstruction loss",
-    "held_out/reconstruction_loss": "reconstruction loss, held out",
-    "held_out/ranking_accuracy": "ranking accuracy, held out",
-    "held_out/mining_accuracy": "teacher's ranking accuracy, held out",
+    "held_out/reconstruction_loss": "reconstruction loss, held-out images",
+    "held_out/ranking_accuracy": "ranking accuracy, held-out images",
+    "held_out/mining_accuracy": "teacher's ranking accuracy, held-out images",
     "probe/linear": "linear probe, %",
     "probe/knn": "kNN, %",
     "images_per_second": "images per second",
@@ -130,8 +131,7 @@ def _find(name: str) -> list[Path]:
 
 def _read(folder: Path, label: str) -> ComparedRun:
     options, metrics = read_options(RunFolder(folder).config_file), read_metrics(folder)
-    step = max((line["step"] for line in metrics), default=0)
     saved = [each for place in ("evals", "ablation") for each in saved_evaluations(folder, place)]
     rows = [row for each in saved if each.weights != "teacher" for row in each.rows or ()]
-    words = progress(options, step, read_sessions(folder))
+    words = read_status(folder, options, metrics, read_sessions(folder)).words
     return ComparedRun(folder, label, options, metrics, words, rows)

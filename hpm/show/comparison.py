@@ -24,12 +24,14 @@ from hpm.show.compared import (
     differing_options,
     read_runs,
 )
-from hpm.show.curves import Chart, Points, draw_charts, number
+from hpm.show.curves import Chart, Points, Reference, draw_charts, number
 from hpm.show.figures import picture, unavailable_panels
+from hpm.show.judgement import references
 from hpm.show.moments import Moment, moment_of
+from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
 from hpm.show.page import asset, data_block, page
-from hpm.show.report_figures import CHARTS, LEFT_OUT, panels_table
+from hpm.show.report_figures import CHARTS, LEFT_OUT
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -193,8 +195,12 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
                 if isinstance(value, (int, float)) and name not in LEFT_OUT:
                     points = found.setdefault(name, {}).setdefault(run.label, [])
                     points.append((line["step"], float(value)))
+    shared = _shared_references(runs)
     known = [
-        (Chart(_title(chart, label), chart.about, {}, chart.from_zero), found.pop(name, {}))
+        (
+            Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
+            found.pop(name, {}),
+        )
         for chart in CHARTS
         for name, label in chart.names.items()
     ]
@@ -203,6 +209,20 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
     places = {run.label: place for place, run in enumerate(runs)}
     html, values = draw_charts([*known[:1], *others, *known[1:]], last_step, places)
     return html or "<p>No measurements yet.</p>", values
+
+
+def _shared_references(runs: list[ComparedRun]) -> dict[str, Reference]:
+    """The references of metrics, where they are the same for all runs that have the metric."""
+    each: dict[str, list[Reference | None]] = {}
+    for run in runs:
+        own = references(run.options)
+        for name in {name for line in run.metrics for name in line}:
+            each.setdefault(name, []).append(own.get(name))
+    return {
+        name: found[0]
+        for name, found in each.items()
+        if found[0] is not None and len({*found}) == 1
+    }
 
 
 def _title(chart: Chart, label: str) -> str:
@@ -244,8 +264,8 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
     places = [place for place, run in enumerate(runs) if run.label in columns]
     return (
         f"<p>Images of {escape(data)}, drawn by the latest weights of each run. Bright patches "
-        "are hard; each map has its own scale. Hidden patches are grey: as many, and as hard, as "
-        "at the end of each training. Without a predictor there is no predicted loss.</p>"
+        "are hard. Hidden patches are grey: as many, and as hard, as at the end of each training. "
+        f"{ABOUT_ACTUAL} {ABOUT_SCALE} Without a predictor there is no predicted loss.</p>"
         f"{said}{panels_table(columns, 'image', places)}"
     )
 

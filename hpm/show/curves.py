@@ -21,13 +21,22 @@ MAX_MARKED = 30  # curves of at most so many points get a mark at each point
 Points = list[tuple[int, float]]  # steps and values
 
 
+class Reference(NamedTuple):
+    """The value of a metric before anything is learned, and a few words on it."""
+
+    value: float
+    name: str
+
+
 class Chart(NamedTuple):
-    """A chart: its title and caption, and a label for each metric that it shows."""
+    """A chart: its title and caption, and a label for each metric that it shows. `reference`: a
+    line across it."""
 
     title: str
     about: str
     names: dict[str, str]
     from_zero: bool = False
+    reference: Reference | None = None
 
 
 @dataclass
@@ -72,20 +81,16 @@ def draw_charts(
         ]
         curves = [curve for curve in curves if curve.values]
         if curves:
-            card, numbers = draw_chart(chart.title, chart.about, curves, last_step, chart.from_zero)
+            card, numbers = draw_chart(chart, curves, last_step)
             cards.append(card)
             values.append(numbers)
     return (f'<div class="cards">{"".join(cards)}</div>' if cards else ""), values
 
 
-def draw_chart(
-    title: str, about: str, curves: list[Curve], last_step: int, from_zero: bool
-) -> tuple[str, dict[str, Any]]:
-    """Draw a card with curves over the steps 0 to `last_step`: (HTML, values for the script).
-
-    about: the caption. from_zero: start the y axis at 0.
-    """
-    low, high = _range(curves, from_zero)
+def draw_chart(chart: Chart, curves: list[Curve], last_step: int) -> tuple[str, dict[str, Any]]:
+    """Draw a card with curves over the steps 0 to `last_step`: (HTML, values for the script)."""
+    title, reference = chart.title, chart.reference
+    low, high = _range(curves, chart.from_zero, reference)
     right = max(last_step, 1)
 
     def across(step: float) -> float:
@@ -97,9 +102,12 @@ def draw_chart(
     lines, labels, keys = [], [], []
     for tick in _ticks(low, high):
         lines.append(f'<path class="grid" d="M0 {down(tick)}H1000"/>')
-        labels.append(f'<span class="y" style="top:{down(tick) / 10}%">{number(tick)}</span>')
+        labels.append(f'<span class="y" style="top:{down(tick) / 10}%">{_tick(tick)}</span>')
+    if reference is not None:
+        place = down(reference.value)
+        lines.append(f'<path class="reference" d="M0 {place}H1000"/>')
     for tick in _ticks(0, right):
-        labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{number(tick)}</span>')
+        labels.append(f'<span class="x" style="left:{across(tick) / 10}%">{_tick(tick)}</span>')
     for curve in curves:
         place = curve.place
         points = [(across(s), down(v)) for s, v in zip(curve.steps, curve.values, strict=True)]
@@ -113,6 +121,8 @@ def draw_chart(
             f'<span class="key c{place}">{escape(curve.name)} '
             f"<b>{number(curve.values[-1])}</b></span>"
         )
+    if reference is not None:
+        keys.append(f'<span class="key reference">{escape(reference.name)}</span>')
     label = "; ".join(
         f"{curve.name} from {number(curve.values[0])} at step {curve.steps[0]} to "
         f"{number(curve.values[-1])} at step {curve.steps[-1]}"
@@ -125,7 +135,7 @@ def draw_chart(
         f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'role="img" aria-label="{escape(f"{title}: {label}")}">{"".join(lines)}'
         f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
-        f"<figcaption>{escape(about)}</figcaption></figure>"
+        f"<figcaption>{escape(chart.about)}</figcaption></figure>"
     )
     values = {
         "right": right,
@@ -139,9 +149,12 @@ def draw_chart(
     return html, values
 
 
-def _range(curves: list[Curve], from_zero: bool) -> tuple[float, float]:
+def _range(
+    curves: list[Curve], from_zero: bool, reference: Reference | None
+) -> tuple[float, float]:
     """Lowest and highest value of the axis, with a margin."""
     values = [value for curve in curves for value in curve.values]
+    values += [reference.value] if reference is not None else []
     low, high = min(values), max(values)
     low = min(low, 0.0) if from_zero else low
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -154,10 +167,22 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """At most four digits: 0.1234, 12.5, 12,500, 1.5e-5. `chart.js` formats numbers alike."""
-    if abs(value) >= 1000:
+    """Three digits: 0.123, 12.5, 12,500, 1.5e-5; just below 1, as many as tell it from 1, such as
+    0.9995. `chart.js` formats numbers alike."""
+    size = abs(value)
+    if size >= 1000:
         return f"{value:,.0f}"
-    return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("e-0", "e-")
+    digits = 3
+    if 0.99 <= size < 1:
+        digits = min(9, 1 - math.floor(math.log10(1 - size)))
+    return f"{0.0 if size < 1e-12 else value:.{digits}g}".replace("e-0", "e-")
+
+
+def _tick(value: float) -> str:
+    """A round number, exactly."""
+    if abs(value) >= 1000:
+        return number(value)
+    return f"{0.0 if abs(value) < 1e-12 else value:.6g}".replace("e-0", "e-")
 
 
 def _short(value: float) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
-from hpm.evals.contract import TRAINED
+from hpm.evals.contract import TRAINED, Numbers
+from hpm.evals.result import has_few_classes
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.training.sessions import read_lines
@@ -28,6 +29,8 @@ LEFT_OUT = ("step", "unreadable")
 NOT_OPTIONS = ("architecture", "training")
 MAX_FIGURE_BYTES = 8_000_000
 
+Values = dict[str, dict[str, Numbers]]  # by features and setting
+
 
 def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
     """Write the page of an evaluation from its JSON file, and the logs of its trainings.
@@ -37,6 +40,8 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
     """
     result = _read(file)
     about = result["about"]
+    if has_few_classes(about):
+        result["values"] = _without_top5(result["values"])
     training = file.parent / about["training"] if about.get("training") else None
     logs = {
         log.parent.name.replace("_", " "): read_lines(log)
@@ -74,6 +79,16 @@ def _read(file: Path) -> dict[str, Any]:
     if not complete:
         raise UserError(f"{file}: not the JSON file of an evaluation")
     return result
+
+
+def _without_top5(values: Values) -> Values:
+    return {
+        features: {
+            setting: {name: value for name, value in numbers.items() if name != "top5"}
+            for setting, numbers in settings.items()
+        }
+        for features, settings in values.items()
+    }
 
 
 def _head(result: dict[str, Any]) -> str:
@@ -183,7 +198,7 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
-    return f"{numbers[name]:.4g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
+    return f"{numbers[name]:.3g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
 
 
 def _words(name: str) -> str:

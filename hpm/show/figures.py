@@ -1,4 +1,4 @@
-"""Compute and draw panels of a model's outputs on images.
+"""Compute panels of a model's outputs on images.
 
 Panels: image, actual loss, predicted loss, mask, reconstruction, principal components of the
 features, attention of the class token.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from hpm.core.errors import UserError
-from hpm.core.files import write_atomically
 from hpm.core.progress import track
 from hpm.data.loader import normalize
 from hpm.evals.loss_maps import loss_maps
@@ -27,6 +26,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import gather_patches, patchify, unpatchify
 from hpm.show.options import PANELS, Panel
 from hpm.show.page import colours
+from hpm.show.scale import Scale, as_losses, scale_of
 from hpm.targets.pixels import PixelTarget
 from hpm.weights.resolve import Trained
 
@@ -71,6 +71,23 @@ class Picture:
     reconstruction: Tensor | None = None  # shaped like images; hidden patches are predicted
     pca: Float[Tensor, "batch patches 3"] | None = None  # 0 to 1
     attention: Float[Tensor, "batch heads patches"] | None = None
+
+    @cached_property
+    def scale(self) -> Scale | None:
+        """The scale of the actual and predicted losses of all images."""
+        return None if self.actual is None else scale_of(self.actual.numpy())
+
+    def losses(self, row: int) -> dict[Panel, np.ndarray]:
+        """The maps of actual and predicted losses of an image [rows columns], on one scale where
+        the actual one is there."""
+        found: dict[Panel, np.ndarray] = {}
+        if self.actual is not None:
+            found["actual"] = self.actual[row].numpy()
+        if self.predicted is not None:
+            predicted = self.predicted[row].numpy()
+            known = found.get("actual")
+            found["predicted"] = predicted if known is None else as_losses(predicted, known)
+        return {name: values.reshape(self.grid) for name, values in found.items()}
 
     @property
     def panels(self) -> list[Panel]:
@@ -249,10 +266,8 @@ def pixels(shown: Picture, row: int) -> dict[Panel, Pixels]:
     """The panels of one image as RGB: images at full size, maps with one pixel per patch."""
     image = as_rgb(shown.images[row], shown.images[row])
     found: dict[Panel, Pixels] = {"image": image}
-    for name in ("actual", "predicted"):
-        values = getattr(shown, name)
-        if values is not None:
-            found[name] = colours(values[row].view(shown.grid).numpy())
+    for name, values in shown.losses(row).items():
+        found[name] = colours(values, *(shown.scale or ()))
     if shown.mask is not None:
         found["mask"] = _grey_out(image, shown.mask[row].view(shown.grid).numpy())
     if shown.reconstruction is not None:
@@ -270,30 +285,6 @@ def head_pixels(shown: Picture, row: int) -> list[Pixels]:
     if shown.attention is None:
         return []
     return [colours(head.view(shown.grid).numpy()) for head in shown.attention[row]]
-
-
-def draw(shown: Picture, path: Path, title: str) -> None:
-    """Write a figure with one row per image. The suffix determines the format (default PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows, columns = len(shown.images), len(shown.panels)
-    height, width = shown.images.shape[-2:]
-    across = 1.7 * max(1, width / height / 2)  # film strips are wider
-    row_height = across * min(height / width, 3)
-    size = (max(across * columns, 4), row_height * rows + 0.7)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        for axis, (name, panel) in zip(axes[row], pixels(shown, row).items(), strict=True):
-            axis.imshow(panel, extent=(0, width, height, 0), interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(TITLES[name], fontsize=10)
-    kind = path.suffix.lstrip(".") or "png"
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=kind))
 
 
 def as_rgb(image: Tensor, like: Tensor) -> Pixels:

@@ -13,17 +13,21 @@ from typing import Literal
 import numpy as np
 
 from hpm.core.files import write_text
+from hpm.show.drawing import LOSSES
 from hpm.show.figures import TITLES, Picture, head_pixels, pixels
 from hpm.show.options import Panel
-from hpm.show.page import asset, image_uri, page
-from hpm.show.strips import FRAMES, all_frames, as_strips, count_frames, cut
+from hpm.show.page import asset, by_device, image_uri, page
+from hpm.show.scale import bar, bar_style
+from hpm.show.strips import FRAMES, all_frames, as_strips, count_frames, cut, frames_text
 
 # Explanations for readers who have not read the documentation.
 MEANING: dict[Panel, str] = {
     "image": "the input of the model.",
-    "actual": "the reconstruction loss of each patch when it is hidden. Bright is high; each map "
-    "is scaled to its own range; grey patches were never hidden.",
-    "predicted": "the loss that the teacher predicts from the whole image.",
+    "actual": "the reconstruction loss of each patch when it is hidden. Bright is high; grey "
+    "patches were never hidden.",
+    "predicted": "the loss that the teacher predicts from the whole image, on the scale of the "
+    "actual loss. A predictor gives an order but no unit: each patch has the actual loss of the "
+    "same rank in the image.",
     "mask": "grey patches are hidden.",
     "reconstruction": "the hidden patches, predicted from the visible ones. Models of normalised "
     "pixels do not predict brightness and contrast; the true ones are shown.",
@@ -31,12 +35,23 @@ MEANING: dict[Panel, str] = {
     "patches of similar colour have similar features.",
     "attention": "which patches the class token attends to in the last block, mean over heads.",
 }
+# Maps that may lie over the image.
+OVERLAID: tuple[Panel, ...] = ("actual", "predicted", "pca", "attention")
 SHARP = 128  # images narrower than this (in pixels) are shown without smoothing
 
 
-HINT = """
-<p id="hint" class="faint" hidden>Click a picture, or Tab to it and press Enter, to enlarge it; then
-← → go from panel to panel and ↑ ↓ from image to image.</p>
+HINT = f"""
+<p id="hint" class="faint" hidden>{
+    by_device(
+        "Click a picture, or Tab to it and press Enter, to enlarge it; then ← → go from panel to "
+        "panel and ↑ ↓ from image to image.",
+        "Touch a picture to enlarge it; then swipe from panel to panel and from image to image.",
+    )
+}</p>
+"""
+OVERLAY = """
+<div class="row"><button type="button" id="overlay" aria-pressed="false" hidden>maps over the image
+</button></div>
 """
 ENLARGED = """
 <dialog aria-label="enlarged"><img alt=""><p></p><div class="row">
@@ -59,23 +74,29 @@ def write_gallery(
     laid = all_frames(shown)
     short = as_strips(shown) if laid is not shown else None
     frames = count_frames(shown)
-    strips = "".join(_section(laid, row, name, frames, short) for row, name in enumerate(names))
-    body = f"<h1>{escape(title)}</h1>{lines}{legend}{HINT}{strips}{ENLARGED}"
+    which = frames_text(frames, shown.grid[0]) if frames else ""
+    strips = "".join(
+        _section(laid, row, name, frames, short, which) for row, name in enumerate(names)
+    )
+    overlay = OVERLAY if any(panel in OVERLAID for panel in shown.panels) else ""
+    body = f"<h1>{escape(title)}</h1>{lines}{legend}{HINT}{overlay}{strips}{ENLARGED}"
     script = f"\n{asset('gallery.js')}\n"
-    style = f"{asset('strip.css')}\n{asset('gallery.css')}\n"
+    style = f"{asset('strip.css')}\n{asset('gallery.css')}\n{bar_style()}"
     write_text(path, page(title, body, script, style))
 
 
-def _section(shown: Picture, row: int, name: str, frames: int | None, short: Picture | None) -> str:
+def _section(
+    shown: Picture, row: int, name: str, frames: int | None, short: Picture | None, which: str
+) -> str:
     """The strip of an image; of a clip, laid out by `all_frames`, animations, and some frames side
-    by side (`short`)."""
+    by side (`short`; `which` in words)."""
     found = pixels(shown, row)
     figures = "".join(
-        figure(cut(panel, frames), TITLES[kind], value_range(shown, row, kind), name)
+        figure(cut(panel, frames), TITLES[kind], name, _bar(shown, kind), kind in OVERLAID)
         for kind, panel in found.items()
     )
     heads = "".join(
-        figure(cut(head, frames), f"head {number}", "", name)
+        figure(cut(head, frames), f"head {number}", name)
         for number, head in enumerate(head_pixels(shown, row), 1)
     )
     if heads:
@@ -83,11 +104,11 @@ def _section(shown: Picture, row: int, name: str, frames: int | None, short: Pic
     still = ""
     if short is not None:
         still = "".join(
-            figure(panel, TITLES[kind], "", f"{name}, some frames", FRAMES)
+            figure(panel, TITLES[kind], f"{name}, some frames", frames=FRAMES)
             for kind, panel in pixels(short, row).items()
         )
         still = (
-            f"<details><summary>some frames side by side</summary>"
+            f"<details><summary>{which} side by side</summary>"
             f'<div class="strip wide">{still}</div></details>'
         )
     strips = f"{strip(figures, len(found))}{still}{heads}"
@@ -98,24 +119,30 @@ def strip(figures: str, columns: int) -> str:
     return f'<div class="strip" style="max-width: {14 * columns}rem">{figures}</div>'
 
 
-def figure(panel: np.ndarray, title: str, values: str, name: str, frames: int = 1) -> str:
-    """A panel [H W 3], or an animation [T H W 3], with its caption. `values`: the range of its
-    colours, as text. frames: pictures side by side in the panel."""
+def figure(
+    panel: np.ndarray,
+    title: str,
+    name: str,
+    below: str = "",
+    overlaid: bool = False,
+    frames: int = 1,
+) -> str:
+    """A panel [H W 3], or an animation [T H W 3], with its caption.
+
+    below: HTML of the caption's second line. overlaid: whether it may lie over the image. frames:
+    pictures side by side in the panel.
+    """
     height, width = panel.shape[-3:-1]
     kind: Literal["PNG", "JPEG"] = "PNG" if width < SHARP * frames else "JPEG"
     sharp = ' class="map"' if width < SHARP * frames else ""
-    faint = f"<br>{escape(values)}" if values else ""
+    over = ' class="over"' if overlaid else ""
     return (
-        f'<figure><img{sharp} src="{image_uri(panel, kind)}" alt="{escape(f"{title}, {name}")}" '
-        f'width="{width}" height="{height}">'
-        f"<figcaption>{escape(title)}{faint}</figcaption></figure>"
+        f'<figure><span{over}><img{sharp} src="{image_uri(panel, kind)}" '
+        f'alt="{escape(f"{title}, {name}")}" width="{width}" height="{height}">'
+        f"</span><figcaption>{escape(title)}{below}</figcaption></figure>"
     )
 
 
-def value_range(shown: Picture, row: int, panel: Panel) -> str:
-    """The range of the actual loss, as text. Empty for other panels: the predicted loss usually has
-    an order but no unit."""
-    if panel != "actual" or shown.actual is None:
-        return ""
-    known = shown.actual[row][~shown.actual[row].isnan()]
-    return f"{known.min():.3g} to {known.max():.3g}" if len(known) else "no patch was hidden"
+def _bar(shown: Picture, panel: Panel) -> str:
+    """The bar below maps of losses."""
+    return bar(shown.scale) if panel in LOSSES and shown.scale is not None else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpm.core.errors import UserError
 from hpm.core.files import read_tensors, write_tensors
 from hpm.show.figures import Picture, as_rgb, pixels
+from hpm.show.scale import Scale
 from hpm.show.strips import all_frames, count_frames, cut
 
 MAX_SIDE = 128  # pixels of the longer side
@@ -34,10 +35,30 @@ class Moment:
     predicted: np.ndarray | None
     reconstruction: np.ndarray | None  # shaped like images
 
+    def picture(self, count: int) -> Picture:
+        """The panels of the first images, to draw them."""
+
+        def pixels_of(images: np.ndarray | None) -> Tensor | None:
+            return None if images is None else torch.from_numpy(images[:count]).movedim(-1, 1)
+
+        def patches_of(values: np.ndarray | None) -> Tensor | None:
+            return None if values is None else torch.from_numpy(values[:count]).flatten(1)
+
+        images = pixels_of(self.images)
+        assert images is not None
+        return Picture(
+            images,
+            self.mask.shape[1:],
+            actual=patches_of(self.actual),
+            predicted=patches_of(self.predicted),
+            mask=patches_of(self.mask),
+            reconstruction=pixels_of(self.reconstruction),
+        )
+
 
 def keep_moment(shown: Picture, folder: Path, step: int) -> None:
     """Write the panels of a picture into `folder`."""
-    write_tensors(folder / f"step_{step:08d}.safetensors", _tensors(shown), {"step": step})
+    write_tensors(_file(folder, step), _tensors(shown), {"step": step})
 
 
 def moment_of(shown: Picture, step: int) -> Moment:
@@ -83,24 +104,47 @@ def keep_animations(shown: Picture, folder: Path, step: int) -> None:
         for name, panel in pixels(laid, row).items():
             small = [_thumbnail(frame, ANIMATED_SIDE) for frame in cut(panel, frames)]
             tensors[f"{row}.{name}"] = torch.from_numpy(np.stack(small))
-    write_tensors(folder / ANIMATIONS, tensors, {"step": step})
+    write_tensors(folder / ANIMATIONS, tensors, {"step": step, "scale": laid.scale})
 
 
-def read_animations(folder: Path, steps: set[int]) -> tuple[int, list[dict[str, np.ndarray]]]:
-    """(step, the panels [T H W 3] of each clip by name); no clips of images, of a damaged file, or
-    of a step that is not among these."""
+@dataclass
+class Animations:
+    """Clips at one step: the panels [T H W 3] of each by name, and the scale of their losses."""
+
+    step: int
+    clips: list[dict[str, np.ndarray]]
+    scale: Scale | None
+
+
+def read_animations(folder: Path, steps: set[int]) -> Animations | None:
+    """None for images, a damaged file, or a step that is not among these."""
     if not (folder / ANIMATIONS).exists():
-        return 0, []
+        return None
     try:
         tensors, about = read_tensors(folder / ANIMATIONS)
     except UserError:
-        return 0, []
+        return None
     rows: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         row, _, panel = name.partition(".")
         rows.setdefault(row, {})[panel] = tensor.numpy()
-    step = about.get("step", 0)
-    return step, [rows[row] for row in sorted(rows)] if step in steps else []
+    step, scale = about.get("step", 0), about.get("scale")
+    if step not in steps:
+        return None
+    return Animations(step, [rows[row] for row in sorted(rows)], Scale(*scale) if scale else None)
+
+
+def measured_steps(folder: Path, steps: set[int]) -> list[int]:
+    """Those of these steps that a moment was kept of."""
+    return sorted(step for step in steps if _file(folder, step).exists())
+
+
+def latest_moment(folder: Path, steps: set[int]) -> Moment | None:
+    """The moment of the last of these steps; None without any that can be read."""
+    for step in reversed(measured_steps(folder, steps)):
+        with contextlib.suppress(UserError, KeyError):
+            return _moment(step, read_tensors(_file(folder, step))[0])
+    return None
 
 
 def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
@@ -108,17 +152,19 @@ def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
 
     Files of other steps are ignored: a resumed run may have discarded those steps.
     """
-    names = {step: folder / f"step_{step:08d}.safetensors" for step in steps}
-    files = {step: path for step, path in names.items() if path.exists()}
-    found = sorted(files)
+    found = measured_steps(folder, steps)
     if len(found) > MAX_MOMENTS:
         places = np.linspace(0, len(found) - 1, MAX_MOMENTS).round().astype(int)
         found = [found[place] for place in places]
     moments = []
     for step in found:
         with contextlib.suppress(UserError, KeyError):  # skip damaged files
-            moments.append(_moment(step, read_tensors(files[step])[0]))
+            moments.append(_moment(step, read_tensors(_file(folder, step))[0]))
     return moments
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}.safetensors"
 
 
 def _small(images: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from hpm.data.loader import evaluation_batches
 from hpm.data.sources import Subset
 from hpm.evals.loss_maps import evaluate_losses
 from hpm.evals.ongoing import OngoingProbe
-from hpm.show.figures import Picture, draw, picture
+from hpm.show.drawing import draw
+from hpm.show.figures import Picture, picture
 from hpm.show.moments import keep_animations, keep_moment
 from hpm.show.report import write_report
 from hpm.show.strips import as_strips
@@ -37,8 +38,7 @@ def evaluate(run: PretrainingRun) -> None:
         values = evaluate_losses(run.trained, held_out, run.device, config.seed, run.log.info_once)
         if values:
             run.log.metrics(run.step, {f"held_out/{n}": v for n, v in values.items()})
-            numbers = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            run.log.info(f"step {run.step}, held out: {numbers}")
+            run.log.info(f"step {run.step}, held-out images: {in_words(values)}")
     run.model.train()
     shown = picture_held_out(run)
     if shown is not None and distributed.is_main():
@@ -46,6 +46,22 @@ def evaluate(run: PretrainingRun) -> None:
         with run.log.never_fail("drawing a figure"):
             draw(shown, file, f"{config.out}, step {run.step} of {run.total_steps}")
             run.log.figure(run.step, file)
+
+
+def in_words(values: dict[str, float]) -> str:
+    """The measures of `evaluate_losses` as a short row; correlations are in the log of metrics."""
+    words = [f"loss {values['reconstruction_loss']:.3f}"]
+    if "ranking_accuracy" in values:
+        words.append(
+            f"ranking accuracy {values['ranking_accuracy']:.3f} "
+            f"(teacher {values['mining_accuracy']:.3f}; 0.5 is chance)"
+        )
+    if "hard_on_objects" in values:
+        words.append(
+            f"hardest patches on objects {100 * values['hard_on_objects']:.0f} % "
+            f"({100 * values['chance_on_objects']:.0f} % by chance)"
+        )
+    return ", ".join(words)
 
 
 def picture_held_out(run: PretrainingRun) -> Picture | None:

@@ -16,11 +16,14 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.evals.saved import saved_evaluations
+from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
-from hpm.show.moments import read_animations, read_moments
+from hpm.show.judgement import judge
+from hpm.show.moments import measured_steps, read_animations, read_moments
 from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.show.report_figures import animations_section, charts_section, moments_section
+from hpm.show.status import Status, read_status
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.own import encoder_call
 from hpm.weights.run_folder import RunFolder
@@ -37,6 +40,14 @@ RESOLVED = (
     "precision",
 )
 
+TILES = {
+    "reconstruction_loss": "reconstruction loss",
+    "held_out/reconstruction_loss": "reconstruction loss, held-out images",
+    "ranking_accuracy": "ranking accuracy",
+    "held_out/ranking_accuracy": "ranking accuracy, held-out images",
+    "probe/linear": "linear probe, %",
+    "images_per_second": "images per second",
+}
 MAX_LISTED = 20  # unreadable images
 
 
@@ -64,13 +75,14 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     options = read_options(run.config_file)
     steps = {line["step"] for line in metrics}
     moments = read_moments(run.moments, steps | {0})
-    charts, values = charts_section(metrics)
+    measured = measured_steps(run.moments, steps | {0})
+    charts, values = charts_section(metrics, options)
     parts = [
-        _head(folder, options, metrics, sessions),
+        _head(folder, options, metrics, read_status(folder, options, metrics, sessions)),
         _problems(folder, metrics, sessions),
         "<h2>Predicted difficulty during training</h2>",
-        moments_section(moments, options),
-        animations_section(*read_animations(run.moments, steps | {0})),
+        moments_section(moments, options, measured),
+        animations_section(read_animations(run.moments, steps | {0})),
         "<h2>Curves</h2>",
         charts,
         _evaluations(folder),
@@ -89,51 +101,32 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 
 def _head(
-    folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], sessions: list[Session]
+    folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], status: Status
 ) -> str:
-    """Name, progress and latest numbers of the run."""
+    """Name, state, judgement and latest numbers of the run."""
     last: dict[str, Any] = {}
     for line in metrics:
         last |= line
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",
-        progress(options, last.get("step", 0), sessions),
     ]
-    numbers = [
-        (title, f"{last[name]:.4g}")
-        for name, title in (
-            ("reconstruction_loss", "reconstruction loss"),
-            ("ranking_accuracy", "ranking accuracy"),
-            ("held_out/ranking_accuracy", "ranking accuracy, held out"),
-            ("probe/linear", "linear probe, %"),
-            ("images_per_second", "images per second"),
-        )
+    tiles = "".join(
+        f"<div><b>{number(last[name])}</b><span>{title}</span></div>"
+        for name, title in TILES.items()
         if name in last
-    ]
-    tiles = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in numbers)
+    )
+    judgement = judge(options, metrics, saved_evaluations(folder), status.total)
+    state = f'<span class="state {status.state}">{status.state}</span>'
+    times = f"; {status.times}" if status.times else ""
     return (
-        f"<h1>{escape(str(folder))}</h1>\n<p>{escape('; '.join(facts))}.</p>\n"
+        f"<h1>{escape(str(folder))} {state}</h1>\n"
+        f'<p class="verdict">{escape(judgement)}</p>\n'
+        f"<p>S{status.steps[1:]}{times}. {escape('; '.join(facts))}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")} from the run folder; '
         "<code>hpm report RUN</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'
     )
-
-
-def progress(options: dict[str, Any], step: int, sessions: list[Session]) -> str:
-    """How far a run has come, in words, given the last step that it logged."""
-    last_session = sessions[-1] if sessions else None
-    total = last_session.total_steps if last_session else options.get("steps")
-    if last_session and last_session.failed:
-        step = last_session.last_step or step
-    words = f"step {step:,} of {total:,}" if total else f"step {step:,}"
-    if last_session and last_session.failed:
-        return f"{words}, failed"
-    if step and step == total:
-        return f"{words}, finished"
-    if last_session and last_session.reason is None:
-        return f"{words}, still training when this was written"
-    return words
 
 
 def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Session]) -> str:
@@ -152,15 +145,15 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
-    for number, session in enumerate(sessions):
-        latest = number == len(sessions) - 1
+    for place, session in enumerate(sessions):
+        latest = place == len(sessions) - 1
         where = f"at step {session.last_step:,}" if session.last_step is not None else ""
         if session.reason is None and not latest:
             found.append(f"The session that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
             ended, resumed = "Failed" if session.failed else "Stopped", ""
             if not latest:
-                resumed = f"; resumed from step {sessions[number + 1].first_step:,}"
+                resumed = f"; resumed from step {sessions[place + 1].first_step:,}"
             found.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
     if not found:
         return ""

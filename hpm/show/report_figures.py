@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
-import numpy as np
-
 from hpm.show.curves import Chart, Points, draw_charts
+from hpm.show.drawing import LOSSES
 from hpm.show.figures import TITLES
 from hpm.show.gallery import figure, strip
-from hpm.show.moments import Moment
+from hpm.show.judgement import references
+from hpm.show.moments import Animations, Moment
+from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import PANELS
-from hpm.show.page import colours, image_uri
+from hpm.show.page import by_device
+from hpm.show.scale import bar
+from hpm.show.strips import frames_text
 
 CHARTS = (
     Chart(
         "Reconstruction loss",
-        "Error of the hidden patches. It may rise when harder patches are hidden.",
-        {"reconstruction_loss": "training"},
+        "Error of the hidden patches. In training, it may rise when harder patches are hidden; on "
+        "held-out images, masks are random throughout.",
+        {"reconstruction_loss": "training", "held_out/reconstruction_loss": "held-out images"},
     ),
     Chart(
         "Predictor loss",
-        "How well the predictor orders pairs of hidden patches; 0.693 is chance (relative loss).",
+        "How well the predictor orders the hidden patches by their loss.",
         {"predictor_loss": "training"},
     ),
     Chart(
         "Ranking accuracy",
-        "Share of pairs of hidden patches in the right order; 0.5 is chance.",
+        "Share of pairs of patches that are in the right order. The student predicts the losses of "
+        "hidden patches, the teacher those of whole images.",
         {
-            "ranking_accuracy": "training",
-            "held_out/ranking_accuracy": "held out",
-            "held_out/mining_accuracy": "held out, teacher",
+            "ranking_accuracy": "student, training",
+            "held_out/ranking_accuracy": "student, held-out images",
+            "held_out/mining_accuracy": "teacher, held-out images",
         },
     ),
     Chart(
-        "Rank correlation, held out",
-        "Spearman's, between predicted and actual losses of an image's patches; 0 is chance. The "
-        "teacher sees whole images; its predictions choose the hard patches.",
+        "Rank correlation on held-out images",
+        "Spearman's, between predicted and actual losses of an image's patches. The teacher's "
+        "predictions choose the hard patches.",
         {"held_out/rank_correlation": "student", "held_out/mining_correlation": "teacher"},
     ),
     Chart(
-        "Hard patches on objects, held out",
+        "Hard patches on objects, held-out images",
         "Share of the quarter of patches predicted to be hardest that lies on objects.",
         {"held_out/hard_on_objects": "hardest", "held_out/chance_on_objects": "all patches"},
         from_zero=True,
@@ -80,142 +85,89 @@ CHARTS = (
 # Not drawn: other counts of steps, and numbers that the report gives elsewhere.
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
-VIEWS = {
-    "predicted": "predicted loss",
-    "actual": "actual loss",
-    "mask": "mask",
-    "reconstruction": "reconstruction",
-}
-SMALL = 64  # images up to this side, in pixels, are stored as PNG and shown without smoothing
 
-
-def charts_section(metrics: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+def charts_section(
+    metrics: list[dict[str, Any]], options: dict[str, Any]
+) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts of all logged metrics, their values for the script)."""
-    points: dict[str, Points] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name not in LEFT_OUT:
-                points.setdefault(name, []).append((line["step"], float(value)))
+    known_references = references(options)
+    points = points_by_metric(metrics)
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
     last_step = max((line["step"] for line in metrics), default=0)
     labelled = [
-        (chart, {label: points[name] for name, label in chart.names.items() if name in points})
+        (
+            chart._replace(reference=known_references.get(next(iter(chart.names)))),
+            {label: points[name] for name, label in chart.names.items() if name in points},
+        )
         for chart in [*CHARTS, *sorted(others)]
     ]
     html, values = draw_charts(labelled, last_step)
     if not html:
         return "<p>No measurements yet.</p>", values
-    hint = "Steps from left to right. Point at a curve, or touch it, to read its values."
+    hint = f"Steps from left to right. {by_device('Point at', 'Touch')} a curve to read its values."
     return f'<p class="faint">{hint}</p>\n{html}', values
 
 
-def moments_section(moments: list[Moment], options: dict[str, Any]) -> str:
-    """A table with a row per held-out image and a column per moment, and a switch of the panel."""
+def points_by_metric(metrics: list[dict[str, Any]]) -> dict[str, Points]:
+    """The points of each metric that is drawn, by name."""
+    points: dict[str, Points] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                points.setdefault(name, []).append((line["step"], float(value)))
+    return points
+
+
+def moments_section(
+    moments: list[Moment], options: dict[str, Any], measured: Sequence[int] | None = None
+) -> str:
+    """A table with a row per held-out image and a column per moment, and a switch of the panel.
+
+    measured: the steps of all moments, of which some may be left out.
+    """
     if not moments:
         reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
     about = (
-        "Each row is a held-out image, each column a training step. Bright patches are hard; each "
-        "map has its own scale. Hidden patches are grey. The actual loss is the mean over random "
-        "masks"
+        "Each row is a held-out image, each column a training step. Bright patches are hard, "
+        f"hidden patches grey. {ABOUT_ACTUAL}"
     )
-    predicted = any(moment.predicted is not None for moment in moments)
-    about += "; the teacher predicts losses from the whole image." if predicted else "."
+    if any(moment.predicted is not None for moment in moments):
+        about += f" The teacher predicts losses from the whole image. {ABOUT_SCALE}"
+    if options.get("frames", 1) > 1:
+        times = options["frames"] // options["patch_size"][0]
+        about += f" Shown of each clip: {frames_text(options['frames'], times)}."
     columns = {f"step {moment.step:,}": moment for moment in moments}
-    return f"<p>{about}</p>{panels_table(columns, 'held-out image')}"
-
-
-def panels_table(
-    columns: dict[str, Moment], row_name: str, runs: Sequence[int] | None = None
-) -> str:
-    """A table with a row per image and a column per moment, by title, and a switch of the panel.
-
-    runs: the number of the run that a column is of, for a script to find its cells.
-    """
-    moments = list(columns.values())
-    views = [name for name in VIEWS if any(getattr(m, name) is not None for m in moments)]
-    first = next((n for n in views if all(getattr(m, n) is not None for m in moments)), views[0])
-    largest = max(moments, key=lambda moment: moment.images.shape[:2])
-    marks = [""] * len(moments) if runs is None else [f' data-run="{run}"' for run in runs]
-    switch = "".join(
-        f'<input type="radio" name="view" id="view-{name}"{" checked" * (name == first)}>'
-        f'<label for="view-{name}">{VIEWS[name]}</label>'
-        for name in views
-    )
-    height, width = largest.images.shape[1:3]
-    photos = [_photo(image) for image in largest.images]
-    style = [f".frame {{ aspect-ratio: {width} / {height}; }}"]
-    style += [f".p{row} {{ background-image: url({uri}); }}" for row, uri in enumerate(photos)]
-    style += [
-        f"#view-{name}:checked ~ .scroll .{name} {{ display: block; }}"
-        f"#view-{name}:focus-visible + label {{ outline: 2px solid var(--second); }}"
-        f"#view-{name}:checked + label {{ border-color: var(--accent); color: var(--accent); }}"
-        for name in views
-    ]
-    rows = "".join(
-        f'<tr><th scope="row"><div class="frame"><i class="photo p{row}" role="img" '
-        f'aria-label="{row_name} {row + 1}"></i></div></th>'
-        + "".join(
-            f"<td{mark}>{_cell(moment, views, row, title)}</td>"
-            for (title, moment), mark in zip(columns.items(), marks, strict=True)
+    gaps = _gaps([moment.step for moment in moments], measured or [])
+    if gaps:
+        about += (
+            f" {len(moments)} of {len(moments) + sum(gaps.values())} measurements are shown; "
+            "figures/ has all."
         )
-        + "</tr>"
-        for row in range(len(largest.images))
-    )
-    heads = "".join(
-        f'<th scope="col"{mark}>{escape(title)}</th>'
-        for title, mark in zip(columns, marks, strict=True)
-    )
-    smooth = "" if max(height, width) > SMALL else " sharp"
-    return (
-        f"<style>{''.join(style)}</style>"
-        f'<div class="moments{smooth}" style="--columns:{len(moments) + 1}">{switch}'
-        f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></div>"
-    )
+    return f"<p>{about}</p>{panels_table(columns, 'held-out image', gaps=gaps)}"
 
 
-def animations_section(step: int, clips: list[dict[str, np.ndarray]]) -> str:
-    """The panels of some held-out clips as animations; empty without any. clips: see
-    `moments.read_animations`."""
-    if not clips:
+def _gaps(shown: list[int], measured: Sequence[int]) -> dict[int, int]:
+    """How many measurements are left out after each column, by its number."""
+    found = {
+        place: sum(step < other < following for other in measured)
+        for place, (step, following) in enumerate(itertools.pairwise(shown))
+    }
+    return {place: count for place, count in found.items() if count}
+
+
+def animations_section(shown: Animations | None) -> str:
+    """The panels of some held-out clips as animations; empty without any."""
+    if shown is None:
         return ""
+    below = bar(shown.scale) if shown.scale else ""
     rows = []
-    for number, panels in enumerate(clips, 1):
+    for number, panels in enumerate(shown.clips, 1):
         known = [name for name in PANELS if name in panels]
         figures = "".join(
-            figure(panels[name], TITLES[name], "", f"held-out clip {number}") for name in known
+            figure(panels[name], TITLES[name], f"held-out clip {number}", below * (name in LOSSES))
+            for name in known
         )
         rows.append(f'<div class="clip">{strip(figures, len(known))}</div>')
-    return f'<h3 id="clips">Held-out clips at step {step:,}</h3>{"".join(rows)}'
-
-
-def _cell(moment: Moment, views: list[str], row: int, column: str) -> str:
-    """All panels of one image at one moment, stacked; the page shows one of them."""
-    if row >= len(moment.images):
-        return ""
-    about = escape(f"of image {row + 1}, {column}")
-    shown = []
-    for name in views:
-        values = getattr(moment, name)
-        if values is None:
-            continue
-        alt = f'alt="{VIEWS[name]} {about}"'
-        if name == "mask":
-            hidden = values[row][..., None] * np.array([128, 128, 128, 255], np.uint8)
-            shown.append(
-                f'<i class="view mask photo p{row}"><img class="map" {alt} '
-                f'src="{image_uri(hidden)}"></i>'
-            )
-        elif name == "reconstruction":
-            shown.append(f'<img class="view {name}" {alt} src="{_photo(values[row])}">')
-        else:
-            uri = image_uri(colours(values[row]))
-            shown.append(f'<img class="view map {name}" {alt} src="{uri}">')
-    return f'<div class="frame">{"".join(shown)}</div>'
-
-
-def _photo(image: np.ndarray) -> str:
-    """A data URI: PNG for small images, JPEG, which takes a tenth of the bytes, for larger ones."""
-    return image_uri(image, "PNG" if max(image.shape) <= SMALL else "JPEG")
+    return f'<h3 id="clips">Held-out clips at step {shown.step:,}</h3>{"".join(rows)}'

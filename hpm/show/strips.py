@@ -20,9 +20,22 @@ def as_strips(shown: Picture, frames: int = FRAMES) -> Picture:
     images is returned as it is."""
     if shown.images.ndim == 4:
         return shown
-    times = shown.grid[0]
-    chosen = torch.linspace(0, times - 1, min(frames, times)).round().long()
-    return _lay(shown, chosen * (shown.images.shape[2] // times))
+    return _lay(shown, _spaced(shown.images.shape[2], shown.grid[0], frames))
+
+
+def frames_text(frames: int, times: int) -> str:
+    """Which frames of a clip a strip shows: `frames 1, 5, 11 and 15 of 16`. times: tubes in a row
+    over the time of the clip."""
+    *numbers, last = [str(number) for number in (_spaced(frames, times, FRAMES) + 1).tolist()]
+    if not numbers:
+        return f"frame {last} of {frames}"
+    return f"frames {', '.join(numbers)} and {last} of {frames}"
+
+
+def _spaced(frames: int, times: int, count: int) -> Tensor:
+    """Numbers of at most `count` frames, evenly spaced, each the first of its tube."""
+    chosen = torch.linspace(0, times - 1, min(count, times)).round().long()
+    return chosen * (frames // times)
 
 
 def all_frames(shown: Picture) -> Picture:

@@ -32,6 +32,7 @@ from hpm.data.transforms import evaluation_view
 from hpm.data.video.clips import ClipEvaluationViews
 from hpm.data.video.decoding import VideoFile, open_video
 from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
+from hpm.show.drawing import LOSSES
 from hpm.show.figures import (
     MASKED,
     TITLES,
@@ -41,7 +42,7 @@ from hpm.show.figures import (
     pixels,
     unavailable_panels,
 )
-from hpm.show.gallery import SHARP, value_range
+from hpm.show.gallery import OVERLAID, SHARP
 from hpm.show.options import PANELS, ViewConfig
 from hpm.show.page import image_uri
 from hpm.show.strips import all_frames, count_frames, cut
@@ -142,7 +143,10 @@ class Viewer:
                 {
                     "name": name,
                     "title": TITLES[name],
-                    "values": value_range(shown, 0, name),
+                    "scale": [f"{end:.2g}" for end in shown.scale]
+                    if name in LOSSES and shown.scale is not None
+                    else [],
+                    "overlaid": name in OVERLAID,
                     "src": image_uri(panel),
                     "sharp": panel.shape[-2] < SHARP,
                 }

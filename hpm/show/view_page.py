@@ -7,7 +7,8 @@ from typing import Any
 
 from hpm.show.figures import TITLES
 from hpm.show.gallery import MEANING
-from hpm.show.page import asset, data_block, page
+from hpm.show.page import asset, by_device, data_block, page
+from hpm.show.scale import bar_style
 
 
 def view_page(about: dict[str, Any]) -> str:
@@ -19,15 +20,17 @@ def view_page(about: dict[str, Any]) -> str:
         lines.append(f"{about['not_shown'][:1].upper()}{about['not_shown'][1:]}.")
     legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in about["panels"])
     article = {"image": "an image", "video": "a video"}[about["kind"]]
+    pick = by_device(f"Drop {article} here, or click to pick one.", f"Touch to pick {article}.")
     body = f"""<h1>{escape(about["title"])}</h1>
 {"".join(f"<p>{escape(line)}</p>" for line in lines)}
 <noscript><p class="warning">This page needs JavaScript.</p></noscript>
-<label id="drop">Drop {article} here, or click to pick one. It stays on this machine.
+<label id="drop">{pick} It stays on this machine.
 <input type="file" id="file" aria-label="pick {article}"></label>
 <div class="row" id="examples"></div>
 {_settings(about)}
 <p id="message" class="warning" role="alert"></p>
-<h2 id="name"></h2>
+<div class="row"><h2 id="name"></h2>
+<button type="button" id="overlay" aria-pressed="false">maps over the {about["kind"]}</button></div>
 <div class="strip" id="panels" aria-busy="false"></div>
 <details id="attention" hidden><summary>attention, head by head</summary>
 <div class="strip heads" id="heads"></div></details>
@@ -35,7 +38,10 @@ def view_page(about: dict[str, Any]) -> str:
 <p class="faint">Actual loss: the mean over {about["num_masks"]} random masks. Colours of the
 features: of this {about["kind"]} alone, so that two cannot be compared by them.</p></details>
 {data_block("about", about)}"""
-    script, style = f"\n{asset('view.js')}\n", f"{asset('strip.css')}\n{asset('view.css')}\n"
+    script, style = (
+        f"\n{asset('view.js')}\n",
+        f"{asset('strip.css')}\n{asset('view.css')}\n{bar_style()}",
+    )
     return page(f"hpm view: {about['title']}", body, script, style, fetches=True)
 
 

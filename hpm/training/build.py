@@ -60,9 +60,10 @@ if TYPE_CHECKING:
     from hpm.weights.shard_writer import ShardWriter
 
 
-def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
+def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False) -> PretrainingRun:
     """Build a run, restored from the latest checkpoint of its folder if there is one.
 
+    quiet: log nothing, for runs that only time their steps.
     Raises UserError if the folder, the data or the weights do not fit the config.
     """
     images = open_images(config)
@@ -132,7 +133,7 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
         student=student,
         miner=miner,
         eager_miner=eager_miner,
-        log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config),
+        log=RunLog(files.folder, step, schedule.total, distributed.is_main() and not quiet, config),
         unreadable=unreadable,
         writer=_shard_writer() if sharded else None,
         step=step,

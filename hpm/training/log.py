@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,8 +29,11 @@ from hpm.core.config import PretrainConfig
 from hpm.core.durations import time_text
 from hpm.core.errors import one_line
 from hpm.core.files import write_text
+from hpm.core.progress import text_console
 from hpm.training.trackers import Tracker, start_tracker
 
+# Called after each log entry instead of printing it: (step, status, seconds left).
+Watcher = Callable[[int, str, float], None]
 PLAIN_LINES = 50  # lines of progress over a run, if stderr is not a terminal
 
 
@@ -61,7 +64,8 @@ class RunLog:
         self.folder = folder
         self.active = active
         self.total_steps = total_steps
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = text_console()
+        self.watcher: Watcher | None = None
         self._last_line = -1
         self._last_step = start_step
         self._failed: set[str] = set()
@@ -110,6 +114,9 @@ class RunLog:
         if not self.active:
             return
         self.console.print(text, markup=False)
+        self._to_file(text)
+
+    def _to_file(self, text: str) -> None:
         with (
             self.never_fail("logging"),
             open(self.folder / "train.log", "a", encoding="utf-8") as file,
@@ -148,7 +155,11 @@ class RunLog:
             line = step * PLAIN_LINES // self.total_steps
             if line != self._last_line:
                 self._last_line = line
-                self.info(f"step {step}/{self.total_steps}  {status}  {time_text(left)} left")
+                text = f"step {step}/{self.total_steps}  {status}  {time_text(left)} left"
+                self._to_file(text) if self.watcher else self.info(text)
+        if self.watcher is not None:
+            with self.never_fail("the live display"):
+                self.watcher(step, status, left)
 
     @contextlib.contextmanager
     def never_fail(self, what: str) -> Iterator[None]:

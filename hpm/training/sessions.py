@@ -24,6 +24,7 @@ from hpm.core.version import __version__
 
 FILE = "sessions.jsonl"
 FINISHED = "finished"
+TIME = "%Y-%m-%d %H:%M:%S"
 
 
 @dataclass
@@ -122,7 +123,7 @@ def _append(folder: Path, event: dict[str, Any]) -> None:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+    return time.strftime(TIME)
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_tensors
 from hpm.core.hub import read_json
+from hpm.core.options import AnyPath
 from hpm.core.random_state import random_state_kept
 from hpm.weights.resolve import other_library, read_states, require_recognised
 from hpm.weights.shapes import complete
@@ -29,7 +31,7 @@ KINDS = {
 MODEL_FILES = ("classifier.safetensors", "segmenter.safetensors", "detector.safetensors")
 
 
-def load_model(path: str | Path) -> Any:
+def load_model(path: AnyPath) -> Any:
     """A fine-tuned model in evaluation mode, with its preprocessing.
 
         model = hpm.load_model("runs/first/evals/segment_camvid/trained")
@@ -47,7 +49,7 @@ def load_model(path: str | Path) -> Any:
     Raises UserError where there is none or more than one, or where the file is damaged.
     """
     with random_state_kept():
-        return read_model(find_model(path))
+        return read_model(find_model(os.fspath(path)))
 
 
 def is_finetuned(path: str | Path) -> bool:

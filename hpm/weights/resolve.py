@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hpm.core.choices import TIMM
 from hpm.core.errors import UserError
 from hpm.core.files import META_FILE, TORCH_SUFFIXES, StateDict, read_tensors, read_torch_file
+from hpm.core.options import AnyPath
 from hpm.core.random_state import random_state_kept
 from hpm.weights.backbone import Backbone
 from hpm.weights.checkpoint import read_checkpoint
@@ -38,7 +40,7 @@ KNOWN_PARTS = (
 
 
 def load_encoder(
-    path: str | Path,
+    path: AnyPath,
     pool: str = "mean",
     teacher: bool = False,
     image_size: int | tuple[int, int] | None = None,
@@ -49,7 +51,7 @@ def load_encoder(
     interpolated. Raises UserError if the path has no encoder, or the size does not match.
     """
     with random_state_kept():
-        return load(path).backbone(pool, teacher, image_size).eval()
+        return load(os.fspath(path)).backbone(pool, teacher, image_size).eval()
 
 
 def load(path: str | Path) -> Trained:

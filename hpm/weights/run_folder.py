@@ -89,9 +89,9 @@ class RunFolder:
         return read_config(self.config_file).get("base_lr")
 
 
-def training_minutes(metrics: list[dict[str, Any]], batch_size: int) -> float:
-    """Minutes of training without evaluations, from the logged speeds."""
-    seconds, last_step = 0.0, 0
+def training_minutes(metrics: list[dict[str, Any]], batch_size: int, first_step: int = 0) -> float:
+    """Minutes of training from `first_step` on, without evaluations, from the logged speeds."""
+    seconds, last_step = 0.0, first_step
     for line in metrics:
         if "images_per_second" in line:
             seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]

@@ -140,6 +140,7 @@ def test_bench_step(tmp_path, monkeypatch):
     result = run_here("bench", "step", *SMALL, "--json", tmp_path / "b.json")
     assert result.returncode == 0, result.stderr
     assert "HPM takes" in result.stdout and "teacher, ms" in result.stdout
+    assert "images of" not in result.stderr, "no training is announced"
     report = json.loads((tmp_path / "b.json").read_text())
     for name, found in report["methods"].items():
         assert found["images_per_second"] > 0 and found["memory_gb"] > 0

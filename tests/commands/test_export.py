@@ -18,9 +18,9 @@ import hpm
 from hpm.core.extras import need
 from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
+from hpm.show.run import Run
 from hpm.weights.formats import WRITABLE
 from hpm.weights.resolve import load, save_backbone
-from hpm.weights.run import Run
 
 transformers = need("transformers", "hf", "the test")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))

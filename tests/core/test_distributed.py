@@ -11,7 +11,7 @@ from jobs import hpm_on, torchrun
 import hpm
 from hpm.core import distributed
 from hpm.core.files import read_tensors
-from hpm.weights.run import Run
+from hpm.show.run import Run
 
 
 def run_torchrun(*arguments, processes=2):

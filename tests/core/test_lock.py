@@ -121,3 +121,16 @@ def test_two_fine_tunings_in_one_folder(finished_run, image_folder, tmp_path, ho
 def _folders(out, given, options):
     hpm.evaluate(*given, **options)
     return [file.parent for file in out.rglob("classifier.safetensors")]
+
+
+def test_whether_a_lock_may_be_held(tmp_path):
+    assert not lock.may_be_held(tmp_path), "nobody ever locked it"
+    lock.acquire(tmp_path)
+    assert lock.may_be_held(tmp_path)
+    with open(tmp_path / lock.FILE) as file:  # as another process sees it
+        held = lock._held.pop(tmp_path.resolve())
+        assert lock.may_be_held(tmp_path)
+        lock._held[tmp_path.resolve()] = held
+        lock.release(tmp_path)
+        assert not lock.may_be_held(tmp_path)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking left no lock behind

@@ -15,7 +15,7 @@ import hpm
 from hpm.show.figures import Picture, pixels
 from hpm.show.moments import keep_animations, read_animations
 from hpm.show.page import FRAME_DURATION
-from hpm.show.strips import all_frames, as_strips, cut
+from hpm.show.strips import all_frames, as_strips, cut, frames_text
 from hpm.show.view import Viewer, _examples
 from hpm.weights.resolve import load
 
@@ -123,10 +123,17 @@ def test_the_report(clip_run, shown, tmp_path):
     assert len(URI.findall(text)) == 2 * 5
     assert "# uint8 [B C T H W]" in text
     keep_animations(shown, tmp_path, 7)
-    step, clips = read_animations(tmp_path, {7})
+    kept = read_animations(tmp_path, {7})
+    step, clips, scale = kept.step, kept.clips, kept.scale
+    assert scale == all_frames(shown).scale
     assert step == 7 and [sorted(clip) for clip in clips] == [["image", "mask", "predicted"]] * 2
     assert np.array_equal(clips[1]["image"], shown.images[1].permute(1, 2, 3, 0).numpy())
-    assert read_animations(tmp_path, {6})[1] == []  # of a training taken back
+    assert read_animations(tmp_path, {6}) is None  # of a training taken back
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:50])
-    assert read_animations(tmp_path, {7})[1] == []
+    assert read_animations(tmp_path, {7}) is None
+
+
+def test_a_strip_says_which_frames_it_shows():
+    assert frames_text(16, 8) == "frames 1, 5, 11 and 15 of 16"
+    assert frames_text(8, 1) == "frame 1 of 8"

@@ -50,9 +50,10 @@ def test_the_page_says_what_differs(html):
     assert "Losses do not compare: the runs differ in mask_ratio" in text
     assert text.count('class="measured') == 2 and "<b>61.5</b> (59.5 to 63.5)" in text
     assert "Line: raw pixels, 50.0." in text
-    loss = re.search(r"<h3>Reconstruction loss</h3>.*?</figure>", text)[0]
+    loss = re.search(r"<h3>Reconstruction loss, training</h3>.*?</figure>", text)[0]
     assert 'class="curve c0"' in loss and 'class="curve c1"' in loss
     ranking = re.search(r"<h3>Predictor loss</h3>.*?</figure>", text)[0]
+    assert "0.693 is chance" in ranking, "of the only run that has a predictor"
     assert 'class="curve c0"' in ranking and 'class="curve c1"' not in ranking
     assert text.count('class="view map actual"') == 2 * 3
     assert text.count('class="view map predicted"') == 3

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from hpm.show.curves import Curve, draw_chart, make_curve
+from hpm.show.curves import Chart, Curve, Reference, draw_chart, make_curve, number
 
 
 def test_thinning_keeps_the_ends_and_every_spike():
@@ -25,9 +25,37 @@ def test_short_curves_are_kept_whole_and_in_order():
 @pytest.mark.parametrize("from_zero", [True, False])
 def test_every_range_can_be_drawn(values, from_zero):
     curve = make_curve("x", list(enumerate(values)))
-    html, numbers = draw_chart("a <title>", "what it is", [curve], 1, from_zero)
+    html, numbers = draw_chart(Chart("a <title>", "what it is", {}, from_zero), [curve], 1)
     assert "a &lt;title&gt;" in html and "nan" not in html
     assert numbers["low"] <= min(values) and max(values) <= numbers["high"]
     path = re.search(r'class="curve c0" d="M([^"]*)"', html)[1]
     heights = [float(point.split()[1]) for point in path.split("L")]
     assert len(heights) == len(values) and all(0 <= y <= 1000 for y in heights)
+
+
+def test_a_reference_lies_on_the_axis():
+    chart = Chart("loss", "", {}, reference=Reference(1.0, "1.0 is <the mean>"))
+    html, numbers = draw_chart(chart, [make_curve("a", [(0, 0.3), (1, 0.2)])], 1)
+    (height,) = re.findall(r'class="reference" d="M0 ([\d.]+)H1000"', html)
+    place = 1000 * (numbers["high"] - 1) / (numbers["high"] - numbers["low"])
+    assert float(height) == pytest.approx(place, abs=0.1) and 0 < place < 500
+    assert "1.0 is &lt;the mean&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.123456, "0.123"),
+        (12.3456, "12.3"),
+        (123.6, "124"),
+        (12_345.6, "12,346"),
+        (1.234e-5, "1.23e-5"),
+        (0.99954, "0.99954"),
+        (0.9987, "0.9987"),
+        (1.0, "1"),
+        (0.0, "0"),
+        (-0.5, "-0.5"),
+    ],
+)
+def test_numbers_have_three_digits_and_more_only_just_below_one(value, text):
+    assert number(value) == text

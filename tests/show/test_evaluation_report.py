@@ -71,3 +71,16 @@ def test_files_of_something_else(content, tmp_path):
     file.write_text(content)
     assert_refused(run_here("report", file), "not the JSON file of an evaluation")
     assert_refused(run_here("report", tmp_path / "missing.json"), "not the JSON file")
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_top5_of_few_classes_is_left_out(tmp_path, classes, shown):
+    numbers = {"top1": 40.0, "top1_low": 38.0, "top1_high": 42.0, "top5": 100.0}
+    result = {
+        "protocol": "knn",
+        "about": {"run": "r", "data": "d", "classes": classes},
+        "values": {"trained": {"knn": numbers}},
+    }
+    (tmp_path / "knn.json").write_text(json.dumps(result))
+    text = write_evaluation_report(tmp_path / "knn.json").read_text()
+    assert ("top-5" in text) == shown and "40.0 (38.0 to 42.0)" in text

@@ -14,8 +14,8 @@ from hpm.mining.masking import hide_top
 from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
+from hpm.show.drawing import draw
 from hpm.show.figures import (
-    draw,
     head_pixels,
     picture,
     pixels,

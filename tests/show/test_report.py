@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 import hpm
 from hpm.cli import main
+from hpm.show import moments_table
 from hpm.show import monitor as watch
-from hpm.show import report_figures
 from hpm.show.options import ReportConfig
 from hpm.show.report import run_report, write_report
 from hpm.training.sessions import read_sessions
@@ -31,10 +31,13 @@ def pretrain(folder, out, **changes):
 
 def test_a_finished_run_has_one(finished_run):
     text = finished_run.report.read_text()
-    assert "step 8 of 8, finished" in text and "Problems" not in text
+    assert '<span class="state finished">finished</span>' in text and "Problems" not in text
+    assert "Step 8 of 8; took " in text and "its features are not evaluated yet" in text
+    for reference in ("1.0 is predicting the mean", "0.5 is chance", "0.693 is chance"):
+        assert reference in text
     for title in ("Reconstruction loss", "Ranking accuracy", "Hard share", "Memory", "Data wait"):
         assert f"<h3>{title}" in text
-    assert [int(n) for n in re.findall(r'<th scope="col">step (\d+)</th>', text)] == [0, 8]
+    assert [int(n) for n in re.findall(r'<th scope="col">step (\d+)<', text)] == [0, 8]
     assert len(re.findall(r'class="view map predicted"', text)) == 8
     assert f"hpm.load_encoder(&quot;{finished_run.folder}&quot;)" in text
     (session,) = read_sessions(finished_run.folder)
@@ -49,10 +52,11 @@ def test_it_says_where_and_why_a_run_stopped(image_folder, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             pretrain(image_folder, tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "step 4 of 8" in text and "Stopped at step 4: at once, by Ctrl-C." in text
+    assert '<span class="state stopped">stopped</span>' in text and "Step 4 of 8" in text
+    assert "Stopped at step 4: at once, by Ctrl-C." in text
     run = pretrain(image_folder, tmp_path / "run")
     text = run.report.read_text()
-    assert "step 8 of 8, finished" in text and "at once, by Ctrl-C; resumed from step 4." in text
+    assert "Step 8 of 8; took " in text and "at once, by Ctrl-C; resumed from step 4." in text
     assert [s.first_step for s in read_sessions(run.folder)] == [0, 4]
 
 
@@ -173,6 +177,9 @@ def test_a_long_run_of_a_large_model_stays_small(long_run):
     text = path.read_text()
     assert path.stat().st_size < 3e6
     assert text.count('<th scope="col">step ') == 10
+    gaps = [int(number) for number in re.findall(r'<th class="gap" title="(\d+) not shown">', text)]
+    assert sum(gaps) == 15 and "10 of 25 measurements are shown; figures/ has all." in text
+    assert text.count('<td class="gap"></td>') == 8 * len(gaps)
     assert max(len(d.split("L")) for d in re.findall(r'class="curve c0" d="([^"]*)"', text)) < 400
 
 
@@ -199,6 +206,17 @@ def test_in_a_browser(browser, finished_run, scheme, width):
         assert all(name in shown.nth(i).get_attribute("class") for i in range(8))
     assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 
+    page.click("label[for=view-actual]")
+    page.click("label[for=overlay]")
+    laid = page.locator(".view.actual").first
+    assert laid.evaluate("e => getComputedStyle(e).opacity") == "0.6"
+    assert "data:image" in laid.evaluate(
+        "e => getComputedStyle(e.parentElement).backgroundImage"
+    ), "over the image"
+    page.click("label[for=view-mask]")
+    assert not page.locator("label[for=overlay]").is_visible()
+    assert page.locator(".moments .bar:visible").count() == 0
+
     # Pointing at the second reading of the loss: 4 of 8 steps.
     losses = {
         m["step"]: m["reconstruction_loss"]
@@ -206,13 +224,13 @@ def test_in_a_browser(browser, finished_run, scheme, width):
         if "reconstruction_loss" in m
     }
     chart = page.locator(".chart").first
-    value, step, line = chart.locator("b"), chart.locator(".at"), chart.locator(".cursor")
-    assert (value.text_content(), step.text_content()) == (f"{losses[8]:.4g}", "step 8")
+    value, step, line = chart.locator("b").first, chart.locator(".at"), chart.locator(".cursor")
+    assert (value.text_content(), step.text_content()) == (f"{losses[8]:.3g}", "step 8")
     plot = chart.locator(".plot")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
     page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.5 * box["height"])
-    assert (value.text_content(), step.text_content()) == (f"{losses[4]:.4g}", "step 4")
+    assert (value.text_content(), step.text_content()) == (f"{losses[4]:.3g}", "step 4")
     assert line.get_attribute("d") == "M500 0V1000"
     assert page.locator(".chart .at").nth(3).text_content().startswith("step ")
     page.mouse.move(5, 5)
@@ -248,13 +266,21 @@ def test_by_finger(browser, finished_run):
     plot = page.locator(".plot").first
     plot.tap(position={"x": 0.5 * plot.bounding_box()["width"], "y": 20})
     assert page.locator(".at").first.text_content() == "step 4", "it stays after the finger left"
+    hint = page.get_by_text("Steps from left to right").inner_text()
+    assert "Touch a curve" in hint and "Point at" not in hint
+    table = page.locator(".moments .scroll")
+    first = page.locator(".moments tbody th").first
+    page.add_style_tag(content=".moments table { min-width: 60rem !important; }")
+    left = first.bounding_box()["x"]
+    assert table.evaluate("e => (e.scrollLeft = 300, e.scrollLeft)") == 300
+    assert first.bounding_box()["x"] == left, "the image stays in sight"
     context.close()
 
 
 def test_every_view_is_a_part_of_a_moment():
     from hpm.show.moments import Moment
 
-    assert set(report_figures.VIEWS) <= set(Moment.__dataclass_fields__)
+    assert set(moments_table.VIEWS) <= set(Moment.__dataclass_fields__)
 
 
 def test_it_lists_all_evaluations(run_folder, image_folder):

@@ -76,9 +76,10 @@ def test_an_image_and_its_settings(server):
     assert list(first) == ALL
     assert sources(show(server, png())) == first
     changed = {
-        "mask_ratio=0.25&hard_share=0.5&seed=0": {"actual", "mask", "reconstruction"},
+        # The predicted loss has the colours of the actual one.
+        "mask_ratio=0.25&hard_share=0.5&seed=0": {"actual", "predicted", "mask", "reconstruction"},
         "mask_ratio=0.5&hard_share=1&seed=0": {"mask", "reconstruction"},
-        "mask_ratio=0.5&hard_share=0.5&seed=5": {"actual", "mask", "reconstruction"},
+        "mask_ratio=0.5&hard_share=0.5&seed=5": {"actual", "predicted", "mask", "reconstruction"},
     }
     for query, expected in changed.items():
         other = sources(show(server, png(), query))
@@ -285,6 +286,11 @@ def test_the_page(browser, server, width, scheme):
     driven = Driven(browser, server, width, scheme)
     example = driven.pictures("000.png")
     assert list(example) == ALL
+    boxes = [f.bounding_box() for f in driven.page.locator("#panels figure").all()]
+    if width == 1280:
+        assert len({box["y"] for box in boxes}) == 1, "in one row"
+        assert max(box["y"] + box["height"] for box in boxes) < 800, "captions in sight"
+    assert driven.page.locator("#panels .bar").count() == 2, "of the actual and predicted loss"
     driven.drop("mine.png", png())
     mine = driven.pictures("mine.png")
     assert all(mine[name] != example[name] for name in ALL)
@@ -298,6 +304,12 @@ def test_the_page(browser, server, width, scheme):
     driven.slide("hard_share", 0)
     driven.page.locator("#seed").fill("7")
     assert driven.pictures()["reconstruction"] != harder["reconstruction"]
+    laid = driven.page.locator("#panels figure[data-panel=actual] img")
+    opacity = [laid.evaluate("e => getComputedStyle(e).opacity")]
+    driven.page.click("#overlay")
+    opacity.append(laid.evaluate("e => getComputedStyle(e).opacity"))
+    behind = laid.evaluate("e => getComputedStyle(e.parentElement).backgroundImage")
+    assert opacity == ["1", "0.6"] and driven.pictures()["image"] in behind
     driven.page.get_by_text("attention, head by head").click()
     assert driven.page.get_by_text("head 3").is_visible()
     driven.page.locator("#examples button").nth(2).click()

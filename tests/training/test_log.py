@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from hpm.training import log as logs
+from hpm.core import progress
 from hpm.training.log import RunLog
 
 STATUS = "loss 0.4123  ranking 0.812  12345 images/s  data wait 12 %  123.4 GB"
@@ -18,7 +18,7 @@ def terminal(monkeypatch):
     written = io.StringIO()
     options = {"force_terminal": True, "width": 80, "color_system": None, "_environ": {}}
     monkeypatch.setattr(
-        logs, "Console", lambda **given: Console(**given | options | {"file": written})
+        progress, "Console", lambda **given: Console(**given | options | {"file": written})
     )
     return written
 

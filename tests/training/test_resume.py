@@ -10,8 +10,8 @@ import hpm
 from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors, write_tensors
 from hpm.core.options import make_config
+from hpm.show.run import Run
 from hpm.training.build import build_run
-from hpm.weights.run import Run
 
 OPTIONS = TINY | {"holdout": 0, "init": "first/backbone.safetensors"}
 

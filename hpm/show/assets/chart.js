@@ -6,7 +6,9 @@
     dots: [...card.querySelectorAll(".dot")],
   }));
   const number = (v) => {
-    const size = Math.abs(v), short = Number(v.toPrecision(4));
+    const size = Math.abs(v), near = size >= 0.99 && size < 1;
+    const digits = near ? Math.min(9, 1 - Math.floor(Math.log10(1 - size))) : 3;
+    const short = Number(v.toPrecision(digits));
     if (size >= 1000) return Math.round(v).toLocaleString("en");
     return size >= 1e-4 ? String(short) : size < 1e-12 ? "0" : short.toExponential();
   };

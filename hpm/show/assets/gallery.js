@@ -34,4 +34,26 @@ dialog.addEventListener("keydown", event => {
 dialog.addEventListener("close", () => strips[row][column].focus());
 for (const button of dialog.querySelectorAll("button"))
   button.addEventListener("click", moves[button.name]);
+// A swipe over the enlarged picture goes to the next one.
+let from = null;
+dialog.addEventListener("touchstart", ({touches: [{clientX, clientY}]}) => {
+  from = [clientX, clientY];
+}, {passive: true});
+dialog.addEventListener("touchend", ({changedTouches: [{clientX, clientY}]}) => {
+  const [x, y] = from === null ? [0, 0] : [clientX - from[0], clientY - from[1]];
+  from = null;
+  if (Math.max(Math.abs(x), Math.abs(y)) < 40) return;
+  if (Math.abs(x) > Math.abs(y)) moves[x < 0 ? "next" : "previous"]();
+  else moves[y < 0 ? "below" : "above"]();
+});
+const overlay = document.getElementById("overlay");
+if (overlay) {
+  overlay.hidden = false;
+  overlay.addEventListener("click", () => {
+    const on = document.body.classList.toggle("overlay");
+    overlay.setAttribute("aria-pressed", String(on));
+    for (const section of document.querySelectorAll("section"))
+      section.style.setProperty("--photo", on ? `url(${section.querySelector("img").src})` : "");
+  });
+}
 document.getElementById("hint").hidden = false;

@@ -39,7 +39,9 @@ function render(asked, answer) {
   fill(part("panels"), panels);
   part("attention").hidden = heads.length === 0;
   fill(part("heads"), heads.map((src, i) => (
-    {name: `head${i + 1}`, title: `head ${i + 1}`, values: "", src, sharp: true})));
+    {name: `head${i + 1}`, title: `head ${i + 1}`, scale: [], overlaid: true, src, sharp: true})));
+  const photo = panels.find(panel => panel.name === "image");
+  document.body.style.setProperty("--photo", photo ? `url(${photo.src})` : "");
 }
 
 // Pictures that are there already are changed, so that nothing flickers.
@@ -47,19 +49,29 @@ function fill(strip, panels) {
   while (strip.children.length > panels.length) strip.lastChild.remove();
   panels.forEach((panel, i) => {
     const figure = strip.children[i] || strip.appendChild(newFigure());
-    const [picture, caption] = figure.children;
+    const [frame, caption] = figure.children, picture = frame.firstChild;
     figure.dataset.panel = panel.name;
     picture.src = panel.src;
     picture.alt = panel.title;
     picture.className = panel.sharp ? "map" : "";
-    caption.textContent = panel.values ? `${panel.title}\n${panel.values}` : panel.title;
+    frame.className = panel.overlaid ? "over" : "";
+    caption.replaceChildren(panel.title, ...bar(panel.scale));
   });
 }
 
 function newFigure() {
-  const figure = document.createElement("figure");
-  figure.append(document.createElement("img"), document.createElement("figcaption"));
+  const figure = document.createElement("figure"), frame = document.createElement("span");
+  frame.append(document.createElement("img"));
+  figure.append(frame, document.createElement("figcaption"));
   return figure;
+}
+
+function bar(scale) {
+  if (!scale.length) return [];
+  const line = document.createElement("span");
+  line.className = "bar";
+  line.append(scale[0], document.createElement("i"), scale[1]);
+  return [line];
 }
 
 function choose(chosen) {
@@ -94,6 +106,10 @@ for (const slider of sliders) {
   slider.addEventListener("input", () => { tell(); refresh(); });
   tell();
 }
+part("overlay").addEventListener("click", () => {
+  const on = document.body.classList.toggle("overlay");
+  part("overlay").setAttribute("aria-pressed", String(on));
+});
 part("file").addEventListener("change", event => {
   chooseFile(event.target.files[0]);
   event.target.value = "";  // so that the same file can be picked again
