@@ -1,9 +1,8 @@
 """LitData's optimised folders: `index.json` beside chunks of samples.
 
 The `litdata` package is not used. It unpickles samples, imports modules that `index.json` names,
-decodes images by another decoder, and copies chunks in background threads. What is read here, with
-nothing that could execute code, is its layout: a chunk is the number of its samples, their offsets
-(uint32) and the samples; a sample is the sizes of its columns (uint32) and their bytes.
+decodes images by another decoder, and copies chunks in background threads. Its layout is read here,
+with nothing that could execute code; see `hpm.data.litdata_chunks`.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +20,23 @@ from hpm.core.errors import UserError, one_line
 from hpm.data.arrays import Opened
 from hpm.data.inspection import any_deep
 from hpm.data.lists import natural
+from hpm.data.litdata_chunks import (
+    Column,
+    Index,
+    arrow_table,
+    arrow_value,
+    image_file,
+    label_texts,
+    map_file,
+    stores_arrow,
+)
 from hpm.data.opening import open_image
 
 INDEX = "index.json"
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png")
 LABEL_NAMES = ("label", "class", "target", "labels", "cls")
 ENCODED = ("jpeg", "image", "tiff", "tifffile", "file", "bytes")  # formats that are image files
-PIXELS = {"RGB": b"P6", "L": b"P5"}  # Pillow's modes that are a PPM without its header
 LABELS = ("int", "bool", "str", "text")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the samples. place: among all. format: LitData's name, without its parameter."""
-
-    name: str
-    place: int
-    format: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """What `index.json` says.
-
-    chunks: names of the files. sizes: int64 [chunks], their numbers of samples. columns: how many
-    a sample has. image, label: of those columns; None for no label.
-    """
-
-    chunks: Sequence[str]
-    sizes: np.ndarray
-    columns: int
-    image: Column
-    label: Column | None
 
 
 def is_litdata(folder: Path) -> bool:
@@ -143,34 +124,11 @@ def _image(name: str, columns: list[Column]) -> Column:
 
 
 def _label(columns: list[Column]) -> Column | None:
-    named = [c for c in columns if c.name.lower() in LABEL_NAMES and c.format in LABELS]
+    able = [column for column in columns if column.format in LABELS]
+    if all(column.name.isdigit() for column in columns):  # a list, such as (image, label)
+        return able[0] if len(able) == 1 else None
+    named = [column for column in able if column.name.lower() in LABEL_NAMES]
     return min(named, key=lambda c: LABEL_NAMES.index(c.name.lower()), default=None)
-
-
-def column_bytes(sample: bytes, index: Index, column: Column) -> bytes:
-    """The bytes of a column of a sample. Raises ValueError if the sample is damaged."""
-    head = 4 * index.columns
-    if len(sample) < head:
-        raise ValueError("the sample is cut off, or stored in another way")
-    sizes = struct.unpack_from(f"<{index.columns}I", sample)
-    start = head + sum(sizes[: column.place])
-    if head + sum(sizes) > len(sample):
-        raise ValueError("the sample is cut off")
-    return sample[start : start + sizes[column.place]]
-
-
-def image_file(sample: bytes, index: Index) -> bytes:
-    """The image of a sample, as the bytes of an image file. Raises ValueError."""
-    data = column_bytes(sample, index, index.image)
-    if index.image.format != "pil":
-        return data
-    if len(data) < 12:
-        raise ValueError("the pixels are cut off")
-    width, height, length = struct.unpack_from("<3I", data)
-    mode = data[12 : 12 + length].decode("ascii", "replace")
-    if mode not in PIXELS:
-        raise ValueError(f"pixels of Pillow's mode {mode[:20]}, not {' or '.join(PIXELS)}")
-    return b"%s %d %d 255\n" % (PIXELS[mode], width, height) + data[12 + length :]
 
 
 class LitDataSource:
@@ -185,6 +143,7 @@ class LitDataSource:
         self.index = read_index(self.name, text)
         self.files = [folder / chunk for chunk in self.index.chunks]
         self._ends = np.cumsum(self.index.sizes)
+        self._tables: dict[int, Any] = {}  # of the chunks that this process has used
         missing = next((file for file in self.files if not file.is_file()), None)
         if missing:
             raise UserError(f"{missing}: the chunk is missing")
@@ -195,14 +154,16 @@ class LitDataSource:
     def read(self, index: int) -> bytes:
         """Raises OSError."""
         chunk, place = self._find(index)
-        with open(self.files[chunk], "rb") as file:
-            file.seek(4 + 4 * place)
-            try:
+        try:
+            if table := self._table(chunk):
+                return arrow_value(table, self.index.image, place)
+            with open(self.files[chunk], "rb") as file:
+                file.seek(4 + 4 * place)
                 begin, end = struct.unpack("<2I", file.read(8))
                 file.seek(begin)
                 return image_file(file.read(max(0, end - begin)), self.index)
-            except (ValueError, struct.error) as error:
-                raise OSError(one_line(error)) from None
+        except (ValueError, struct.error) as error:
+            raise OSError(one_line(error)) from None
 
     def open(self, index: int) -> Opened:
         return open_image(io.BytesIO(self.read(index)))
@@ -225,40 +186,31 @@ class LitDataSource:
     @cached_property
     def _labelled(self) -> tuple[np.ndarray | None, list[str]]:
         """(labels, classes), read when they are first asked for: they lie between the images."""
-        if self.index.label is None:
-            return None, []
-        texts = np.concatenate([self._label_texts(file) for file in self.files])
-        names = sorted(map(str, np.unique(texts)), key=natural)
-        numbers = {name: number for number, name in enumerate(names)}
-        return np.array([numbers[str(text)] for text in texts], np.int64), names
-
-    def _label_texts(self, file: Path) -> np.ndarray:
-        """The labels of a chunk, as text."""
         label = self.index.label
-        assert label is not None
-        try:
-            data = np.memmap(file, np.uint8, "r")
-            count = int(data[:4].view("<u4")[0])
-            begins = data[4 : 4 + 4 * (count + 1)].view("<u4").tolist()
-            texts = []
-            for begin, end in pairwise(begins):
-                head = data[begin : begin + 4 * self.index.columns].view("<u4")
-                start = begin + 4 * self.index.columns + int(head[: label.place].sum())
-                if start + int(head[label.place]) > end:
-                    raise ValueError("a sample is cut off")
-                value = bytes(data[start : start + int(head[label.place])])
-                texts.append(_label_text(value, label.format))
-        except (ValueError, OSError, IndexError, struct.error) as error:
-            raise UserError(f"{file}: the labels cannot be read ({one_line(error)})") from None
-        return np.array(texts)
+        if label is None:
+            return None, []
+        texts: list[str] = []
+        for chunk, file in enumerate(self.files):
+            try:
+                if table := self._table(chunk):
+                    texts += map(str, table[label.name].to_pylist())
+                else:
+                    texts += label_texts(np.memmap(file, np.uint8, "r"), self.index, label)
+            except (ValueError, LookupError, OSError, struct.error) as error:
+                raise UserError(f"{file}: the labels cannot be read ({one_line(error)})") from None
+        names = sorted(set(texts), key=natural)
+        numbers = {name: number for number, name in enumerate(names)}
+        return np.array([numbers[text] for text in texts], np.int64), names
+
+    def _table(self, chunk: int) -> Any:
+        """The rows of a chunk that stores them as Arrow, memory-mapped; None for others."""
+        if chunk not in self._tables:
+            with open(self.files[chunk], "rb") as file:
+                is_arrow = stores_arrow(file.read(12))
+            self._tables[chunk] = arrow_table(map_file(self.files[chunk])) if is_arrow else None
+        return self._tables[chunk]
 
     def _find(self, index: int) -> tuple[int, int]:
         """(number of the chunk, place in it) of a sample."""
         chunk = int(np.searchsorted(self._ends, index, side="right"))
         return chunk, index - int(self._ends[chunk - 1] if chunk else 0)
-
-
-def _label_text(value: bytes, kind: str) -> str:
-    if kind == "int":
-        return str(struct.unpack("<q", value)[0])
-    return str(value == b"\x01") if kind == "bool" else value.decode("utf-8")

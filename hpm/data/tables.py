@@ -40,6 +40,12 @@ class TableSource:
             pyav()  # a missing library is an error now, and not one of each video
         images = table[column]
         labels = table["label"] if "label" in table.schema.names else None
+        try:
+            for used in (images, labels):
+                if used is not None:
+                    used.validate(full=True)  # Arrow crashes on offsets beyond the data
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{where}: the table is damaged ({one_line(error, 200)})") from None
         is_struct = pyarrow.types.is_struct(images.type)
         self._bytes = [part.field("bytes") if is_struct else part for part in images.chunks]
         self._ends = np.cumsum([len(part) for part in images.chunks], dtype=np.int64)
@@ -88,7 +94,7 @@ class ParquetSource(TableSource):
     """Parquet files, whose encoded images are kept in memory."""
 
     def __init__(self, name: str, files: Sequence[Path]):
-        pyarrow = _pyarrow()
+        pyarrow = pyarrow_library()
         parquet = pyarrow.parquet
         self.files = list(files)
         try:
@@ -111,7 +117,7 @@ class ArrowSource(TableSource):
     """
 
     def __init__(self, name: str, folder: Path):
-        pyarrow = _pyarrow()
+        pyarrow = pyarrow_library()
         self.files = arrow_files(folder)
         try:
             info = json.loads((folder / "dataset_info.json").read_text())
@@ -157,7 +163,8 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     return UserError(f"{folder}: not a readable Arrow data set ({one_line(error, 200)})")
 
 
-def _pyarrow() -> Any:
+def pyarrow_library() -> Any:
+    """Raises UserError if it is missing."""
     try:
         import pyarrow
         import pyarrow.ipc

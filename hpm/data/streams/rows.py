@@ -39,6 +39,7 @@ class Rows:
         self.name, self._column, self._remote = name, column, remote
         image = library_for(name).Image(decode=False)
         try:
+            rows = rows.decode(False)  # for files, the library has threads that decode
             rows = rows.reshard() if rows.num_shards < FEW else rows
         except Exception as error:  # those of all formats and connections
             raise UserError(f"{name}: {one_line(error, 200)}") from None
