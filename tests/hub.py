@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
 COMMIT = "c" * 40
 
 
@@ -140,3 +142,32 @@ def hub_serving(folder: Path):
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def hub_in_use(folder: Path, cache: Path):
+    """A hub that `datasets` uses in this process, with a cache of its own."""
+    import datasets
+    from huggingface_hub import constants
+
+    with hub_serving(folder) as hub, pytest.MonkeyPatch.context() as patch:
+        for module, values in {
+            constants: {
+                "ENDPOINT": hub.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_CACHE": str(cache / "hub"),
+                "HF_HUB_OFFLINE": False,
+            },
+            datasets.config: {
+                "HF_ENDPOINT": hub.url,
+                "HF_HUB_OFFLINE": False,
+                "HUB_DATASETS_URL": hub.url + "/datasets/{repo_id}/resolve/{revision}/{path}",
+                "HF_DATASETS_CACHE": cache / "datasets",
+                "DOWNLOADED_DATASETS_PATH": cache / "downloads",
+                "EXTRACTED_DATASETS_PATH": cache / "extracted",
+            },
+        }.items():
+            for name, value in values.items():
+                assert hasattr(module, name), name
+                patch.setattr(module, name, value)
+        yield hub

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hub import COMMIT, hub_serving
+from hub import COMMIT, hub_in_use
 from shards import png
 
 from hpm.core.errors import UserError
@@ -60,31 +60,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub(root, tmp_path_factory):
-    """A hub that the libraries use, with a cache of its own."""
-    from huggingface_hub import constants
-
-    cache = tmp_path_factory.mktemp("cache")
-    with hub_serving(root) as hub, pytest.MonkeyPatch.context() as patch:
-        resolve = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for module, values in {
-            constants: {
-                "ENDPOINT": hub.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": resolve,
-                "HF_HUB_CACHE": str(cache / "hub"),
-                "HF_HUB_OFFLINE": False,
-            },
-            datasets.config: {
-                "HF_ENDPOINT": hub.url,
-                "HF_HUB_OFFLINE": False,
-                "HUB_DATASETS_URL": f"{hub.url}/datasets/{{repo_id}}/resolve/{{revision}}/{{path}}",
-                "HF_DATASETS_CACHE": cache / "datasets",
-                "DOWNLOADED_DATASETS_PATH": cache / "downloads",
-                "EXTRACTED_DATASETS_PATH": cache / "extracted",
-            },
-        }.items():
-            for name, value in values.items():
-                assert hasattr(module, name), name
-                patch.setattr(module, name, value)
+    with hub_in_use(root, tmp_path_factory.mktemp("cache")) as hub:
         yield hub
 
 
