@@ -32,7 +32,7 @@ def find_columns(
 
     Raises UserError if there is no such column, none with images, or several to choose from.
     """
-    kinds = {column: _kind(feature) for column, feature in (features or {}).items()}
+    kinds = {column: _kind(column, feature) for column, feature in (features or {}).items()}
     media = _given(name, kinds, "image", image) or _media(name, kinds)
     if kinds[media] not in ("image", "video", "bytes"):
         raise UserError(
@@ -45,8 +45,10 @@ def find_columns(
     return Columns(media, kinds[media] == "video", found, tuple(names or ()))
 
 
-def _kind(feature: Any) -> str:
+def _kind(column: str, feature: Any) -> str:
     """What a column holds, in a word for messages."""
+    if isinstance(feature, Mapping) and "bytes" in feature:  # a table without the library's types
+        return "video" if column == "video" else "image"
     named = {"Image": "image", "Video": "video", "ClassLabel": "class"}
     if (kind := type(feature).__name__) in named:
         return named[kind]

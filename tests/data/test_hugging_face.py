@@ -235,6 +235,13 @@ def saved(tmp_path_factory):
     return root
 
 
+def test_a_table_without_types(tmp_path):
+    """As other programs write it; without a path, its column has no type."""
+    values = {"image": [{"bytes": png(n), "path": None} for n in range(5)], "label": [1] * 5}
+    pq.write_table(pa.table(values), tmp_path / "a.parquet")
+    assert read(open_data(str(tmp_path / "a.parquet"), in_order=True)) == [png(n) for n in range(5)]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "parquet/train.parquet", "arrow/train"])
 def test_tables_on_a_disk_in_any_order_and_as_a_stream(saved, monkeypatch, kind):
     monkeypatch.setattr("socket.socket.connect", None)  # nobody is asked
