@@ -195,8 +195,8 @@ def report(
         f"`python benchmarks/streams.py {args.photos.name}` on {machine()}. {images} "
         f"photographs of {size:.0f} kB; views of {SIDE} px in batches of {BATCH}, one loading "
         f"worker; medians of {args.rounds} rounds of {args.steps} batches, in turns. The servers "
-        "run on the same machine. CPU: the best of three rounds without a worker, of the reading process only.\n\n"
-        + table(head, rows)
+        "run on the same machine. CPU: the best of three rounds without a worker, of the reading "
+        "process only.\n\n" + table(head, rows)
     )
     print(text)
     if not args.dry:

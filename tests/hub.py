@@ -38,6 +38,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if parts[:2] == ["api", "datasets"]:
             return self._answer_api("/".join(parts[2:4]), parts[4:])
         if parts[0] == "datasets" and parts[3:4] == ["resolve"]:
+            if parts[4] not in ("main", COMMIT):
+                return self._missing("RevisionNotFound")
             return self._answer_file("/".join(parts[1:3]), "/".join(parts[5:]))
         return self._missing("RepoNotFound")
 

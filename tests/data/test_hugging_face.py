@@ -162,7 +162,7 @@ def test_without_a_network_the_cache_is_used(flowers, hub, monkeypatch):
             "no column imag for image; did you mean 'image'.*size",
         ),
         ("hf://me/flowers?image=size", r"column size holds float64, not images \(image \(image\)"),
-        ("hf://me/nothing", "Repository Not Found"),
+        ("hf://me/nothing", "'me/nothing' doesn't exist on the Hub"),
         ("hf://me/flowers@nothing", "Revision Not Found"),
         ("hf://flowers", "write hf://user/name"),
         ("hf://me/flowers?column=x", "write hf://user/name"),
