@@ -37,7 +37,7 @@ Read = Callable[[int, int], Iterator[Batch]]  # (number of workers, number of st
 
 @dataclass(frozen=True)
 class Way:
-    """A way to the images, and what it is compared with."""
+    """A way to the images."""
 
     name: str
     read: Read
@@ -48,7 +48,7 @@ def write_all(photos: list[Path], root: Path) -> None:
     sys.path.insert(0, str(TESTS))
     import pyarrow
     import pyarrow.parquet
-    from litdata_folders import write_litdata
+    from litdata_folders import write_litdata  # type: ignore[import-not-found]
 
     content = [photo.read_bytes() for photo in photos]
     for name in ("folder", "tars", "hub/me/photos"):
@@ -122,7 +122,9 @@ def measure(way: Way, workers: int, steps: int) -> tuple[float, float]:
 
 def ways(root: Path, files: str, hub: bool) -> list[Way]:
     def stream(name: str, data: str) -> Way:
-        return Way(name, partial(read_stream, open_data(data, in_order=True)))
+        opened = open_data(data, in_order=True)
+        assert isinstance(opened, Stream)
+        return Way(name, partial(read_stream, opened))
 
     found = [
         Way("folder", partial(read_folder, str(root / "folder"))),
