@@ -27,6 +27,7 @@ EXTRAS = {
     "parquet": "parquet files and Hugging Face data sets",
     "multichannel": "TIFF and 16-bit colours",
     "heic": "photographs of phones in HEIC",
+    "datasets": "hf://user/name, tables read as streams",
     "stream": "shards on S3, and braces in addresses",
     "video": "video files",
     "timm": "timm's encoders, export to timm",

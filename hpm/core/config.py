@@ -241,6 +241,9 @@ class ImageOptions:
     """Mean and standard deviation of the channels: measured on the data, imagenet, or timm for
     those of the timm model's weights (auto: timm with --pretrained if the number of channels
     matches, else measured)."""
+    stream: bool = False
+    """Read hf://, parquet, Arrow or LitData in order, as archives are, instead of in any order: for
+    data bigger than memory or disk."""
     shuffle: int = option(512, at_least=1)
     """Images of a stream that each worker shuffles; twice as many are in its memory."""
     holdout: int = option(128, at_least=0)

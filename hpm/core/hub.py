@@ -1,4 +1,4 @@
-"""Load weights from the Hugging Face hub or its cache, and upload folders."""
+"""Load weights and data from the Hugging Face hub or its cache, and upload folders."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def fetched(
 ) -> Loaded:
     """Call `load`, offline if the hub cannot be reached, and return its result.
 
-    command: if given, never use the network, and tell the user to download the weights with this
-    command. For weights that only a file names. Raises UserError if the weights are not available.
+    command: if given, never use the network, and tell the user to download with this command. For
+    what only a file names. Raises UserError if it is not available.
     """
     constants: Any = need("huggingface_hub.constants", extra, f"fetching {name}")
     before = constants.HF_HUB_OFFLINE
@@ -35,8 +35,8 @@ def fetched(
         where = f"it was looked for in {constants.HF_HUB_CACHE}"
         if command:
             raise UserError(
-                f"{name} is not on disk ({where}), and models that only a file names are not "
-                f"downloaded: download it with {command}"
+                f"{name} is not on disk ({where}), and what only a file names is not downloaded: "
+                f"download it with {command}"
             ) from None
         if constants.HF_HUB_OFFLINE:
             why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hpm.data.demo_sources import DemoSource, DemoVideos
+from hpm.data.litdata import LitDataSource
 from hpm.data.sources import FileSource, Source, Subset
 from hpm.data.tables import TableSource
 from hpm.data.video.sources import VideoFiles
@@ -22,14 +23,14 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(source: Source) -> Fingerprint:
-    """Hashes of the relative names and sizes of image and video files, in order; for parquet and
-    Arrow files of their rows and sizes. Independent of the folder's location. Empty for other
-    sources."""
+    """Hashes of the relative names and sizes of image and video files, in order; for tables and
+    LitData of their rows and the sizes of their files. Independent of the folder's location. Empty
+    for other sources."""
     if isinstance(source, Subset):
         return fingerprint(source.source)
     if isinstance(source, DemoSource | DemoVideos):
         return {"names": source.name}
-    if isinstance(source, TableSource):
+    if isinstance(source, TableSource | LitDataSource):
         return {"rows": str(len(source)), "sizes": digest(_sizes(source.files))}
     if isinstance(source, FileSource | VideoFiles):
         root = os.path.join(source.root, "")

@@ -3,18 +3,18 @@ of videos are in `data/video/sources.py`."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from hpm.core.errors import UserError, one_line
 from hpm.core.plugins import find_plugin, installed_plugins
 from hpm.data.arrays import Opened
+from hpm.data.contract import SOURCE_MEMBERS, Source, Splits
 from hpm.data.demo_sources import DemoSource, DemoVideos
 from hpm.data.folders import (
     IMAGE_SUFFIXES,
@@ -23,14 +23,23 @@ from hpm.data.folders import (
     find_images,
     images_of,
 )
+from hpm.data.hugging_face import is_hub, open_hub
 from hpm.data.inspection import any_deep
 from hpm.data.lists import labels_of, read_list
+from hpm.data.litdata import LitDataSource, is_litdata
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
 from hpm.data.paths import Files
+from hpm.data.split_names import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    test_files,
+    train_and_test,
+    training_files,
+)
 from hpm.data.streams.opening import open_stream
 from hpm.data.streams.stream import STREAM_MEMBERS, Stream
-from hpm.data.tables import ArrowSource, ParquetSource
+from hpm.data.tables import ArrowSource, ParquetSource, saved_splits
 from hpm.data.video.clip import Video
 from hpm.data.video.lists import is_video_list
 from hpm.data.video.sampling import ClipSampling
@@ -43,62 +52,18 @@ from hpm.data.video.sources import (
 )
 
 PREPARING = "prepare.json"  # of `hpm prepare`: what it makes, and of what
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("val", "validation", "valid", "test", "testing")
 ENTRY_POINTS = "hpm.sources"  # functions without arguments that return a Source or Splits
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A fixed sequence of images, with or without labels.
-
-    Loading processes share it: it must not change after it is made.
-    """
-
-    name: str  # for messages
-    labels: np.ndarray | None  # int64 [images], indices into `classes`; None without labels
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def open(self, index: int) -> Opened:
-        """The image: a Pillow image, or what `hpm.data.opening.open_image` returns for a file or
-        its bytes. Raises OSError or UnreadableImage."""
-        ...
-
-    def read(self, index: int) -> bytes | None:
-        """The encoded image; None if it is not stored in an encoded form."""
-        ...
-
-    def is_deep(self) -> bool:
-        """Whether images have more than 8 bits per channel. All views are then float32."""
-        ...
-
-    def path(self, index: int) -> str:
-        """A name of the image for messages."""
-        ...
-
-
-SOURCE_MEMBERS = ("name", "labels", "classes", "__len__", "open", "read", "is_deep", "path")
-
-
-@dataclass
-class Splits:
-    """The images to train on and, if there are any, the images to test on."""
-
-    train: Source
-    test: Source | None = None
 
 
 def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     """Open a data set.
 
     Args:
-        data: a folder, list file, parquet file or folder, Arrow folder, one image or video, `demo`
-            or `demo-video`; otherwise the name of an entry point of the group `hpm.sources`, or
-            `module:function`.
+        data: a folder, list file, parquet file or folder, Arrow or LitData folder, one image or
+            video, `hf://user/name`, `demo` or `demo-video`; otherwise the name of an entry point of
+            the group `hpm.sources`, or `module:function`.
         trusted: whether the user gave the name. If it comes from a file, no code that it names is
-            imported.
+            imported, and nothing is downloaded.
         clips: whether clips are wanted, so that a GIF and a folder of numbered images are videos.
             Otherwise they are images, and of videos one frame at a time is used.
 
@@ -114,9 +79,12 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     return opened
 
 
-def open_data(data: str, trusted: bool = True, clips: bool = False) -> Splits | Stream:
-    """`open_source` for who also takes a stream."""
-    splits = _open(data, trusted, clips)
+def open_data(
+    data: str, trusted: bool = True, clips: bool = False, in_order: bool = False
+) -> Splits | Stream:
+    """`open_source` for who also takes a stream. in_order: read what can be read in any order as a
+    stream, too."""
+    splits = _open(data, trusted, clips, in_order)
     if not isinstance(splits, Splits):
         if clips:
             raise UserError(f"{data}: streams are of images, not of videos: pass --frames 1")
@@ -127,13 +95,15 @@ def open_data(data: str, trusted: bool = True, clips: bool = False) -> Splits | 
     return splits
 
 
-def _open(data: str, trusted: bool, clips: bool) -> Splits | Stream:
+def _open(data: str, trusted: bool, clips: bool, in_order: bool) -> Splits | Stream:
+    if stream := open_stream(data, trusted, in_order):
+        return stream
+    if is_hub(data):
+        return Splits(*open_hub(data, trusted))
     if data == "demo":
         return Splits(DemoSource("train"), DemoSource("test"))
     if data == "demo-video":
         return Splits(DemoVideos("train"), DemoVideos("test"))
-    if stream := open_stream(data, trusted):
-        return stream
     path = Path(data).expanduser()
     if path.is_dir():
         return _open_folder(path, clips)
@@ -143,7 +113,7 @@ def _open(data: str, trusted: bool, clips: bool) -> Splits | Stream:
             return _open_own(data)
         raise UserError(
             f"{data}: no such folder or file; name a folder of images or videos, a list file, "
-            "parquet, archives such as 'shards/*.tar', demo or demo-video"
+            "parquet, archives such as 'shards/*.tar', hf://user/name, demo or demo-video"
         )
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -203,9 +173,15 @@ class Subset:
         self.source = source
         self.indices = indices
         self.name = source.name
-        self.classes = source.classes
-        self.labels = None if source.labels is None else source.labels[indices]
         self.holds_videos = holds_videos(source)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.source.classes
+
+    @cached_property  # some sources have to read all images for it
+    def labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -254,10 +230,11 @@ def _open_folder(path: Path, clips: bool) -> Splits:
         raise UserError(f"{path}: hpm prepare has not finished; run the same command again")
     if (path / "state.json").exists():
         return Splits(ArrowSource(str(path), path))
+    if splits := _open_litdata(path):
+        return splits
     files = sorted(path.rglob("*.parquet"))
     if files:
-        train = [f for f in files if f.stem.lower().startswith(TRAIN_NAMES)]
-        test = _first_test_split(files)
+        train, test = training_files(files), test_files(files)
         if not train:
             return Splits(ParquetSource(str(path), files))
         return Splits(
@@ -280,29 +257,24 @@ def _open_folder(path: Path, clips: bool) -> Splits:
     return Splits(_files_below(path, clips))
 
 
+def _open_litdata(path: Path) -> Splits | None:
+    """A folder of LitData, or splits of such; None if it is none."""
+    if is_litdata(path):
+        return Splits(LitDataSource(path))
+    below = sorted(p for p in path.iterdir() if is_litdata(p))
+    train, test = train_and_test(p.name for p in below)
+    if train is None:
+        return None
+    return Splits(LitDataSource(path / train), LitDataSource(path / test) if test else None)
+
+
 def _open_saved(path: Path) -> Splits:
     """Splits saved by Hugging Face's `datasets` or `hpm prepare`."""
-    try:
-        names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: dataset_dict.json has no splits ({reason})") from error
-    train = next((n for n in names if n.lower().startswith(TRAIN_NAMES)), None)
-    test = next((n for wanted in TEST_NAMES for n in names if n.lower().startswith(wanted)), None)
-    if train is None:
-        raise UserError(f"{path}: no split train among {', '.join(names) or 'none'}")
+    train, test = saved_splits(path)
     return Splits(
         ArrowSource(f"{path} (train)", path / train),
         ArrowSource(f"{path} (test)", path / test) if test else None,
     )
-
-
-def _first_test_split(files: list[Path]) -> list[Path]:
-    """Validation before test, as with folders: test labels are often withheld."""
-    for name in TEST_NAMES:
-        if found := [f for f in files if f.stem.lower().startswith(name)]:
-            return found
-    return []
 
 
 def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpm.core.errors import UserError
-from hpm.data.sources import TEST_NAMES, TRAIN_NAMES
+from hpm.data.split_names import TEST_NAMES, TRAIN_NAMES
 
 Part = TypeVar("Part")
 

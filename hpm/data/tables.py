@@ -18,6 +18,7 @@ from hpm.data.arrays import Opened
 from hpm.data.inspection import any_deep
 from hpm.data.lists import natural
 from hpm.data.opening import open_image
+from hpm.data.split_names import train_and_test
 from hpm.data.video.clip import Video, middle_frame
 from hpm.data.video.decoding import open_video, pyav
 
@@ -39,6 +40,12 @@ class TableSource:
             pyav()  # a missing library is an error now, and not one of each video
         images = table[column]
         labels = table["label"] if "label" in table.schema.names else None
+        try:
+            for used in (images, labels):
+                if used is not None:
+                    used.validate(full=True)  # Arrow crashes on offsets beyond the data
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{where}: the table is damaged ({one_line(error, 200)})") from None
         is_struct = pyarrow.types.is_struct(images.type)
         self._bytes = [part.field("bytes") if is_struct else part for part in images.chunks]
         self._ends = np.cumsum([len(part) for part in images.chunks], dtype=np.int64)
@@ -56,12 +63,16 @@ class TableSource:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, index: int) -> bytes:
-        chunk = int(np.searchsorted(self._ends, index, side="right"))
-        start = self._ends[chunk - 1] if chunk else 0
-        data = self._bytes[chunk][int(index - start)].as_py()
+        chunk, place = self.find(index)
+        data = self._bytes[chunk][place].as_py()
         if data is None:
             raise OSError("no bytes in this row")
         return data
+
+    def find(self, index: int) -> tuple[int, int]:
+        """(number of the chunk, place in it) of a row."""
+        chunk = int(np.searchsorted(self._ends, index, side="right"))
+        return chunk, index - int(self._ends[chunk - 1] if chunk else 0)
 
     def open(self, index: int) -> Opened:
         if self.holds_videos:
@@ -83,7 +94,7 @@ class ParquetSource(TableSource):
     """Parquet files, whose encoded images are kept in memory."""
 
     def __init__(self, name: str, files: Sequence[Path]):
-        pyarrow = _pyarrow()
+        pyarrow = pyarrow_library()
         parquet = pyarrow.parquet
         self.files = list(files)
         try:
@@ -106,31 +117,54 @@ class ArrowSource(TableSource):
     """
 
     def __init__(self, name: str, folder: Path):
-        pyarrow = _pyarrow()
+        pyarrow = pyarrow_library()
+        self.files = arrow_files(folder)
         try:
-            state = json.loads((folder / "state.json").read_text())
             info = json.loads((folder / "dataset_info.json").read_text())
-            files = [folder / entry["filename"] for entry in state["_data_files"]]
-            if not files:
-                raise UserError(f"{folder}: it has no images")
-            self.files = files
             tables = []
-            for file in files:
+            for file in self.files:
                 tables.append(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all())
             table = pyarrow.concat_tables(table.replace_schema_metadata() for table in tables)
         except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{folder}: not a readable Arrow data set ({one_line(error, 200)})"
-            ) from None
+            raise _unreadable(folder, error) from None
         _check_columns(folder, table.schema)
         features = info.get("features") or {}
         names = (features.get("label") or {}).get("names") or []
         super().__init__(name, str(folder), table, list(names))
 
 
-def _pyarrow() -> Any:
+def saved_splits(path: Path) -> tuple[str, str | None]:
+    """(split to train on, split to test on) of a folder of splits saved by Hugging Face's
+    `datasets` or `hpm prepare`. Raises UserError."""
+    try:
+        names = list(map(str, json.loads((path / "dataset_dict.json").read_text())["splits"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: dataset_dict.json has no splits ({reason})") from error
+    train, test = train_and_test(names)
+    if train is None:
+        raise UserError(f"{path}: no split train among {', '.join(names) or 'none'}")
+    return train, test
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    """The files of a split in the format of `datasets.save_to_disk`. Raises UserError."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _unreadable(folder, error) from None
+    if not files:
+        raise UserError(f"{folder}: it has no images")
+    return files
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder}: not a readable Arrow data set ({one_line(error, 200)})")
+
+
+def pyarrow_library() -> Any:
+    """Raises UserError if it is missing."""
     try:
         import pyarrow
         import pyarrow.ipc

@@ -153,7 +153,7 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
 
 def open_images(config: PretrainConfig) -> TrainingImages:
     """Open the data, and hold out images for evaluation."""
-    splits = open_data(config.data, clips=config.frames > 1)
+    splits = open_data(config.data, clips=config.frames > 1, in_order=config.stream)
     if not isinstance(splits, Splits):
         return open_stream_images(config, splits)
     train, held_out = splits.train, None

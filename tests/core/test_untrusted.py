@@ -66,7 +66,7 @@ def test_what_a_checkpoint_names_is_not_fetched(
         path = checkpoint(target="frozen", target_model=name)
     show(ShowConfig(path, str(image_folder), str(tmp_path / "fig.png"), images=2, device="cpu"))
     said = capsys.readouterr().out
-    assert "models that only a file names are not downloaded: download it with" in said
+    assert "what only a file names is not downloaded: download it with" in said
     assert said.count("\n") == 1
     with pytest.raises(hpm.UserError, match=f"is not on disk.*download it with.*{command}"):
         hpm.evaluate("hardness", path, str(image_folder), workers=0, device="cpu")

@@ -1,9 +1,13 @@
 """Shards in an object store: moto's server on this machine speaks S3."""
 
+import io
+
 import pytest
-from shards import no_waiting, write_shards
+from litdata_folders import write_litdata
+from shards import no_waiting, png, write_shards
 
 from hpm.core.errors import UserError
+from hpm.data.sources import open_data
 from hpm.data.streams import transport
 from hpm.data.streams.archives import Archives, images_of
 from hpm.data.streams.shards import find_shards
@@ -19,7 +23,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bucket(folder):
+def chunks(tmp_path_factory):
+    samples = [{"image": png(n), "label": n} for n in range(20)]
+    formats = {"image": "jpeg", "label": "int"}
+    return write_litdata(tmp_path_factory.mktemp("litdata"), samples, formats)
+
+
+@pytest.fixture(scope="module")
+def bucket(folder, chunks):
     """`s3://data/set/s-N.tar` on a server whose address is in the environment, as a user has it."""
     serving = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     serving.start()
@@ -38,6 +49,8 @@ def bucket(folder):
         client.create_bucket(Bucket="data")
         for file in folder.iterdir():
             client.put_object(Bucket="data", Key=f"set/{file.name}", Body=file.read_bytes())
+        for file in chunks.iterdir():
+            client.put_object(Bucket="data", Key=f"lit/{file.name}", Body=file.read_bytes())
         yield "s3://data/set"
         transport._s3_client.cache_clear()
     serving.stop()
@@ -51,6 +64,13 @@ def test_the_images_are_those_of_the_files(bucket, folder):
     assert find_shards("s3://data/*-[01].tar") == found.shards[:2]
 
 
+@pytest.mark.parametrize("name", ["s3://data/lit", "s3://data/lit/", "s3://data/lit/index.json"])
+def test_a_litdata_folder(bucket, name):
+    stream = open_data(name)
+    found = [[entry.data for entry in stream.read(shard)] for shard in range(3)]
+    assert found == [[png(n) for n in range(a, b)] for a, b in ((0, 8), (8, 16), (16, 20))]
+
+
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(bucket, folder, monkeypatch):
     no_waiting(monkeypatch)
     open_at, starts = transport._s3_at, []
@@ -58,14 +78,14 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(bucket, folder, mon
     def breaking(url, start):
         starts.append(start)
         opened = open_at(url, start)
-        body = opened.body.read(1000) if len(starts) < 3 else opened.body.read()
-        left = [body]
+        left = io.BytesIO(opened.body.read(1000) if len(starts) < 3 else opened.body.read())
 
         class Broken:
             def read(self, size):
-                if not left and len(starts) < 3:
+                data = left.read(size)
+                if not data and len(starts) < 3:
                     raise ConnectionResetError("reset by peer")
-                return left.pop() if left else b""
+                return data
 
             def close(self):
                 pass

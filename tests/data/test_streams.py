@@ -1,7 +1,9 @@
 """Shards of images: who reads what, in which order, and what becomes of damage on the way."""
 
+import io
 import itertools
 import shutil
+import tarfile
 from collections import Counter
 from itertools import islice
 
@@ -252,3 +254,22 @@ def test_an_archive_that_is_short_on_the_server(shards, tmp_path):
     (tmp_path / "s.tar").write_bytes(data[:5000])
     with serving(tmp_path) as server, pytest.raises(UserError, match="damaged or cut off after"):
         list(images_of(f"{server.url}/s.tar"))
+
+
+def test_formats_of_headers(tmp_path):
+    """Long names have headers of their own; what lies between the images is skipped."""
+    for number, style in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT)):
+        path = tmp_path / f"{number}.tar"
+        with tarfile.open(path, "w", format=style) as archive:
+            for n in range(3):
+                for name, data in (
+                    (f"{'x' * 90}/{'y' * 90}{n}.png", png(n)),
+                    ("a.json", b"{}" * n),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+            folder = tarfile.TarInfo("folder.png")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+        assert [entry.data for entry in images_of(str(path))] == [png(n) for n in range(3)]

@@ -77,6 +77,7 @@ class Lane:
         self.seed, self.block, self.first_index = seed, block, first_index
         self.cursor = cursor or Cursor()  # after the last image that was returned
         self._images = self._shuffled()
+        self._order: tuple[int, np.ndarray] | None = None  # epoch, and its order of shards
 
     def __iter__(self) -> Iterator[Read]:
         return self
@@ -119,10 +120,10 @@ class Lane:
     def shard(self, turn: int) -> tuple[int, int]:
         """(epoch, number of the shard) of a turn of this lane."""
         epoch, position = divmod(self._position(turn), len(self.stream.shards))
-        order = np.random.default_rng([self.seed, SHARDS, epoch]).permutation(
-            len(self.stream.shards)
-        )
-        return epoch, int(order[position])
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, SHARDS, epoch])
+            self._order = epoch, rng.permutation(len(self.stream.shards))
+        return epoch, int(self._order[1][position])
 
     def _position(self, turn: int) -> int:
         """Of a turn in the sequence of all epochs."""
