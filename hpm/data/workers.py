@@ -79,9 +79,9 @@ def worker_errors(workers: int = 0) -> Iterator[None]:
             ) from None
         if hangs := HANGS.search(text):
             raise UserError(
-                f"the loading workers have given nothing for {float(hangs[1]):.0f} seconds: the file system "
-                "or server of the data does not answer; once it does, the same command resumes "
-                "from the last checkpoint"
+                f"the loading workers have given nothing for {float(hangs[1]):.0f} seconds: the "
+                "file system or server of the data does not answer; once it does, the same command "
+                "resumes from the last checkpoint"
             ) from None
         raise
 

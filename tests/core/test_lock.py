@@ -166,10 +166,8 @@ def test_two_runs_where_no_lock_holds(image_folder, tmp_path):
     )
     arguments = tiny_arguments(steps=40, checkpoint_every="1 step")
     command = [sys.executable, str(program), "pretrain", str(image_folder), "--out", str(out)]
-    runs = [
-        subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    command += arguments
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate(timeout=240)[1] for run in runs]
     assert all(run.returncode in (0, 2) for run in runs), said
     assert not any("Traceback" in text for text in said), said

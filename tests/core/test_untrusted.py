@@ -9,6 +9,7 @@ import torch
 import hpm
 from hpm.core.extras import need
 from hpm.core.files import read_tensors, write_tensors
+from hpm.core.plugins import import_plugin
 from hpm.show import view
 from hpm.show.command import show
 from hpm.show.options import ShowConfig, ViewConfig
@@ -127,3 +128,33 @@ def test_code_of_strangers_is_not_run(tmp_path, no_network, monkeypatch):
     with pytest.raises(hpm.UserError):
         load_frozen(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_mask_that_a_checkpoint_names_is_not_imported(
+    checkpoint, image_folder, tmp_path, monkeypatch
+):
+    """As targets and encoders are not: importing it would run its code."""
+    (tmp_path / "strangers.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from hpm.mining.strategies import random as priority\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint(mask="strangers:priority", hard_share_start=None)
+    figure = str(tmp_path / "figure.png")
+    for use in (
+        lambda: show(ShowConfig(path, str(image_folder), figure, images=2, device="cpu")),
+        lambda: hpm.evaluate("hardness", path, str(image_folder), workers=0, device="cpu"),
+        lambda: view.Viewer(view.open_trained(path, "cpu"), *view._examples("demo", load(path)), 2),
+    ):
+        try:
+            use()  # panels that need the mask may be left out
+        except hpm.UserError as error:
+            assert "module that a file names is not imported" in str(error)
+        assert not (tmp_path / "ran").exists()
+    hpm.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(hpm.UserError, match="hpm --import strangers"):
+        load(path).find_miner()
+    import_plugin("the test", "strangers")
+    show(ShowConfig(path, str(image_folder), figure, images=2, device="cpu"))
+    assert (tmp_path / "ran").exists()
