@@ -155,6 +155,14 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
+@pytest.mark.parametrize("name", ["reliability", "security"])
+def test_tests_that_show_it_exist(name):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(ROOT / f"docs/{name}.md"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
 @each_page
 def test_yaml_is_a_config(page):
     for code in blocks(page, "yaml"):

@@ -1,10 +1,12 @@
 """A file of weights, which may come from anyone, fetches nothing and opens no data of its own."""
 
 import json
+import shutil
 import socket
 
 import pytest
 import torch
+from helpers import assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.core.extras import need
@@ -158,3 +160,17 @@ def test_a_mask_that_a_checkpoint_names_is_not_imported(
     import_plugin("the test", "strangers")
     show(ShowConfig(path, str(image_folder), figure, images=2, device="cpu"))
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["a config", "a run folder"])
+def test_yaml_makes_no_objects(where, finished_run, image_folder, tmp_path):
+    text = f"data: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]\n"
+    if where == "a config":
+        (tmp_path / "config.yaml").write_text(text)
+        command = ("--config", tmp_path / "config.yaml", "--out", tmp_path / "run")
+    else:
+        shutil.copytree(finished_run.folder, tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        command = (image_folder, "--out", tmp_path / "run", *tiny_arguments(holdout=8))
+    assert_refused(run_here("pretrain", *command), "config.yaml")
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import shutil
+import tarfile
 from collections import Counter
 from itertools import islice
 
@@ -195,6 +196,27 @@ def test_damage_in_the_middle_is_not_the_end(tmp_path):
 def test_archives_that_are_refused(tmp_path, files, words):
     path = write_tar(tmp_path / "s.tar", files)
     with pytest.raises(UserError, match=words):
+        list(images_of(str(path)))
+
+
+def test_links_in_an_archive_are_passed_over(tmp_path):
+    """To a file of this machine, or of the archive."""
+    (tmp_path / "secret.png").write_bytes(png(1))
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = kind, str(tmp_path / "secret.png")
+            archive.addfile(link)
+        member = tarfile.TarInfo("a.png")
+        member.size = len(png(0))
+        archive.addfile(member, io.BytesIO(png(0)))
+    assert [entry.name for entry in images_of(str(tmp_path / "s.tar"))] == ["a.png"]
+
+
+def test_a_header_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpm.data.streams.archives.LARGEST_HEADER", 2000)
+    path = write_tar(tmp_path / "s.tar", {"a.png": png(0, 4), f"{'long/' * 500}b.png": png(1, 4)})
+    with pytest.raises(UserError, match=r"cut off after 1 image \(a header of 2\d+ bytes"):
         list(images_of(str(path)))
 
 
