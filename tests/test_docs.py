@@ -110,7 +110,7 @@ def test_options_exist(page):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
     }
     verbs = [*cli.VERBS.values(), *(v for _, find in cli.GROUPS.values() for v in find().values())]
-    known = {"--config", "--help"}
+    known = {"--config", "--help", "--import"}
     for verb in verbs:
         options = describe(verb.command("hpm").options)
         known |= {f"--{name.replace('_', '-')}" for name in options}
