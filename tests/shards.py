@@ -3,6 +3,8 @@
 import contextlib
 import http.server
 import io
+import socket
+import struct
 import tarfile
 import threading
 from collections import defaultdict
@@ -44,7 +46,8 @@ def write_shards(folder: Path, shards: int = 4, images: int = 12) -> Path:
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves a folder. `faults` holds what becomes of the next requests for a name: a status, `cut`
-    (closes in the middle), or `stall` (sends nothing until the test ends)."""
+    (closes in the middle), `reset` (the connection, in the middle), or `stall` (sends nothing until
+    the test ends)."""
 
     def __init__(self, folder: Path, ranges: bool = True):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -81,7 +84,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         body = data[start:]
         with contextlib.suppress(OSError):
-            self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+            self.wfile.write(body[: len(body) // 2] if fault in ("cut", "reset") else body)
+            if fault == "reset":
+                now = struct.pack("ii", 1, 0)  # linger for no time: send RST
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+                self.connection.close()
         return None
 
     def log_message(self, *args):

@@ -110,7 +110,7 @@ def test_options_exist(page):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
     }
     verbs = [*cli.VERBS.values(), *(v for _, find in cli.GROUPS.values() for v in find().values())]
-    known = {"--config", "--help"}
+    known = {"--config", "--help", "--import"}
     for verb in verbs:
         options = describe(verb.command("hpm").options)
         known |= {f"--{name.replace('_', '-')}" for name in options}
@@ -153,6 +153,14 @@ def anchors(page):
     """The names that GitHub gives to the headings of a page."""
     heads = re.findall(r"^#+ (.*)$", spoken(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", ["reliability", "security"])
+def test_tests_that_show_it_exist(name):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of(ROOT / f"docs/{name}.md"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
 
 
 @each_page

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpm.core.errors import UserError, one_line, why
+from hpm.core.retries import retried
 
 StateDict = dict[str, Tensor]
 
@@ -39,21 +40,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if temporary.stat().st_mode != mode:  # safetensors creates files with mode 0600
-            temporary.chmod(mode)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+        retried(lambda: _write(temporary, path, write))
     except (OSError, SafetensorError) as error:
         raise disk_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _write(temporary: Path, path: Path, write: Callable[[Path], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    if temporary.stat().st_mode != mode:  # safetensors creates files with mode 0600
+        temporary.chmod(mode)
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
 
 
 def temporary_path(path: Path) -> Path:

@@ -1,4 +1,8 @@
-"""A lock on a folder, so that only one process trains into it. It ends with the process."""
+"""A lock on a folder, so that only one process trains into it. It ends with the process.
+
+It is the system's `flock`. On NFS, the server holds it for all machines, unless the mount says that
+locks are local; a machine that is cut off loses its lock when the server gives up on it.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,25 @@ FILE = ".lock"
 # Errors of file systems without locks.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
 
+MOUNTS = Path("/proc/self/mountinfo")
+# Kinds of network file systems, and options of theirs by which other machines see no lock.
+LOCAL_LOCKS = {
+    "nfs": {"nolock", "local_lock=all", "local_lock=flock"},
+    "nfs4": {"nolock", "local_lock=all", "local_lock=flock"},
+    "lustre": {"localflock"},
+    "cifs": {"nobrl"},
+    "smb3": {"nobrl"},
+    "fuse.sshfs": set(),  # always
+}
+
 _held: dict[Path, int] = {}  # folder -> open file
 
 
 def acquire(folder: Path) -> str | None:
     """Create a folder, and lock it until `release` or until the process ends.
 
-    Returns a line for the log if the file system has no locks. Raises UserError if another process
-    holds the lock.
+    Returns a line for the log if the file system has no locks, or none that other machines see.
+    Raises UserError if another process holds the lock.
     """
     folder = folder.resolve()
     if folder in _held:
@@ -50,7 +65,11 @@ def acquire(folder: Path) -> str | None:
     with contextlib.suppress(OSError):  # the disk is full
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-    return None
+    kind = _local_locks(folder)
+    return kind and (
+        f"warning: other machines see no locks of {folder} ({kind}): a run on one of them could "
+        "write to this folder"
+    )
 
 
 def release(folder: Path) -> None:
@@ -78,6 +97,28 @@ def may_be_held(folder: Path) -> bool:
         return True
     finally:
         os.close(file)
+
+
+def _local_locks(folder: Path) -> str | None:
+    """The kind of file system of a folder, and an option of its mount, if its locks are only those
+    of this machine."""
+    mounts: dict[str, tuple[str, set[str]]] = {}  # where -> (kind, options); later ones cover
+    try:
+        lines = MOUNTS.read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        return None
+    for line in lines:
+        here, _, there = line.partition(" - ")
+        if len(here.split()) > 4 and len(there.split()) > 2:
+            kind, _, named = there.split()[:3]
+            mounts[here.split()[4].replace("\\040", " ")] = kind, set(named.split(","))
+    for above in (folder, *folder.parents):
+        if str(above) in mounts:
+            kind, options = mounts[str(above)]
+            found = sorted(LOCAL_LOCKS.get(kind, set()) & options)
+            local = found or LOCAL_LOCKS.get(kind) == set()
+            return " ".join([kind, *found[:1]]) if local else None
+    return None
 
 
 def _release_inherited() -> None:

@@ -33,9 +33,9 @@ def fingerprint(source: Source) -> Fingerprint:
     if isinstance(source, TableSource | LitDataSource):
         return {"rows": str(len(source)), "sizes": digest(_sizes(source.files))}
     if isinstance(source, FileSource | VideoFiles):
-        root = os.path.join(source.root, "")
-        names = (path.removeprefix(root).replace(os.sep, "/") for path in source.paths)
-        return {"names": digest(names), "sizes": digest(_sizes(source.paths))}
+        parts = source.paths.relative_to(source.root)
+        names = _digest(part.replace(os.sep.encode(), b"/") for part in parts)
+        return {"names": names, "sizes": digest(_sizes(source.paths))}
     return {}
 
 
@@ -59,7 +59,11 @@ def _size(file: str | Path) -> int:
 
 def digest(texts: Iterable[str]) -> str:
     """A short hash of some texts, in order."""
+    return _digest(os.fsencode(text) + b"\0" for text in texts)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(os.fsencode(text) + b"\0")
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]

@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from hpm.core.errors import UserError
+from hpm.data.long_lists import count_lines, read_long_list
+from hpm.data.paths import Paths
+
+MOST_CHECKED = 20_000  # images of a list whose existence is checked
 
 
 def natural(text: str) -> tuple[int, int | str]:
@@ -16,11 +20,17 @@ def natural(text: str) -> tuple[int, int | str]:
     return (0, int(text)) if text.lstrip("-").isdigit() else (1, text)
 
 
-def read_list(path: Path) -> tuple[list[str], list[str | None]]:
-    """(paths, labels) of a list with `path label` per line, the label optional; paths are relative
-    to the list's folder. Raises UserError."""
+def read_list(path: Path) -> tuple[Paths, np.ndarray | None, list[str]]:
+    """(paths, labels, classes) of a list with `path label` per line, the label optional; paths are
+    relative to the list's folder. See `labels_of`.
+
+    Of more than MOST_CHECKED images, it is checked of as many whether they exist. Raises UserError.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        most = count_lines(path)
+        if most > MOST_CHECKED:
+            return _read_long(path, most)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -28,15 +38,36 @@ def read_list(path: Path) -> tuple[list[str], list[str | None]]:
             f"{path}: neither a folder, parquet, an image, a video nor a text list of them"
         ) from None
     paths, names = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        image, label = _split_line(path.parent, line.strip())
-        if image is None:
+        found = _split_line(path.parent, line.strip())
+        if found is None:
             raise UserError(f"{path}, line {number}: no such image: {line.strip()}")
-        paths.append(image)
-        names.append(label)
-    return paths, names
+        paths.append(found[0])
+        names.append(found[1])
+    return Paths(paths), *labels_of(path, names)
+
+
+def _read_long(path: Path, most: int) -> tuple[Paths, np.ndarray | None, list[str]]:
+    def split(line: str) -> tuple[str, str | None]:
+        found = _split_line(path.parent, line)
+        if found is None:
+            raise UserError(f"{path}: no such image: {line}")
+        return found
+
+    paths, labels, names = read_long_list(path, most, split)
+    for index in np.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKED)).astype(int).tolist():
+        if not os.path.isfile(paths[index]):
+            raise UserError(f"{path}: no such image: {paths[index]}")
+    if labels is None:
+        if not len(paths):
+            raise UserError(f"{path}: the list is empty")
+        return paths, None, []
+    classes = sorted(names, key=natural)
+    numbers = {name: number for number, name in enumerate(classes)}
+    np.take(np.array([numbers[name] for name in names]), labels, out=labels)
+    return paths, labels, classes
 
 
 def labels_of(path: Path, names: Sequence[str | None]) -> tuple[np.ndarray | None, list[str]]:
@@ -54,9 +85,9 @@ def labels_of(path: Path, names: Sequence[str | None]) -> tuple[np.ndarray | Non
     return np.array([numbers[name] for name in known]), classes
 
 
-def _split_line(folder: Path, line: str) -> tuple[str | None, str | None]:
-    """(image, label) of a line. A path may contain spaces. The image is None if it is missing."""
+def _split_line(folder: Path, line: str) -> tuple[str, str | None] | None:
+    """(image, label) of a line. A path may contain spaces. None if there is no such image."""
     path, _, label = line.rpartition(" ")
     if path and os.path.isfile(folder / path.strip()):
         return str(folder / path.strip()), label
-    return (str(folder / line), None) if os.path.isfile(folder / line) else (None, None)
+    return (str(folder / line), None) if os.path.isfile(folder / line) else None

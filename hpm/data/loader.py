@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from hpm.core import distributed
 from hpm.core.choices import Flip
 from hpm.core.errors import one_line
+from hpm.core.retries import retried
 from hpm.data.arrays import Pixels, UnreadableImage, at_depth
 from hpm.data.cache import Cache
 from hpm.data.inspection import loses_alpha
@@ -179,7 +181,8 @@ class Views(Dataset):
         for offset in range(len(self.source) if self.stand_in else 1):
             candidate = (index + offset) % len(self.source)
             try:
-                view, crop, *rest = self.make_view(self.source, (epoch, candidate, *number))
+                made = partial(self.make_view, self.source, (epoch, candidate, *number))
+                view, crop, *rest = retried(made)
                 view = at_depth(view, self.deep)
                 # The first view's id is its sample's index, as if it were the only view.
                 own_id = candidate + sum(number) * len(self.source)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+
+BLOCK = 1 << 20  # paths
 
 
 class Paths(Sequence[str]):
@@ -15,9 +17,18 @@ class Paths(Sequence[str]):
     page by page, as reference counts are written."""
 
     def __init__(self, paths: Iterable[Path | str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        encoded = [os.fsencode(path) + b"\0" for path in paths]
+        self._names = np.frombuffer(b"".join(encoded), np.uint8)
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._root = ""
+
+    @classmethod
+    def of_names(cls, names: bytes | bytearray, ends: np.ndarray, root: str) -> Paths:
+        """names: relative to `root`, or absolute; each with a zero byte behind it. ends: where the
+        next one begins."""
+        paths = cls([])
+        paths._names, paths._ends, paths._root = np.frombuffer(names, np.uint8), ends, root
+        return paths
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -30,8 +41,20 @@ class Paths(Sequence[str]):
         if isinstance(index, slice):
             return Paths(self[i] for i in range(*index.indices(len(self))))
         index = range(len(self))[index]
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+        name = os.fsdecode(self._names[self._start(index) : int(self._ends[index]) - 1].tobytes())
+        return os.path.join(self._root, name) if self._root else name
+
+    def relative_to(self, root: str) -> Iterator[bytes]:
+        """The paths, encoded, without `root` where they begin with it; a zero byte behind each. A
+        million at a time."""
+        prefix = os.fsencode(os.path.join(root, ""))
+        for first in range(0, len(self), BLOCK):
+            end = int(self._ends[min(first + BLOCK, len(self)) - 1])
+            names = b"\0" + self._names[self._start(first) : end].tobytes()
+            yield names.replace(b"\0" + prefix, b"\0")[1:]
+
+    def _start(self, index: int) -> int:
+        return int(self._ends[index - 1]) if index else 0
 
 
 class Files:
@@ -48,7 +71,7 @@ class Files:
     ):
         self.name = name
         self.root = str(root)
-        self.paths = Paths(paths)
+        self.paths = paths if isinstance(paths, Paths) else Paths(paths)
         self.labels = labels
         self.classes = list(classes)
 

@@ -25,7 +25,7 @@ from hpm.data.folders import (
 )
 from hpm.data.hugging_face import is_hub, open_hub
 from hpm.data.inspection import any_deep
-from hpm.data.lists import labels_of, read_list
+from hpm.data.lists import read_list
 from hpm.data.litdata import LitDataSource, is_litdata
 from hpm.data.notes import say_once
 from hpm.data.opening import open_image
@@ -303,5 +303,4 @@ def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:
 
 
 def _open_list(path: Path) -> FileSource:
-    paths, names = read_list(path)
-    return FileSource(str(path), paths, *labels_of(path, names), path.parent)
+    return FileSource(str(path), *read_list(path), path.parent)

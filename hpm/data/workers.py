@@ -9,6 +9,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from hpm.core.signals import hold_stop_signals, ignore_stop_signals
 
 FORKS = sys.platform == "linux"  # workers are forks of this process, and share its memory
 SHARED = Path("/dev/shm")
-# PyTorch's messages when shared memory is full.
+# PyTorch's messages when shared memory is full, when a worker ends, and when one hangs.
 OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
+ENDED = re.compile(r"DataLoader worker \(pid.*(?:killed by signal|exited unexpectedly)[^.]*")
+HANGS = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -36,25 +39,51 @@ def _kill_workers() -> None:
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers end with this process. Raises UserError if shared memory is
-    full."""
+    """A DataLoader whose workers end with this process. Raises UserError if shared memory is full,
+    or if a worker ends or hangs."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         others = set(multiprocessing.active_children())
-        try:
+        with worker_errors(self.num_workers):
             with hold_stop_signals():  # until the workers have started to ignore them
                 batches = super().__iter__()
             _workers.update(set(multiprocessing.active_children()) - others)
             yield from batches
-        except (RuntimeError, OSError) as error:
-            if not self.num_workers or not OUT_OF_SHARED.search(str(error)):
-                raise
+
+
+@contextmanager
+def worker_errors(workers: int = 0) -> Iterator[None]:
+    """Raise a UserError for what PyTorch says of workers that failed. It says that a worker ended
+    by a signal handler, which interrupts whatever this process does.
+
+    workers: their number, in a context in which only they use shared memory.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        ended = ENDED.search(text)
+        if OUT_OF_SHARED.search(text) and (workers or ended):
             size = f" ({shutil.disk_usage(SHARED).total / 1e6:.0f} MB)" if SHARED.exists() else ""
+            of = counted(workers, "loading worker") if workers else "the loading workers"
             raise UserError(
-                f"{SHARED}{size} is too small for {counted(self.num_workers, 'loading worker')}: "
+                f"{SHARED}{size} is too small for {of}: "
                 "pass fewer --workers (0 does not use it), or enlarge it (in a container: "
                 "docker run --shm-size=8g)"
             ) from None
+        if ended:
+            raise UserError(
+                f"a loading worker ended ({ended[0]}), most often because memory ran out: pass "
+                "fewer --workers or --cache false; the same command resumes from the last "
+                "checkpoint"
+            ) from None
+        if hangs := HANGS.search(text):
+            raise UserError(
+                f"the loading workers have given nothing for {float(hangs[1]):.0f} seconds: the "
+                "file system or server of the data does not answer; once it does, the same command "
+                "resumes from the last checkpoint"
+            ) from None
+        raise
 
 
 def batch_loader(

@@ -179,18 +179,19 @@ ENTRY_POINTS = "hpm.masks"
 
 
 @functools.cache
-def find_mask(name: str) -> Strategy:
+def find_mask(name: str, trusted: bool = True) -> Strategy:
     """Find the strategy of a mask that does not mine.
 
     Args:
         name: a built-in mask; an entry point of the group `hpm.masks` in an installed package; or
             `module:function`, for example from a file in the working directory.
+        trusted: whether the name comes from the user, see `find_plugin`.
 
     Raises UserError if there is none, or if its import fails.
     """
     if name in STRATEGIES:
         return STRATEGIES[name]
-    found = find_plugin("mask", name, ENTRY_POINTS, BUILT_IN)
+    found = find_plugin("mask", name, ENTRY_POINTS, BUILT_IN, trusted=trusted)
     if not callable(found):
         raise UserError(f"mask is '{name}': it is not a function")
     return found

@@ -105,8 +105,9 @@ class RunLog:
         """Stop the progress bar and close all files."""
         if self._progress:
             self._progress.stop()
-        if self._tensorboard:
-            self._tensorboard.close()
+        with self.never_fail("logging"):  # what TensorBoard has not written, on a full disk
+            if self._tensorboard:
+                self._tensorboard.close()
         self._track(lambda tracker: tracker.close(self._last_step >= self.total_steps))
 
     def info(self, text: str) -> None:

@@ -39,6 +39,7 @@ from hpm.core.phases import phase
 from hpm.core.shards import whole
 from hpm.core.signals import Interrupted, Stop
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.workers import worker_errors
 from hpm.training.log import RunLog, memory_gb
 
 Part = TypeVar("Part")
@@ -132,8 +133,14 @@ def train(
     """Run the remaining steps.
 
     Events run after logging and before saving. Raises Interrupted, after saving, if any process
-    received a stop signal, and UserError if a loss is not finite or too many images are unreadable.
+    received a stop signal, and UserError if a loss is not finite, too many images are unreadable or
+    a loading worker fails.
     """
+    with worker_errors():
+        _train(training, train_step, stop, events)
+
+
+def _train(training: Training, train_step: TrainStep, stop: Stop, events: Sequence[Event]) -> None:
     batches, interval = training.batches(), Interval()
     for step in range(training.step, training.total_steps):
         batch = interval.next_batch(batches)

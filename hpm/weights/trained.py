@@ -11,11 +11,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from hpm.core.choices import HARD_SHARES
 from hpm.core.config import PretrainConfig, pair
 from hpm.core.errors import UserError
 from hpm.core.files import StateDict
 from hpm.data.video.sampling import ClipSampling
 from hpm.mining.miner import Miner, make_miner
+from hpm.mining.strategies import find_mask
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder, build_model, resized_encoder
 from hpm.models.encoder import Encoder
@@ -91,9 +93,14 @@ class Trained:
         return self.target
 
     def find_miner(self) -> Miner:
-        """The miner of the training, without its memory, which covers the training images only."""
+        """The miner of the training, without its memory, which covers the training images only.
+
+        Raises UserError if its mask is of a module that is not imported yet.
+        """
         assert self.config is not None and self.teacher is not None
         if self.miner is None:
+            if self.config.mask not in HARD_SHARES:  # the config comes from a file
+                find_mask(self.config.mask, trusted=False)
             self.miner = make_miner(self.config, self.architecture, self.teacher)
         return self.miner
 

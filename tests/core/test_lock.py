@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from helpers import TINY, assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.core import lock
+from hpm.weights.checkpoint import list_checkpoints, load_checkpoint
 
 # Holds the lock of a folder; its fork stands for a loading process that outlives it.
 HOLDER = """
@@ -103,6 +105,74 @@ def test_a_file_system_without_locks_trains_all_the_same(image_folder, tmp_path,
     run = hpm.pretrain(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
     log = (run.folder / "train.log").read_text()
     assert run.backbone.exists() and log.count("has no locks (no locks available)") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("ext4", "rw", None),
+        ("nfs4", "rw,vers=4.2,local_lock=none", None),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", "nfs local_lock=all"),
+        ("nfs", "rw,vers=3,local_lock=posix", None),
+        ("lustre", "rw,flock", None),
+        ("lustre", "rw,localflock", "lustre localflock"),
+        ("fuse.sshfs", "rw", "fuse.sshfs"),
+    ],
+)
+def test_a_network_file_system_whose_locks_are_local(kind, options, said, tmp_path, monkeypatch):
+    """A mount below another of the same name, and one of a name that has a space."""
+    folder = tmp_path / "net work" / "run"
+    lines = ["1 0 8:1 / / rw - ext4 /dev/sda rw"]
+    for below in ("net work", "net work/other"):
+        where = str(tmp_path / below).replace(" ", "\\040")
+        lines.append(f"2 1 0:9 / {where} rw,relatime shared:1 - {kind} server:/x {options}")
+    (tmp_path / "mountinfo").write_text("\n".join(lines))
+    monkeypatch.setattr(lock, "MOUNTS", tmp_path / "mountinfo")
+    note = lock.acquire(folder)
+    try:
+        assert not is_free(folder)  # on this machine, it is a lock
+        assert (note and f"no locks of {folder} ({said})" in note) if said else note is None
+    finally:
+        lock.release(folder)
+
+
+@pytest.mark.slow
+def test_two_runs_that_start_at_once(image_folder, tmp_path):
+    """One trains, and the other is refused, whichever is first."""
+    out = tmp_path / "run"
+    for _ in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, "-m", "hpm", "pretrain", str(image_folder), "--out", str(out)]
+        runs = [
+            subprocess.Popen(
+                [*command, *tiny_arguments(steps=30)], stderr=subprocess.PIPE, text=True
+            )
+            for _ in range(2)
+        ]
+        said = [run.communicate(timeout=240)[1] for run in runs]
+        assert sorted(run.returncode for run in runs) == [0, 2], said
+        assert sum("is in use by another run" in text for text in said) == 1
+        assert len(hpm.Run(out).metrics()) >= 15 and is_free(out)
+
+
+@pytest.mark.slow
+def test_two_runs_where_no_lock_holds(image_folder, tmp_path):
+    """As on two machines of which neither sees the other's lock: what they write is damaged by
+    neither, although either may find that its temporary files are gone."""
+    out, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(
+        "import fcntl, sys\nfrom hpm import cli\nfcntl.flock = lambda *a: None\n"
+        "sys.exit(cli.main())\n"
+    )
+    arguments = tiny_arguments(steps=40, checkpoint_every="1 step")
+    command = [sys.executable, str(program), "pretrain", str(image_folder), "--out", str(out)]
+    command += arguments
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [run.communicate(timeout=240)[1] for run in runs]
+    assert all(run.returncode in (0, 2) for run in runs), said
+    assert not any("Traceback" in text for text in said), said
+    for path in list_checkpoints(out / "checkpoints"):
+        assert load_checkpoint(path).meta["step"] > 0
 
 
 def test_two_fine_tunings_in_one_folder(finished_run, image_folder, tmp_path, hold):

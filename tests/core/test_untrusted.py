@@ -1,14 +1,17 @@
 """A file of weights, which may come from anyone, fetches nothing and opens no data of its own."""
 
 import json
+import shutil
 import socket
 
 import pytest
 import torch
+from helpers import assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.core.extras import need
 from hpm.core.files import read_tensors, write_tensors
+from hpm.core.plugins import import_plugin
 from hpm.show import view
 from hpm.show.command import show
 from hpm.show.options import ShowConfig, ViewConfig
@@ -126,4 +129,48 @@ def test_code_of_strangers_is_not_run(tmp_path, no_network, monkeypatch):
     monkeypatch.setattr("hpm.core.hub._reachable", lambda address: False)
     with pytest.raises(hpm.UserError):
         load_frozen(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_mask_that_a_checkpoint_names_is_not_imported(
+    checkpoint, image_folder, tmp_path, monkeypatch
+):
+    """As targets and encoders are not: importing it would run its code."""
+    (tmp_path / "strangers.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "from hpm.mining.strategies import random as priority\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint(mask="strangers:priority", hard_share_start=None)
+    figure = str(tmp_path / "figure.png")
+    for use in (
+        lambda: show(ShowConfig(path, str(image_folder), figure, images=2, device="cpu")),
+        lambda: hpm.evaluate("hardness", path, str(image_folder), workers=0, device="cpu"),
+        lambda: view.Viewer(view.open_trained(path, "cpu"), *view._examples("demo", load(path)), 2),
+    ):
+        try:
+            use()  # panels that need the mask may be left out
+        except hpm.UserError as error:
+            assert "module that a file names is not imported" in str(error)
+        assert not (tmp_path / "ran").exists()
+    hpm.export(path, to="safetensors", out=str(tmp_path / "out.safetensors"))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(hpm.UserError, match="hpm --import strangers"):
+        load(path).find_miner()
+    import_plugin("the test", "strangers")
+    show(ShowConfig(path, str(image_folder), figure, images=2, device="cpu"))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("where", ["a config", "a run folder"])
+def test_yaml_makes_no_objects(where, finished_run, image_folder, tmp_path):
+    text = f"data: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]\n"
+    if where == "a config":
+        (tmp_path / "config.yaml").write_text(text)
+        command = ("--config", tmp_path / "config.yaml", "--out", tmp_path / "run")
+    else:
+        shutil.copytree(finished_run.folder, tmp_path / "run")
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        command = (image_folder, "--out", tmp_path / "run", *tiny_arguments(holdout=8))
+    assert_refused(run_here("pretrain", *command), "config.yaml")
     assert not (tmp_path / "ran").exists()

@@ -1,5 +1,6 @@
 """Shards of images: who reads what, in which order, and what becomes of damage on the way."""
 
+import errno
 import io
 import itertools
 import shutil
@@ -12,6 +13,7 @@ from shards import no_waiting, png, serving, write_shards, write_tar
 
 from hpm.core.errors import UserError
 from hpm.data.sources import open_data, open_source
+from hpm.data.streams import transport
 from hpm.data.streams.archives import Archives, images_of
 from hpm.data.streams.lanes import Lane
 from hpm.data.streams.loading import Sharing, share_workers
@@ -197,6 +199,27 @@ def test_archives_that_are_refused(tmp_path, files, words):
         list(images_of(str(path)))
 
 
+def test_links_in_an_archive_are_passed_over(tmp_path):
+    """To a file of this machine, or of the archive."""
+    (tmp_path / "secret.png").write_bytes(png(1))
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = kind, str(tmp_path / "secret.png")
+            archive.addfile(link)
+        member = tarfile.TarInfo("a.png")
+        member.size = len(png(0))
+        archive.addfile(member, io.BytesIO(png(0)))
+    assert [entry.name for entry in images_of(str(tmp_path / "s.tar"))] == ["a.png"]
+
+
+def test_a_header_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpm.data.streams.archives.LARGEST_HEADER", 2000)
+    path = write_tar(tmp_path / "s.tar", {"a.png": png(0, 4), f"{'long/' * 500}b.png": png(1, 4)})
+    with pytest.raises(UserError, match=r"cut off after 1 image \(a header of 2\d+ bytes"):
+        list(images_of(str(path)))
+
+
 def test_what_is_no_archive(tmp_path):
     (tmp_path / "s.tar").write_bytes(b"<html>no such page</html>" * 100)
     with pytest.raises(UserError, match="not a tar archive"):
@@ -211,7 +234,7 @@ def test_an_image_that_is_too_large_is_passed_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "stall"])
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut", "reset", "stall"])
 def test_a_fault_that_passes_is_not_seen(shards, monkeypatch, fault, ranges):
     no_waiting(monkeypatch, timeout=0.2 if fault == "stall" else 30.0)
     expected = list(images_of(f"{shards}/s-1.tar"))
@@ -219,7 +242,7 @@ def test_a_fault_that_passes_is_not_seen(shards, monkeypatch, fault, ranges):
         server.faults["s-1.tar"] = [fault, fault, fault]
         assert list(images_of(f"{server.url}/s-1.tar")) == expected
         assert len(server.requests) == 4
-        assert (server.requests[-1][1] is not None) == (fault == "cut")
+        assert (server.requests[-1][1] is not None) == (fault in ("cut", "reset"))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +269,39 @@ def test_no_server(monkeypatch, tmp_path):
         url = server.url
     with pytest.raises(UserError, match=r"no connection: .*\(6 attempts\)"):
         list(images_of(f"{url}/s.tar"))
+
+
+def test_a_file_system_that_fails_for_a_moment(shards, monkeypatch):
+    """Opening and reading fail by turns; what was read before is not read again."""
+    no_waiting(monkeypatch)
+    expected, numbers = list(images_of(f"{shards}/s-1.tar")), itertools.count()
+
+    class Stale(io.FileIO):
+        def __init__(self, *arguments):
+            self.fail()
+            super().__init__(*arguments)
+
+        def read(self, *arguments):
+            self.fail()
+            return super().read(1000)
+
+        def fail(self):
+            if next(numbers) % 5 == 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(transport, "open", Stale, raising=False)
+    assert list(images_of(f"{shards}/s-1.tar")) == expected
+    assert next(numbers) > 20
+
+
+def test_a_file_system_that_keeps_failing_is_one_line(shards, monkeypatch):
+    def stale(*arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    no_waiting(monkeypatch)
+    monkeypatch.setattr(transport, "open", stale, raising=False)
+    with pytest.raises(UserError, match=r"s-1.tar: .*Stale file handle \(6 attempts\)"):
+        list(images_of(f"{shards}/s-1.tar"))
 
 
 def test_an_archive_that_is_short_on_the_server(shards, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from videos import number_of, numbered, write_video
 
 from hpm.data.arrays import UnreadableImage
+from hpm.data.video import decoding
 from hpm.data.video.clip import read_clip
 from hpm.data.video.decoding import open_video
 from hpm.data.video.frames import FrameFolder
@@ -157,6 +158,16 @@ def test_frames_too_large_are_refused_before_they_are_decoded(tmp_path, monkeypa
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImage, match="128x32 pixels"):
         open_video(file)
+
+
+def test_clips_too_large_are_refused_before_they_are_held(tmp_path, monkeypatch):
+    """Frames that are repeated count once."""
+    file = str(write_video(tmp_path / "a.mp4", frames=8))
+    monkeypatch.setattr(decoding, "LARGEST_CLIP", 3 * 128 * 32)
+    with closing(open_video(file)) as video:
+        assert len(video.read([0, 2, 4])) == 3 and len(video.read([1, 1, 1, 1])) == 4
+        with pytest.raises(UnreadableImage, match="4 frames of 128x32 pixels, more than 12288"):
+            video.read([0, 1, 2, 3])
 
 
 def test_large_frames_are_reduced(tmp_path):

@@ -6,14 +6,13 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import BinaryIO
 
 from hpm.core.errors import UserError, counted
 from hpm.data.litdata import INDEX, read_index
 from hpm.data.litdata_chunks import arrow_table, arrow_value, image_file, stores_arrow
 from hpm.data.streams.archives import LARGEST
 from hpm.data.streams.stream import Entry
-from hpm.data.streams.transport import RemoteFile, is_remote, opened
+from hpm.data.streams.transport import RestartingFile, is_remote, opened
 from hpm.data.tables import pyarrow_library
 
 LARGEST_INDEX = 1 << 28  # bytes
@@ -49,7 +48,7 @@ class Chunks:
                     f"({error}): write it again, or leave it out"
                 ) from None
 
-    def _entries(self, file: BinaryIO | RemoteFile, expected: int) -> Iterator[Entry]:
+    def _entries(self, file: RestartingFile, expected: int) -> Iterator[Entry]:
         head = _read(file, 4)
         (count,) = struct.unpack("<I", head)
         if count != expected:
@@ -73,7 +72,7 @@ class Chunks:
             except ValueError as error:
                 yield Entry(name, problem=str(error))
 
-    def _entry(self, name: str, file: BinaryIO | RemoteFile, size: int) -> Entry:
+    def _entry(self, name: str, file: RestartingFile, size: int) -> Entry:
         if not 0 <= size <= LARGEST:
             _skip(file, size)
             return Entry(name, problem=f"{size} bytes, more than {LARGEST}")
@@ -86,7 +85,7 @@ class Chunks:
             return Entry(name, problem=str(error))
 
 
-def _read(file: BinaryIO | RemoteFile, size: int) -> bytes:
+def _read(file: RestartingFile, size: int) -> bytes:
     """`size` bytes, or all that are left."""
     parts = []
     while size > 0 and (part := file.read(min(size, 1 << 20))):
@@ -95,7 +94,7 @@ def _read(file: BinaryIO | RemoteFile, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _skip(file: BinaryIO | RemoteFile, size: int) -> None:
+def _skip(file: RestartingFile, size: int) -> None:
     """Raises ValueError if there are not as many bytes."""
     if size < 0:
         raise ValueError("the offsets do not rise")

@@ -1,6 +1,6 @@
 """Read a file from its beginning: from a disk, over HTTP, or from an object store as S3.
 
-A remote file is read again from where it broke off, a bounded number of times.
+It is read again from where it broke off, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from hpm.core.errors import UserError, one_line, why
 from hpm.core.extras import need
+from hpm.core.retries import may_pass
 
 TIMEOUT = 30.0  # seconds without an answer or without data
 ATTEMPTS = 6  # in a row without data
@@ -44,8 +45,8 @@ class Opened(NamedTuple):
     version: str | None
 
 
-class RemoteFile:
-    """A remote file, as what tarfile reads. `open_at` opens it at a byte; it raises Permanent, or
+class RestartingFile:
+    """A file, as what tarfile reads. `open_at` opens it at a byte; it raises Permanent, or
     any other error if another attempt may succeed. Raises UserError when the attempts are used
     up."""
 
@@ -92,23 +93,25 @@ class RemoteFile:
         return data
 
 
-@contextmanager
-def opened(url: str) -> Iterator[BinaryIO | RemoteFile]:
+def opened(url: str) -> closing[RestartingFile]:
     """Open a path, `http://`, `https://` or `s3://` for reading from the beginning.
 
-    Raises UserError if it cannot be read.
+    Raises UserError when it is read, if it cannot be.
     """
-    if not is_remote(url):
-        with ExitStack() as stack:
-            try:
-                file = stack.enter_context(open(url, "rb"))
-            except OSError as error:
-                raise UserError(f"{url}: {why(error)}") from None
-            yield file
-        return
-    open_at = _s3_at if url.startswith("s3://") else _http_at
-    with closing(RemoteFile(url, lambda start: open_at(url, start))) as remote:
-        yield remote
+    open_at = _s3_at if url.startswith("s3://") else _http_at if is_remote(url) else _path_at
+    return closing(RestartingFile(url, lambda start: open_at(url, start)))
+
+
+def _path_at(path: str, start: int) -> Opened:
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+        file.seek(start)
+        about = os.fstat(file.fileno())
+    except OSError as error:
+        if may_pass(error):
+            raise
+        raise Permanent(why(error)) from None
+    return Opened(file, about.st_size, f"{about.st_size} {about.st_mtime_ns}")
 
 
 def is_remote(url: str) -> bool:
@@ -193,7 +196,7 @@ def _s3_client(process: int) -> Any:
     options: dict[str, Any] = {
         "connect_timeout": TIMEOUT,
         "read_timeout": TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # RemoteFile has its own
+        "retries": {"total_max_attempts": 1},  # RestartingFile has its own
     }
     if boto3.session.Session().get_credentials() is None:
         options["signature_version"] = need("botocore", "stream", "s3://").UNSIGNED  # public data

@@ -25,6 +25,7 @@ from hpm.data.video.clip import EndsEarly
 # name other files or addresses (playlists, concat): only containers are opened.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v"
 RATES = (0.1, 240.0)  # frames per second that a header is believed
+LARGEST_CLIP = 1 << 30  # pixels of its frames, which are in memory together: 1.5 bytes each or more
 TURNS = {0: 0, 90: 1, 180: 2, -180: 2, -90: 3, 270: 3, -270: 1}  # degrees, counterclockwise
 
 
@@ -119,6 +120,7 @@ class VideoFile:
         shown: list[Any] = []
         last, position = None, 0.0
         for counted, frame in enumerate(self._decoded()):
+            self._check_size(frame.width, frame.height, len(set(numbers)))
             if timing.stamped and frame.pts is not None:
                 position = (frame.pts - timing.start) / timing.period
             else:
@@ -188,11 +190,17 @@ class VideoFile:
         if context is None:
             raise UnreadableImage("its codec is unknown")
         context.thread_count = 1  # workers decode in parallel
-        # The same limit as Pillow's, so that a hostile header cannot fill the memory.
+        self._check_size(context.width, context.height)
+
+    def _check_size(self, width: int, height: int, frames: int = 1) -> None:
+        """The same limit as Pillow's, and one of a clip, so that a hostile header cannot fill the
+        memory."""
         limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
-        if limit and context.width * context.height > limit:
+        if limit and width * height > limit:
+            raise UnreadableImage(f"{width}x{height} pixels, more than {limit} in a frame")
+        if frames * width * height > LARGEST_CLIP:
             raise UnreadableImage(
-                f"{context.width}x{context.height} pixels, more than {limit} in a frame"
+                f"{frames} frames of {width}x{height} pixels, more than {LARGEST_CLIP} in a clip"
             )
 
     def _is_cover(self, stream: Any) -> bool:
