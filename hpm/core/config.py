@@ -23,6 +23,7 @@ from hpm.core.choices import (
     Tubes,
 )
 from hpm.core.options import option
+from hpm.core.start_options import StartOptions
 
 
 @dataclass
@@ -45,9 +46,6 @@ class ModelOptions:
     """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge, or timm/NAME for a
     plain Vision Transformer or Hiera from timm. An encoder of your own: MODULE:CLASS, or the name
     of an entry point in the group hpm.encoders. The decoders are sized to match."""
-    pretrained: bool = False
-    """Start from timm's pretrained weights; requires --model timm/NAME. Also changes the default of
-    --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
     patch_size: int | PatchSize | None = option(None, main=True)
@@ -189,7 +187,8 @@ class TrainingOptions:
     size stays the same."""
     base_lr: float | None = option(None, at_least=0)
     """Peak learning rate per 256 images in a batch: lr = base_lr * batch_size / 256 (default:
-    depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on)."""
+    depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on; a quarter of it for
+    other weights with a new decoder)."""
     stop_after: str | None = option(None, may_change=True)
     """Save and stop after this time, such as 4h or 1d12h, as on SIGTERM. Run the same command again
     to resume."""
@@ -213,14 +212,6 @@ class TrainingOptions:
     """Averaging horizon of the EMA teacher after the ramp."""
     ema_ramp: str = option("50%", duration=True)
     """Length of the ramp from ema_horizon_start to ema_horizon_end."""
-    init: str | None = option(None, main=True)
-    """Run folder or weights file to initialise from, including published HPM, MAE, timm and Hugging
-    Face ViT weights. Positions and patch projection are resampled to this run's image and patch
-    size. Not for resuming."""
-    init_partial: bool = False
-    """Accept an --init file that lacks some of the tensors."""
-    init_teacher: bool = False
-    """Initialise from the teacher's (EMA) weights in the --init file."""
     seed: int = option(0, at_least=0, main=True)
     """Random seed of the initial weights, data order, crops and masks."""
 
@@ -304,6 +295,7 @@ class PretrainConfig(
     RecordOptions,
     MachineOptions,
     ImageOptions,
+    StartOptions,
     TrainingOptions,
     PredictorOptions,
     TargetOptions,

@@ -6,7 +6,7 @@ import math
 
 from hpm.core.choices import HARD_SHARES, TIMM
 from hpm.core.config import PretrainConfig
-from hpm.core.durations import seconds
+from hpm.core.durations import duration_steps, seconds
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules, describe
 from hpm.mining.miner import tubes_of
@@ -71,6 +71,13 @@ def _check_shard(config: PretrainConfig) -> None:
 def _check_model(config: PretrainConfig) -> None:
     """Check --pretrained and --init. `resolve_model` checks the model's name."""
     _check_positions(config)
+    freeze = config.freeze_encoder
+    given = config.init or config.pretrained
+    if freeze is not None and not given and duration_steps(freeze, 100, 1) > 0:
+        raise UserError(
+            f"freeze_encoder is {freeze}, but the encoder starts from random weights: leave it "
+            f"out, or pass --init, or --model {TIMM}NAME --pretrained"
+        )
     if not config.pretrained:
         return
     if not config.model.startswith(TIMM):

@@ -18,8 +18,12 @@ from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
+# Of runs that start from other weights and have a new decoder.
+CONTINUED_LR_SHARE = 0.25
+CONTINUED_FREEZE, CONTINUED_LAYER_DECAY = "10%", 0.75
 FEW_STEPS = 2000
 FEW_IMAGES = 10
+FEW_FOR_RANDOM_WEIGHTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Schedule:
     hard_share_by: Literal["step", "epoch"]
     cooldown: float | None = None  # None: half a cosine
     start: int = 0  # first step of the present warm-up: of a prolonged run, where it had ended
+    freeze: int = 0  # steps for which the encoder is frozen
 
     @property
     def epochs(self) -> float:
@@ -63,6 +68,15 @@ class Schedule:
         step, total = step - self.start, self.total - self.start
         return learning_rate(step, total, self.warmup, self.peak_lr)
 
+    def encoder_share(self, step: int) -> float:
+        """Learning rate of the encoder as a share of that of the decoders: 0 while it is frozen,
+        then rising linearly to 1, as long as the warm-up takes."""
+        if step < self.freeze:
+            return 0.0
+        if self.freeze == 0 or self.warmup == 0:
+            return 1.0
+        return min(1.0, (step - self.freeze + 1) / self.warmup)
+
     @property
     def cooldown_start(self) -> int | None:
         """Steps before the cooldown; None for half a cosine."""
@@ -83,10 +97,17 @@ class Schedule:
         return steps_done % self.checkpoint_every == 0 or steps_done == self.total
 
 
-def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0) -> Schedule:
+def make_schedule(
+    config: PretrainConfig, num_images: int | None, start: int = 0, freeze: int | None = None
+) -> Schedule:
     """The schedule of a resolved config for `num_images` training images, None for a stream.
 
-    start: of a prolonged run, the step at which it had ended.
+    Args:
+        start: of a prolonged run, the step at which it had ended.
+        freeze: of a resumed run, the steps for which its encoder is frozen, which do not change
+            when it is prolonged. Default: those of the config.
+
+    Raises UserError if the encoder is frozen throughout.
     """
     per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     total = num_steps(config.steps, config.epochs, per_epoch)
@@ -94,6 +115,13 @@ def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0
     def steps(text: str) -> float:
         return duration_steps(text, total, per_epoch)
 
+    if freeze is None:
+        freeze = round(steps(config.freeze_encoder or "0%"))
+    if freeze >= total:
+        raise UserError(
+            f"freeze_encoder {config.freeze_encoder} leaves no step of {total} that trains the "
+            "encoder: pass a shorter one"
+        )
     return Schedule(
         total=total,
         steps_per_epoch=per_epoch,
@@ -108,6 +136,7 @@ def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0
         hard_share_by=config.hard_share_by,
         cooldown=steps(config.cooldown) if config.schedule == "constant" else None,
         start=start,
+        freeze=freeze,
     )
 
 
@@ -125,15 +154,17 @@ def steps_per_epoch(config: PretrainConfig, batch_size: int, num_images: int | N
     return num_images // batch_size
 
 
-def default_base_lr(steps: int, batch_size: int) -> float:
+def default_base_lr(steps: int, batch_size: int, continued: bool = False) -> float:
     """Default base learning rate: larger for shorter training.
 
     1.5e-4 x (100,000 / steps)^0.75, but at least the paper's 1.5e-4, and with the peak (base x
     batch / 256) at most the highest that was measured (docs/recipes.md).
+
+    continued: the run starts from other weights and has a new decoder; then a share of this.
     """
     by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
     base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
-    return float(f"{base_lr:.2g}")
+    return float(f"{base_lr * (CONTINUED_LR_SHARE if continued else 1):.2g}")
 
 
 def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> list[str]:
@@ -159,6 +190,35 @@ def few_images(num_images: int | None) -> list[str]:
     ]
 
 
+def few_for_random_weights(config: PretrainConfig, num_images: int | None) -> list[str]:
+    """A warning for the log if a run starts from random weights on few images."""
+    given = config.init or config.pretrained
+    made_to_be_short = config.data in ("demo", "demo-video")
+    if num_images is None or num_images >= FEW_FOR_RANDOM_WEIGHTS or given or made_to_be_short:
+        return []
+    start = "--init WEIGHTS" if config.frames > 1 else "--init WEIGHTS or --model timm/NAME"
+    start += "" if config.frames > 1 else " --pretrained"
+    return [
+        f"warning: {counted(num_images, 'image')} to train on from random weights: with fewer than "
+        f"{FEW_FOR_RANDOM_WEIGHTS:,}, continue from pretrained weights instead ({start})"
+    ]
+
+
+def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
+    """A line for the log if the encoder is trained otherwise than the decoders."""
+    parts = []
+    if schedule.freeze:
+        parts.append(f"its weights are frozen for {counted(schedule.freeze, 'step')}")
+    if config.layer_decay != 1:
+        parts.append(f"its learning rate falls by {config.layer_decay:g} per block (layer_decay)")
+    if not parts:
+        return []
+    return [
+        f"the encoder continues from its weights: {', and '.join(parts)}; --freeze-encoder, "
+        "--layer-decay and --base-lr change this"
+    ]
+
+
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:
     """A warning for the log if the warm-up is longer than the training."""
     if warmup <= total:
@@ -170,10 +230,17 @@ def long_warmup(text: str, warmup: float, total: int) -> list[str]:
 
 
 def resolve(
-    config: PretrainConfig, num_images: int | None, device: torch.device, world_size: int
+    config: PretrainConfig,
+    num_images: int | None,
+    device: torch.device,
+    world_size: int,
+    continued: bool = False,
 ) -> PretrainConfig:
-    """Replace None and `auto` by their values for this data, model and machine. num_images: None
-    for a stream.
+    """Replace None and `auto` by their values for this data, model and machine.
+
+    Args:
+        num_images: None for a stream.
+        continued: the run starts from other weights and has a new decoder.
 
     Raises UserError if the batch size does not fit.
     """
@@ -196,7 +263,13 @@ def resolve(
     base_lr = config.base_lr
     if base_lr is None:
         per_epoch = steps_per_epoch(config, batch_size, num_images)
-        base_lr = default_base_lr(num_steps(config.steps, config.epochs, per_epoch), batch_size)
+        steps = num_steps(config.steps, config.epochs, per_epoch)
+        base_lr = default_base_lr(steps, batch_size, continued)
+    freeze, layer_decay = config.freeze_encoder, config.layer_decay
+    if freeze is None:
+        freeze = CONTINUED_FREEZE if continued else "0%"
+    if layer_decay is None:
+        layer_decay = CONTINUED_LAYER_DECAY if continued else 1.0
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -214,6 +287,8 @@ def resolve(
         decoder_heads=architecture.need_decoders().decoder_heads,
         batch_size=batch_size,
         base_lr=base_lr,
+        freeze_encoder=freeze,
+        layer_decay=layer_decay,
         precision=precision,
         normalize=normalize,
     )
