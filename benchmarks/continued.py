@@ -76,14 +76,9 @@ class Experiment:
         self.flowers = chosen.data / "flowers"
 
     def jobs(self) -> list[Job]:
-        """All jobs: what needs no choice first, then the choice, then what depends on it."""
-        seeds = range(self.chosen.seeds)
-        jobs = [job for seed in seeds for job in self.arm(AS_IS, seed)]
-        jobs += [job for seed in seeds for job in self.arm(SCRATCH, seed)]
-        jobs += self.tuning()
-        for arm in (CONTINUED, UNSUITED):
-            jobs += [job for seed in seeds for job in self.arm(arm, seed)]
-        return jobs
+        """All jobs: the choice of the rate, then seed by seed, so that what is there is pairs."""
+        arms = [(arm, seed) for seed in range(self.chosen.seeds) for arm in ARMS]
+        return self.tuning() + [job for arm, seed in arms for job in self.arm(arm, seed)]
 
     def arm(self, arm: str, seed: int) -> list[Job]:
         run = self.folder(arm, seed)
@@ -95,8 +90,8 @@ class Experiment:
         return [train, *measures]
 
     def tuning(self) -> list[Job]:
-        """The jobs of the choice of the rate."""
-        jobs = []
+        """The jobs of the choice of the rate, with a backbone that the arms have, too."""
+        jobs = [self.backbone(0)]
         fit, held = self.lists()
         for share in SHARES:
             run = self.folder(f"share {share:g}", TUNING_SEED)
@@ -174,6 +169,8 @@ class Experiment:
         for job in self.jobs():
             if finished(job):
                 continue
+            if job.done.parent.parent.name == CONTINUED:
+                self.check_choice()
             log = job.done.parent.with_suffix(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as lines:
@@ -194,6 +191,19 @@ class Experiment:
             self.keep()
             print(f"{time.strftime('%H:%M')} {job.name}", flush=True)
         return True
+
+    def check_choice(self) -> None:
+        """Stop unless the share that was best is the default of `hpm pretrain`."""
+        from hpm.training.schedule import CONTINUED_LR_SHARE
+
+        known = self.keep()
+        scores = {s: known[f"share {s:g}"][str(TUNING_SEED)]["linear"] for s in SHARES}
+        best = max(scores, key=scores.__getitem__)
+        if best != CONTINUED_LR_SHARE:
+            raise SystemExit(
+                f"a share of {best:g} was best, but the default is {CONTINUED_LR_SHARE:g}: change "
+                "CONTINUED_LR_SHARE in hpm/training/schedule.py, then run the same command again"
+            )
 
     def keep(self) -> dict[str, Any]:
         """Add the numbers of finished jobs to those of the results file."""
@@ -266,7 +276,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=FOLDER / "continued.json")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=3, help="of the backbones")
-    parser.add_argument("--steps", type=int, default=800, help="on the own images")
+    parser.add_argument("--steps", type=int, default=600, help="on the own images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=9, help="of this piece")
     parser.add_argument("--report", action="store_true", help="write the report alone")

@@ -106,8 +106,6 @@ def make_schedule(
         start: of a prolonged run, the step at which it had ended.
         freeze: of a resumed run, the steps for which its encoder is frozen, which do not change
             when it is prolonged. Default: those of the config.
-
-    Raises UserError if the encoder is frozen throughout.
     """
     per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     total = num_steps(config.steps, config.epochs, per_epoch)
@@ -117,11 +115,6 @@ def make_schedule(
 
     if freeze is None:
         freeze = round(steps(config.freeze_encoder or "0%"))
-    if freeze >= total:
-        raise UserError(
-            f"freeze_encoder {config.freeze_encoder} leaves no step of {total} that trains the "
-            "encoder: pass a shorter one"
-        )
     return Schedule(
         total=total,
         steps_per_epoch=per_epoch,
@@ -242,7 +235,7 @@ def resolve(
         num_images: None for a stream.
         continued: the run starts from other weights and has a new decoder.
 
-    Raises UserError if the batch size does not fit.
+    Raises UserError if the batch size does not fit, or if the encoder is frozen throughout.
     """
     architecture = resolve_model(config)
     share = config.accumulate * world_size * config.repeat_augment
@@ -260,14 +253,19 @@ def resolve(
             f"accumulate {config.accumulate} and repeat_augment {config.repeat_augment}: pass a "
             f"multiple of {share}"
         )
+    per_epoch = steps_per_epoch(config, batch_size, num_images)
+    total = num_steps(config.steps, config.epochs, per_epoch)
     base_lr = config.base_lr
     if base_lr is None:
-        per_epoch = steps_per_epoch(config, batch_size, num_images)
-        steps = num_steps(config.steps, config.epochs, per_epoch)
-        base_lr = default_base_lr(steps, batch_size, continued)
+        base_lr = default_base_lr(total, batch_size, continued)
     freeze, layer_decay = config.freeze_encoder, config.layer_decay
     if freeze is None:
         freeze = CONTINUED_FREEZE if continued else "0%"
+    if round(duration_steps(freeze, total, per_epoch)) >= total:
+        raise UserError(
+            f"freeze_encoder {freeze} leaves no step of {total} that trains the encoder: pass a "
+            "shorter one"
+        )
     if layer_decay is None:
         layer_decay = CONTINUED_LAYER_DECAY if continued else 1.0
     precision = config.precision
