@@ -58,10 +58,15 @@ class ModelOptions:
     VideoMAE)."""
     class_token: bool = True
     """Give the encoder a class token; VideoMAE has none."""
+    class_tokens: int = option(1, at_least=1)
+    """Number of class tokens. As a feature, their mean is taken. Pixio has 8."""
+    decoder: Literal["standard", "deep"] = "standard"
+    """Reconstructor: standard, of the blocks that suit the model, or deep, of four times as many,
+    as Pixio has. The loss predictor stays as it is."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
-    """Number of blocks in each decoder (default: depends on the model)."""
+    """Number of blocks in each decoder (default: depends on model and decoder)."""
     decoder_heads: int | None = option(None, at_least=1)
     """Number of attention heads in each decoder (default: depends on the model)."""
 
@@ -112,7 +117,8 @@ class MaskOptions:
     """0 mines the hardest patches. Above 0, mined patches are sampled, the harder ones with higher
     probability; the higher the temperature, the more uniform the probabilities."""
     mask_unit: int = option(1, at_least=1)
-    """Mine and hide units of so many patches along each axis instead of single patches."""
+    """Mine and hide units of so many patches along each axis instead of single patches. Pixio hides
+    units of 4."""
     mine_by: Literal["teacher", "memory", "progress"] = "teacher"
     """Source of the patch difficulty. teacher: the teacher's predicted loss. memory: the student's
     actual losses on each image in earlier epochs; costs almost nothing and needs no predictor.

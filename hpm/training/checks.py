@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from hpm.core.choices import HARD_SHARES, TIMM
@@ -27,6 +28,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_rules(config)
     _check_model(config)
     architecture = resolve_model(config)
+    _check_decoder(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
     check_target(config)
@@ -94,13 +96,18 @@ def _check_model(config: PretrainConfig) -> None:
 
 def _check_positions(config: PretrainConfig) -> None:
     """Only our own encoders have these options; others come with what they have."""
-    for option in ("positions", "class_token"):
+    for option in ("positions", "class_token", "class_tokens"):
         value, default = getattr(config, option), describe(PretrainConfig)[option].default
         if value != default and config.model not in SIZES:
             raise UserError(
                 f"{option} is {value}, but model is {config.model}: leave it out, or pass --model "
                 "vit_small"
             )
+    if config.class_tokens > 1 and not config.class_token:
+        raise UserError(
+            f"class_tokens is {config.class_tokens}, but class_token is false: leave one of them "
+            "out"
+        )
 
 
 def _check_timm_input(config: PretrainConfig) -> None:
@@ -117,6 +124,14 @@ def _check_timm_input(config: PretrainConfig) -> None:
             f"normalize timm has {counted(channels, 'channel')}, but channels is "
             f"{config.channels}: pass --normalize measured"
         )
+
+
+def _check_decoder(config: PretrainConfig) -> None:
+    depth = config.decoder_depth  # of a resolved config, that of the deep one
+    if config.decoder == "deep" and depth is not None:
+        standard = dataclasses.replace(config, decoder_depth=None)
+        if depth != resolve_model(standard).need_decoders().decoder_depth:
+            raise UserError(f"decoder is deep, but decoder_depth is {depth}: leave one of them out")
 
 
 def _check_sizes(architecture: Architecture) -> None:

@@ -145,6 +145,7 @@ def resample(
     if len(before) not in (2, 3) or size is None:
         return state, notes
     grid = grid_size(size, before)
+    prefixes = (0, 1, encoder.num_class_tokens)
     fixed = {"encoder.pos_embed": encoder.pos_embed, "decoder_pos_embed": model.decoder_pos_embed}
     for name, own in fixed.items():
         positions = state.get(name)
@@ -153,14 +154,16 @@ def resample(
             continue
         if encoder.positions == "sincos_1d":
             state[name] = own.detach()
-        elif grid != encoder.grid and positions.shape[1] - prod(grid) in (0, 1):
+        elif grid != encoder.grid and positions.shape[1] - prod(grid) in prefixes:
             state[name] = _extend(positions, grid, encoder.grid, own.detach())
             notes.append(
                 f"{name} resampled from {size_text(grid)} to {size_text(encoder.grid)} patches"
             )
-        extra = state[name].shape[1] - own.shape[1]
-        if extra == 1:  # the position of a class token that the model lacks
-            state[name] = state[name][:, 1:]
+        patches = prod(encoder.grid)
+        if own.shape[1] != state[name].shape[1] in (patches, patches + 1):
+            # Those of weights with another number of class tokens, none or one.
+            state[name] = torch.cat([own.detach()[:, :-patches], state[name][:, -patches:]], dim=1)
+    notes += _more_class_tokens(state, encoder)
     if before != encoder.patch_size:
         state["encoder.patch_embed.proj.weight"] = resample_projection(
             projection, encoder.patch_size
@@ -170,6 +173,15 @@ def resample(
     if len(before) < len(encoder.patch_size):
         state |= _repeated_heads(state, model)
     return state, notes
+
+
+def _more_class_tokens(state: StateDict, encoder: VisionTransformer) -> list[str]:
+    """Take one class token of the weights as the first of several. Returns a note if it does."""
+    name, own = "encoder.cls_token", encoder.cls_token
+    if own is None or name not in state or state[name].shape[1] != 1 or own.shape[1] == 1:
+        return []
+    state[name] = torch.cat([state[name], own.detach()[:, 1:].to(state[name])], dim=1)
+    return [f"{counted(own.shape[1] - 1, 'class token')} new"]
 
 
 def _extend(positions: Tensor, grid: Size, new_grid: Size, fixed: Tensor) -> Tensor:
