@@ -128,18 +128,17 @@ def test_exported_to_timm_as_registers(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "pool", "words"),
+    ("arguments", "words"),
     [
-        ("hf", "mean", "transformers' ViT has one class token, and this encoder has 4: pass"),
-        ("hf-mae", "mean", "has one class token, and this encoder has 4: pass --to timm"),
-        ("torchvision", "mean", "torchvision's VisionTransformer has one class token"),
-        ("timm", "cls", "timm pools one class token, and this encoder has 4"),
+        (["hf"], "transformers' ViT has one class token, and this encoder has 4: pass --to timm"),
+        (["hf", "--with-decoder"], "has one class token, and this encoder has 4"),
+        (["torchvision"], "torchvision's VisionTransformer has one class token"),
+        (["timm", "--pool", "cls"], "timm pools one class token, and this encoder has 4"),
     ],
 )
-def test_exports_that_need_one_class_token(name, pool, words, run, tmp_path):
-    out = tmp_path / ("x" if name.startswith("hf") else "x.safetensors")
-    result = run_here("export", run.folder, "--to", name, "--pool", pool, "--out", out)
-    assert_refused(result, words)
+def test_exports_that_need_one_class_token(arguments, words, run, tmp_path):
+    out = tmp_path / ("x" if "hf" in arguments else "x.safetensors")
+    assert_refused(run_here("export", run.folder, "--out", out, "--to", *arguments), words)
 
 
 @pytest.mark.parametrize(
