@@ -49,5 +49,5 @@ class Classifier(nn.Module):
         """The input of the head."""
         tokens = self.encoder(images)
         patches = tokens[:, self.encoder.num_prefix_tokens :]
-        pooled = patches.mean(1) if self.pool == "mean" else self.encoder.class_token(tokens)
+        pooled = patches.mean(1) if self.pool == "mean" else self.encoder.pooled_class_token(tokens)
         return self.fc_norm(pooled)

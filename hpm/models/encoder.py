@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         """Normalised images -> prefix tokens, then visible patches (default: all), normed."""
         raise NotImplementedError
 
-    def class_token(
+    def pooled_class_token(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch dim"] | None:
         """The class token among the tokens of `forward`, or the mean of several; None without."""

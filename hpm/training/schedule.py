@@ -70,10 +70,10 @@ class Schedule:
 
     def encoder_share(self, step: int) -> float:
         """Learning rate of the encoder as a share of that of the decoders: 0 while it is frozen,
-        then rising linearly to 1, as long as the warm-up takes."""
+        then rising linearly to 1, as long as the warm-up takes. 1 in a run that is prolonged."""
         if step < self.freeze:
             return 0.0
-        if self.freeze == 0 or self.warmup == 0:
+        if self.freeze == 0 or self.warmup == 0 or self.start:
             return 1.0
         return min(1.0, (step - self.freeze + 1) / self.warmup)
 
@@ -201,15 +201,16 @@ def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
     """A line for the log if the encoder is trained otherwise than the decoders."""
     parts = []
     if schedule.freeze:
-        parts.append(f"its weights are frozen for {counted(schedule.freeze, 'step')}")
+        parts.append(f"frozen for {counted(schedule.freeze, 'step')} (--freeze-encoder)")
     if config.layer_decay != 1:
-        parts.append(f"its learning rate falls by {config.layer_decay:g} per block (layer_decay)")
-    if not parts:
-        return []
-    return [
-        f"the encoder continues from its weights: {', and '.join(parts)}; --freeze-encoder, "
-        "--layer-decay and --base-lr change this"
-    ]
+        factor = f"{config.layer_decay:g}"
+        parts.append(f"learning rate times {factor} from block to block below (--layer-decay)")
+    continued, usual = (
+        default_base_lr(schedule.total, config.global_batch_size, each) for each in (True, False)
+    )
+    if parts and config.base_lr == continued:
+        parts.append(f"base lr {continued:g} instead of {usual:g} (--base-lr)")
+    return [f"encoder: {', '.join(parts)}"] if parts else []
 
 
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
         """Class token (the mean of several, None without) and patches of normalised images."""
         tokens = self.encoder(images)
-        return self.encoder.class_token(tokens), tokens[:, self.encoder.num_prefix_tokens :]
+        return self.encoder.pooled_class_token(tokens), tokens[:, self.encoder.num_prefix_tokens :]
 
     def normalize(
         self, pixels: Shaped[Tensor, "batch channels *size"], full_scale: float | None = None

@@ -19,7 +19,12 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.vit import VisionTransformer
 from hpm.training.build import build_run, continues
 from hpm.training.optim import adamw, scale_encoder
-from hpm.training.schedule import few_for_random_weights, make_schedule, resolve
+from hpm.training.schedule import (
+    continued_training,
+    few_for_random_weights,
+    make_schedule,
+    resolve,
+)
 from hpm.weights.checkpoint import list_checkpoints, load_checkpoint
 from hpm.weights.run_folder import KEPT_OPTIONS, RunFolder
 
@@ -69,25 +74,33 @@ def test_a_frozen_encoder_does_not_change(continued, finished_run):
 
 def test_what_the_first_lines_say(continued):
     log = (continued.folder / "train.log").read_text()
-    line = "the encoder continues from its weights: its weights are frozen for 4 steps, and its "
-    assert log.count(line + "learning rate falls by 0.75 per block (layer_decay); ") == 1
+    line = "encoder: frozen for 4 steps (--freeze-encoder), learning rate times 0.75 from block to "
+    assert log.count(line + "block below (--layer-decay)\n") == 1
     assert "from random weights" not in log
+    config = PretrainConfig("photos", "out", steps=1000, batch_size=64)
+    resolved = resolve(config, 1000, CPU, 1, continued=True)
+    (line,) = continued_training(resolved, make_schedule(resolved, 1000))
+    assert "frozen for 100 steps" in line and line.endswith(
+        ", base lr 0.0012 instead of 0.0047 (--base-lr)"
+    )
+    scratch = resolve(config, 1000, CPU, 1)
+    assert continued_training(scratch, make_schedule(scratch, 1000)) == []
 
 
-@pytest.mark.parametrize("stop", [2, 6])
 def test_a_stopped_run_goes_on_exactly(
-    stop, continued, finished_run, image_folder, tmp_path, monkeypatch
+    continued, finished_run, image_folder, tmp_path, monkeypatch
 ):
     """In the middle of the freeze and after it; the weights to start from are not needed again."""
     init = tmp_path / "backbone.safetensors"
     init.write_bytes(finished_run.backbone.read_bytes())
     given = CONTINUED | {"data": str(image_folder), "out": str(tmp_path / "run")}
     given |= {"init": str(init)}
-    with monkeypatch.context() as patch:
-        stop_after(patch, stop)
-        with pytest.raises(KeyboardInterrupt):
-            hpm.pretrain(**given)
-    init.unlink()
+    for stop in (2, 6):
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(KeyboardInterrupt):
+                hpm.pretrain(**given)
+        init.unlink(missing_ok=True)
     run = hpm.pretrain(**given)
     one, other = checkpoint(run, 8), checkpoint(continued, 8)
     for part in ("model", "teacher", "optimizer", "rng"):
@@ -100,6 +113,7 @@ def test_a_prolonged_run_is_not_frozen_again(continued, finished_run, image_fold
     given |= {"init": str(finished_run.backbone)}
     run = build_run(make_config(PretrainConfig, given), CPU)
     assert (run.step, run.schedule.total, run.schedule.freeze) == (8, 100, 4)
+    assert run.schedule.encoder_share(8) == 1
 
 
 def test_the_encoder_warms_up_after_the_freeze():
