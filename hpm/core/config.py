@@ -193,8 +193,7 @@ class TrainingOptions:
     size stays the same."""
     base_lr: float | None = option(None, at_least=0)
     """Peak learning rate per 256 images in a batch: lr = base_lr * batch_size / 256 (default:
-    depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on; a quarter of it for
-    other weights with a new decoder)."""
+    depends on the number of steps; the paper's 1.5e-4 from 100,000 steps on)."""
     stop_after: str | None = option(None, may_change=True)
     """Save and stop after this time, such as 4h or 1d12h, as on SIGTERM. Run the same command again
     to resume."""

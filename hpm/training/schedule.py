@@ -18,8 +18,9 @@ from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
-# Of runs that start from other weights and have a new decoder.
-CONTINUED_LR_SHARE = 0.25
+# Of runs that start from other weights and have a new decoder. Their base rate is that of a run from
+# random weights, which the decoder needs (benchmarks/continued.py); the encoder's is lower by the
+# layer decay.
 CONTINUED_FREEZE, CONTINUED_LAYER_DECAY = "10%", 0.75
 FEW_STEPS = 2000
 FEW_IMAGES = 10
@@ -147,17 +148,15 @@ def steps_per_epoch(config: PretrainConfig, batch_size: int, num_images: int | N
     return num_images // batch_size
 
 
-def default_base_lr(steps: int, batch_size: int, continued: bool = False) -> float:
+def default_base_lr(steps: int, batch_size: int) -> float:
     """Default base learning rate: larger for shorter training.
 
     1.5e-4 x (100,000 / steps)^0.75, but at least the paper's 1.5e-4, and with the peak (base x
     batch / 256) at most the highest that was measured (docs/recipes.md).
-
-    continued: the run starts from other weights and has a new decoder; then a share of this.
     """
     by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
     base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
-    return float(f"{base_lr * (CONTINUED_LR_SHARE if continued else 1):.2g}")
+    return float(f"{base_lr:.2g}")
 
 
 def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> list[str]:
@@ -205,11 +204,6 @@ def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
     if config.layer_decay != 1:
         factor = f"{config.layer_decay:g}"
         parts.append(f"learning rate times {factor} from block to block below (--layer-decay)")
-    continued, usual = (
-        default_base_lr(schedule.total, config.global_batch_size, each) for each in (True, False)
-    )
-    if parts and config.base_lr == continued:
-        parts.append(f"base lr {continued:g} instead of {usual:g} (--base-lr)")
     return [f"encoder: {', '.join(parts)}"] if parts else []
 
 
@@ -258,7 +252,7 @@ def resolve(
     total = num_steps(config.steps, config.epochs, per_epoch)
     base_lr = config.base_lr
     if base_lr is None:
-        base_lr = default_base_lr(total, batch_size, continued)
+        base_lr = default_base_lr(total, batch_size)
     freeze, layer_decay = config.freeze_encoder, config.layer_decay
     if freeze is None:
         freeze = CONTINUED_FREEZE if continued else "0%"
