@@ -18,9 +18,9 @@ from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
-# Of runs that start from other weights and have a new decoder. Their base rate is that of a run from
-# random weights, which the decoder needs (benchmarks/continued.py); the encoder's is lower by the
-# layer decay.
+# Of runs that start from other weights and have a new decoder. Their base rate is that of a run
+# from random weights: lower ones were no better (benchmarks/continued.py). Layer decay lowers the
+# encoder's.
 CONTINUED_FREEZE, CONTINUED_LAYER_DECAY = "10%", 0.75
 FEW_STEPS = 2000
 FEW_IMAGES = 10
