@@ -117,7 +117,9 @@ class Experiment:
     def options(self, arm: str) -> dict[str, Any]:
         """The options of an arm beside those of all."""
         unsuited = {"freeze_encoder": "0%", "layer_decay": 1}
-        return {SCRATCH: {"init": None}, CONTINUED: {}, UNSUITED: unsuited}[arm]
+        each: dict[str, dict[str, Any]]
+        each = {SCRATCH: {"init": None}, CONTINUED: {}, UNSUITED: unsuited}
+        return each[arm]
 
     def scratch_lr(self) -> float:
         """The default base lr of a training from nothing of this length."""
