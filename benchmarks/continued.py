@@ -4,7 +4,9 @@
     python benchmarks/continued.py --report         # RESULTS.md, as far as it is
 
 Every step is a command of `hpm` in a separate process. Results are kept in --results and runs in
---out; an interrupted run resumes. The protocol below was written before the first run.
+--out; an interrupted run resumes. The protocol below was fixed before the first evaluation, except
+for the outcome of the choice in it. Backbones and trainings had been longer, and by HPM, until the
+first of them showed how slow the machine was.
 """
 
 from __future__ import annotations
