@@ -31,6 +31,7 @@ from hpm.targets.base import Target
 from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
+from hpm.training.optim import scale_encoder
 from hpm.training.run import PretrainingRun
 from hpm.weights.own import encoder_call
 
@@ -151,6 +152,7 @@ def train_step(run: PretrainingRun, batch: Batch, step: int, num_hard: int) -> S
         learned_parts.append(learned)
 
     learning_rate = schedule.learning_rate(step)
+    scale_encoder(run.optimizer, schedule.encoder_share(step))
     grad_norm = optimizer_step(run.model, run.optimizer, learning_rate, config.clip_grad)
     with phase("EMA"):
         run.teacher.update(run.model, schedule.ema_decay(step))

@@ -23,6 +23,7 @@ from hpm.core.choices import (
     Tubes,
 )
 from hpm.core.options import option
+from hpm.core.start_options import StartOptions
 
 
 @dataclass
@@ -45,9 +46,6 @@ class ModelOptions:
     """Encoder: vit_nano, vit_tiny, vit_small, vit_base, vit_large, vit_huge, or timm/NAME for a
     plain Vision Transformer or Hiera from timm. An encoder of your own: MODULE:CLASS, or the name
     of an entry point in the group hpm.encoders. The decoders are sized to match."""
-    pretrained: bool = False
-    """Start from timm's pretrained weights; requires --model timm/NAME. Also changes the default of
-    --normalize."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
     patch_size: int | PatchSize | None = option(None, main=True)
@@ -60,10 +58,15 @@ class ModelOptions:
     VideoMAE)."""
     class_token: bool = True
     """Give the encoder a class token; VideoMAE has none."""
+    class_tokens: int = option(1, at_least=1)
+    """Number of class tokens. As a feature, their mean is taken. Pixio has 8."""
+    decoder: Literal["standard", "deep"] = "standard"
+    """Reconstructor: standard, of the blocks that suit the model, or deep, of four times as many,
+    as Pixio has. The loss predictor stays as it is."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
-    """Number of blocks in each decoder (default: depends on the model)."""
+    """Number of blocks in each decoder (default: depends on model and decoder)."""
     decoder_heads: int | None = option(None, at_least=1)
     """Number of attention heads in each decoder (default: depends on the model)."""
 
@@ -114,7 +117,8 @@ class MaskOptions:
     """0 mines the hardest patches. Above 0, mined patches are sampled, the harder ones with higher
     probability; the higher the temperature, the more uniform the probabilities."""
     mask_unit: int = option(1, at_least=1)
-    """Mine and hide units of so many patches along each axis instead of single patches."""
+    """Mine and hide units of so many patches along each axis instead of single patches. Pixio hides
+    units of 4."""
     mine_by: Literal["teacher", "memory", "progress"] = "teacher"
     """Source of the patch difficulty. teacher: the teacher's predicted loss. memory: the student's
     actual losses on each image in earlier epochs; costs almost nothing and needs no predictor.
@@ -213,14 +217,6 @@ class TrainingOptions:
     """Averaging horizon of the EMA teacher after the ramp."""
     ema_ramp: str = option("50%", duration=True)
     """Length of the ramp from ema_horizon_start to ema_horizon_end."""
-    init: str | None = option(None, main=True)
-    """Run folder or weights file to initialise from, including published HPM, MAE, timm and Hugging
-    Face ViT weights. Positions and patch projection are resampled to this run's image and patch
-    size. Not for resuming."""
-    init_partial: bool = False
-    """Accept an --init file that lacks some of the tensors."""
-    init_teacher: bool = False
-    """Initialise from the teacher's (EMA) weights in the --init file."""
     seed: int = option(0, at_least=0, main=True)
     """Random seed of the initial weights, data order, crops and masks."""
 
@@ -307,6 +303,7 @@ class PretrainConfig(
     RecordOptions,
     MachineOptions,
     ImageOptions,
+    StartOptions,
     TrainingOptions,
     PredictorOptions,
     TargetOptions,

@@ -13,6 +13,7 @@ from hpm.core.errors import UserError, counted
 PredictorHead = Literal["patch", "scalar"]
 
 TUBE_FRAMES = 2  # of the patches of clips, by default
+DEEP = 4  # times the blocks of a standard reconstructor: 32 for ViT-B to ViT-H, as in Pixio
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Architecture:
     depth: int
     num_heads: int | None = None  # None if it differs between blocks (Hiera)
     class_token: bool = True
+    class_tokens: int = 1  # of our own ViT, if it has any
     positions: Positions = "sincos"
     final_norm: bool = True  # False for some of other libraries' weights
     decoders: Decoders | None = None  # None for an encoder only
@@ -99,6 +101,7 @@ class Architecture:
             depth=_count(content, "depth", source),
             num_heads=_count(content, "num_heads", source) if needs_heads else None,
             class_token=bool(content.get("class_token", True)),
+            class_tokens=_count({"class_tokens": 1} | dict(content), "class_tokens", source),
             positions=_positions(content, source),
             final_norm=bool(content.get("final_norm", True)),
             decoders=_decoders(content, source) if "decoder_dim" in content else None,
@@ -110,10 +113,9 @@ class Architecture:
         decoders = content.pop("decoders") or {}
         if self.model is None and self.class_token:
             del content["class_token"]  # older files of our own ViT lack it
-        if self.positions == "sincos":
-            del content["positions"]  # older files lack it
-        if self.final_norm:
-            del content["final_norm"]  # as well
+        for name in ("class_tokens", "positions", "final_norm"):
+            if content[name] == getattr(type(self), name):
+                del content[name]  # older files lack it
         content |= decoders
         sizes = {name: list(content[name]) for name in ("image_size", "patch_size")}
         return {name: value for name, value in (content | sizes).items() if value is not None}
@@ -144,15 +146,20 @@ def resolve_model(config: PretrainConfig) -> Architecture:
         size = SIZES[config.model]
         names = ("patch_size", "embed_dim", "depth", "num_heads")
         encoder = {name: getattr(size, name) for name in names}
-        encoder |= {"positions": config.positions, "class_token": config.class_token}
+        encoder |= {
+            name: getattr(config, name) for name in ("positions", "class_token", "class_tokens")
+        }
     image_size, patch_size = view_sizes(config, encoder.pop("patch_size"))
+    deep = config.decoder == "deep"
     decoders = Decoders(
         decoder_dim=config.decoder_dim or size.decoder_dim,
-        decoder_depth=config.decoder_depth or size.decoder_depth,
+        decoder_depth=config.decoder_depth or size.decoder_depth * (DEEP if deep else 1),
         decoder_heads=config.decoder_heads or size.decoder_heads,
         with_predictor=config.predictor_loss != "none",
         predictor_dim=config.predictor_dim or config.decoder_dim or size.decoder_dim,
-        predictor_depth=config.predictor_depth or config.decoder_depth or size.decoder_depth,
+        predictor_depth=(
+            config.predictor_depth or (not deep and config.decoder_depth) or size.decoder_depth
+        ),
         predictor_heads=config.predictor_heads or config.decoder_heads or size.decoder_heads,
         predictor_head=config.predictor_head,
         detach_predictor=config.predictor_detach,

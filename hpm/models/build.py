@@ -49,7 +49,7 @@ def build_encoder(
             num_heads=architecture.num_heads,
             drop_path=drop_path,
             positions=architecture.positions,
-            class_token=architecture.class_token,
+            class_tokens=architecture.class_tokens if architecture.class_token else 0,
             final_norm=architecture.final_norm,
         )
 

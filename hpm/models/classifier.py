@@ -18,9 +18,9 @@ class Classifier(nn.Module):
     """Pooling, a norm and a linear head (MAE, appendix A.1).
 
     pool="mean": the mean of the patches, then `fc_norm`, which replaces the encoder's norm.
-    pool="cls": the class token after the encoder's norm. The head is initialised near zero (std
-    2e-5), and position embeddings are trained, except for those of `--positions sincos_1d`.
-    Raises ValueError for pool="cls" if the encoder has no class token.
+    pool="cls": the class token (the mean of several) after the encoder's norm. The head is
+    initialised near zero (std 2e-5), and position embeddings are trained, except for those of
+    `--positions sincos_1d`. Raises ValueError for pool="cls" if the encoder has no class token.
     """
 
     def __init__(self, encoder: Encoder, num_classes: int, pool: Pool = "mean"):
@@ -49,4 +49,5 @@ class Classifier(nn.Module):
         """The input of the head."""
         tokens = self.encoder(images)
         patches = tokens[:, self.encoder.num_prefix_tokens :]
-        return self.fc_norm(patches.mean(1) if self.pool == "mean" else tokens[:, 0])
+        pooled = patches.mean(1) if self.pool == "mean" else self.encoder.pooled_class_token(tokens)
+        return self.fc_norm(pooled)

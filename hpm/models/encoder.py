@@ -15,8 +15,8 @@ from hpm.models.patches import grid_size
 class Encoder(nn.Module):
     """Maps images to prefix tokens followed by one token per visible patch.
 
-    Prefix tokens (the class token first, then registers; possibly none) have no position in the
-    image. Patches are numbered in raster order of `grid`.
+    Prefix tokens (class tokens first, then registers; possibly none) have no position in the image.
+    Patches are numbered in raster order of `grid`.
 
     An encoder of your own is called with `image_size`, `patch_size`, `channels` and `drop_path`. It
     must define `forward`, `embed_dim` and `blocks`; the other attributes default to those of an
@@ -31,6 +31,7 @@ class Encoder(nn.Module):
     embed_dim: int
     num_prefix_tokens: int = 0
     has_class_token: bool = False
+    num_class_tokens: int = 1  # if it has any
     pos_embed: nn.Parameter | None
     blocks: nn.ModuleList | nn.Sequential
     norm: nn.Module
@@ -53,6 +54,16 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "batch tokens dim"]:
         """Normalised images -> prefix tokens, then visible patches (default: all), normed."""
         raise NotImplementedError
+
+    def pooled_class_token(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch dim"] | None:
+        """The class token among the tokens of `forward`, or the mean of several; None without."""
+        if not self.has_class_token:
+            return None
+        if self.num_class_tokens == 1:
+            return tokens[:, 0]
+        return tokens[:, : self.num_class_tokens].mean(1)
 
     def feature_maps(
         self, images: Float[Tensor, "batch channels *size"], blocks: Sequence[int]

@@ -67,13 +67,13 @@ class Attention(nn.Module):
         k, v = kv.view(batch, tokens, 2, self.num_heads, size).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def of_first_token(
-        self, x: Float[Tensor, "batch tokens dim"]
+    def of_first_tokens(
+        self, x: Float[Tensor, "batch tokens dim"], count: int
     ) -> Float[Tensor, "batch heads tokens"]:
-        """Attention weights of the first token; each row sums to 1."""
+        """Attention weights of the first `count` tokens, their mean; each row sums to 1."""
         q, k, _ = self._heads(x)
-        scores = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5
-        return scores.float().softmax(-1)
+        scores = q[:, :, :count] @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        return scores.float().softmax(-1).mean(2)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B heads tokens D/heads]."""
@@ -133,11 +133,11 @@ class Block(nn.Module):
         x = (x if num_outputs is None else x[:, -num_outputs:]) + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def attention_of_first_token(
-        self, x: Float[Tensor, "batch tokens dim"]
+    def attention_of_first_tokens(
+        self, x: Float[Tensor, "batch tokens dim"], count: int
     ) -> Float[Tensor, "batch heads tokens"]:
-        """Attention weights of the first token in this block, given the block's input."""
-        return self.attn.of_first_token(self.norm1(x))
+        """Mean attention weights of the first `count` tokens in this block, given its input."""
+        return self.attn.of_first_tokens(self.norm1(x), count)
 
 
 def run_block(block: nn.Module, x: Tensor, checkpoint_activations: bool, **options: Any) -> Tensor:
@@ -182,7 +182,7 @@ class VisionTransformer(Encoder):
             attends globally (ViTDet). Default: all blocks attend globally. No weight depends on it,
             so it may be changed at any time.
         positions: name of the fixed positions, see `patches.POSITIONS`.
-        class_token: False for patch tokens only.
+        class_tokens: number of class tokens; 0 for patch tokens only.
         final_norm: False for tokens as the last block gives them.
 
     Raises:
@@ -201,19 +201,21 @@ class VisionTransformer(Encoder):
         drop_path: float = 0.0,
         window_size: int | None = None,
         positions: Positions = "sincos",
-        class_token: bool = True,
+        class_tokens: int = 1,
         final_norm: bool = True,
     ):
         super().__init__()
         self.window_size = window_size
         self.set_sizes(image_size, patch_size, channels)
         self.embed_dim = embed_dim
-        self.num_prefix_tokens = int(class_token)
-        self.has_class_token = class_token
+        self.num_prefix_tokens = self.num_class_tokens = class_tokens
+        self.has_class_token = class_tokens > 0
         self.positions = positions
 
         self.patch_embed = PatchEmbed(self.patch_size, channels, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
+        self.cls_token = (
+            nn.Parameter(torch.empty(1, class_tokens, embed_dim)) if class_tokens else None
+        )
         self.pos_embed = nn.Parameter(self.fixed_positions(self.grid), requires_grad=False)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -230,7 +232,7 @@ class VisionTransformer(Encoder):
         images: Float[Tensor, "batch channels *size"],
         visible_ids: Int[Tensor, "batch visible"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """Normalised images -> class token if any, then one token per visible patch (default:
+        """Normalised images -> class tokens if any, then one token per visible patch (default:
         all)."""
         x = self._embed(images, visible_ids)
         options = self._block_options(images, visible_ids)
@@ -265,8 +267,8 @@ class VisionTransformer(Encoder):
     def with_attention(
         self, images: Float[Tensor, "batch channels *size"]
     ) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch heads patches"]]:
-        """Features of full images, and the attention of the class token to the patches in the last
-        block. Raises ValueError without a class token."""
+        """Features of full images, and the attention of the class token (the mean of several) to
+        the patches in the last block. Raises ValueError without a class token."""
         if self.cls_token is None:
             raise ValueError("this encoder has no class token")
         x = self._embed(images, None)
@@ -275,11 +277,12 @@ class VisionTransformer(Encoder):
         for block, block_options in zip(before, options, strict=False):
             x = block(x, **block_options)
         last: Any = final
-        attention = last.attention_of_first_token(x)[..., 1:]
+        count = self.num_class_tokens
+        attention = last.attention_of_first_tokens(x, count)[..., count:]
         return self.norm(last(x)), attention
 
     def _embed(self, images: Tensor, visible_ids: Tensor | None) -> Tensor:
-        """Class token, if any, and visible patches with their positions."""
+        """Class tokens, if any, and visible patches with their positions."""
         batch = images.shape[0]  # len(images) would be a constant in an exported graph
         patches = patchify(images, self.patch_size)
         assert self.pos_embed is not None
@@ -292,13 +295,14 @@ class VisionTransformer(Encoder):
         x = self.patch_embed(patches) + positions
         if self.cls_token is None:
             return x
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
+        positions = self.pos_embed[:, : self.num_class_tokens]
+        cls_token = (self.cls_token + positions).expand(batch, -1, -1)
         return torch.cat([cls_token, x], dim=1)
 
     def fixed_positions(self, grid: Size) -> Float[Tensor, "1 tokens dim"]:
-        """The positions of a new encoder: of the class token, if any, and of every patch."""
-        positions = POSITIONS[self.positions](grid, self.embed_dim)[None]
-        return positions[:, 1 - self.num_prefix_tokens :]
+        """The positions of a new encoder: zeros for class tokens, and those of every patch."""
+        positions = POSITIONS[self.positions](grid, self.embed_dim)[None, 1:]
+        return F.pad(positions, (0, 0, self.num_class_tokens, 0))
 
     def fit_positions(self, weights: dict[str, Tensor], grid: tuple[int, ...]) -> dict[str, Tensor]:
         """Resample the positions in weights of the same encoder from `grid` to this one's grid."""

@@ -37,6 +37,8 @@ from hpm.training.optim import adamw
 from hpm.training.resume import claim, length_of
 from hpm.training.run import PretrainingRun
 from hpm.training.schedule import (
+    continued_training,
+    few_for_random_weights,
     few_images,
     few_steps,
     long_warmup,
@@ -53,7 +55,7 @@ from hpm.weights.checkpoint import (
     restore,
     restore_sharded,
 )
-from hpm.weights.initialise import initialise
+from hpm.weights.initialise import initialise, lacks_decoder
 from hpm.weights.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -70,7 +72,12 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
     files = RunFolder(Path(config.out))
     config = settle(config, images, files, device)
     checkpoint, notes = claim_folder(files, config, images)
-    schedule = make_schedule(config, images.count, warm_up_start(config, images, checkpoint))
+    schedule = make_schedule(
+        config,
+        images.count,
+        warm_up_start(config, images, checkpoint),
+        checkpoint.meta.get("freeze", 0) if checkpoint else None,
+    )
     architecture = resolve_model(config)
     if checkpoint:
         mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
@@ -93,7 +100,15 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
 
         shard(model, teacher.model, config, device, draw=not checkpoint and not given)
     memory = make_memory(config, images.source, model, device)
-    optimizer = adamw(model, config.peak_lr, config.betas, config.weight_decay)
+    assert config.layer_decay is not None, "the config is resolved"
+    optimizer = adamw(
+        model,
+        config.peak_lr,
+        config.betas,
+        config.weight_decay,
+        config.layer_decay,
+        freezes=schedule.freeze > 0,
+    )
     if checkpoint:
         (restore_sharded if sharded else restore)(
             checkpoint, model, teacher.model, optimizer, memory
@@ -174,11 +189,20 @@ def open_images(config: PretrainConfig) -> TrainingImages:
 def settle(
     config: PretrainConfig, images: TrainingImages, files: RunFolder, device: torch.device
 ) -> PretrainConfig:
-    """Resolve the options that depend on data and machine. A resumed run keeps its learning
-    rate."""
-    if config.base_lr is None:
-        config = dataclasses.replace(config, base_lr=distributed.from_main(files.base_lr()))
-    return resolve(config, images.count, device, distributed.world_size())
+    """Resolve the options that depend on data, first weights and machine. A resumed run keeps
+    what these were when it began."""
+    kept = distributed.main_first(files.kept_options)
+    unset = {name: value for name, value in kept.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **unset)
+    continued = not kept and distributed.main_first(lambda: continues(config))
+    return resolve(config, images.count, device, distributed.world_size(), continued)
+
+
+def continues(config: PretrainConfig) -> bool:
+    """Whether a run starts from other weights that lack a decoder of its model."""
+    if not config.init:
+        return config.pretrained
+    return lacks_decoder(resolve_model(config), config.init, config.init_teacher)
 
 
 def claim_folder(
@@ -280,7 +304,8 @@ def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
     config, total, count = run.config, run.schedule.total, run.images.count
     lines = [_introduction(run)]
     lines += [] if resumed else few_steps(config, total, count)
-    lines += few_images(count)
+    lines += few_images(count) or ([] if resumed else few_for_random_weights(config, count))
+    lines += [] if resumed else continued_training(config, run.schedule)
     lines += long_warmup(config.warmup, run.schedule.warmup, total)
     lines += notes
     for line in lines:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from hpm.core.choices import HARD_SHARES, TIMM
 from hpm.core.config import PretrainConfig
-from hpm.core.durations import seconds
+from hpm.core.durations import duration_steps, seconds
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules, describe
 from hpm.mining.miner import tubes_of
@@ -27,6 +28,7 @@ def check_pretrain(config: PretrainConfig) -> None:
     check_rules(config)
     _check_model(config)
     architecture = resolve_model(config)
+    _check_decoder(config)
     _check_sizes(architecture)
     _check_mask(config, architecture)
     check_target(config)
@@ -71,6 +73,13 @@ def _check_shard(config: PretrainConfig) -> None:
 def _check_model(config: PretrainConfig) -> None:
     """Check --pretrained and --init. `resolve_model` checks the model's name."""
     _check_positions(config)
+    freeze = config.freeze_encoder
+    given = config.init or config.pretrained
+    if freeze is not None and not given and duration_steps(freeze, 100, 1) > 0:
+        raise UserError(
+            f"freeze_encoder is {freeze}, but the encoder starts from random weights: leave it "
+            f"out, or pass --init, or --model {TIMM}NAME --pretrained"
+        )
     if not config.pretrained:
         return
     if not config.model.startswith(TIMM):
@@ -87,13 +96,18 @@ def _check_model(config: PretrainConfig) -> None:
 
 def _check_positions(config: PretrainConfig) -> None:
     """Only our own encoders have these options; others come with what they have."""
-    for option in ("positions", "class_token"):
+    for option in ("positions", "class_token", "class_tokens"):
         value, default = getattr(config, option), describe(PretrainConfig)[option].default
         if value != default and config.model not in SIZES:
             raise UserError(
                 f"{option} is {value}, but model is {config.model}: leave it out, or pass --model "
                 "vit_small"
             )
+    if config.class_tokens > 1 and not config.class_token:
+        raise UserError(
+            f"class_tokens is {config.class_tokens}, but class_token is false: leave one of them "
+            "out"
+        )
 
 
 def _check_timm_input(config: PretrainConfig) -> None:
@@ -110,6 +124,14 @@ def _check_timm_input(config: PretrainConfig) -> None:
             f"normalize timm has {counted(channels, 'channel')}, but channels is "
             f"{config.channels}: pass --normalize measured"
         )
+
+
+def _check_decoder(config: PretrainConfig) -> None:
+    depth = config.decoder_depth  # of a resolved config, that of the deep one
+    if config.decoder == "deep" and depth is not None:
+        standard = dataclasses.replace(config, decoder_depth=None)
+        if depth != resolve_model(standard).need_decoders().decoder_depth:
+            raise UserError(f"decoder is deep, but decoder_depth is {depth}: leave one of them out")
 
 
 def _check_sizes(architecture: Architecture) -> None:

@@ -28,11 +28,39 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def adamw(
-    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    freezes: bool = False,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`."""
-    groups = parameter_groups(model, weight_decay)
+    """Fused AdamW over `parameter_groups`, or over `layer_decay_groups` if the encoder has learning
+    rates of its own.
+
+    freezes: the encoder is frozen for a while, see `scale_encoder`.
+    """
+    if layer_decay == 1 and not freezes:
+        groups = parameter_groups(model, weight_decay)
+    else:
+        groups = layer_decay_groups(model, lr, layer_decay, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def scale_encoder(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Multiply the encoder's learning rates in `layer_decay_groups` by `share`; at 0, freeze it:
+    without gradients, its weights and their moments stay as they are.
+
+    The gradients are dropped rather than not computed, because DDP and FSDP2 expect the same ones
+    in every step.
+    """
+    for group in optimizer.param_groups:
+        if "encoder_scale" not in group:
+            continue
+        group["lr_scale"] = group["encoder_scale"] * share
+        if share == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def layer_decay_groups(
@@ -43,7 +71,9 @@ def layer_decay_groups(
     The top layer, at `lr`, is everything outside of the encoder (heads, pyramids) and the encoder's
     final norm. Each block below is scaled by a further factor `layer_decay`; tokens, positions and
     patch projection are the lowest layer. No weight decay on 1-D parameters, prefix tokens and
-    positions. Each group has an `lr_scale`. Raises ValueError unless the model has one encoder.
+    positions. Each group has an `lr_scale`, those of the encoder also as `encoder_scale`.
+
+    Raises ValueError unless the model has one encoder.
     """
     encoders = [(n, m) for n, m in model.named_modules() if isinstance(m, Encoder)]
     if len(encoders) != 1:
@@ -51,12 +81,12 @@ def layer_decay_groups(
     [(prefix, encoder)] = encoders
     inside = f"{prefix}." if prefix else ""
     top = len(encoder.blocks) + 1
-    groups: dict[tuple[int, float], dict] = {}
+    groups: dict[tuple[int, float, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decays = top, parameter.ndim > 1
-        if name.startswith(inside):
+        layer, decays, in_encoder = top, parameter.ndim > 1, name.startswith(inside)
+        if in_encoder:
             name = name.removeprefix(inside)
             if name.startswith("blocks."):
                 layer = int(name.split(".")[1]) + 1
@@ -65,8 +95,9 @@ def layer_decay_groups(
             decays = decays and not name.startswith(TOKENS)
         scale, decay = layer_decay ** (top - layer), weight_decay if decays else 0.0
         group = groups.setdefault(
-            (layer, decay),
-            {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
+            (layer, decay, in_encoder),
+            {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay}
+            | ({"encoder_scale": scale} if in_encoder else {}),
         )
         group["params"].append(parameter)
     return list(groups.values())

@@ -62,7 +62,7 @@ def _shard_modules(model: MaskedImageModel, mesh: DeviceMesh) -> None:
         # By default, the outermost module would keep what a pass without a backward pass gathers.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     for block in blocks:
-        _also_runs(block, "attention_of_first_token")
+        _also_runs(block, "attention_of_first_tokens")
     _also_runs(model.encoder, "with_attention")
     _also_runs(model, "predict_loss")
 

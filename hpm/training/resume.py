@@ -29,7 +29,14 @@ from hpm.weights.run_folder import RunFolder, read_config
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
 NAMES = (TIMM, "hf/")  # prefixes of model names, which are not paths
-DURATIONS = ("warmup", "cooldown", "ema_horizon_start", "ema_horizon_end", "ema_ramp")
+DURATIONS = (
+    "warmup",
+    "freeze_encoder",
+    "cooldown",
+    "ema_horizon_start",
+    "ema_horizon_end",
+    "ema_ramp",
+)
 
 
 def claim(

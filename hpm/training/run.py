@@ -265,8 +265,8 @@ class PretrainingRun:
 
     def not_finite(self, batch: Batch, result: StepResult) -> UserError:
         """Save the batch. The error names the file and the last good checkpoint."""
-        tensors = {"images": batch.images, "indices": batch.indices} | result.tensors
-        return not_finite_error(self.files, self.step, tensors, self.config)
+        seen = {"images": batch.images, "indices": batch.indices}
+        return not_finite_error(self.files, self.step, seen | result.tensors, self.config)
 
     def saves(self, steps_done: int) -> bool:
         return self.schedule.saves(steps_done)
@@ -323,8 +323,7 @@ class PretrainingRun:
         )
 
     @property
-    def sharded(self) -> bool:
-        """Whether each process holds only shards of the models."""
+    def sharded(self) -> bool:  # each process holds only shards of the models
         return self.writer is not None
 
     @property
@@ -345,6 +344,7 @@ class PretrainingRun:
             "fingerprint": self.images.fingerprint,
             "unreadable": self.unreadable.problems,
             "schedule_start": self.schedule.start,
+            "freeze": self.schedule.freeze,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
         }

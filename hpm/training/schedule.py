@@ -18,8 +18,13 @@ from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
 PAPER_BASE_LR, PAPER_STEPS = 1.5e-4, 100_000
 HIGHEST_PEAK_LR = 2e-3
+# Of runs that start from other weights and have a new decoder. Their base rate is that of a run
+# from random weights: lower ones were no better (benchmarks/continued.py). Layer decay lowers the
+# encoder's.
+CONTINUED_FREEZE, CONTINUED_LAYER_DECAY = "10%", 0.75
 FEW_STEPS = 2000
 FEW_IMAGES = 10
+FEW_FOR_RANDOM_WEIGHTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Schedule:
     hard_share_by: Literal["step", "epoch"]
     cooldown: float | None = None  # None: half a cosine
     start: int = 0  # first step of the present warm-up: of a prolonged run, where it had ended
+    freeze: int = 0  # steps for which the encoder is frozen
 
     @property
     def epochs(self) -> float:
@@ -63,6 +69,15 @@ class Schedule:
         step, total = step - self.start, self.total - self.start
         return learning_rate(step, total, self.warmup, self.peak_lr)
 
+    def encoder_share(self, step: int) -> float:
+        """Learning rate of the encoder as a share of that of the decoders: 0 while it is frozen,
+        then rising linearly to 1, as long as the warm-up takes. 1 in a run that is prolonged."""
+        if step < self.freeze:
+            return 0.0
+        if self.freeze == 0 or self.warmup == 0 or self.start:
+            return 1.0
+        return min(1.0, (step - self.freeze + 1) / self.warmup)
+
     @property
     def cooldown_start(self) -> int | None:
         """Steps before the cooldown; None for half a cosine."""
@@ -83,10 +98,15 @@ class Schedule:
         return steps_done % self.checkpoint_every == 0 or steps_done == self.total
 
 
-def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0) -> Schedule:
+def make_schedule(
+    config: PretrainConfig, num_images: int | None, start: int = 0, freeze: int | None = None
+) -> Schedule:
     """The schedule of a resolved config for `num_images` training images, None for a stream.
 
-    start: of a prolonged run, the step at which it had ended.
+    Args:
+        start: of a prolonged run, the step at which it had ended.
+        freeze: of a resumed run, the steps for which its encoder is frozen, which do not change
+            when it is prolonged. Default: those of the config.
     """
     per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     total = num_steps(config.steps, config.epochs, per_epoch)
@@ -94,6 +114,8 @@ def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0
     def steps(text: str) -> float:
         return duration_steps(text, total, per_epoch)
 
+    if freeze is None:
+        freeze = round(steps(config.freeze_encoder or "0%"))
     return Schedule(
         total=total,
         steps_per_epoch=per_epoch,
@@ -108,6 +130,7 @@ def make_schedule(config: PretrainConfig, num_images: int | None, start: int = 0
         hard_share_by=config.hard_share_by,
         cooldown=steps(config.cooldown) if config.schedule == "constant" else None,
         start=start,
+        freeze=freeze,
     )
 
 
@@ -159,6 +182,31 @@ def few_images(num_images: int | None) -> list[str]:
     ]
 
 
+def few_for_random_weights(config: PretrainConfig, num_images: int | None) -> list[str]:
+    """A warning for the log if a run starts from random weights on few images."""
+    given = config.init or config.pretrained
+    made_to_be_short = config.data in ("demo", "demo-video")
+    if num_images is None or num_images >= FEW_FOR_RANDOM_WEIGHTS or given or made_to_be_short:
+        return []
+    start = "--init WEIGHTS" if config.frames > 1 else "--init WEIGHTS or --model timm/NAME"
+    start += "" if config.frames > 1 else " --pretrained"
+    return [
+        f"warning: {counted(num_images, 'image')} to train on from random weights: with fewer than "
+        f"{FEW_FOR_RANDOM_WEIGHTS:,}, continue from pretrained weights instead ({start})"
+    ]
+
+
+def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
+    """A line for the log if the encoder is trained otherwise than the decoders."""
+    parts = []
+    if schedule.freeze:
+        parts.append(f"frozen for {counted(schedule.freeze, 'step')} (--freeze-encoder)")
+    if config.layer_decay != 1:
+        factor = f"{config.layer_decay:g}"
+        parts.append(f"learning rate times {factor} from block to block below (--layer-decay)")
+    return [f"encoder: {', '.join(parts)}"] if parts else []
+
+
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:
     """A warning for the log if the warm-up is longer than the training."""
     if warmup <= total:
@@ -170,12 +218,19 @@ def long_warmup(text: str, warmup: float, total: int) -> list[str]:
 
 
 def resolve(
-    config: PretrainConfig, num_images: int | None, device: torch.device, world_size: int
+    config: PretrainConfig,
+    num_images: int | None,
+    device: torch.device,
+    world_size: int,
+    continued: bool = False,
 ) -> PretrainConfig:
-    """Replace None and `auto` by their values for this data, model and machine. num_images: None
-    for a stream.
+    """Replace None and `auto` by their values for this data, model and machine.
 
-    Raises UserError if the batch size does not fit.
+    Args:
+        num_images: None for a stream.
+        continued: the run starts from other weights and has a new decoder.
+
+    Raises UserError if the batch size does not fit, or if the encoder is frozen throughout.
     """
     architecture = resolve_model(config)
     share = config.accumulate * world_size * config.repeat_augment
@@ -193,10 +248,21 @@ def resolve(
             f"accumulate {config.accumulate} and repeat_augment {config.repeat_augment}: pass a "
             f"multiple of {share}"
         )
+    per_epoch = steps_per_epoch(config, batch_size, num_images)
+    total = num_steps(config.steps, config.epochs, per_epoch)
     base_lr = config.base_lr
     if base_lr is None:
-        per_epoch = steps_per_epoch(config, batch_size, num_images)
-        base_lr = default_base_lr(num_steps(config.steps, config.epochs, per_epoch), batch_size)
+        base_lr = default_base_lr(total, batch_size)
+    freeze, layer_decay = config.freeze_encoder, config.layer_decay
+    if freeze is None:
+        freeze = CONTINUED_FREEZE if continued else "0%"
+    if round(duration_steps(freeze, total, per_epoch)) >= total:
+        raise UserError(
+            f"freeze_encoder {freeze} leaves no step of {total} that trains the encoder: pass a "
+            "shorter one"
+        )
+    if layer_decay is None:
+        layer_decay = CONTINUED_LAYER_DECAY if continued else 1.0
     precision = config.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -214,6 +280,8 @@ def resolve(
         decoder_heads=architecture.need_decoders().decoder_heads,
         batch_size=batch_size,
         base_lr=base_lr,
+        freeze_encoder=freeze,
+        layer_decay=layer_decay,
         precision=precision,
         normalize=normalize,
     )

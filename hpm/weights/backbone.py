@@ -63,10 +63,9 @@ class Backbone(nn.Module):
     def tokens(
         self, images: Normalized
     ) -> tuple[Float[Tensor, "batch dim"] | None, Float[Tensor, "batch patches dim"]]:
-        """Class token (None if the encoder has none) and patches of normalised images."""
+        """Class token (the mean of several, None without) and patches of normalised images."""
         tokens = self.encoder(images)
-        cls_token = tokens[:, 0] if self.encoder.has_class_token else None
-        return cls_token, tokens[:, self.encoder.num_prefix_tokens :]
+        return self.encoder.pooled_class_token(tokens), tokens[:, self.encoder.num_prefix_tokens :]
 
     def normalize(
         self, pixels: Shaped[Tensor, "batch channels *size"], full_scale: float | None = None

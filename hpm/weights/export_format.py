@@ -99,7 +99,13 @@ def unless_images(source: ExportSource, library: str) -> str | None:
 def unless_plain_vit(source: ExportSource, library: str) -> str | None:
     """Why a library that has only the plain ViT does not support this encoder, or None."""
     if isinstance(source.encoder, VisionTransformer):
-        return None
+        count = source.encoder.num_class_tokens
+        if count < 2:
+            return None
+        return (
+            f"{library} has one class token, and this encoder has {count}: pass --to timm, onnx or "
+            "safetensors"
+        )
     name = source.architecture.model or ""
     others = "timm or onnx" if name.startswith(PREFIX) else "onnx or safetensors"
     return f"{library} cannot express {name}: pass --to {others}"

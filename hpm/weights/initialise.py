@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError, counted, size_text
 from hpm.core.files import StateDict
+from hpm.models.architecture import Architecture
 from hpm.models.mim import MaskedImageModel
 from hpm.models.patches import Size, grid_size, interpolate_positions, resample_projection
 from hpm.models.vit import VisionTransformer
@@ -35,15 +36,8 @@ def initialise(
     Raises:
         UserError: if the file does not match, or matches in part without `partial`.
     """
-    # timm's encoders have timm's tensor names, so those of the file are not converted.
-    ours = isinstance(model.encoder, VisionTransformer)
-    contents = resolve(path, convert=ours or teacher)
-    state, notes = contents.student, contents.notes[:1]
-    if teacher:
-        require_recognised(contents)
-        if contents.teacher is None:
-            raise UserError(f"init: {contents.path} holds no teacher: leave --init-teacher out")
-        state = contents.teacher
+    contents, state = _read(path, isinstance(model.encoder, VisionTransformer), teacher)
+    notes = contents.notes[:1]
     if isinstance(model.encoder, VisionTransformer) and "encoder.patch_embed.proj.weight" in state:
         num_heads, image_size = _known_shape(contents)
         _check_heads(model.encoder, num_heads, contents.path)
@@ -54,6 +48,35 @@ def initialise(
         notes += resampled
     summary = load_initial(model, state, contents.path, partial, contents.unused)
     return "; ".join([f"init: {summary}", *notes])
+
+
+def lacks_decoder(architecture: Architecture, path: str | Path, teacher: bool = False) -> bool:
+    """Whether a model that is initialised from these weights has a decoder that is not among them.
+
+    Args: see `initialise`. Raises UserError if there is no such file, or it cannot be read.
+    """
+    _, state = _read(path, architecture.model is None, teacher)
+    decoders = architecture.need_decoders()
+    widths = {"reconstructor": decoders.decoder_dim}
+    if decoders.with_predictor:
+        widths["predictor"] = decoders.predictor_dim
+    first = {name: state.get(f"{name}.blocks.0.norm1.weight") for name in widths}
+    return any(
+        norm is None or len(norm) != widths[name]  # another width is not loaded
+        for name, norm in first.items()
+    )
+
+
+def _read(path: str | Path, ours: bool, teacher: bool) -> tuple[Contents, StateDict]:
+    """(contents, the student's or the teacher's tensors). ours: the encoder is not timm's or the
+    user's, which have names of their own, so that those of the file are not converted."""
+    contents = resolve(path, convert=ours or teacher)
+    if not teacher:
+        return contents, contents.student
+    require_recognised(contents)
+    if contents.teacher is None:
+        raise UserError(f"init: {contents.path} holds no teacher: leave --init-teacher out")
+    return contents, contents.teacher
 
 
 def load_initial(
@@ -122,6 +145,7 @@ def resample(
     if len(before) not in (2, 3) or size is None:
         return state, notes
     grid = grid_size(size, before)
+    prefixes = (0, 1, encoder.num_class_tokens)
     fixed = {"encoder.pos_embed": encoder.pos_embed, "decoder_pos_embed": model.decoder_pos_embed}
     for name, own in fixed.items():
         positions = state.get(name)
@@ -130,14 +154,16 @@ def resample(
             continue
         if encoder.positions == "sincos_1d":
             state[name] = own.detach()
-        elif grid != encoder.grid and positions.shape[1] - prod(grid) in (0, 1):
+        elif grid != encoder.grid and positions.shape[1] - prod(grid) in prefixes:
             state[name] = _extend(positions, grid, encoder.grid, own.detach())
             notes.append(
                 f"{name} resampled from {size_text(grid)} to {size_text(encoder.grid)} patches"
             )
-        extra = state[name].shape[1] - own.shape[1]
-        if extra == 1:  # the position of a class token that the model lacks
-            state[name] = state[name][:, 1:]
+        patches = prod(encoder.grid)
+        if own.shape[1] != state[name].shape[1] in (patches, patches + 1):
+            # Those of weights with another number of class tokens, none or one.
+            state[name] = torch.cat([own.detach()[:, :-patches], state[name][:, -patches:]], dim=1)
+    notes += _more_class_tokens(state, encoder)
     if before != encoder.patch_size:
         state["encoder.patch_embed.proj.weight"] = resample_projection(
             projection, encoder.patch_size
@@ -147,6 +173,15 @@ def resample(
     if len(before) < len(encoder.patch_size):
         state |= _repeated_heads(state, model)
     return state, notes
+
+
+def _more_class_tokens(state: StateDict, encoder: VisionTransformer) -> list[str]:
+    """Take one class token of the weights as the first of several. Returns a note if it does."""
+    name, own = "encoder.cls_token", encoder.cls_token
+    if own is None or name not in state or state[name].shape[1] != 1 or own.shape[1] == 1:
+        return []
+    state[name] = torch.cat([state[name], own.detach()[:, 1:].to(state[name])], dim=1)
+    return [f"{counted(own.shape[1] - 1, 'class token')} new"]
 
 
 def _extend(positions: Tensor, grid: Size, new_grid: Size, fixed: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from hpm.core.errors import UserError, one_line
 from hpm.core.files import read_meta
 from hpm.weights.checkpoint import FILE, FOLDER, list_checkpoints, step_of
 
+# Options whose defaults depend on the data or the initial weights, with the values of runs of older
+# versions, which lack them.
+KEPT_OPTIONS = {"base_lr": None, "freeze_encoder": "0%", "layer_decay": 1.0}
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -82,11 +86,16 @@ class RunFolder:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def base_lr(self) -> float | None:
-        """The learning rate of an existing run, which is kept when it is resumed; else None."""
+    def kept_options(self) -> dict[str, Any]:
+        """Options of a run that it keeps when it is resumed, whatever their defaults are by then;
+        empty if there is no run to resume."""
         if not self.config_file.exists() or self.latest_checkpoint() is None:
-            return None
-        return read_config(self.config_file).get("base_lr")
+            return {}
+        return KEPT_OPTIONS | {
+            name: value
+            for name, value in read_config(self.config_file).items()
+            if name in KEPT_OPTIONS
+        }
 
 
 def training_minutes(metrics: list[dict[str, Any]], batch_size: int, first_step: int = 0) -> float:

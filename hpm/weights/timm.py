@@ -34,6 +34,11 @@ class Timm(ReadableFormat, WritableFormat):
 
     def unsupported(self, source: ExportSource) -> str | None:
         name = source.architecture.model
+        if source.encoder.num_class_tokens > 1 and source.backbone.pool == "cls":
+            return (
+                f"timm pools one class token, and this encoder has "
+                f"{source.encoder.num_class_tokens}: pass --pool mean, or --to onnx or safetensors"
+            )
         if name is None or name.startswith(PREFIX):
             return unless_images(source, "timm")
         return f"timm does not have {name}: pass --to onnx or safetensors"
@@ -43,6 +48,8 @@ class Timm(ReadableFormat, WritableFormat):
         state = source.encoder.state_dict()
         if isinstance(source.encoder, HieraEncoder):
             state = {_hiera_name(name): tensor for name, tensor in state.items()}
+        if source.encoder.num_class_tokens > 1:  # the others are timm's registers
+            state["cls_token"], state["reg_token"] = state["cls_token"].tensor_split([1], dim=1)
         write_tensors(path, state, {})
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
@@ -77,6 +84,8 @@ class Timm(ReadableFormat, WritableFormat):
             return encoder.name, options
         sizes = ("embed_dim", "depth", "num_heads")
         options |= {name: getattr(source.architecture, name) for name in sizes}
+        if encoder.num_class_tokens > 1:
+            options["reg_tokens"] = encoder.num_class_tokens - 1
         return "vit_base_patch16_224", options
 
     def code(self, source: ExportSource, path: Path) -> str:

@@ -27,6 +27,7 @@ IMAGES = {
     [
         {},
         {"class_token": False},
+        {"class_tokens": 4},
         {"with_predictor": False, "with_cover": True},
         {"predictor_dim": 8, "predictor_head": "scalar"},
         {"positions": "sincos_1d", "image_size": [4, 8, 8], "patch_size": [2, 4, 4]},
