@@ -7,11 +7,13 @@ import random
 import signal
 import socket
 import threading
+from multiprocessing import connection
 
 # Forks of a process that has imported everything: they start in a tenth of the time.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hpm.pretraining", "hpm.weights.shard_writer"])
-MOST_SAVES = 4  # of a training that is to be killed
+GRACE = 10.0  # seconds to notice that another process has been killed
+MOST_SAVES = 2  # of a training that is to be killed
 LONGEST = 2.0  # seconds
 CALLS = 8  # system calls of which one is the last
 
@@ -107,14 +109,18 @@ def start(options: dict, seed: int | None = None, world_size: int = 1) -> list:
     return started
 
 
-def codes(processes: list, seconds: float = 240) -> list[int]:
-    """Their exit codes, once all have ended. Kills those that hang."""
+def codes(processes: list, seconds: float = 900) -> list[int]:
+    """Their exit codes, once all have ended. As torchrun does, kills those that wait for a process
+    that has been killed."""
     try:
+        sentinels = [process.sentinel for process in processes]
+        connection.wait(sentinels, seconds)
+        killed = any(process.exitcode not in (None, 0) for process in processes)
         for process in processes:
-            process.join(seconds)
-        return [process.exitcode for process in processes]
+            process.join(GRACE if killed else seconds)
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
                 process.join()
+    return [process.exitcode for process in processes]

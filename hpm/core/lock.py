@@ -114,8 +114,8 @@ def _local_locks(folder: Path) -> str | None:
             mounts[here.split()[4].replace("\\040", " ")] = kind, set(named.split(","))
     for above in (folder, *folder.parents):
         if str(above) in mounts:
-            kind, options = mounts[str(above)]
-            found = sorted(LOCAL_LOCKS.get(kind, set()) & options)
+            kind, given = mounts[str(above)]
+            found = sorted(LOCAL_LOCKS.get(kind, set()) & given)
             local = found or LOCAL_LOCKS.get(kind) == set()
             return " ".join([kind, *found[:1]]) if local else None
     return None
