@@ -25,8 +25,15 @@ Result = TypeVar("Result")
 
 
 def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> float:
-    """Multiply-adds per image and step: the miner's teacher pass, the target, and the student's
-    forward and backward passes, averaged over `mine_every` steps.
+    """Multiply-adds per image and step: the sum of `multiply_adds_of_parts`."""
+    return sum(multiply_adds_of_parts(architecture, config))
+
+
+def multiply_adds_of_parts(
+    architecture: Architecture, config: PretrainConfig
+) -> tuple[float, float]:
+    """Multiply-adds per image and step of (the miner's teacher pass, averaged over `mine_every`
+    steps; the target and the student's forward and backward passes).
 
     The model runs on PyTorch's meta device, without computing or allocating anything.
     """
@@ -50,7 +57,7 @@ def step_multiply_adds(architecture: Architecture, config: PretrainConfig) -> fl
         between, _ = count_multiply_adds(lambda: miner.mine(images, draw, num_hard=0))
         mining = (mining + (config.mine_every - 1) * between) / config.mine_every
     learning, _ = count_multiply_adds(lambda: learn(mined))
-    return mining + learning
+    return mining, learning
 
 
 def count_multiply_adds(run: Callable[[], Result]) -> tuple[float, Result]:

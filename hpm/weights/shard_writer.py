@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import AsyncStager
 
 from hpm.core import distributed
 from hpm.core.errors import UserError
@@ -37,6 +38,25 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     def finish(self, metadata: Any, results: Any) -> None:
         super().finish(metadata, results)
         self.complete()
+
+
+class _Copies(AsyncStager):
+    """Copies tensors to the CPU before training goes on. PyTorch's own stagers copy the description
+    of every sharded tensor as well, which takes far longer than the shards do."""
+
+    should_synchronize_after_execute = False
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {
+            part: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            for part, tensors in state_dict.items()
+        }
+
+    def synchronize_staging(self) -> None:
+        """Nothing: `stage` has copied everything when it returns."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
 class ShardWriter:
@@ -78,9 +98,12 @@ class ShardWriter:
 
         self._path, self._temporary = path, temporary
         self._writing = dcp.async_save(  # type: ignore[assignment]
-            dict(tensors),
+            _by_part(tensors),
             storage_writer=_Writer(temporary, complete),
+            # Which process writes what is the same each time.
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),
             process_group=self._group,
+            async_stager=_Copies(),
         )
 
     def wait(self) -> None:
@@ -112,6 +135,16 @@ class ShardWriter:
                 self.wait()
             raise
         self.wait()
+
+
+def _by_part(tensors: StateDict) -> dict[str, StateDict]:
+    """`model.norm.weight` as `norm.weight` of `model`: PyTorch joins the names again. It does some
+    work, including a message to its log, for every entry of the outermost dictionary."""
+    parts: dict[str, StateDict] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    return parts
 
 
 def _new_folder(temporary: Path, path: Path) -> None:
