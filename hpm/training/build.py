@@ -60,8 +60,10 @@ if TYPE_CHECKING:
     from hpm.weights.shard_writer import ShardWriter
 
 
-def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
+def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False) -> PretrainingRun:
     """Build a run, restored from the latest checkpoint of its folder if there is one.
+
+    quiet: it prints nothing, and is not tracked.
 
     Raises UserError if the folder, the data or the weights do not fit the config.
     """
@@ -132,12 +134,13 @@ def build_run(config: PretrainConfig, device: torch.device) -> PretrainingRun:
         student=student,
         miner=miner,
         eager_miner=eager_miner,
-        log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config),
+        log=RunLog(files.folder, step, schedule.total, distributed.is_main(), config, quiet),
         unreadable=unreadable,
         writer=_shard_writer() if sharded else None,
         step=step,
         best_probe=meta.get("best_probe", {}),
         probe_seconds=meta.get("probe_seconds", 0.0),
+        seconds_before=meta.get("seconds", 0.0),
         reading=reading,
     )
     if reading is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import resource
@@ -57,11 +58,14 @@ class RunLog:
         total_steps: int,
         active: bool,
         config: PretrainConfig | None = None,
+        quiet: bool = False,
     ):
+        """quiet: nothing goes to the terminal, nor to a tracker."""
         self.folder = folder
         self.active = active
         self.total_steps = total_steps
-        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        terminal = io.StringIO() if quiet else sys.stderr
+        self.console = Console(file=terminal, highlight=False, soft_wrap=True)
         self._last_line = -1
         self._last_step = start_step
         self._failed: set[str] = set()
@@ -77,7 +81,7 @@ class RunLog:
 
             self._tensorboard = SummaryWriter(str(folder), purge_step=start_step or None)
         self._tracking = f"tracking by {config.tracker}" if config else ""
-        if config and start_step < total_steps:
+        if config and start_step < total_steps and not quiet:
             options = json.loads(json.dumps(dataclasses.asdict(config)))
             with self.never_fail(self._tracking):
                 self._tracker = start_tracker(config.tracker, folder, options, start_step > 0)
