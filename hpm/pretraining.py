@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +15,8 @@ from torch import Tensor, nn
 from hpm.core import distributed, lock
 from hpm.core.config import PretrainConfig
 from hpm.core.durations import seconds, time_text
-from hpm.core.errors import UserError, counted
 from hpm.core.options import lay_over, make_config, read_preset
 from hpm.core.phases import phase
-from hpm.core.progress import say
 from hpm.core.random_state import random_state_kept
 from hpm.core.signals import Interrupted, Stop, stop_signals
 from hpm.data.loader import Batch
@@ -33,16 +29,12 @@ from hpm.show.monitor import evaluate, picture_held_out, probe, refresh_report, 
 from hpm.targets.base import Target
 from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
+from hpm.training.length import fit_to_time
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
-from hpm.training.pace import Pace, steps_within
-from hpm.training.resume import begun_within
 from hpm.training.run import PretrainingRun
-from hpm.training.schedule import Schedule, make_schedule
-from hpm.training.trial import measure_pace, trial_of
+from hpm.training.trial import Parts
 from hpm.weights.own import encoder_call
 from hpm.weights.run import Run
-
-RESERVE = 0.03  # of --max-hours, for steps that take longer than those that were timed
 
 
 def pretrain(
@@ -79,7 +71,7 @@ def run_pretraining(config: PretrainConfig) -> Run:
     ):
         try:
             ongoing = make_probe(config)  # before the folder is created: it may raise
-            config, notes = fit_to_time(config, device, ongoing, stop, began)
+            config, notes = fit_to_time(config, device, training_parts(ongoing), stop, began)
             run = build_run(config, device)
             run.began = began
             try:
@@ -93,46 +85,8 @@ def run_pretraining(config: PretrainConfig) -> Run:
     return Run(run.files.folder)
 
 
-def fit_to_time(
-    config: PretrainConfig,
-    device: torch.device,
-    ongoing: OngoingProbe | None,
-    stop: Stop,
-    began: float,
-) -> tuple[PretrainConfig, list[str]]:
-    """The config with the number of steps that fits into --max-hours, and lines for the log. The
-    number is fixed when a run begins; from then on the run is one of --steps.
-
-    began: when this command did, by `time.monotonic`. Raises UserError if nothing fits.
-    """
-    if config.max_hours is None or config.steps is not None:
-        return config, []
-    hours, limit = config.max_hours, 3600 * config.max_hours
-    if kept := distributed.main_first(lambda: begun_within(config)):
-        used = f"{time_text(kept.seconds)} of --max-hours {hours:g} were used before"
-        note = f"{used}; the {counted(kept.steps, 'step')} that were fixed then are kept"
-        return dataclasses.replace(config, steps=kept.steps), [note]
-    say(f"--max-hours {hours:g}: timing some steps first")
-    pace, schedule_of = time_parts(config, device, ongoing, stop, limit)
-    left = (1 - RESERVE) * limit - (time.monotonic() - began)
-    steps = distributed.from_main(steps_within(left, pace, schedule_of))
-    if steps == 0:
-        raise UserError(
-            f"max_hours is {hours:g}, but {pace.described()}: pass more, or --steps instead"
-        )
-    note = f"--max-hours {hours:g}: {counted(steps, 'step')}, because {pace.described()}"
-    return dataclasses.replace(config, steps=steps), [note]
-
-
-def time_parts(
-    config: PretrainConfig,
-    device: torch.device,
-    ongoing: OngoingProbe | None,
-    stop: Stop,
-    limit: float,
-) -> tuple[Pace, Callable[[int], Schedule]]:
-    """How long each part of a training takes, and its schedule for a number of steps. limit: of the
-    whole training, in seconds; a small part of it is spent here."""
+def training_parts(ongoing: OngoingProbe | None) -> Parts:
+    """What a training consists of, for a trial that times it."""
 
     def evaluation(run: PretrainingRun) -> None:
         evaluate(run)
@@ -142,14 +96,7 @@ def time_parts(
         assert ongoing is not None
         probe(run, ongoing)
 
-    with trial_of(config, device, train_step, stop) as trial:
-        pace = measure_pace(trial, limit, evaluation, one_probe if ongoing else None)
-        resolved, count = trial.run.config, trial.run.images.count
-
-    def schedule_of(steps: int) -> Schedule:
-        return make_schedule(dataclasses.replace(resolved, steps=steps), count)
-
-    return pace, schedule_of
+    return Parts(train_step, evaluation, one_probe if ongoing else None)
 
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:

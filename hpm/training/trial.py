@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,13 +27,25 @@ from hpm.training.build import build_run
 from hpm.training.loop import Interval, StepResult, log_losses
 from hpm.training.pace import Pace
 from hpm.training.run import PretrainingRun
+from hpm.training.schedule import Schedule, make_schedule, num_steps, steps_per_epoch
 
 WARM_UP = 2  # steps in which PyTorch compiles and allocates memory
 MOST, FEWEST = 20, 3  # steps that are timed
 SHARE = 0.05  # of the time there is: what timing may take
 
-Step = Callable[[PretrainingRun, Batch, int, int], StepResult]  # hpm.pretraining.train_step
-Job = Callable[[PretrainingRun], object]  # an evaluation or the like
+Job = Callable[[PretrainingRun], object]
+
+
+class Parts(NamedTuple):
+    """What a training consists of.
+
+    step: an optimiser step on a batch, given the number of the step and of mined patches. evaluate,
+    probe: what is done between steps, with all that is drawn and written.
+    """
+
+    step: Callable[[PretrainingRun, Batch, int, int], StepResult]
+    evaluate: Job
+    probe: Job | None = None
 
 
 class Trial:
@@ -42,8 +55,8 @@ class Trial:
     seconds of a step, timed once.
     """
 
-    def __init__(self, run: PretrainingRun, train_step: Step, stop: Stop, began: float):
-        self.run, self._train_step, self._stop = run, train_step, stop
+    def __init__(self, run: PretrainingRun, parts: Parts, stop: Stop, began: float):
+        self.run, self.parts, self._stop = run, parts, stop
         self._turn = run.config.mine_every  # steps of which the teacher mines in one
         warm_up = -(-WARM_UP // self._turn) * self._turn
         self.rough_step = self._timed(warm_up, self._turn)
@@ -101,7 +114,7 @@ class Trial:
             if number == skipped:
                 start = PhaseClock(run.device).now()
             batch = interval.next_batch(batches)
-            result = self._train_step(run, batch, run.step, num_hard)
+            result = self.parts.step(run, batch, run.step, num_hard)
             interval.steps.append((batch, result))
             run.step += 1
             if run.step % run.log_every == 0:
@@ -116,7 +129,7 @@ class Trial:
 
 @contextmanager
 def trial_of(
-    config: PretrainConfig, device: torch.device, train_step: Step, stop: Stop
+    config: PretrainConfig, device: torch.device, parts: Parts, stop: Stop
 ) -> Iterator[Trial]:
     """A trial of a training, in a folder beside its own, which is removed. The length of the
     training does not matter. Raises UserError as the training does."""
@@ -132,7 +145,7 @@ def trial_of(
         run = None
         try:
             run = build_run(config, device, quiet=True)
-            yield Trial(run, train_step, stop, began)
+            yield Trial(run, parts, stop, began)
         finally:
             if run is not None:
                 run.log.close()
@@ -145,21 +158,58 @@ def trial_of(
                 torch.cuda.empty_cache()
 
 
-def measure_pace(trial: Trial, seconds: float, evaluate: Job, probe: Job | None) -> Pace:
-    """Time all parts of a training of so many seconds. evaluate, probe: with all that they draw and
-    write."""
+def measure_pace(trial: Trial, seconds: float) -> Pace:
+    """Time all parts of a training of so many seconds, of which a small share is spent here."""
     kept = trial.run.cache is not None
     count = trial.count_within(SHARE * seconds / (1 + kept))
     first = trial.step_seconds(count)
     step = trial.step_seconds(count, again=True) if kept else first
-    evaluation = trial.job_seconds(evaluate)
+    evaluation = trial.job_seconds(trial.parts.evaluate)
     if evaluation < SHARE * seconds:  # the first one imported what figures need
-        evaluation = trial.job_seconds(evaluate)
+        evaluation = trial.job_seconds(trial.parts.evaluate)
     return Pace(
         startup=trial.startup,
         step=step,
         first_visit=max(0.0, first - step),
         evaluation=evaluation,
-        probe=trial.job_seconds(probe) if probe else 0.0,
+        probe=trial.job_seconds(trial.parts.probe) if trial.parts.probe else 0.0,
         save=trial.save_seconds(),
     )
+
+
+class Timed(NamedTuple):
+    """What the parts of a training take; its resolved config, for `images` images (None: a
+    stream)."""
+
+    pace: Pace
+    config: PretrainConfig
+    images: int | None
+
+    @classmethod
+    def of(cls, trial: Trial, pace: Pace, config: PretrainConfig) -> Timed:
+        """config: of the training that the trial stands for, which knows its length."""
+        resolved = dataclasses.replace(trial.run.config, steps=config.steps, epochs=config.epochs)
+        return cls(pace, resolved, trial.run.images.count)
+
+    @property
+    def length(self) -> int:
+        """Number of steps that --steps or --epochs asks for."""
+        per_epoch = steps_per_epoch(self.config, self.config.global_batch_size, self.images)
+        return num_steps(self.config.steps, self.config.epochs, per_epoch)
+
+    def schedule_of(self, steps: int) -> Schedule:
+        """The durations of this training with another number of steps."""
+        return make_schedule(dataclasses.replace(self.config, steps=steps), self.images)
+
+    def seconds(self, steps: int) -> float:
+        """Time of a training of so many steps."""
+        return self.pace.seconds(self.schedule_of(steps))
+
+
+def time_parts(
+    config: PretrainConfig, device: torch.device, parts: Parts, stop: Stop, limit: float
+) -> Timed:
+    """Time each part of a training. limit: of the whole training, in seconds; a small share of it
+    is spent here. Raises UserError as the training does."""
+    with trial_of(config, device, parts, stop) as trial:
+        return Timed.of(trial, measure_pace(trial, limit), config)

@@ -12,7 +12,7 @@ from hpm import pretraining
 from hpm.core.config import PretrainConfig
 from hpm.core.options import read_preset
 from hpm.core.signals import Stop
-from hpm.training import trial
+from hpm.training import length, trial
 from hpm.training.pace import Pace, steps_within
 from hpm.training.schedule import make_schedule
 from hpm.weights.checkpoint import load_checkpoint
@@ -34,7 +34,7 @@ def assert_same(one, other):
 def eight_steps_fit(monkeypatch):
     """The trial is run, but what it finds does not depend on the clock."""
     monkeypatch.setattr(trial, "MOST", trial.FEWEST)
-    monkeypatch.setattr(pretraining, "steps_within", lambda seconds, pace, schedule_of: 8)
+    monkeypatch.setattr(length, "steps_within", lambda seconds, pace, schedule_of: 8)
 
 
 @pytest.mark.parametrize("every", ["10%", "500 steps"])
@@ -89,7 +89,7 @@ def test_a_resumed_run_keeps_its_steps(image_folder, tmp_path, monkeypatch, eigh
         with pytest.raises(KeyboardInterrupt):
             hpm.pretrain(**options)
     used = final(hpm.Run(tmp_path / "run")).meta["seconds"]
-    monkeypatch.setattr(pretraining, "time_parts", None)  # nothing is timed again
+    monkeypatch.setattr(length, "time_parts", None)  # nothing is timed again
     with pytest.raises(hpm.UserError, match="there max_hours is 0.5, here max_hours 2; choose"):
         hpm.pretrain(**options | {"max_hours": 2})
     run = hpm.pretrain(**options)
@@ -107,10 +107,12 @@ def test_the_time_is_measured(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "MOST", trial.FEWEST)
     options = {"data": str(image_folder), "out": str(tmp_path / "run"), "holdout": 4}
     config = PretrainConfig(**TIMED | options)
-    pace, schedule_of = pretraining.time_parts(config, torch.device("cpu"), None, Stop(), 100)
+    parts = pretraining.training_parts(None)
+    timed = trial.time_parts(config, torch.device("cpu"), parts, Stop(), 100)
+    pace = timed.pace
     assert min(pace.startup, pace.step, pace.evaluation, pace.save) > 0
     assert pace.first_visit >= 0 and pace.probe == 0
-    assert schedule_of(7).total == 7 and list(tmp_path.iterdir()) == []
+    assert timed.schedule_of(7).total == 7 and list(tmp_path.iterdir()) == []
 
 
 def test_mistakes(image_folder, tmp_path):
@@ -140,8 +142,8 @@ def test_a_length_replaces_that_of_a_preset():
 @pytest.mark.slow
 def test_all_processes_agree(image_folder, tmp_path):
     arguments = [a for a in tiny_arguments() if not a.startswith("--steps")]
-    command = ["pretrain", image_folder, "--out", tmp_path / "run", "--max-hours=0.01"]
-    result = torchrun(*command, *arguments)
+    command = ["pretrain", image_folder, "--out", tmp_path / "run", "--max-hours=0.02"]
+    result = torchrun("-m", "hpm", *command, *arguments)
     assert result.returncode == 0, result.stderr
     run = hpm.Run(tmp_path / "run")
     assert final(run).meta["step"] == read_preset(run.folder / "config.yaml")["steps"] > 0
