@@ -83,18 +83,16 @@ def _steps_of_each(
 
 def equal_time(times: dict[str, Timed], config: PretrainConfig) -> dict[str, int]:
     """The number of steps of each method, so that all take the same time: --max-hours, or what the
-    reference takes for --epochs or --steps. Raises UserError if a method has no time for a step."""
+    steps of the reference take for --epochs or --steps. Raises UserError if a method has no time
+    for a step."""
+    paces = {name: timed.pace for name, timed in times.items()}
     if config.max_hours is not None:
         limit = (1 - RESERVE) * 3600 * config.max_hours
     else:
+        paces = {name: pace.training() for name, pace in paces.items()}
         reference = times[REFERENCE]
-        limit = reference.seconds(reference.length)
-    steps = {
-        name: timed.length
-        if name == REFERENCE and config.max_hours is None
-        else steps_within(limit, timed.pace, timed.schedule_of)
-        for name, timed in times.items()
-    }
+        limit = paces[REFERENCE].seconds(reference.schedule_of(reference.length))
+    steps = {name: steps_within(limit, paces[name], times[name].schedule_of) for name in times}
     for name, count in steps.items():
         if count == 0:
             raise UserError(

@@ -163,7 +163,7 @@ class Choice:
     setting: Setting
     timed: Timed
     recommended: int
-    memory_gb: float
+    memory_gb: float = 0.0
 
     def reaches(self, share: float, hours: float) -> bool:
         """Whether the time is enough for a share of the recommended steps."""
@@ -176,21 +176,25 @@ def _choose(config: PlanConfig, found: Survey, frames: int, target: Target) -> C
     smallest one if none does."""
     hours, flops = config.hours or DAY, target.flops
     operations: dict[Setting, float] = {}
-    for round_ in range(ROUNDS):
+    measured: Choice | None = None
+    tried: set[Setting] = set()
+    while True:
         for setting in candidates(largest(found, frames)):
             if setting not in operations:
                 operations[setting] = _operations(setting, config.data)
             choice = _estimated(setting, operations[setting] / flops, found, config.data, target)
             if choice.reaches(ENOUGH, hours):
                 break
+        if measured and choice.setting in tried:
+            return measured
+        choice = _with_memory(choice, target)
         if target.gpu is not None:
-            break
-        before = choice.setting
-        choice = _measured(choice, config.data, target)
-        if choice.reaches(ENOUGH, hours) or round_ == ROUNDS - 1:
-            break
-        flops = operations[before] / choice.timed.pace.step
-    return choice
+            return choice
+        tried.add(setting)
+        measured = _measured(choice, config.data, target)
+        if measured.reaches(ENOUGH, hours) or len(tried) == ROUNDS:
+            return measured
+        flops = operations[setting] / measured.timed.pace.step
 
 
 def _operations(setting: Setting, data: str) -> float:
@@ -209,11 +213,20 @@ def _estimated(
         length = {"epochs": recommended_epochs(count, setting.batch_size, setting.frames)}
     config = setting.config(data, UNUSED, base_lr=0.0, **length)
     timed = Timed(Pace(STARTUP if target.on_gpu else 0.0, step_seconds), config, count)
+    return Choice(setting, timed, timed.length)
+
+
+def _with_memory(choice: Choice, target: Target) -> Choice:
+    """The same in so many parts of a batch that each fits into memory."""
+    setting, config = choice.setting, choice.timed.config
     memory = estimate_memory(resolve_model(config), config, SAVED_BYTES[target.on_gpu])
     batch, room = setting.batch_size, FULL * target.memory
-    parts = next((p for p in PARTS if batch % p == 0 and memory.total(batch // p) <= room), 1)
+    possible = [parts for parts in PARTS if batch % parts == 0]
+    parts = next((p for p in possible if memory.total(batch // p) <= room), possible[-1])
     setting = dataclasses.replace(setting, accumulate=parts)
-    return Choice(setting, timed, timed.length, memory.total(batch // parts) / 1e9)
+    return dataclasses.replace(
+        choice, setting=setting, memory_gb=memory.total(batch // parts) / 1e9
+    )
 
 
 def _measured(choice: Choice, data: str, target: Target) -> Choice:
@@ -275,9 +288,7 @@ def command_of(data: str, out: str, options: dict[str, Any]) -> list[str]:
     """The words of a command of `hpm pretrain`."""
     words = ["hpm", "pretrain", data, "--out", out]
     for name, value in options.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}"
-        if isinstance(value, str | int):
-            text = str(value)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words += [f"--{name.replace('_', '-')}", text]
     return words
 

@@ -18,7 +18,7 @@ ENLARGED = 1.25  # at most, so that an image is not mostly interpolation
 MODELS = ("vit_nano", "vit_tiny", "vit_small", "vit_base")
 MODEL_IMAGES = {"vit_tiny": 2_000, "vit_small": 100_000}  # with fewer images, not a larger one
 BATCHES = {64: 2_000, 128: 20_000}  # with fewer images, more steps rather than larger ones
-LARGEST_BATCH = 256
+SMALLEST_BATCH, LARGEST_BATCH = 64, 256
 STEPS, EPOCHS = 10_000, (100, 800)  # the training has so many steps, but not too many epochs
 STREAM_STEPS = 100_000
 ENOUGH = 0.5  # of the recommended steps: with fewer, a smaller model is suggested
@@ -87,13 +87,18 @@ def largest(found: Survey, frames: int) -> Setting:
 
 
 def candidates(first: Setting) -> Iterator[Setting]:
-    """The largest setting, then smaller ones: first smaller models, then smaller images."""
+    """The largest setting, then smaller ones: first smaller models, then smaller images, at last
+    smaller batches."""
     sizes = [first.image_size, *[size for size in SMALLER if size < first.image_size]]
     models = MODELS[MODELS.index(first.model) :: -1]
     for size in sizes:
         for model in models:
             if model != MODELS[0] or size == sizes[-1]:
-                yield replace(first, model=model, image_size=size, patch_size=IMAGE_SIZES[size])
+                smallest = replace(
+                    first, model=model, image_size=size, patch_size=IMAGE_SIZES[size]
+                )
+                yield smallest
+    yield replace(smallest, batch_size=min(first.batch_size, SMALLEST_BATCH))
 
 
 def recommended_epochs(count: int, batch_size: int, frames: int) -> int:

@@ -76,8 +76,8 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if found.duplicates:
         notes.append(
-            f"{counted(found.duplicates, 'file')} are copies of others, byte by byte: they count "
-            "twice in training, and may lie in both splits"
+            f"{found.duplicates} of the files looked at are copies of others: they count twice in "
+            "training; remove them if you split the data yourself"
         )
     if count is not None and count < FEW_IMAGES:
         notes.append(_continue_from(plan, count))
@@ -110,8 +110,8 @@ def _continue_from(plan: Plan, count: int) -> str:
     if plan.setting.channels != 3:
         return begin + "Pass --init with weights of images like yours, if there are any"
     return begin + (
-        "Try --model timm/vit_small_patch16_224.augreg_in21k --pretrained, at --image-size 224 "
-        "(docs/recipes.md#start-from-other-weights)"
+        "Try --model timm/vit_small_patch16_224.augreg_in21k --pretrained, with --image-size 224 "
+        "and no --patch-size (docs/recipes.md)"
     )
 
 
@@ -168,17 +168,17 @@ def _about_images(found: Survey) -> list[str]:
     ]
     lines.append(", ".join(named))
     looked = _among(found.looked_at, found.count)
-    lines.append(f"{counted(len(found.unreadable), 'image')} of {looked} cannot be read")
+    lines.append(f"{len(found.unreadable) or 'none'} of {looked} cannot be read")
     if found.searched:
         looked = _among(found.searched, found.count)
-        lines.append(f"{counted(found.duplicates, 'copy', 'copies')} among {looked}, byte by byte")
+        lines.append(f"{found.duplicates or 'none'} of {looked} are copies, byte by byte")
     return lines
 
 
 def _among(part: int, whole: int | None) -> str:
     if whole is None:
         return f"the first {part:,}"
-    return f"all {whole:,}" if part >= whole else f"{part:,} of {whole:,} that were looked at"
+    return f"all {whole:,}" if part >= whole else f"a sample of {part:,}"
 
 
 def wrapped(words: list[str], width: int) -> str:

@@ -38,6 +38,10 @@ class Pace:
             + self.save * _times(schedule.checkpoint_every, total)
         )
 
+    def training(self) -> Pace:
+        """Of the steps alone."""
+        return Pace(0.0, self.step, self.first_visit)
+
     def described(self) -> str:
         """`a step takes 0.312 s, an evaluation 4.2 s`, and what else takes time."""
         parts = [f"a step takes {self.step:.3g} s"]
@@ -58,7 +62,7 @@ def steps_within(seconds: float, pace: Pace, schedule_of: Callable[[int], Schedu
 
     schedule_of: the schedule of a number of steps.
     """
-    low, high = 0, max(0, int(seconds / pace.step))
+    low, high = 0, max(0, round(seconds / pace.step))
     while low < high:
         middle = (low + high + 1) // 2
         if pace.seconds(schedule_of(middle)) <= seconds:
