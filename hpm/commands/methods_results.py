@@ -91,13 +91,14 @@ class MethodsResults(Results):
             panels[0][column].set_title(MEASURES[measure].title, fontsize=11)
             panels[0][column].set_xlabel(unit)
             self._draw_differences(panels[1][column], measure)
-            panels[1][column].set_xlabel("difference, 95 % interval")
+            points = " in points" if unit else ""
+            panels[1][column].set_xlabel(f"difference{points}, 95 % interval")
         for panel in panels.flat:
             panel.grid(axis="x", alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
         for first in panels[:, 0]:
-            first.invert_yaxis()
-        width = round(10 * figure.get_size_inches()[0])
+            first.set_ylim(3.5, -0.5)  # four rows, from the top
+        width = round(13 * figure.get_size_inches()[0])
         figure.suptitle(textwrap.fill(self.summary(), width), fontsize=9, x=0.01, ha="left")
         file: Path = self.file.with_suffix(".png")
         write_atomically(file, lambda temporary: figure.savefig(temporary, format="png"))

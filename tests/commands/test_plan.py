@@ -48,19 +48,28 @@ def options_of(words):
 
 
 @pytest.fixture
+def nano(monkeypatch):
+    """The smallest model suits everything, so that the tests are fast."""
+    monkeypatch.setattr(plan_rules, "MODELS", ("vit_nano",))
+    monkeypatch.setattr(plan_rules, "MODEL_IMAGES", {})
+
+
+@pytest.fixture
 def machine(monkeypatch):
-    """A machine of a given speed: FLOP/s of the product that are reached in training."""
+    """A machine of a given speed: FLOP/s that are reached in training."""
+
+    def multiply_adds(architecture, config):
+        patches = math.prod(architecture.image_size) / math.prod(architecture.patch_size)
+        return 36 * architecture.depth * architecture.embed_dim**2 * patches
 
     def make(flops):
-        monkeypatch.setattr(module, "matrix_product_flops", lambda device: 2 * flops)
-
         def time_parts(config, device, parts, stop, limit):
-            operations = (
-                2 * config.batch_size * module.step_multiply_adds(resolve_model(config), config)
-            )
+            operations = 2 * config.batch_size * multiply_adds(resolve_model(config), config)
             config = dataclasses.replace(config, base_lr=0.0)
             return Timed(Pace(10, operations / flops, save=1), config, 3000)
 
+        monkeypatch.setattr(module, "matrix_product_flops", lambda device: 2 * flops)
+        monkeypatch.setattr(module, "step_multiply_adds", multiply_adds)
         monkeypatch.setattr(module, "time_parts", time_parts)
 
     return make
@@ -93,8 +102,7 @@ def test_lengths():
     assert training_images(seen(100_000)) == 100_000 - 128
 
 
-def test_the_command_on_the_screen_runs(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_rules, "MODEL_IMAGES", {"vit_nano": 1000})  # a smaller model is tested
+def test_the_command_on_the_screen_runs(image_folder, tmp_path, nano):
     result = run_here("plan", image_folder, "--gpu=h100", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80 or str(image_folder) in result.stdout
@@ -120,7 +128,7 @@ def test_less_time_makes_it_smaller(image_folder, tmp_path, machine):
     long, short = suggested(hours=24.0), suggested(hours=0.05)
     assert long.setting.model == "vit_tiny" and "--epochs" in long.command
     assert long.seconds <= 24 * 3600 and not long.estimated
-    machine(flops=2e10)
+    machine(flops=5e9)
     slow = suggested(hours=1.0)
     assert slow.setting.model == "vit_nano" and slow.seconds <= 3600
     tiny = suggested(hours=0.01)
@@ -129,8 +137,7 @@ def test_less_time_makes_it_smaller(image_folder, tmp_path, machine):
     assert short.seconds <= 0.05 * 3600
 
 
-def test_plain_values(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan_rules, "MODEL_IMAGES", {"vit_nano": 1000})
+def test_plain_values(image_folder, tmp_path, nano):
     file = tmp_path / "plan.json"
     result = run_here("plan", image_folder, "--gpu=a100", "--hours=2", "--json", file)
     content = json.loads(file.read_text())
@@ -139,7 +146,7 @@ def test_plain_values(image_folder, tmp_path, monkeypatch):
     assert content["memory_available_gb"] == 80 and content["reasons"]
 
 
-def test_channels_copies_and_damaged_images(tmp_path):
+def test_channels_copies_and_damaged_images(tmp_path, nano):
     rng = np.random.default_rng(0)
     for number in range(12):
         np.save(tmp_path / f"{number:02d}.npy", rng.integers(0, 255, (7, 40, 50), np.uint8))
@@ -152,7 +159,7 @@ def test_channels_copies_and_damaged_images(tmp_path):
     assert "broken.npy" in notes and "copies of others" in notes
 
 
-def test_clips(tmp_path):
+def test_clips(tmp_path, nano):
     rng = np.random.default_rng(0)
     for video in range(6):
         (tmp_path / f"v{video}").mkdir()
@@ -165,7 +172,7 @@ def test_clips(tmp_path):
     assert "weights of VideoMAE" in " ".join(made.to_json()["notes"])
 
 
-def test_streams(tmp_path):
+def test_streams(tmp_path, nano):
     from shards import write_shards
 
     write_shards(tmp_path)
