@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from hpm.commands.ablation_plan import Variant
 from hpm.core.files import write_atomically, write_text
@@ -38,7 +39,6 @@ MEASURES = {
     "minutes": Measure("minutes", 1, compared=False),
 }
 CAPTION = "mean ± standard deviation over the seeds"
-NO_BREAK = "\xa0"
 IN_PERCENT = "; kNN and linear probe: top-1 in %"
 
 
@@ -179,15 +179,40 @@ def print_results(results: Results, console: Console) -> None:
     if not console.is_terminal:
         console.width = 200  # rich would wrap output to a file or pipe at 80 columns
     for table in results.tables():
-        shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for number, title in enumerate(table.head):
-            shown.add_column(title, justify="left" if number < table.labels else "right")
-        for row in table.rows:
-            shown.add_row(*[cell.replace(" ", NO_BREAK) for cell in row])
         console.print(table.title, highlight=False, markup=False)
-        console.print(shown)
+        for columns in _side_by_side(table, console.width):
+            shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for number in columns:
+                justify: Literal["left", "right"] = "left" if number < table.labels else "right"
+                shown.add_column(table.head[number], justify=justify, width=_width(table, number))
+            for row in table.rows:
+                shown.add_row(*[Text(row[number]) for number in columns])
+            console.print(shown)
     if results.summary():
         console.print(results.summary(), highlight=False, markup=False)
+
+
+def _side_by_side(table: Table, width: int) -> list[list[int]]:
+    """The numbers of the columns that stand beside each other. Where the screen is too narrow for
+    all, those that name the row are repeated."""
+    labels = list(range(table.labels))
+    # The table has an edge on each side.
+    blocks, used = [labels[:]], 2 + sum(_width(table, number) + 1 for number in labels)
+    room = width - used
+    for number in range(table.labels, len(table.head)):
+        needed = _width(table, number) + 1
+        if needed > room and len(blocks[-1]) > len(labels):
+            blocks.append(labels[:])
+            room = width - used
+        blocks[-1].append(number)
+        room -= needed
+    return blocks
+
+
+def _width(table: Table, number: int) -> int:
+    """Characters of the widest cell of a column, and of the longest word of its title."""
+    cells = [row[number] for row in table.rows]
+    return max(1, *map(len, [*cells, *table.head[number].split()]))
 
 
 def _markdown(table: Table) -> str:

@@ -20,6 +20,7 @@ from hpm.commands.options import PlanConfig
 from hpm.commands.plan_memory import estimate_memory
 from hpm.commands.plan_rules import (
     ENOUGH,
+    EPOCHS,
     FRAMES,
     STREAM_STEPS,
     Setting,
@@ -251,15 +252,19 @@ def _measured(choice: Choice, data: str, target: Target) -> Choice:
 def _suggested(config: PlanConfig, found: Survey, choice: Choice, target: Target) -> Plan:
     """The command, its length, and what is to be said of it."""
     setting, timed, hours = choice.setting, choice.timed, config.hours or DAY
-    if choice.reaches(1.0, hours):
-        steps, whole = choice.recommended, timed.config
-        length: dict[str, Any] = (
-            {"epochs": whole.epochs} if whole.steps is None else {"steps": whole.steps}
-        )
+    limit = (1 - RESERVE) * 3600 * hours
+    fitting = max(1, steps_within(limit, timed.pace, timed.schedule_of))
+    if fitting < choice.recommended:
+        length: dict[str, Any] = {"max_hours": hours}
+        steps = fitting
+    elif timed.images is None:
+        length, steps = {"steps": choice.recommended}, choice.recommended
     else:
-        length = {"max_hours": hours}
-        limit = (1 - RESERVE) * 3600 * hours
-        steps = max(1, steps_within(limit, timed.pace, timed.schedule_of))
+        per_epoch = choice.recommended // timed.config.epochs
+        epochs = timed.config.epochs
+        if config.hours is not None:  # a longer training is a better one
+            epochs = max(epochs, min(EPOCHS[1], fitting // per_epoch))
+        length, steps = {"epochs": epochs}, epochs * per_epoch
     out = config.out or f"runs/{re.sub(r'[^A-Za-z0-9_-]+', '-', _stem(config.data)) or 'first'}"
     options = setting.options() | length
     check_pretrain(setting.config(config.data, out, **length))

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hpm.commands.plan_rules import ENOUGH, training_images
+from hpm.commands.plan_rules import ENOUGH, EPOCHS, training_images
 from hpm.core.durations import time_text
 from hpm.core.errors import counted
 from hpm.data.survey import Survey
@@ -29,7 +29,7 @@ def reasons_for(plan: Plan) -> dict[str, str]:
     """Why each option has its value."""
     setting, found = plan.setting, plan.survey
     count = training_images(found)
-    images = "a stream" if count is None else f"{counted(count, 'image')} to train on"
+    images = "a stream" if count is None else f"{count:,} images to train on"
     reasons = {
         f"model {setting.model}": f"{images}; a larger model needs more images or more time",
         f"image size {setting.image_size}, patches of {setting.patch_size}": (
@@ -46,7 +46,11 @@ def reasons_for(plan: Plan) -> dict[str, str]:
         reasons[f"channels {setting.channels}"] = "that is what the images have"
     if setting.frames > 1:
         reasons[f"frames {setting.frames}, mask ratio 0.9"] = "videos: VideoMAE's recipe"
-    if plan.max_hours is None:
+    if plan.max_hours is None and plan.steps > plan.recommended:
+        length = f"as many as fit into {plan.hours:g} h, but no more epochs than these"
+        if plan.epochs is not None and plan.epochs < 0.99 * EPOCHS[1]:
+            length = f"as many as fit into {plan.hours:g} h"
+    elif plan.max_hours is None:
         length = "a full training, which fits"
         length += " into a day" if plan.hours is None else f" into {plan.hours:g} h"
     else:
@@ -96,14 +100,15 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if plan.estimated:
         notes.append(
-            "time and memory are estimates: operations at 30 % of the GPU's peak, without "
-            "evaluations and loading. --max-hours measures the steps where it runs"
+            "time and memory are estimates: operations at 30 % of the GPU's peak, of which small "
+            "models reach less, without evaluations and loading. --max-hours measures the steps "
+            "where it runs"
         )
     return notes
 
 
 def _continue_from(plan: Plan, count: int) -> str:
-    begin = f"{counted(count, 'image')}: with fewer than {FEW_IMAGES:,}, training that continues "
+    begin = f"{count:,} images: with fewer than {FEW_IMAGES:,}, training that continues "
     begin += "from other weights is usually better than from random ones. "
     if plan.setting.frames > 1:
         return begin + "Pass --init with weights of VideoMAE (docs/exporting.md)"

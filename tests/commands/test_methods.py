@@ -1,14 +1,18 @@
 """Does mining help? Four methods at equal time."""
 
 import csv
+import io
 import json
+import re
 
 import pytest
 from helpers import TINY, assert_refused, run_here, tiny_arguments
+from rich.console import Console
 
 import hpm
 from hpm.commands import methods as module
 from hpm.commands.ablation_plan import ARMS, Variant
+from hpm.commands.ablation_results import print_results
 from hpm.commands.methods import equal_time, methods
 from hpm.commands.methods_results import MethodsResults
 from hpm.commands.options import MethodsConfig
@@ -76,6 +80,19 @@ def test_a_clear_difference(tmp_path):
     results.write()
     assert (tmp_path / "methods.md").read_text().startswith(text)
     assert (tmp_path / "methods.png").stat().st_size > 5000
+
+
+def test_a_narrow_screen(tmp_path):
+    """No name or number is cut or wrapped: columns that do not fit stand in a table below."""
+    base = (30.0, 31.0, 29.0)
+    results = results_of(tmp_path, mae=base, predictor=base, hpm=base, hpm_memory=base)
+    screen = Console(width=60, force_terminal=True, no_color=True, file=io.StringIO())
+    print_results(results, screen)
+    lines = re.sub(r"\x1b\[\d*m", "", screen.file.getvalue()).splitlines()
+    cells = [cell for table in results.tables() for row in table.rows for cell in row if cell]
+    assert all(any(cell in line for line in lines) for cell in cells)
+    assert max(map(len, lines)) <= 60
+    assert sum("predictor's loss less MAE" in line for line in lines) >= 2
 
 
 def test_one_seed_says_nothing(tmp_path):
