@@ -139,7 +139,13 @@ def rows_of(found: dict[tuple[str, str], list[tuple]]) -> list[list[str]]:
             growth, half, mean = slope(times, column)
             grows = "yes" if growth - half > 0 else "no"
             rows.append(
-                [f"{kind}, {role}", name, f"{mean:.1f}", f"{round(growth, 2) + 0.0:+.2f} ± {half:.2f}", grows]
+                [
+                    f"{kind}, {role}",
+                    name,
+                    f"{mean:.1f}",
+                    f"{round(growth, 2) + 0.0:+.2f} ± {half:.2f}",
+                    grows,
+                ]
             )
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from hpm.core import distributed, lock
 from hpm.core.config import PretrainConfig
-from hpm.core.durations import seconds
+from hpm.core.durations import seconds, time_text
 from hpm.core.options import lay_over, make_config, read_preset
 from hpm.core.phases import phase
 from hpm.core.random_state import random_state_kept
@@ -30,9 +31,11 @@ from hpm.show.run import Run
 from hpm.targets.base import Target
 from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
+from hpm.training.length import fit_to_time
 from hpm.training.loop import Event, StepResult, accumulated, optimizer_step, train
 from hpm.training.optim import scale_encoder
 from hpm.training.run import PretrainingRun
+from hpm.training.trial import Parts
 from hpm.weights.own import encoder_call
 
 
@@ -60,6 +63,7 @@ def pretrain(
 
 def run_pretraining(config: PretrainConfig) -> Run:
     """Train as configured, or resume an interrupted run of the same config."""
+    began = time.monotonic()
     check_pretrain(config)
     device = distributed.pick_device(config.device)
     with (
@@ -69,14 +73,32 @@ def run_pretraining(config: PretrainConfig) -> Run:
     ):
         try:
             ongoing = make_probe(config)  # before the folder is created: it may raise
+            config, notes = fit_to_time(config, device, training_parts(ongoing), stop, began)
             run = build_run(config, device)
+            run.began = began
             try:
+                for note in notes:
+                    run.log.info(note)
                 _train_and_export(run, ongoing, stop)
             finally:
                 run.log.close()
         finally:
             lock.release(Path(config.out))
     return Run(run.files.folder)
+
+
+def training_parts(ongoing: OngoingProbe | None) -> Parts:
+    """What a training consists of, for a trial that times it."""
+
+    def evaluation(run: PretrainingRun) -> None:
+        evaluate(run)
+        refresh_report(run)
+
+    def one_probe(run: PretrainingRun) -> None:
+        assert ongoing is not None
+        probe(run, ongoing)
+
+    return Parts(train_step, evaluation, one_probe if ongoing else None)
 
 
 def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> None:
@@ -98,6 +120,8 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
             f"{best['step']} ({run.files.best_checkpoint}); probing took "
             f"{run.probe_seconds:.1f} s in all"
         )
+    if run.config.max_hours is not None and not finished:
+        run.log.info(f"took {time_text(run.seconds)} of --max-hours {run.config.max_hours:g}")
     run.log.info(
         f"done: {run.files.backbone}\n  import hpm\n"
         f'  encoder = hpm.load_encoder("{run.config.out}")\n'

@@ -10,7 +10,7 @@ import yaml
 
 from hpm.commands.ablation_plan import PlannedRun, make_plan
 from hpm.commands.ablation_results import Results
-from hpm.commands.options import AblateConfig
+from hpm.commands.options import AblateConfig, SeedOptions
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.progress import say
@@ -38,19 +38,17 @@ def ablate(config: AblateConfig) -> Results:
     """
     # All runs share one process group.
     with distributed.process_group(distributed.pick_device(config.device)):
-        results, folders = _ablate(config)
-        if distributed.is_main() and len(folders) > 1:
-            page = str(results.folder / "compare.html")
-            compare(CompareConfig(tuple(folders), page, config.data, device=config.device))
+        variants, runs = make_plan(config)
+        results = Results(Path(config.out), variants)
+        train_and_measure(config, runs, results)
     return results
 
 
-def _ablate(config: AblateConfig) -> tuple[Results, list[str]]:
-    """The results, and the folders of the runs."""
-    variants, runs = make_plan(config)
+def train_and_measure(config: SeedOptions, runs: list[PlannedRun], results: Results) -> None:
+    """Run the plan as far as it has not been run yet. Writes the results after each run, and the
+    page of the comparison at the end. All processes call it."""
     labels, k = _labels(config)
     with_loss = losses_compare([run.config for run in runs])
-    results = Results(Path(config.out), variants)
     for number, run in enumerate(runs, 1):
         say(f"run {number} of {len(runs)}: {run.variant}, seed {run.config.seed}")
         run_pretraining(run.config)  # returns at once if finished; raises if its options differ
@@ -60,7 +58,9 @@ def _ablate(config: AblateConfig) -> tuple[Results, list[str]]:
         results.add(run.variant, run.config.seed, values)
         if distributed.is_main():
             results.write()
-    return results, [run.config.out for run in runs]
+    if distributed.is_main() and len(runs) > 1:
+        page, folders = str(results.folder / "compare.html"), [run.config.out for run in runs]
+        compare(CompareConfig(tuple(folders), page, config.data, device=config.device))
 
 
 def losses_compare(runs: list[PretrainConfig]) -> bool:
@@ -113,7 +113,7 @@ def _evaluation(run: PlannedRun, protocol: str, data: str, options: dict[str, An
     return evaluate(protocol, str(folder), data, report=say, **settings).values
 
 
-def _labels(config: AblateConfig) -> tuple[str | None, int]:
+def _labels(config: SeedOptions) -> tuple[str | None, int]:
     """(labelled data to evaluate on, number of neighbours); checks them before training."""
     data = config.labels or config.data
     splits = open_source(data)

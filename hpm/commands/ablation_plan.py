@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hpm.commands.options import AblateConfig
+from hpm.commands.options import AblateConfig, SeedOptions
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, nearest, one_line
 from hpm.core.options import describe, lay_over, make_config
@@ -65,10 +65,20 @@ def make_plan(config: AblateConfig) -> tuple[list[Variant], list[PlannedRun]]:
 
     Raises UserError listing all combinations that cannot work.
     """
+    variants = make_variants(config.arm, config.vary)
+    hint = f"; options that belong together are an arm, --arm {OWN_ARM}"
+    return variants, plan_runs(config, variants, hint if len(config.vary) > 1 else "")
+
+
+def plan_runs(config: SeedOptions, variants: list[Variant], hint: str = "") -> list[PlannedRun]:
+    """One run per variant and seed, ordered by seed.
+
+    hint: added to the UserError that lists all variants that cannot work.
+    """
     if config.seeds < 1:
         raise UserError(f"seeds is {config.seeds}; it must be at least 1")
-    variants = make_variants(config.arm, config.vary)
-    runs, problems = [], []
+    runs: list[PlannedRun] = []
+    problems: list[str] = []
     for seed in range(config.seed, config.seed + config.seeds):
         for variant in variants:
             try:
@@ -81,9 +91,8 @@ def make_plan(config: AblateConfig) -> tuple[list[Variant], list[PlannedRun]]:
         count = f"{len(problems)} of {len(variants)} combinations cannot be run"
         problems = [f"{count}: {'; '.join(problems)}"]
     if problems:
-        hint = f"; options that belong together are an arm, --arm {OWN_ARM}"
-        raise UserError(problems[0] + (hint if len(config.vary) > 1 else ""))
-    return variants, runs
+        raise UserError(problems[0] + hint)
+    return runs
 
 
 def make_variants(arm: tuple[str, ...], vary: tuple[str, ...]) -> list[Variant]:
@@ -179,7 +188,7 @@ def _read_yaml(where: str, text: str) -> Any:
         raise UserError(f"{where}: '{text}' cannot be read ({one_line(error)})") from error
 
 
-def _run_config(config: AblateConfig, variant: Variant, seed: int) -> PretrainConfig:
+def _run_config(config: SeedOptions, variant: Variant, seed: int) -> PretrainConfig:
     """The checked configuration of one variant and seed."""
     options = lay_over({name: getattr(config, name) for name in OPTIONS}, variant.options)
     for name in options_of_others(options["target"]):

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from hpm.commands.ablation_plan import Variant
 from hpm.core.files import write_atomically, write_text
@@ -38,7 +39,6 @@ MEASURES = {
     "minutes": Measure("minutes", 1, compared=False),
 }
 CAPTION = "mean ± standard deviation over the seeds"
-NO_BREAK = "\xa0"
 IN_PERCENT = "; kNN and linear probe: top-1 in %"
 
 
@@ -53,15 +53,19 @@ class Table(NamedTuple):
 
 @dataclass
 class Results:
-    """The numbers measured so far: `values[str(variant)][seed][measure]`."""
+    """The numbers measured so far: `values[str(variant)][seed][measure]`.
+
+    stem: of the names of its files.
+    """
 
     folder: Path
     variants: list[Variant]
     values: dict[str, dict[int, Mapping[str, float]]] = field(default_factory=dict)
+    stem: str = "ablation"
 
     @property
     def file(self) -> Path:
-        return self.folder / "ablation.md"
+        return self.folder / f"{self.stem}.md"
 
     def add(self, variant: Variant, seed: int, values: Mapping[str, float]) -> None:
         self.values.setdefault(str(variant), {})[seed] = values
@@ -82,8 +86,16 @@ class Results:
         wanted = variant.columns | {"arm": self.variants[0].columns["arm"]}
         return next(other for other in self.variants if other.columns == wanted)
 
+    def summary(self) -> str:
+        """Sentences that stand above the tables; empty if there are none."""
+        return ""
+
     def tables(self) -> list[Table]:
         """A table of means, and one of differences from the reference."""
+        return [self.means(), *self.comparisons()]
+
+    def means(self) -> Table:
+        """The mean over the seeds of each variant and measure."""
         columns, measures = list(self.variants[0].columns), self.measured()
         head = [*columns, "seeds", *[MEASURES[name].title for name in measures]]
         means = [
@@ -92,19 +104,23 @@ class Results:
             for variant in self.variants
         ]
         title = CAPTION + (IN_PERCENT if "knn" in measures else "")
-        tables = [Table(title, head, means, len(columns))]
+        return Table(title, head, means, len(columns))
+
+    def comparisons(self) -> list[Table]:
+        """A table of differences from the reference, if there is anything else."""
+        columns, measures = list(self.variants[0].columns), self.measured()
         others = [variant for variant in self.variants if self.reference(variant) != variant]
-        if others:
-            compared = [name for name in measures if MEASURES[name].compared]
-            rows = [
-                [*_labels(v), *[_spread(self.differences(v, name), name, "+") for name in compared]]
-                for v in others
-            ]
-            first = self.variants[0]
-            title = f"less {first.columns.get('arm', first)}, seed by seed"
-            head = [*columns, *[MEASURES[name].title for name in compared]]
-            tables.append(Table(title, head, rows, len(columns)))
-        return tables
+        if not others:
+            return []
+        compared = [name for name in measures if MEASURES[name].compared]
+        rows = [
+            [*_labels(v), *[_spread(self.differences(v, name), name, "+") for name in compared]]
+            for v in others
+        ]
+        first = self.variants[0]
+        title = f"less {first.columns.get('arm', first)}, seed by seed"
+        head = [*columns, *[MEASURES[name].title for name in compared]]
+        return [Table(title, head, rows, len(columns))]
 
     def differences(self, variant: Variant, measure: str) -> list[float]:
         """Differences from the reference, for each seed that both have."""
@@ -112,8 +128,9 @@ class Results:
         return [own[seed] - other[seed] for seed in own if seed in other]
 
     def write(self) -> None:
-        """Write `ablation.md`, `ablation.csv` (one row per run) and `ablation.png`."""
-        text = "\n".join(_markdown(table) for table in self.tables())
+        """Write a table (`.md`), a row per run (`.csv`) and a figure (`.png`)."""
+        summary = [f"{self.summary()}\n"] if self.summary() else []
+        text = "\n".join([*summary, *(_markdown(table) for table in self.tables())])
         arms = {v.columns["arm"]: v.options for v in self.variants if "arm" in v.columns}
         varied = self.variants[0].columns.keys()
         for arm, options in arms.items():
@@ -127,10 +144,10 @@ class Results:
         for variant in self.variants:
             for seed, values in self.values.get(str(variant), {}).items():
                 writer.writerow(variant.columns | {"seed": seed} | dict(values))
-        write_text(self.folder / "ablation.csv", lines.getvalue())
-        self._draw([name for name in measures if MEASURES[name].drawn])
+        write_text(self.file.with_suffix(".csv"), lines.getvalue())
+        self.draw([name for name in measures if MEASURES[name].drawn])
 
-    def _draw(self, measures: list[str]) -> None:
+    def draw(self, measures: list[str]) -> None:
         """Draw a panel per measure, with a dot per seed and a bar at the mean."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -152,7 +169,7 @@ class Results:
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].invert_yaxis()
         write_atomically(
-            self.folder / "ablation.png",
+            self.file.with_suffix(".png"),
             lambda temporary: figure.savefig(temporary, format="png"),
         )
 
@@ -162,13 +179,40 @@ def print_results(results: Results, console: Console) -> None:
     if not console.is_terminal:
         console.width = 200  # rich would wrap output to a file or pipe at 80 columns
     for table in results.tables():
-        shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for number, title in enumerate(table.head):
-            shown.add_column(title, justify="left" if number < table.labels else "right")
-        for row in table.rows:
-            shown.add_row(*[cell.replace(" ", NO_BREAK) for cell in row])
         console.print(table.title, highlight=False, markup=False)
-        console.print(shown)
+        for columns in _side_by_side(table, console.width):
+            shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for number in columns:
+                justify: Literal["left", "right"] = "left" if number < table.labels else "right"
+                shown.add_column(table.head[number], justify=justify, width=_width(table, number))
+            for row in table.rows:
+                shown.add_row(*[Text(row[number]) for number in columns])
+            console.print(shown)
+    if results.summary():
+        console.print(results.summary(), highlight=False, markup=False)
+
+
+def _side_by_side(table: Table, width: int) -> list[list[int]]:
+    """The numbers of the columns that stand beside each other. Where the screen is too narrow for
+    all, those that name the row are repeated."""
+    labels = list(range(table.labels))
+    # The table has an edge on each side.
+    blocks, used = [labels[:]], 2 + sum(_width(table, number) + 1 for number in labels)
+    room = width - used
+    for number in range(table.labels, len(table.head)):
+        needed = _width(table, number) + 1
+        if needed > room and len(blocks[-1]) > len(labels):
+            blocks.append(labels[:])
+            room = width - used
+        blocks[-1].append(number)
+        room -= needed
+    return blocks
+
+
+def _width(table: Table, number: int) -> int:
+    """Characters of the widest cell of a column, and of the longest word of its title."""
+    cells = [row[number] for row in table.rows]
+    return max(1, *map(len, [*cells, *table.head[number].split()]))
 
 
 def _markdown(table: Table) -> str:

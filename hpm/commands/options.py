@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hpm.commands.gpus import GpuName
 from hpm.core.choices import DeviceName
 from hpm.core.config import PretrainConfig
 from hpm.core.options import option
@@ -44,7 +45,25 @@ class ExportConfig:
 
 
 @dataclass
-class AblateConfig(PretrainConfig):
+class SeedOptions(PretrainConfig):
+    """Seeds and labels."""
+
+    seeds: int = option(3, at_least=1, main=True)
+    """Number of seeds, counted from --seed."""
+    labels: str | None = option(None, main=True)
+    """Labelled images for kNN and the linear probe (default: the training data, if it has
+    labels)."""
+
+
+@dataclass
+class MethodsConfig(SeedOptions):
+    """Does mining help on these images? Compare MAE, the predictor's loss with random masks, HPM
+    and HPM by memory at equal time, over several seeds. Takes all options of pretrain; --epochs and
+    --steps are those of HPM, --max-hours is the time of each run."""
+
+
+@dataclass
+class AblateConfig(SeedOptions):
     """Pre-train variants over several seeds and compare them. Takes all options of pretrain."""
 
     arm: tuple[str, ...] = option((), main=True)
@@ -53,11 +72,29 @@ class AblateConfig(PretrainConfig):
     vary: tuple[str, ...] = option((), main=True)
     """Option and its values, for example `mask=random,easy_to_hard`. All combinations are run, with
     every arm."""
-    seeds: int = option(3, at_least=1, main=True)
-    """Number of seeds, counted from --seed."""
-    labels: str | None = option(None, main=True)
-    """Labelled images for kNN and the linear probe (default: the training data, if it has
-    labels)."""
+
+
+@dataclass
+class PlanConfig:
+    """Look at the images and at the machine, and suggest a command that pre-trains on them."""
+
+    data: str
+    """Images or videos (see pretrain)."""
+    hours: float | None = option(None, above=0, main=True)
+    """Time that there is (default: as long as the training should take, at most a day)."""
+    gpu: GpuName | None = option(None, main=True)
+    """Plan for this GPU instead of this machine, by counting operations: an estimate."""
+    out: str | None = option(None, main=True)
+    """Run folder of the suggested command (default: runs/ and the name of the data)."""
+    frames: int | None = option(None, at_least=1)
+    """Number of frames per clip (default: 16 for videos, 1 for images)."""
+    look_at: int = option(1000, at_least=1)
+    """Number of images to decode, evenly spaced; twenty times as many are searched for
+    duplicates."""
+    device: DeviceName = "auto"
+    """Device of this machine to plan for; auto uses the GPU if there is one."""
+    json: str | None = option(None, main=True)
+    """JSON file to write the plan to."""
 
 
 @dataclass

@@ -97,6 +97,30 @@ def _ablate(config: Any) -> None:
         print(f"written to {results.file} (with .csv, .png and compare.html beside it)")
 
 
+def _plan(config: Any) -> None:
+    from rich.console import Console
+
+    from hpm.commands.plan import plan
+    from hpm.commands.plan_words import print_plan
+
+    made = plan(config)
+    print_plan(made, Console(highlight=False))
+    _write_json(made.to_json(), config.json)
+
+
+def _methods(config: Any) -> None:
+    from rich.console import Console
+
+    from hpm.commands.ablation_results import print_results
+    from hpm.commands.methods import methods
+    from hpm.core import distributed
+
+    results = methods(config)
+    if distributed.is_main():
+        print_results(results, Console())
+        print(f"written to {results.file} (with .csv, .png and compare.html beside it)")
+
+
 def _bench_step(config: Any) -> None:
     from rich.console import Console
 
@@ -251,11 +275,13 @@ def _on_cluster(cluster: str, verbs: tuple[str, ...], name: str | None = None) -
 VERBS = {
     "demo": Verb("hpm.commands.options:DemoConfig", _demo),
     "pretrain": Verb("hpm.core.config:PretrainConfig", _pretrain, ("data",), presets=True),
+    "plan": Verb("hpm.commands.options:PlanConfig", _plan, ("data",)),
     "report": Verb("hpm.show.options:ReportConfig", _report, ("run",)),
     "compare": Verb("hpm.show.options:CompareConfig", _compare, ("runs",), ("runs",)),
     "ablate": Verb(
         "hpm.commands.options:AblateConfig", _ablate, ("data",), ("arm", "vary"), presets=True
     ),
+    "methods": Verb("hpm.commands.options:MethodsConfig", _methods, ("data",), presets=True),
     "tokenize": Verb("hpm.commands.options:TokenizeConfig", _tokenize, ("data",)),
     "prepare": Verb("hpm.commands.options:PrepareConfig", _prepare, ("data",)),
     "show": Verb("hpm.show.options:ShowConfig", _show, ("run", "data")),
@@ -280,6 +306,7 @@ GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
 
 ABOUT = {
     "demo": "pre-train on built-in images, evaluate and draw; minutes on a CPU",
+    "plan": "look at images and machine, and suggest a command for pretrain",
     "pretrain": "pre-train a backbone on a folder of images",
     "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
     "show": "draw what a model makes of images: losses, mask, attention",
@@ -291,6 +318,7 @@ ABOUT = {
     "report": "rewrite a run's report.html",
     "compare": "draw several runs beside each other on one page",
     "ablate": "pre-train variants over several seeds and compare them",
+    "methods": "does mining help on these images? four methods at equal time, over seeds",
     "bench": "measure the speed of training, of dense heads, or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
     "ray": "run pretrain, prepare or embed on a Ray cluster",

@@ -185,6 +185,9 @@ class TrainingOptions:
     """Number of passes over the training images."""
     steps: int | None = option(None, at_least=1)
     """Number of optimiser steps; replaces --epochs."""
+    max_hours: float | None = option(None, above=0, main=True)
+    """Train for this many hours; replaces --epochs. Some steps are timed first, which fixes the
+    number of steps."""
     batch_size: int | None = option(None, at_least=1, main=True)
     """Images per optimiser step, summed over all processes (default: 256, or fewer if there are
     fewer images)."""

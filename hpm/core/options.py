@@ -27,6 +27,7 @@ from hpm.core.durations import check_duration
 from hpm.core.errors import UserError, nearest
 
 AnyPath = str | os.PathLike[str]  # also an `hpm.Run`
+LENGTHS = ("steps", "epochs", "max_hours")  # of a training: one of them says it
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 
@@ -277,14 +278,14 @@ def _convert_to_any(value: Any, hint: Any) -> Any:
 
 
 def lay_over(preset: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Override the options of a preset. Steps or epochs replace whichever of the two the preset
-    has. Raises UserError if the options have both."""
-    if None not in (options.get("steps"), options.get("epochs")):
-        raise UserError(
-            f"steps is {options['steps']} and epochs is {options['epochs']}: pass only one of them"
-        )
-    if options.get("epochs") is not None:
-        preset = {name: value for name, value in preset.items() if name != "steps"}
+    """Override the options of a preset. A length of the training (see LENGTHS) replaces that of the
+    preset. Raises UserError if the options have several."""
+    lengths = {name: options[name] for name in LENGTHS if options.get(name) is not None}
+    if len(lengths) > 1:
+        found = " and ".join(f"{name} is {value}" for name, value in lengths.items())
+        raise UserError(f"{found}: pass only one of them")
+    if lengths:
+        preset = {name: value for name, value in preset.items() if name not in LENGTHS}
     return preset | options
 
 

@@ -154,6 +154,7 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
         step=step,
         best_probe=meta.get("best_probe", {}),
         probe_seconds=meta.get("probe_seconds", 0.0),
+        seconds_before=meta.get("seconds", 0.0),
         reading=reading,
     )
     if reading is not None:

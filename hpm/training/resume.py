@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from hpm.core.config import PretrainConfig, pair
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
 from hpm.core.files import read_meta, remove_stale, write_text
-from hpm.core.options import describe
+from hpm.core.options import LENGTHS, describe
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps, steps_per_epoch
@@ -53,8 +53,7 @@ def claim(
     Returns a line for the log, or None. Raises UserError if the folder holds something else, or if
     another process trains into it.
     """
-    if not run.config_file.exists() and run.folder.exists() and not _is_empty(run.folder):
-        raise UserError(f"{run.folder} exists and is no run folder; choose another --out")
+    check_free(run)
     note = lock.acquire(run.folder)
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
@@ -76,6 +75,39 @@ def claim(
     text = yaml.safe_dump(options, sort_keys=False)
     write_text(run.config_file, header + text)
     return note
+
+
+class Begun(NamedTuple):
+    """The length of a run that began before: its steps, and the seconds used so far."""
+
+    steps: int
+    seconds: float
+
+
+def begun_within(config: PretrainConfig) -> Begun | None:
+    """The length that the run of this folder was given when it began; None if there is none yet.
+
+    Raises UserError if the folder holds something else, or a run of another length.
+    """
+    run = RunFolder(Path(config.out))
+    check_free(run)
+    latest = run.latest_checkpoint()
+    if latest is None or not run.config_file.exists():
+        return None
+    before, meta = read_config(run.config_file), read_meta(latest)
+    if before.get("max_hours") != config.max_hours:
+        length = next((f"{n} is {before[n]}" for n in LENGTHS[::-1] if before.get(n)), "it is not")
+        raise UserError(
+            f"{run.folder} holds another run: there {length}, here max_hours {config.max_hours:g}; "
+            f"choose another --out (with --init {run.folder} to start from its weights)"
+        )
+    return Begun(before["steps"], meta.get("seconds", 0.0))
+
+
+def check_free(run: RunFolder) -> None:
+    """Raise UserError if the folder holds something else than a run."""
+    if not run.config_file.exists() and run.folder.exists() and not _is_empty(run.folder):
+        raise UserError(f"{run.folder} exists and is no run folder; choose another --out")
 
 
 def may_change(name: str) -> bool:
@@ -108,6 +140,8 @@ def check_options(
     prolonged = total > length and (config.schedule == "constant" or step == length)
     if length == total or prolonged:
         free |= {"steps", "epochs"}
+        if None in (before.get("max_hours"), config.max_hours):
+            free |= {"max_hours"}
     for name, value in now.items():
         if name in free or name not in before:
             continue

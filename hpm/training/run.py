@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +19,8 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.files import remove
 from hpm.core.shards import whole_state
-from hpm.data.cache import make_cache
-from hpm.data.loader import (
-    Batch,
-    StepSampler,
-    TrainingViews,
-    normalize,
-    num_workers,
-    training_loader,
-    training_views,
-)
+from hpm.data.cache import Cache
+from hpm.data.loader import Batch, TrainingViews, normalize
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sampling import ClipSampling, clip_sampling
 from hpm.mining.masking import hard_share
@@ -39,6 +32,7 @@ from hpm.models.build import build_encoder
 from hpm.models.encoder import Encoder
 from hpm.models.mim import MaskedImageModel
 from hpm.targets.base import Target
+from hpm.training.batches import image_cache, make_views, read_images
 from hpm.training.images import TrainingImages
 from hpm.training.log import RunLog
 from hpm.training.loop import StepResult, autocast, counted_batches
@@ -79,6 +73,8 @@ class PretrainingRun:
         step: optimiser steps done.
         best_probe: step and top-1 accuracy (%) of the best probe so far.
         probe_seconds: total time of the probes.
+        seconds_before: time of the earlier sessions, up to the checkpoint. began: of this one, by
+            `time.monotonic`.
         reading: progress in a stream; None if the images are no stream.
     """
 
@@ -104,6 +100,8 @@ class PretrainingRun:
     step: int = 0
     best_probe: dict[str, float] = field(default_factory=dict)
     probe_seconds: float = 0.0
+    seconds_before: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     reading: StreamReading | None = None
 
     @property
@@ -113,6 +111,11 @@ class PretrainingRun:
     @property
     def images_per_step(self) -> int:
         return self.config.global_batch_size
+
+    @property
+    def seconds(self) -> float:
+        """Time of all sessions so far."""
+        return self.seconds_before + time.monotonic() - self.began
 
     def images_read(self) -> int:
         """Number of images that a share of unreadable ones refers to in a stream."""
@@ -173,48 +176,28 @@ class PretrainingRun:
             miner=self.eager_miner,
         )
 
+    @cached_property
+    def cache(self) -> Cache | None:
+        """Decoded images in memory, if they are kept."""
+        if self.reading is not None:
+            return None
+        return image_cache(self.config, self.architecture, self.images.source)
+
     def batches(self) -> Iterator[Batch]:
         """This process's part of each batch, from `step` to the last."""
         config, source = self.config, self.images.source
-        views = training_views(
-            source,
-            self.view_size,
-            config.channels,
-            config.seed,
-            config.crop_scale,
-            config.flip,
-            min(self.architecture.patch_size[-2:]),
-            self.sampling,
-        )
+        steps = self.step, self.schedule.total
+        views = make_views(config, self.architecture, source)
         per_process = config.global_batch_size // distributed.world_size()
         if self.reading is not None:
             assert isinstance(views, TrainingViews), "streams are of images"
-            batches = read_stream(
-                config,
-                self.images,
-                self.reading,
-                views,
-                (self.step, self.schedule.total),
-                self.device,
-            )
+            batches = read_stream(config, self.images, self.reading, views, steps, self.device)
             return counted_batches(batches, self.unreadable, per_process)
         if isinstance(views, TrainingViews):
-            views.cache = make_cache(config.cache, source, partial(views.decoded, source))
+            views.cache = self.cache
             if views.cache:
                 self.log.info("decoded images are kept in memory (--cache)")
-        sampler = StepSampler(
-            len(source),
-            config.global_batch_size,
-            self.schedule.total,
-            config.seed,
-            self.step,
-            distributed.rank(),
-            distributed.world_size(),
-            config.repeat_augment,
-        )
-        loader = training_loader(
-            source, views, sampler, num_workers(config.workers), self.device.type == "cuda"
-        )
+        loader = read_images(config, source, views, steps, self.device)
         return counted_batches(loader, self.unreadable, per_process)
 
     def to_device(self, images: Tensor) -> Tensor:
@@ -347,4 +330,5 @@ class PretrainingRun:
             "freeze": self.schedule.freeze,
             "best_probe": self.best_probe,
             "probe_seconds": self.probe_seconds,
+            "seconds": self.seconds,
         }

@@ -165,9 +165,13 @@ def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> lis
         return []
     per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
+    if config.max_hours is not None:
+        more = "a larger --max-hours, or a smaller model or --batch-size"
+    elif config.steps:
+        more = f"--steps {FEW_STEPS}"
     return [
         f"warning: {counted(total, 'step')} is a short training: useful features take about "
-        f"{FEW_STEPS:,} or more; pass {f'--steps {FEW_STEPS}' if config.steps else more}"
+        f"{FEW_STEPS:,} or more; pass {more}"
     ]
 
 
