@@ -19,6 +19,7 @@ from hpm.core.options import lay_over, make_config, read_preset
 from hpm.core.phases import phase
 from hpm.core.random_state import random_state_kept
 from hpm.core.signals import Interrupted, Stop, stop_signals
+from hpm.data.given import named
 from hpm.data.loader import Batch
 from hpm.evals.ongoing import OngoingProbe, make_probe
 from hpm.mining.draw import Draw
@@ -40,7 +41,7 @@ from hpm.weights.own import encoder_call
 
 
 def pretrain(
-    data: str | Path | None = None,
+    data: Any = None,
     out: str | Path | None = None,
     config: str | Path | None = None,
     **options: Any,
@@ -48,15 +49,16 @@ def pretrain(
     """Pre-train a backbone: `hpm.pretrain("photos/", out="runs/first", model="vit_small")`.
 
     Args:
-        data: images: a folder, a list file, parquet, or `demo`.
+        data: images: a folder, a list file, parquet, or `demo`; or a data set in memory, such as
+            torch's (see `hpm.data.given`).
         out: run folder; the same call again continues an interrupted run.
         config: name of a preset, or a YAML file, that the options are laid over.
         options: fields of `config.PretrainConfig`.
 
     Returns the run. Raises UserError on bad input, and Interrupted on a stop signal.
     """
-    named = {"data": data, "out": out}
-    options |= {name: value for name, value in named.items() if value is not None}
+    first = {"data": named(data), "out": out}
+    options |= {name: value for name, value in first.items() if value is not None}
     preset = read_preset(config) if config else {}
     return run_pretraining(make_config(PretrainConfig, lay_over(preset, options)))
 

@@ -24,6 +24,7 @@ from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
 from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
+from hpm.data.given import named
 from hpm.data.loader import num_workers
 from hpm.data.sources import open_source
 from hpm.data.unreadable import UnreadableImages
@@ -55,7 +56,7 @@ class Embedded:
 
 def embed(
     run: AnyPath,
-    images: AnyPath,
+    images: Any,
     out: AnyPath | None = None,
     report: Report = print,
     **options: Any,
@@ -72,7 +73,7 @@ def embed(
     Returns the paths, labels and features of all readable images, in order. Raises UserError if
     weights, images or file are of no use.
     """
-    config = make_config(EmbedConfig, {"run": run, "images": images, "out": out} | options)
+    config = make_config(EmbedConfig, {"run": run, "images": named(images), "out": out} | options)
     if config.out is None:
         return _embed_in_memory(config, report)
     embedded = run_embed(config, report)

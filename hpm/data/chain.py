@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpm.data.arrays import Opened
-from hpm.data.sources import Source, Splits
+from hpm.data.contract import Source, Splits
 from hpm.data.video.clip import Video
 from hpm.data.video.sources import holds_videos
 
@@ -20,14 +20,16 @@ class Chain:
     Labels are indices into the classes of all sources; -1 (UNLABELLED) where an image has none.
     """
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[Source], partly_labelled: bool = True):
+        """partly_labelled: keep the labels also if some of the sources have none."""
         self.sources = list(sources)
         self.name = " and ".join(source.name for source in self.sources)
         self.holds_videos = holds_videos(self.sources[0])
         self.classes = sorted({name for source in self.sources for name in source.classes})
         self._ends = np.cumsum([len(source) for source in self.sources])
         self.labels: np.ndarray | None = None
-        if any(source.labels is not None for source in self.sources):
+        labelled = [source.labels is not None for source in self.sources]
+        if any(labelled) if partly_labelled else all(labelled):
             self.labels = np.concatenate([self._labels(source) for source in self.sources])
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hpm.data.chain import Chain
 from hpm.data.demo_sources import DemoSource, DemoVideos
 from hpm.data.litdata import LitDataSource
 from hpm.data.sources import FileSource, Source, Subset
@@ -28,6 +29,10 @@ def fingerprint(source: Source) -> Fingerprint:
     for other sources."""
     if isinstance(source, Subset):
         return fingerprint(source.source)
+    if isinstance(source, Chain):
+        each = [fingerprint(part) for part in source.sources]
+        keys = sorted({key for part in each for key in part})
+        return {key: digest(part.get(key, "") for part in each) for key in keys}
     if isinstance(source, DemoSource | DemoVideos):
         return {"names": source.name}
     if isinstance(source, TableSource | LitDataSource):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hpm.core.errors import UserError
+from hpm.data.list_tables import SUFFIXES, read_table
 from hpm.data.long_lists import count_lines, read_long_list
 from hpm.data.paths import Paths
 
@@ -22,11 +23,14 @@ def natural(text: str) -> tuple[int, int | str]:
 
 def read_list(path: Path) -> tuple[Paths, np.ndarray | None, list[str]]:
     """(paths, labels, classes) of a list with `path label` per line, the label optional; paths are
-    relative to the list's folder. See `labels_of`.
+    relative to the list's folder. See `labels_of`; for csv and tsv, `read_table`.
 
     Of more than MOST_CHECKED images, it is checked of as many whether they exist. Raises UserError.
     """
     try:
+        if path.suffix.lower() in SUFFIXES:
+            files, names = read_table(path)
+            return Paths(files), *labels_of(path, names)
         most = count_lines(path)
         if most > MOST_CHECKED:
             return _read_long(path, most)

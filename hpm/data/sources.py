@@ -23,8 +23,10 @@ from hpm.data.folders import (
     find_images,
     images_of,
 )
+from hpm.data.given import given
 from hpm.data.hugging_face import is_hub, open_hub
 from hpm.data.inspection import any_deep
+from hpm.data.joined import join, several
 from hpm.data.lists import read_list
 from hpm.data.litdata import LitDataSource, is_litdata
 from hpm.data.notes import say_once
@@ -61,7 +63,8 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     Args:
         data: a folder, list file, parquet file or folder, Arrow or LitData folder, one image or
             video, `hf://user/name`, `demo` or `demo-video`; otherwise the name of an entry point of
-            the group `hpm.sources`, or `module:function`.
+            the group `hpm.sources`, or `module:function`. Several, separated by commas, are read
+            as one.
         trusted: whether the user gave the name. If it comes from a file, no code that it names is
             imported, and nothing is downloaded.
         clips: whether clips are wanted, so that a GIF and a folder of numbered images are videos.
@@ -96,6 +99,10 @@ def open_data(
 
 
 def _open(data: str, trusted: bool, clips: bool, in_order: bool) -> Splits | Stream:
+    if len(names := several(data)) > 1:
+        return join({name: _open(name, trusted, clips, in_order) for name in names})
+    if own := given(data):
+        return Splits(own)
     if stream := open_stream(data, trusted, in_order):
         return stream
     if is_hub(data):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def evaluate(
     protocol: str,
     run: AnyPath,
-    data: AnyPath,
+    data: Any,
     report: Callable[[str], None] = print,
     config: str | Path | None = None,
     **options: Any,
@@ -27,7 +27,7 @@ def evaluate(
         protocol: knn, linear, attentive, finetune, segment, detect, stats or hardness; or the
             dotted name of a module of your own (see `hpm.evals.contract`).
         run: run folder, checkpoint or backbone file.
-        data: images, labelled for the first four.
+        data: images, labelled for the first four; what `hpm.pretrain` takes.
         report: called with each message, such as an unreadable image.
         config: name of a preset, or a YAML file; `options` take precedence.
         options: fields of the protocol's `Options`.
@@ -35,11 +35,13 @@ def evaluate(
     The result is also written as JSON into the run folder. If that fails, `report` is called with
     the reason, and the result contains it. Raises UserError on bad input.
     """
+    from hpm.data.given import named
     from hpm.evals.running import run_evaluation
 
     evaluation = find(protocol)
     preset = read_preset(config) if config else {}
-    given = preset | {"run": run, "data": data} | options
+    given = preset | {"run": run, "data": named(data)} | options
+    given |= {"test": named(given["test"])} if "test" in given else {}
     result = run_evaluation(evaluation, make_config(evaluation.options, given), report)
     if result.unwritable:
         report(result.unwritable)
