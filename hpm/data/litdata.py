@@ -198,6 +198,8 @@ class LitDataSource:
                     texts += label_texts(np.memmap(file, np.uint8, "r"), self.index, label)
             except (ValueError, LookupError, OSError, struct.error) as error:
                 raise UserError(f"{file}: the labels cannot be read ({one_line(error)})") from None
+        if len(texts) != len(self):
+            raise UserError(f"{self.name}: {len(texts)} labels for {len(self)} samples")
         names = sorted(set(texts), key=natural)
         numbers = {name: number for number, name in enumerate(names)}
         return np.array([numbers[text] for text in texts], np.int64), names

@@ -139,6 +139,22 @@ def test_a_path_in_a_table_is_not_read(hub):
         open_entry(entries[1])
 
 
+def test_addresses_that_are_opened(hub):
+    own = open_data("hf://me/flowers", in_order=True)._is_own
+    assert own("hf://datasets/me/flowers@main/a.png")
+    assert own("zip://a.png::hf://datasets/me/flowers@main/a.zip")
+    for other in (
+        "/etc/passwd",
+        "http://127.0.0.1/a.png",
+        "hf://datasets/me/other@main/a.png",
+        "hf://datasets/me/flowers2@main/a.png",
+        "reference://a::hf://datasets/me/flowers@main/a.json",
+        "file:///etc/passwd::hf://datasets/me/flowers@main/a",
+        "hf://datasets/me/flowers@main/a::/etc/passwd",
+    ):
+        assert not own(other), other
+
+
 def test_without_a_network_the_cache_is_used(flowers, hub, monkeypatch):
     requests = len(hub.requests)
     assert len(open_source("hf://me/flowers", trusted=False).train) == 40

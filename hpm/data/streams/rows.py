@@ -16,6 +16,7 @@ from hpm.core.extras import need
 from hpm.data.columns import find_columns
 from hpm.data.hugging_face import EXTRA, HubName, chosen_splits, library_for, load
 from hpm.data.split_names import training_files
+from hpm.data.streams.archives import LARGEST
 from hpm.data.streams.stream import Entry
 from hpm.data.tables import arrow_files, saved_splits
 
@@ -64,11 +65,21 @@ class Rows:
         name = Path(path).name if path else "row"
         if data is not None:
             return Entry(name, data)
-        # Of an archive, the path is that of a file inside it, then `::` and that of the archive.
-        if path and self._remote and path.rpartition("::")[2].startswith(self._remote):
-            with need("fsspec", EXTRA, self.name).open(path, "rb") as file:
-                return Entry(name, file.read())
-        return Entry(name, problem="no bytes in this row")
+        if path is None or not self._is_own(path):
+            return Entry(name, problem="no bytes in this row")
+        with need("fsspec", EXTRA, self.name).open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            return Entry(name, problem=f"more than {LARGEST} bytes")
+        return Entry(name, data)
+
+    def _is_own(self, path: str) -> bool:
+        """Whether a path is that of a file of this data set, or of one inside a zip or tar file of
+        it, as `zip://a.png::hf://...`. Others, which a table may name, are not read: fsspec would
+        open any address, and with it those that the file there holds."""
+        *inside, file = path.split("::")
+        archives = all(part.startswith(("zip://", "tar://")) for part in inside)
+        return self._remote is not None and file.startswith(self._remote) and archives
 
 
 def hub_rows(data: str) -> Rows:
