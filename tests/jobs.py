@@ -43,10 +43,11 @@ class Job:
                     found.append(pid)
         return found
 
-    def wait_until(self, condition):
-        deadline = time.monotonic() + 120
+    def wait_until(self, condition, seconds=120, alive=True):
+        """alive: the command itself has to go on until then; else what it has started."""
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert self.process.poll() is None, self.process.stderr.read()
+            assert not alive or self.process.poll() is None, self.process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 

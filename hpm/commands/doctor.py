@@ -38,6 +38,8 @@ EXTRAS = {
     "clusters": "hpm show of features",
     "umap": "maps of features by UMAP instead of PCA",
     "faiss": "hpm similar --approximate",
+    "ray": "hpm ray",
+    "slurm": "hpm slurm",
     "wandb": "--tracker wandb",
     "mlflow": "--tracker mlflow",
 }

@@ -6,16 +6,19 @@ are missing. Processes share the shards; the main process joins them into the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpm.commands.embedding_options import EmbedConfig
-from hpm.commands.embedding_shards import Shard, Shards, compute_shards
+from hpm.commands.embedding_shards import Problems, Shard, Shards, compute_shards
 from hpm.core import distributed, lock
 from hpm.core.config import pair
-from hpm.core.errors import UserError
+from hpm.core.errors import UserError, counted
 from hpm.core.options import AnyPath, make_config
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
@@ -28,6 +31,7 @@ from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embeddings import KIND, Embeddings, format_to_write
 
 Report = Callable[[str], None]
+ComputeShards = Callable[[EmbedConfig, Shards, list[Shard]], Iterator[Problems]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Embedded:
     dim: int
     unreadable: int
     unreadable_file: Path | None
+
+    def summary(self) -> str:
+        """What was written, to print."""
+        failed = counted(self.unreadable, "image")
+        lines = [f"{failed} cannot be read: {self.unreadable_file}"] if self.unreadable_file else []
+        made = f"{counted(self.images, 'image')}, {self.dim} features each, in {self.path}"
+        then = f"hpm similar {self.path} IMAGE, hpm show {self.path} --out page.html"
+        return "\n".join([*lines, f"{made}: {then}"])
 
 
 def embed(
@@ -67,14 +79,20 @@ def embed(
     return Embeddings.load(embedded.path, config.patches)
 
 
-def run_embed(config: EmbedConfig, report: Report = print) -> Embedded:
-    """Embed as configured. Every process returns what all of them have written."""
+def run_embed(
+    config: EmbedConfig, report: Report = print, compute: ComputeShards | None = None
+) -> Embedded:
+    """Embed as configured. Every process returns what all of them have written.
+
+    compute: computes and saves shards, yielding the unreadable images of each when it is saved; by
+        default in this process.
+    """
     assert config.out is not None
     out = Path(config.out).expanduser()
     format_to_write(out)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device), random_state_kept(device):
-        embedder, source = _open(config, device, report)
+        embedder, source = open_embedder(config, device, report)
         about = _about(config, embedder, source)
         shards = Shards(out, source, about, config.shard_images)
         try:
@@ -82,14 +100,17 @@ def run_embed(config: EmbedConfig, report: Report = print) -> Embedded:
                 if distributed.is_main():
                     report(f"{out} is complete already")
                 return _written(shards)
-            _compute(config, embedder, shards, report)
+            _compute(config, shards, report, compute or partial(compute_here, embedder))
             distributed.wait_for_all()
             return distributed.main_first(lambda: _finish(shards, config.max_unreadable))
         finally:
             lock.release(shards.folder)
 
 
-def _open(config: EmbedConfig, device: Any, report: Report) -> tuple[Embedder, Chain]:
+def open_embedder(
+    config: EmbedConfig, device: torch.device, report: Report
+) -> tuple[Embedder, Chain]:
+    """The encoder, and the images. Raises UserError."""
     recipe = Recipe(
         config.pool,
         config.teacher,
@@ -125,7 +146,19 @@ def _absolute(path: str) -> str:
     return str(found.resolve()) if found.exists() else path
 
 
-def _compute(config: EmbedConfig, embedder: Embedder, shards: Shards, report: Report) -> None:
+def compute_here(
+    embedder: Embedder, config: EmbedConfig, shards: Shards, own: list[Shard]
+) -> Iterator[Problems]:
+    """Compute and save shards in this process."""
+    workers = num_workers(config.workers)
+    for shard, rows, problems in compute_shards(
+        embedder, shards.source, own, config.batch_size, workers
+    ):
+        shards.save(shard, rows, problems)
+        yield problems
+
+
+def _compute(config: EmbedConfig, shards: Shards, report: Report, compute: ComputeShards) -> None:
     """Compute and save this process's share of the missing shards.
 
     Raises UserError as soon as this process knows of too many unreadable images.
@@ -137,11 +170,7 @@ def _compute(config: EmbedConfig, embedder: Embedder, shards: Shards, report: Re
     own = [shards.all[number] for number in missing[distributed.rank() :: distributed.world_size()]]
     known = len(distributed.main_first(shards.problems))
     _check_unreadable(known, shards, config.max_unreadable)
-    workers = num_workers(config.workers)
-    for shard, rows, problems in compute_shards(
-        embedder, shards.source, own, config.batch_size, workers
-    ):
-        shards.save(shard, rows, problems)
+    for problems in compute(config, shards, own):
         known += len(problems)
         _check_unreadable(known, shards, config.max_unreadable)
 
@@ -184,7 +213,7 @@ def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:
         raise UserError("several processes embed into a file: pass out")
     device = distributed.pick_device(config.device)
     with random_state_kept(device):
-        embedder, source = _open(config, device, report)
+        embedder, source = open_embedder(config, device, report)
         about = _about(config, embedder, source)
         whole = [Shard(Path(), 0, len(source))]
         workers = num_workers(config.workers)

@@ -10,9 +10,8 @@ from hpm.core.options import option
 
 
 @dataclass
-class EmbedConfig:
-    """Write the features of images into a file: one row per image. An interrupted command goes on
-    when it is run again."""
+class EmbedOptions:
+    """Options."""
 
     run: str
     """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME."""
@@ -47,6 +46,12 @@ class EmbedConfig:
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
+
+
+@dataclass
+class EmbedConfig(EmbedOptions):
+    """Write the features of images into a file: one row per image. An interrupted command goes on
+    when it is run again."""
 
 
 @dataclass

@@ -209,8 +209,8 @@ class TokenizeConfig:
 
 
 @dataclass
-class PrepareConfig:
-    """Shrink images once and write them into large files that are fast to read."""
+class PrepareOptions:
+    """Options."""
 
     data: str
     """Images (see pretrain), with their splits and labels."""
@@ -225,6 +225,11 @@ class PrepareConfig:
     """Number of image channels, as in pretrain."""
     workers: int | None = option(None, at_least=0)
     """Number of processes (default: one per spare core, at most 16)."""
+
+
+@dataclass
+class PrepareConfig(PrepareOptions):
+    """Shrink images once and write them into large files that are fast to read."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 
 from hpm.commands.options import PrepareConfig
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import UserError, counted, one_line
 from hpm.core.extras import need
 from hpm.core.files import write_atomically, write_text
 from hpm.core.progress import track
@@ -38,7 +38,7 @@ from hpm.data.arrays import (
 from hpm.data.jpeg import JpegImage
 from hpm.data.loader import num_workers
 from hpm.data.opening import open_image
-from hpm.data.sources import PREPARING, Source, Splits, open_source
+from hpm.data.sources import PREPARING, Source, open_source
 from hpm.data.transforms import decode
 from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS
@@ -70,9 +70,22 @@ class Prepared:
     bytes: int
     unreadable: list[tuple[str, str]]
 
+    def summary(self, out: str) -> str:
+        """What was written into `out`, to print."""
+        failed = counted(len(self.unreadable), "image")
+        lines = [f"{failed} cannot be read: {out}/unreadable.txt"] if self.unreadable else []
+        made = f"{counted(self.images, 'image')}, {self.bytes / 1e9:.3g} GB"
+        return "\n".join([*lines, f"{made}, in {out}: hpm pretrain {out} --out ..."])
 
-def prepare(config: PrepareConfig) -> Prepared:
+
+WriteShards = Callable[[list[Shard], dict[str, Source], PrepareConfig], Iterator[Shard]]
+
+
+def prepare(config: PrepareConfig, write: WriteShards | None = None) -> Prepared:
     """Shrink the images of a source into a folder. Call it again to continue after an interruption.
+
+    write: writes the missing shards, yielding each when it is done; by default in processes of this
+        machine.
 
     Raises UserError on bad input, if no image can be read, and if the disk is full.
     """
@@ -81,7 +94,7 @@ def prepare(config: PrepareConfig) -> Prepared:
         raise UserError("size must be at least 1, quality 1 to 100, and workers not negative")
     out = Path(config.out).expanduser()
     _check_folder(out, config)
-    splits = _named(open_source(config.data))
+    splits = open_splits(config)
     if holds_videos(splits["train"]):
         raise UserError(
             f"{config.data}: videos, but hpm prepare shrinks images; shrink videos with ffmpeg "
@@ -91,12 +104,15 @@ def prepare(config: PrepareConfig) -> Prepared:
     _claim(out, settings)
     shards = {name: _shards(out, name, len(source)) for name, source in splits.items()}
     missing = [s for of_split in shards.values() for s in of_split if not s.file.exists()]
-    for _ in track(_write_shards(missing, splits, config), "images", len(missing)):
+    writing = (write or _write_shards)(missing, splits, config)
+    for _ in track(writing, "images", len(missing)):
         pass
     return _finish(out, splits, shards, settings)
 
 
-def _named(splits: Splits) -> dict[str, Source]:
+def open_splits(config: PrepareConfig) -> dict[str, Source]:
+    """The images of each split."""
+    splits = open_source(config.data)
     return {"train": splits.train} | ({"test": splits.test} if splits.test else {})
 
 
@@ -159,7 +175,7 @@ def _write_shards(
 ) -> Iterator[Shard]:
     """Write the shards, yielding each when it is done."""
     workers = min(num_workers(config.workers), len(shards))
-    work = partial(_write_shard, splits=splits, config=config)
+    work = partial(write_shard, splits=splits, config=config)
     if workers <= 1 or not FORKS:
         for shard in shards:
             yield work(shard)
@@ -188,7 +204,8 @@ def _run_in_worker(shard: Shard) -> Shard:
     return _worker_function(shard)
 
 
-def _write_shard(shard: Shard, splits: dict[str, Source], config: PrepareConfig) -> Shard:
+def write_shard(shard: Shard, splits: dict[str, Source], config: PrepareConfig) -> Shard:
+    """Write one shard. Raises UserError if the disk is full."""
     source = splits[shard.split]
     write_atomically(shard.file, lambda file: _write_rows(file, shard, source, config))
     return shard

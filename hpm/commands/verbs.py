@@ -5,6 +5,7 @@ Everything else is imported when a verb runs, so that `hpm --help` answers at on
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -143,15 +144,7 @@ def _tokenize(config: Any) -> None:
 def _prepare(config: Any) -> None:
     from hpm.commands.prepare import prepare
 
-    made = prepare(config)
-    if made.unreadable:
-        print(
-            f"{counted(len(made.unreadable), 'image')} cannot be read: {config.out}/unreadable.txt"
-        )
-    print(
-        f"{counted(made.images, 'image')}, {made.bytes / 1e9:.3g} GB, in {config.out}: "
-        f"hpm pretrain {config.out} --out ..."
-    )
+    print(prepare(config).summary(config.out))
 
 
 def _show(config: Any) -> None:
@@ -178,12 +171,7 @@ def _embed(config: Any) -> None:
 
     made = run_embed(config)
     if distributed.is_main():
-        if made.unreadable_file:
-            print(f"{counted(made.unreadable, 'image')} cannot be read: {made.unreadable_file}")
-        print(
-            f"{counted(made.images, 'image')}, {made.dim} features each, in {made.path}: "
-            f"hpm similar {made.path} IMAGE, hpm show {made.path} --out page.html"
-        )
+        print(made.summary())
 
 
 def _similar(config: Any) -> None:
@@ -208,6 +196,11 @@ def _completion(config: Any) -> None:
     from hpm.commands.completion import SCRIPTS
 
     print(SCRIPTS[config.shell], end="")
+
+
+def _run_on(cluster: str, verb: str, config: Any) -> None:
+    module = importlib.import_module(f"hpm.commands.on_{cluster}")
+    print(getattr(module, f"{verb}_on_{cluster}")(config))
 
 
 def _export(config: Any) -> None:
@@ -241,6 +234,20 @@ def _benchmarks(name: str | None = None) -> dict[str, Verb]:
     }
 
 
+def _on_cluster(cluster: str, verbs: tuple[str, ...], name: str | None = None) -> dict[str, Verb]:
+    """Verbs that can run on a cluster, with its options beside their own."""
+    options = f"hpm.commands.cluster_options:{cluster.title()}"
+    return {
+        verb: dataclasses.replace(
+            VERBS[verb],
+            options=f"{options}{verb.title()}Config",
+            run=functools.partial(_run_on, cluster, verb),
+            about=ABOUT[verb],
+        )
+        for verb in verbs
+    }
+
+
 VERBS = {
     "demo": Verb("hpm.commands.options:DemoConfig", _demo),
     "pretrain": Verb("hpm.core.config:PretrainConfig", _pretrain, ("data",), presets=True),
@@ -267,6 +274,8 @@ VERBS = {
 GROUPS: dict[str, tuple[str, Callable[..., dict[str, Verb]]]] = {
     "eval": ("an evaluation", _evaluations),
     "bench": ("a benchmark", _benchmarks),
+    "ray": ("a verb", functools.partial(_on_cluster, "ray", ("pretrain", "prepare", "embed"))),
+    "slurm": ("a verb", functools.partial(_on_cluster, "slurm", ("pretrain", "embed"))),
 }
 
 ABOUT = {
@@ -284,6 +293,8 @@ ABOUT = {
     "ablate": "pre-train variants over several seeds and compare them",
     "bench": "measure the speed of training, of dense heads, or of data loading",
     "prepare": "shrink images once into large files that are fast to read",
+    "ray": "run pretrain, prepare or embed on a Ray cluster",
+    "slurm": "submit pretrain or embed to a Slurm cluster",
     "doctor": "show versions, hardware and extras, and what is missing",
     "completion": "print a script that completes commands in bash, zsh or fish",
     "tokenize": "learn a codebook of discrete tokens as a reconstruction target",
