@@ -31,16 +31,14 @@ from scaling_model import BUCKET, Link, all_reduce_seconds, backward_seconds
 from scaling_tables import write_tables
 from torch import Tensor
 
-from hpm.commands.bench_step import build_bench_run, noise_batch
+from hpm.commands.bench_step import HARD_SHARE, build_bench_run, noise_batch
 from hpm.commands.options import BenchConfig
 from hpm.core import distributed
 from hpm.core.options import make_config
-from hpm.core.phases import PhaseClock
 from hpm.pretraining import train_step
 from hpm.training.run import PretrainingRun
 
 CPU = torch.device("cpu")
-HARD_SHARE = 0.25
 SIZES = {"model": "vit_tiny", "image_size": 64, "patch_size": 8}
 BATCH, SMALL_BATCH, DEFAULT_BATCH = 32, 16, 128  # of each of two processes
 RUNS = (500, 5_000, 100_000)  # steps; a checkpoint is due after each 5 % of them
@@ -62,12 +60,6 @@ class Worker:
             self._step()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         return {"seconds": wall / count, "cpu": cpu / count}
-
-    def phases(self) -> dict[str, float]:
-        """Seconds of each phase of a step."""
-        with PhaseClock(CPU) as clock:
-            self._step()
-        return dict(clock.seconds)
 
     def all_reduce(self, size: int, count: int) -> dict[str, float]:
         """Seconds that a sum of `size` bytes takes; share of them in which the process is busy."""
