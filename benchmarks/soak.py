@@ -25,9 +25,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from results import machine, table, write_section
@@ -37,7 +36,7 @@ MEASURES = ("memory, MB", "file handles", "threads")
 WARM_UP = 0.2  # share of the time that is left out
 BLOCKS = 12
 IMAGES, SHARDS, SIZE = 480, 4, 48
-OPTIONS: dict[str, Any] = {
+OPTIONS = {
     "model": "vit_nano",
     "image_size": 32,
     "patch_size": 8,
@@ -104,15 +103,14 @@ def measure(pid: int) -> tuple[float, float, float]:
     return pss / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
 
 
-def sample(trainers: dict[str, subprocess.Popen]) -> Iterator[tuple[str, str, tuple]]:
-    """(training, role, measures) of each process."""
+def sample(trainers: dict[str, subprocess.Popen], into: Callable[[str, str, tuple], None]) -> None:
     for kind, process in trainers.items():
         if process.poll() is not None:
             raise SystemExit(f"the training of {kind} has ended: {process.returncode}")
         # Between two epochs, a worker may end while it is looked at, or there may be none.
         with contextlib.suppress(OSError, StopIteration):
             for role, pid in tree(process.pid):
-                yield kind, role, measure(pid)
+                into(kind, role, measure(pid))
 
 
 def slope(seconds: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
@@ -138,15 +136,9 @@ def rows_of(found: dict[tuple[str, str], list[tuple]]) -> list[list[str]]:
         for name, column in zip(MEASURES, columns, strict=True):
             growth, half, mean = slope(times, column)
             grows = "yes" if growth - half > 0 else "no"
-            rows.append(
-                [
-                    f"{kind}, {role}",
-                    name,
-                    f"{mean:.1f}",
-                    f"{round(growth, 2) + 0.0:+.2f} ± {half:.2f}",
-                    grows,
-                ]
-            )
+            growth = round(growth, 2) + 0.0  # no negative zero
+            said = f"{growth:+.2f} ± {half:.2f}"
+            rows.append([f"{kind}, {role}", name, f"{mean:.1f}", said, grows])
     return rows
 
 
@@ -185,8 +177,7 @@ def main() -> None:
         start = time.monotonic()
         try:
             while (now := time.monotonic() - start) < 60 * chosen.minutes:
-                for kind, role, values in sample(trainers):
-                    found[kind, role].append((now, values))
+                sample(trainers, lambda k, r, v, at=now: found[k, r].append((at, v)))
                 time.sleep(chosen.every)
             done = steps_done(folder)
         finally:

@@ -13,7 +13,7 @@ from multiprocessing import connection
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["hpm.pretraining", "hpm.weights.shard_writer"])
 GRACE = 10.0  # seconds to notice that another process has been killed
-MOST_SAVES = 2  # of a training that is to be killed
+MOST_SAVES = 3  # of a training that is to be killed
 LONGEST = 2.0  # seconds
 CALLS = 8  # system calls of which one is the last
 
@@ -98,11 +98,11 @@ def _at_call(last: int, before: bool) -> None:
 
 
 def start(options: dict, seed: int | None = None, world_size: int = 1) -> list:
-    """The processes of a training."""
+    """The processes of a training, one of which is to be killed if there is a seed."""
     port = free_port() if world_size > 1 else 0
     started = []
     for rank in range(world_size):
-        own = None if seed is None else seed * world_size + rank
+        own = seed if seed is not None and rank == seed % world_size else None
         arguments = (options, own, rank, world_size, port)
         started.append(CONTEXT.Process(target=train, args=arguments))
         started[-1].start()

@@ -29,7 +29,7 @@ def test_a_worker_that_is_killed(image_folder, tmp_path, monkeypatch):
     def killing(run, images):
         if run.step == 5:
             kill_one()
-            for _ in range(1000):  # until the signal is here
+            for _ in range(200):  # until the signal is here
                 time.sleep(0.01)
         return to_device(run, images)
 
@@ -37,7 +37,7 @@ def test_a_worker_that_is_killed(image_folder, tmp_path, monkeypatch):
         patch.setattr(PretrainingRun, "to_device", killing)
         command = ("pretrain", image_folder, "--out", out, *tiny_arguments(workers=1))
         refused = run_here(*command)
-    assert_refused(refused, "a loading worker ended", "killed by signal: Killed", "--workers")
+    assert_refused(refused, "a loading worker ended (DataLoader worker (pid", "--workers")
     assert "same command resumes" in refused.stderr
     run = hpm.pretrain(str(image_folder), str(out), **TINY)
     assert "resuming from" in (out / "train.log").read_text()

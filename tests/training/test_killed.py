@@ -52,12 +52,12 @@ def test_killed_25_times(kind, changes, processes, data, tmp_path):
     for seed in range(KILLS):
         started = kills.start(options | {"out": str(out)}, seed, processes)
         codes = kills.codes(started)
-        # With two processes, one is killed, and the other loses it, or is killed as well.
+        # Of two processes, one is killed, and the other loses it, or waits for it and is killed.
         assert -9 in codes and 0 not in codes, (seed, codes)
         found = list_checkpoints(out / "checkpoints")
         steps.append(load_checkpoint(found[-1]).meta["step"] if found else 0)
         left += bool([*(out / "checkpoints").glob(".*")])
-    assert steps == sorted(steps) and 5 < steps[-1] < options["steps"], steps
+    assert steps == sorted(steps) and 2 < steps[-1] < options["steps"], steps
     assert left, "no kill came while a checkpoint was written"
     last = kills.start(options | {"out": str(out)}, world_size=processes)
     assert kills.codes(last) == [0] * processes
