@@ -242,7 +242,7 @@ def summary(known: dict[str, Any]) -> str:
     for pair, name in against.items():
         values = differences_of(known, "linear", pair)
         if len(values) < 2:
-            return "The measurement is not complete yet."
+            return "The measurement is not complete yet, and tells nothing apart so far."
         mean, half = mean_and_half(values)
         verdict = "cannot be told apart from" if abs(mean) <= half else "is "
         verdict += "" if abs(mean) <= half else ("better than" if mean > 0 else "worse than")
@@ -264,13 +264,14 @@ def report(experiment: Experiment) -> None:
             arm: {seed: v[measure] for seed, v in known.get(arm, {}).items() if measure in v}
             for arm in ARMS
         }
-        rows.append([title, *[spread(list(by_seed.values())) for by_seed in found.values()]])
+        seeds = str(len(found[CONTINUED]))
+        rows.append([title, seeds, *[spread(list(by_seed.values())) for by_seed in found.values()]])
         pairs = [interval(differences_of(known, measure, pair)) for pair in PAIRS]
         differences.append([title, *pairs])
     write_section(
         "continued",
         f"{summary(known)}\n\nTop-1 in %, mean ± standard deviation over the seeds:\n\n"
-        f"{table(['', *ARMS], rows)}\n\n"
+        f"{table(['', 'seeds', *ARMS], rows)}\n\n"
         "`benchmarks/continued.py` made these numbers; [RESULTS.md](../benchmarks/RESULTS.md) has "
         "its protocol and the paired differences.",
         FOLDER.parent / "docs" / "recipes.md",
@@ -288,7 +289,7 @@ def report(experiment: Experiment) -> None:
         f"`python benchmarks/continued.py` on {machine()}, one thread, beside other work.\n\n"
         f"{protocol}\n\n"
         "Top-1 in %, mean ± standard deviation over the seeds:\n\n"
-        f"{table(['', *ARMS], rows)}\n\n"
+        f"{table(['', 'seeds', *ARMS], rows)}\n\n"
         "Paired differences in points, with half of their 95 % t-interval:\n\n"
         + table(["", *[f"{a} less {b}" for a, b in PAIRS]], differences)
         + "\n\nThe choice of the default base lr, as a share of that of a training from nothing "
