@@ -86,7 +86,7 @@ def test_a_narrow_screen(tmp_path):
     """No name or number is cut or wrapped: columns that do not fit stand in a table below."""
     base = (30.0, 31.0, 29.0)
     results = results_of(tmp_path, mae=base, predictor=base, hpm=base, hpm_memory=base)
-    screen = Console(width=60, force_terminal=True, no_color=True, file=io.StringIO())
+    screen = Console(width=45, force_terminal=True, no_color=True, file=io.StringIO())
     print_results(results, screen)
     lines = re.sub(r"\x1b\[\d*m", "", screen.file.getvalue()).splitlines()
     cells = [cell for table in results.tables() for row in table.rows for cell in row if cell]
