@@ -13,8 +13,9 @@ import torch
 from hpm.commands.options import PredictConfig
 from hpm.core.errors import UserError
 from hpm.core.files import write_text
-from hpm.data.paths import Files
+from hpm.data.sources import FileSource
 from hpm.data.video.sampling import ViewGrid
+from hpm.data.video.sources import VideoFiles
 from hpm.evals.features import ImageReader
 from hpm.evals.metrics import mean_scores
 from hpm.weights.classification import ClassificationModel
@@ -35,7 +36,7 @@ def predictions_file(out: Path) -> Path:
 @torch.inference_mode()
 def write_classes(
     model: ClassificationModel,
-    source: Files,
+    source: FileSource | VideoFiles,
     out: Path,
     config: PredictConfig,
     report: Callable[[str], None],

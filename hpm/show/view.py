@@ -30,7 +30,8 @@ from hpm.data.opening import open_image
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.data.video.clips import ClipEvaluationViews
-from hpm.data.video.decoding import VideoFile, open_video
+from hpm.data.video.decoding import VideoFile
+from hpm.data.video.opening import open_video
 from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
 from hpm.show.drawing import LOSSES
 from hpm.show.figures import (

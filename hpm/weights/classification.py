@@ -92,7 +92,7 @@ class ClassificationModel(nn.Module):
 
 def write_classifier(model: ClassificationModel, path: Path) -> None:
     """Write the file that `ClassificationModel.from_file` reads."""
-    about = {
+    about: dict[str, Any] = {
         "kind": KIND,
         "architecture": model.architecture.to_json(),
         "pool": model.classifier.pool,

@@ -13,8 +13,8 @@ from videos import number_of, numbered, write_video
 from hpm.data.arrays import UnreadableImage
 from hpm.data.video import decoding
 from hpm.data.video.clip import read_clip
-from hpm.data.video.decoding import open_video
 from hpm.data.video.frames import FrameFolder
+from hpm.data.video.opening import open_video
 from hpm.data.video.sampling import ClipSampling
 
 

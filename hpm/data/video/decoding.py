@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import one_line
 from hpm.core.extras import need
 from hpm.data.arrays import UnreadableImage
 from hpm.data.jpeg import reduction
@@ -32,14 +32,6 @@ TURNS = {0: 0, 90: 1, 180: 2, -180: 2, -90: 3, 270: 3, -270: 1}  # degrees, coun
 def pyav() -> ModuleType:
     """Raises UserError if PyAV is not installed."""
     return need("av", "video", "decoding videos")
-
-
-def open_video(file: str | io.BytesIO) -> VideoFile:
-    """Open a video file or its bytes. Raises UnreadableImage."""
-    try:
-        return VideoFile(file, pyav())
-    except UserError as error:
-        raise UnreadableImage(str(error)) from None
 
 
 @dataclass(frozen=True)
