@@ -26,6 +26,7 @@ from hpm.commands.options import BenchConfig
 from hpm.commands.timing import matrix_product_flops, wait
 from hpm.core.choices import HARD_SHARES
 from hpm.core.distributed import pick_device
+from hpm.core.extras import need
 from hpm.core.options import make_config, read_preset
 from hpm.data.loader import normalize
 from hpm.pretraining import train_step
@@ -71,8 +72,7 @@ def our_step(config: BenchConfig, options: dict[str, Any], out: Path) -> tuple[T
 
 def their_step(run: PretrainingRun) -> Timed:
     """A step of transformers' model, of the sizes of ours."""
-    import transformers
-
+    transformers = need("transformers", "hf", "their step")
     ours, decoders, device = run.architecture, run.architecture.decoders, run.device
     assert decoders is not None
     config = transformers.VideoMAEConfig(
@@ -122,7 +122,7 @@ def report(
         rows.append(
             [
                 name,
-                f"{found.multiply_adds / 1e9:.0f}",
+                f"{found.multiply_adds / 1e9:.3g}",
                 f"{found.multiply_adds / timed[REFERENCE].multiply_adds:.2f}",
                 f"{1e3 * middle:.0f}",
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
