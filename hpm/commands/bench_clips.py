@@ -59,7 +59,7 @@ class BareClips:
         return self._plans[index]
 
     def _open(self, index: int) -> Video:
-        return self.source.open_video(index)  # type: ignore[attr-defined, no-any-return]
+        return self.source.open_video(index)  # type: ignore[attr-defined]
 
     def resize(self, part: np.ndarray) -> None:
         """Resize [T C H W] to the size of views."""

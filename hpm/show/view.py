@@ -36,9 +36,9 @@ from hpm.show.command import check_shares, describe_unavailable, hard_share, min
 from hpm.show.drawing import LOSSES
 from hpm.show.figures import (
     MASKED,
-    TITLES,
     as_rgb,
     head_pixels,
+    panel_title,
     picture,
     pixels,
     unavailable_panels,
@@ -143,7 +143,7 @@ class Viewer:
             "panels": [
                 {
                     "name": name,
-                    "title": TITLES[name],
+                    "title": panel_title(name, frames is not None),
                     "scale": [f"{end:.2g}" for end in shown.scale]
                     if name in LOSSES and shown.scale is not None
                     else [],

@@ -60,32 +60,34 @@ def test_variable_rates_are_read_by_time(tmp_path):
 
 def test_frames_that_are_not_shown_are_left_out(tmp_path, monkeypatch):
     """Of B-frames on which no other frame depends; those that are shown are the same."""
-    regular = str(write_video(tmp_path / "a.mp4", frames=60, gop=30))
+    regular = str(write_video(tmp_path / "a.mp4", frames=60, gop=30, b_frames=3))
     times = [20 * i + 9 * (i % 3) for i in range(60)]
-    variable = str(write_video(tmp_path / "v.mkv", frames=60, rate=50, times=times, gop=30))
+    variable = str(
+        write_video(tmp_path / "v.mkv", frames=60, rate=50, times=times, gop=30, b_frames=3)
+    )
     decoded = []
 
-    def count(video, frames):
+    def count(frames):
         for frame in frames:
             decoded[-1] += 1
             yield frame
 
     original = VideoFile._decoded
-    monkeypatch.setattr(VideoFile, "_decoded", lambda video, *a: count(video, original(video, *a)))
+    monkeypatch.setattr(VideoFile, "_decoded", lambda *arguments: count(original(*arguments)))
     found = {}
     for codecs in (decoding.SKIPPING, ()):
         monkeypatch.setattr(decoding, "SKIPPING", codecs)
         decoded.append(0)
         for file in (regular, variable):
-            for stride in (1, 4, 7):
-                for start in range(0, 60, 3):
+            for stride in (1, 4):
+                for start in range(0, 60, 6):
                     numbers = range(start, start + 8 * stride, stride)
                     found.setdefault((file, stride, start), []).append(
                         shown(open_video(file), numbers)
                     )
     assert all(one == other for one, other in found.values())
     assert found[regular, 4, 6][0] == list(range(6, 38, 4))
-    assert decoded[0] < 0.8 * decoded[1]
+    assert decoded[0] < 0.9 * decoded[1]
 
 
 def test_a_missing_duration_is_counted(tmp_path):

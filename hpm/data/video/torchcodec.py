@@ -6,6 +6,7 @@ numbered, so that both decoders return the same frames. What TorchCodec cannot r
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 from collections.abc import Sequence
@@ -66,13 +67,11 @@ def loads() -> bool:
 def need_torchcodec() -> ModuleType:
     """TorchCodec's decoders. Raises UserError with the reason if they do not load."""
     try:
-        import torchcodec.decoders
+        return importlib.import_module("torchcodec.decoders")
     except ImportError:
         reason = "it is not installed: pip install torchcodec"
     except (OSError, RuntimeError) as error:
         reason = one_line(error, 160)
-    else:
-        return torchcodec.decoders
     raise UserError(f"{VARIABLE} is torchcodec, which does not load ({reason})")
 
 
