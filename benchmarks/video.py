@@ -139,7 +139,8 @@ def run(chosen: argparse.Namespace) -> bool:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 if not call(command, log, end):
                     return False
-                print(f"{time.strftime('%H:%M')} {arm}, seed {seed}: {command[1]}", flush=True)
+                what = command[1] if command[0] == "eval" else command[0]
+                print(f"{time.strftime('%H:%M')} {arm}, seed {seed}: {what}", flush=True)
             keep(chosen)
     return True
 
