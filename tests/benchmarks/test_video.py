@@ -22,7 +22,9 @@ def test_each_clip_is_tested_once(video, shared_data, tmp_path):
         train, test = video.write_fold(shared_data / "fight128", seed, tmp_path)
         ours, others = (path.read_text().splitlines() for path in (test, train))
         assert not set(ours) & set(others) and len(ours) + len(others) == 300
-        assert sum(line.endswith(" fight") for line in ours) == 50
+        assert sum(line.endswith(" fight") for line in ours) == 50 == len(ours) / 2
+        street = {"fi115", "fi121", "nofi050"}  # one scene
+        assert street & {Path(line.split()[0]).stem for line in ours} in (street, set())
         tested += ours
     assert len(set(tested)) == len(tested) == 300
 
