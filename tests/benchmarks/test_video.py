@@ -16,6 +16,7 @@ def video(monkeypatch):
     sys.modules.pop("video")
 
 
+@pytest.mark.slow
 def test_each_clip_is_tested_once(video, shared_data, tmp_path):
     tested = []
     for seed in range(video.SEEDS):
