@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from hpm.core.errors import UserError, one_line
 from hpm.data.jpeg import reduction
+from hpm.data.notes import say_once
 from hpm.data.video.decoding import VideoFile
 
 Choice = Literal["auto", "pyav", "torchcodec"]
@@ -51,7 +52,7 @@ def decoding_device() -> torch.device | None:
     if choice == "auto" and not (gpu and loads()):
         return None
     need_torchcodec()
-    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    return torch.device("cuda" if gpu else "cpu")
 
 
 @cache
@@ -86,6 +87,7 @@ class TorchCodecFile(VideoFile):
         try:
             frames = self._by_torchcodec(numbers) if self.timing.stamped else None
         except ERRORS:
+            say_once("TorchCodec does not decode some of these videos: PyAV does")
             frames = None
         return super()._read(numbers, least) if frames is None else _reduced(frames, least)
 
