@@ -5,8 +5,8 @@
 
 Every step is a command of `hpm`; an interrupted one goes on where it was. The protocol below was
 written before the first of these runs. It replaces one that shared out the clips by their numbers:
-in its first run, scenes of the test were in training with the other label, and all features were
-below chance.
+in its first run, scenes of the test were in training with the other label, and every row of the
+linear probe was below chance.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time the training steps of HPM on clips beside VideoMAE's, in turns.
 
-    python benchmarks/video_step.py                       # ViT-B, the preset of Kinetics-400
+    python benchmarks/video_step.py         # ViT-B, the preset of Kinetics-400; minutes on a CPU
     python benchmarks/video_step.py --model vit_small --batch-size 4
 
 VideoMAE's step is that of `hpm pretrain --mask tube --predictor-loss none` and, as a reference,
@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_base")
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--try", action="store_true", dest="dry", help="print, and write nothing")
     chosen = parser.parse_args()
     preset = read_preset(PRESET)
@@ -177,6 +177,7 @@ def main() -> None:
             run.log.close()
     words = [f"--model {chosen.model}"] if chosen.model != "vit_base" else []
     words += [f"--batch-size {chosen.batch_size}"] if chosen.batch_size != 2 else []
+    words += [f"--rounds {chosen.rounds}"] if chosen.rounds != 2 else []
     command = " ".join(["python benchmarks/video_step.py", *words])
     text = report(timed, products, reference, command)
     if chosen.dry:
