@@ -54,7 +54,8 @@ def panels_table(
         heads += f'<th scope="col"{mark}>{shown}</th>{_gap(gaps.get(place), "th")}'
     for row in range(len(largest.images)):
         cells = "".join(
-            f"<td{mark}>{_cell(moment, scale, views, row, f'{kind} {row + 1}, {title}')}</td>{_gap(gaps.get(place), 'td')}"
+            f"<td{mark}>{_cell(moment, scale, views, row, f'{kind} {row + 1}, {title}')}</td>"
+            f"{_gap(gaps.get(place), 'td')}"
             for place, ((title, moment), scale, mark) in enumerate(
                 zip(columns.items(), scales, marks, strict=True)
             )
