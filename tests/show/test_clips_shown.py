@@ -125,7 +125,7 @@ def test_the_viewer(clip_run, tmp_path):
 def test_the_report(clip_run, shown, tmp_path):
     text = (clip_run.folder / "report.html").read_text()
     assert "Each row is a held-out clip" in text and '<th scope="col">clip</th>' in text
-    assert "<figcaption>clip<" in text and "held-out image" not in text
+    assert "<figcaption>clip<" in text and "<figcaption>image<" not in text
     assert "Held-out clips at step 2" in text and "held-out clip 2" in text
     assert len(URI.findall(text)) == 2 * 5
     assert "# uint8 [B C T H W]" in text
