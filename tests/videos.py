@@ -33,10 +33,11 @@ def write_video(
     times: list[int] | None = None,
     gop: int = 12,
     sound: float = 0.0,
+    b_frames: int = 0,
     **options: str,
 ) -> Path:
     """Write numbered frames. times: time stamps in milliseconds (default: of a constant rate).
-    sound: its duration in seconds."""
+    sound: its duration in seconds. b_frames: the most between two frames that others depend on."""
     file.parent.mkdir(parents=True, exist_ok=True)
     container = av.open(str(file), "w", options=options)
     if frames:
@@ -45,6 +46,8 @@ def write_video(
         stream.width, stream.height = 128, 32
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.gop_size = gop
+        if b_frames:
+            stream.options = {"x264-params": f"bframes={b_frames}:b-adapt=0"}
         if times:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
     if sound:

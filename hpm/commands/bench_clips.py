@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from hpm.data.sources import Source
+from hpm.data.video.clip import Video
 from hpm.data.video.clips import ClipViews
-from hpm.data.video.decoding import VideoFile, pyav
+from hpm.data.video.decoding import Timing, VideoFile, pyav
 
 
 class BareClips:
@@ -19,16 +20,14 @@ class BareClips:
 
     def __init__(self, source: Source, views: ClipViews):
         self.source, self.views = source, views
+        self._plans: dict[int, tuple[list[int], Timing | None]] = {}
 
     def decode(self, index: int, data: bytes | None) -> np.ndarray:
         """A clip, uint8 [T C H W]."""
-        source, sampling = self.source, self.views.sampling
-        share = np.random.default_rng(index).random()
-        with closing(source.open_video(index)) as video:  # type: ignore[attr-defined]
-            numbers = sampling.numbers(sampling.drawn_start(video.length, share))
-            if data is None or not isinstance(video, VideoFile):
+        numbers, timing = self.plan(index)
+        if data is None or timing is None:
+            with closing(self._open(index)) as video:
                 return video.read(numbers, self.views.channels).transpose(0, 3, 1, 2)
-            timing = video.timing
         wanted = [number + 0.5 for number in numbers]
         frames: list[np.ndarray] = []
         av = pyav()
@@ -47,6 +46,20 @@ class BareClips:
                     if len(frames) == len(wanted):
                         break
         return np.stack(frames).transpose(0, 3, 1, 2)
+
+    def plan(self, index: int) -> tuple[list[int], Timing | None]:
+        """(numbers of the clip's frames, timing of the file), found once, as they are no decoding;
+        no timing of what is not a video file."""
+        if index not in self._plans:
+            sampling, share = self.views.sampling, np.random.default_rng(index).random()
+            with closing(self._open(index)) as video:
+                numbers = sampling.numbers(sampling.drawn_start(video.length, share))
+                timing = video.timing if isinstance(video, VideoFile) else None
+            self._plans[index] = numbers, timing
+        return self._plans[index]
+
+    def _open(self, index: int) -> Video:
+        return self.source.open_video(index)  # type: ignore[attr-defined]
 
     def resize(self, part: np.ndarray) -> None:
         """Resize [T C H W] to the size of views."""

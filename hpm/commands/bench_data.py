@@ -39,6 +39,7 @@ from hpm.data.transforms import decode, least_size, random_crop
 from hpm.data.video.clips import ClipViews
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.video.sources import holds_videos
+from hpm.data.video.torchcodec import decoding_device
 
 GOAL = 0.9  # share of the bare libraries' speed that a worker should reach
 BARE_IMAGES = 100  # on which the bare libraries are timed
@@ -135,6 +136,8 @@ class _Bare:
     def _readable(self, index: int) -> bool:
         try:
             self.views(self.source, (0, index))
+            if self.clips:
+                self.clips.plan(index)
         except (UnreadableImage, OSError):
             return False
         return True
@@ -234,7 +237,7 @@ def _report(
 
 def _decoder(source: Source) -> str:
     if holds_videos(source):
-        return "videos by PyAV"
+        return "videos by PyAV" if decoding_device() is None else "videos by TorchCodec"
     return "JPEG by simplejpeg" if simplejpeg else "JPEG by Pillow"
 
 

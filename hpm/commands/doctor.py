@@ -129,8 +129,22 @@ def _decoders() -> Iterator[Finding]:
         f"simplejpeg {version('simplejpeg')}" if fast else "Pillow",
         "" if fast else "faster: pip install simplejpeg",
     )
+    if find_spec("av"):
+        yield _video()
     if find_spec("torchvision"):
         yield _torchvision()
+
+
+def _video() -> Finding:
+    """What decodes videos in the main process."""
+    from hpm.data.video.torchcodec import decoding_device
+
+    try:
+        device = decoding_device()
+    except UserError as error:
+        return Finding("video decoder", "missing", str(error))
+    found = f"PyAV {version('av')}" if device is None else f"TorchCodec on {device}"
+    return Finding("video decoder", "ok", found)
 
 
 def _torchvision() -> Finding:

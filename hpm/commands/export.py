@@ -85,9 +85,9 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
         source = ExportSource(trained, backbone, None, config.crop_share, model)
         return _export(config, source, written, report)
     raise UserError(
-        f"{config.run} is a fine-tuned model: of these, segmenters are exported to onnx, and "
-        "classifiers of clips to hf (hpm.load_model loads any of them; docs/exporting.md says what "
-        "stops detectors)"
+        f"{config.run} is a fine-tuned model: of these, segmenters are exported to onnx, "
+        "classifiers to onnx and safetensors, those of clips also to hf (hpm.load_model loads any "
+        "of them; docs/exporting.md says what stops detectors)"
     )
 
 

@@ -17,10 +17,10 @@ class ExportConfig:
 
     run: str
     """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME; or the
-    file of a segmenter (to onnx) or of a classifier of clips (to hf) that hpm eval trained."""
+    file of a segmenter (to onnx) or of a classifier (to onnx or safetensors, of clips also to hf)
+    that hpm eval trained."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
-    """Library or format; hf is Hugging Face transformers, safetensors is hpm's own backbone
-    file."""
+    """Library or format; hf is Hugging Face transformers, safetensors is hpm's own file."""
     out: str
     """File to write, or folder for hf. Existing files are not overwritten."""
     teacher: bool = False
@@ -303,17 +303,25 @@ class CompletionConfig:
 
 @dataclass
 class PredictConfig:
-    """Write the predictions of a fine-tuned model for a folder of images: masks as PNG, or
-    objects as COCO's JSON."""
+    """Write the predictions of a fine-tuned model for a folder of images or videos: masks as PNG,
+    objects as COCO's JSON, or classes as CSV."""
 
     model: str
     """Fine-tuned model: its file, or a folder that holds one, such as a run folder."""
     images: str
-    """Folder of images, searched recursively, or one image."""
+    """Folder of images, searched recursively, or one image; of a classifier of clips, of videos."""
     out: str
     """Folder to write: of a segmenter, PNG masks with a palette, named as the images, and
-    classes.txt; of a detector, results.json (or the .json file to write). Existing files are not
-    overwritten."""
+    classes.txt; of a detector, results.json (or the .json file to write); of a classifier,
+    predictions.csv (or the .csv file). Existing files are not overwritten."""
+    segments: int = option(1, at_least=1)
+    """Clips per video, evenly spaced in time, whose probabilities a classifier averages."""
+    crops: int = option(1, at_least=1)
+    """Crops per clip, evenly spaced along the longer side, whose probabilities are averaged."""
+    frame_stride: int | None = option(None, at_least=1)
+    """Frames of the video from one frame of a clip to the next (default: as in fine-tuning)."""
+    crop_share: float = option(1.0, above=0, at_most=1)
+    """Of a classifier: fraction of the shorter side that the centre crop keeps (see eval)."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1)
     """Stop if more than this fraction of the images cannot be read."""
     workers: int | None = option(None, at_least=0)

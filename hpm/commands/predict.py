@@ -1,4 +1,4 @@
-"""`hpm predict`: write the predictions of a fine-tuned model for a folder of images."""
+"""`hpm predict`: write the predictions of a fine-tuned model for a folder of images or videos."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from hpm.commands.options import PredictConfig
+from hpm.commands.predict_classes import write_classes
 from hpm.commands.predict_objects import results_file, write_objects
 from hpm.core import distributed
 from hpm.core.errors import UserError
@@ -25,6 +26,8 @@ from hpm.data.loader import num_workers
 from hpm.data.palette import class_colours
 from hpm.data.sources import FileSource, Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sources import VideoFiles, video_folder
+from hpm.weights.classification import ClassificationModel
 from hpm.weights.detection import DetectionModel
 from hpm.weights.finetuned import load_model
 from hpm.weights.segmentation import SegmentationModel
@@ -35,16 +38,18 @@ Report = Callable[[str], None]
 def predict(
     model: AnyPath, images: AnyPath, out: AnyPath, report: Report = print, **options: Any
 ) -> Path:
-    """Write the predictions of a fine-tuned model for images.
+    """Write the predictions of a fine-tuned model for images, or for videos.
 
     A segmenter writes masks: PNG with a palette, each named as its image, at its size, and
     `classes.txt`. A detector writes one file in COCO's JSON (see
-    `hpm.commands.predict_objects.write_objects`).
+    `hpm.commands.predict_objects.write_objects`), a classifier one of CSV (see
+    `hpm.commands.predict_classes.write_classes`).
 
     Args:
         model: what `hpm.load_model` takes.
-        images: a folder of images, or one image file.
-        out: the folder, which is made; of a detector, a .json file or the folder of `results.json`.
+        images: a folder of images, or one image file; for a classifier of clips, of videos.
+        out: the folder, which is made; of a detector, a .json file or the folder of `results.json`;
+            of a classifier, a .csv file or the folder of `predictions.csv`.
         options: those of `PredictConfig`.
 
     Returns the folder or file. Raises UserError where the model or the images are of no use.
@@ -57,14 +62,10 @@ def run_predict(config: PredictConfig, report: Report = print) -> Path:
     """Predict as configured."""
     with random_state_kept():
         model = load_model(config.model).to(distributed.pick_device(config.device))
-        write = WRITERS.get(type(model))
-        if write is None:
-            raise UserError(
-                f"{config.model} is a classifier: predictions of segmenters and detectors are "
-                "written; in Python, hpm.load_model loads any of them"
-            )
         out = Path(config.out).expanduser()
-        return write(model, open_images(config.images), out, config, report)
+        clips = isinstance(model, ClassificationModel) and model.sampling() is not None
+        source = open_videos(config.images) if clips else open_images(config.images)
+        return WRITERS[type(model)](model, source, out, config, report)
 
 
 def open_images(images: str) -> FileSource:
@@ -78,6 +79,16 @@ def open_images(images: str) -> FileSource:
     if not found:
         raise UserError(f"{images}: no images in this folder")
     return FileSource(images, [root / file for file in found], root=root)
+
+
+def open_videos(videos: str) -> VideoFiles:
+    """All videos below a folder, or a single video."""
+    root = Path(videos).expanduser()
+    if root.is_file():
+        return VideoFiles(videos, [root], root=root.parent)
+    if not root.is_dir():
+        raise UserError(f"{videos}: no such file or folder")
+    return video_folder(root, clips=True)
 
 
 def write_masks(
@@ -143,4 +154,5 @@ def _mask_files(source: FileSource, out: Path) -> list[Path]:
 WRITERS: dict[type, Callable[..., Path]] = {
     SegmentationModel: write_masks,
     DetectionModel: write_results,
+    ClassificationModel: write_classes,
 }

@@ -311,7 +311,7 @@ ABOUT = {
     "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
     "show": "draw what a model makes of images: losses, mask, attention",
     "view": "try a model on images in the browser",
-    "predict": "write the predictions of a fine-tuned model for a folder of images",
+    "predict": "write the predictions of a fine-tuned model for a folder of images or videos",
     "embed": "write the features of images into a file, one row per image",
     "similar": "list similar images and near-duplicates by their features",
     "export": "export the backbone to timm, Hugging Face, torchvision or ONNX",

@@ -94,10 +94,10 @@ class MaskOptions:
     mask: str = "easy_to_hard"
     """Masking strategy. Mined by the teacher's predicted loss: easy_to_hard and hard_to_easy (the
     share of mined patches rises or falls during training), moderate (fixed share), hardest,
-    easiest. Mined by the teacher's attention: attention. Drawn at random: random, block (one
-    square), multi_block (several rectangles), uniform (one visible patch in each 2x2 cell), and
-    filtered noise from coarse to fine: red_noise, green_noise, purple_noise, blue_noise. A mask of
-    your own: MODULE:FUNCTION, or the name of an entry point in the group hpm.masks."""
+    easiest. Mined by the teacher's attention: attention. Drawn at random: random, tube (of clips,
+    places at all times), block (one square), multi_block (several rectangles), uniform (one visible
+    patch in each 2x2 cell), and filtered noise from coarse to fine: red_noise, green_noise,
+    purple_noise, blue_noise. Your own: MODULE:FUNCTION, or an entry point of hpm.masks."""
     mask_ratio: float = option(0.75, above=0, below=1, main=True)
     """Fraction of the patches to hide."""
     secondary_mask_ratio: float | None = option(None, at_least=0, below=1)

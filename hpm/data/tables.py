@@ -20,7 +20,8 @@ from hpm.data.lists import natural
 from hpm.data.opening import open_image
 from hpm.data.split_names import train_and_test
 from hpm.data.video.clip import Video, middle_frame
-from hpm.data.video.decoding import open_video, pyav
+from hpm.data.video.decoding import pyav
+from hpm.data.video.opening import open_video
 
 
 class TableSource:

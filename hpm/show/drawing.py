@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpm.core.files import write_atomically
-from hpm.show.figures import TITLES, Picture, pixels
+from hpm.show.figures import Picture, panel_title, pixels
 from hpm.show.options import Panel
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def drawing(shown: Picture, title: str = "", across: float = 1.7) -> Drawing:
             axis.imshow(panel, extent=(0, width, height, 0), interpolation="nearest")
             axis.set_axis_off()
             if row == 0:
-                axis.set_title(TITLES[name], fontsize=10)
+                axis.set_title(panel_title(name, shown.of_clips), fontsize=10)
     if shown.scale is not None:
         losses = [panels.index(name) for name in LOSSES if name in panels]
         # Below the maps that it belongs to, and as wide.

@@ -7,7 +7,7 @@ features, attention of the class token.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -39,6 +39,7 @@ TITLES: dict[Panel, str] = {
     "pca": "features (PCA)",
     "attention": "attention",
 }
+CLIP = "clip"  # the title of the panel `image` of a clip
 MASKED: tuple[Panel, ...] = ("actual", "predicted", "mask", "reconstruction")  # need the decoders
 TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # drawn during training
 BATCH_SIZE = 16
@@ -71,6 +72,11 @@ class Picture:
     reconstruction: Tensor | None = None  # shaped like images; hidden patches are predicted
     pca: Float[Tensor, "batch patches 3"] | None = None  # 0 to 1
     attention: Float[Tensor, "batch heads patches"] | None = None
+    laid: bool = field(default=False, init=False)  # of clips, frames side by side (see `strips`)
+
+    @property
+    def of_clips(self) -> bool:
+        return self.laid or self.images.ndim == 5
 
     @cached_property
     def scale(self) -> Scale | None:
@@ -93,6 +99,11 @@ class Picture:
     def panels(self) -> list[Panel]:
         """The available panels, in the order of PANELS."""
         return [name for name in PANELS if name == "image" or getattr(self, name) is not None]
+
+
+def panel_title(panel: Panel, clips: bool) -> str:
+    """The caption of a panel of an image or a clip."""
+    return CLIP if clips and panel == "image" else TITLES[panel]
 
 
 def unavailable_panels(trained: Trained) -> dict[Panel, str]:

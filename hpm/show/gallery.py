@@ -14,7 +14,7 @@ import numpy as np
 
 from hpm.core.files import write_text
 from hpm.show.drawing import LOSSES
-from hpm.show.figures import TITLES, Picture, head_pixels, pixels
+from hpm.show.figures import CLIP, TITLES, Picture, head_pixels, panel_title, pixels
 from hpm.show.options import Panel
 from hpm.show.page import asset, by_device, image_uri, page
 from hpm.show.scale import bar, bar_style
@@ -68,9 +68,11 @@ def write_gallery(
 
     names: of the images. about: lines that describe the settings.
     """
-    panels = "".join(f"<dt>{TITLES[n]}</dt><dd>{MEANING[n]}</dd>" for n in shown.panels)
+    clips = shown.of_clips
+    hint, overlay, enlarged = (worded(text, clips) for text in (HINT, OVERLAY, ENLARGED))
     lines = "".join(f"<p>{escape(line)}</p>" for line in about)
-    legend = f"<details><summary>What the panels show</summary><dl>{panels}</dl></details>"
+    meanings = legend(shown.panels, clips)
+    explained = f"<details><summary>What the panels show</summary><dl>{meanings}</dl></details>"
     laid = all_frames(shown)
     short = as_strips(shown) if laid is not shown else None
     frames = count_frames(shown)
@@ -78,11 +80,22 @@ def write_gallery(
     strips = "".join(
         _section(laid, row, name, frames, short, which) for row, name in enumerate(names)
     )
-    overlay = OVERLAY if any(panel in OVERLAID for panel in shown.panels) else ""
-    body = f"<h1>{escape(title)}</h1>{lines}{legend}{HINT}{overlay}{strips}{ENLARGED}"
+    overlay *= any(panel in OVERLAID for panel in shown.panels)
+    body = f"<h1>{escape(title)}</h1>{lines}{explained}{hint}{overlay}{strips}{enlarged}"
     script = f"\n{asset('gallery.js')}\n"
     style = f"{asset('strip.css')}\n{asset('gallery.css')}\n{bar_style()}"
     write_text(path, page(title, body, script, style))
+
+
+def worded(text: str, clips: bool) -> str:
+    """Our own words about images, for clips where these are shown."""
+    return text.replace("image", CLIP) if clips else text
+
+
+def legend(panels: Sequence[Panel], clips: bool) -> str:
+    """What the panels of images, or of clips, mean."""
+    found = "".join(f"<dt>{TITLES[n]}</dt><dd>{MEANING[n]}</dd>" for n in panels)
+    return worded(found, clips)
 
 
 def _section(
@@ -92,7 +105,13 @@ def _section(
     by side (`short`; `which` in words)."""
     found = pixels(shown, row)
     figures = "".join(
-        figure(cut(panel, frames), TITLES[kind], name, _bar(shown, kind), kind in OVERLAID)
+        figure(
+            cut(panel, frames),
+            panel_title(kind, shown.of_clips),
+            name,
+            _bar(shown, kind),
+            kind in OVERLAID,
+        )
         for kind, panel in found.items()
     )
     heads = "".join(
@@ -104,7 +123,7 @@ def _section(
     still = ""
     if short is not None:
         still = "".join(
-            figure(panel, TITLES[kind], f"{name}, some frames", frames=FRAMES)
+            figure(panel, panel_title(kind, clips=True), f"{name}, some frames", frames=FRAMES)
             for kind, panel in pixels(short, row).items()
         )
         still = (

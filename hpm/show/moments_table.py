@@ -42,7 +42,7 @@ def panels_table(
     runs: the number of the run that a column is of, for a script to find its cells.
     gaps: how many columns are left out after each, by its place; 0 where none are.
     """
-    moments, gaps = list(columns.values()), gaps or {}
+    moments, gaps, kind = list(columns.values()), gaps or {}, row_name.split()[-1]
     views = [name for name in VIEWS if any(getattr(m, name) is not None for m in moments)]
     largest = max(moments, key=lambda moment: moment.images.shape[:2])
     marks = [""] * len(moments) if runs is None else [f' data-run="{run}"' for run in runs]
@@ -54,7 +54,8 @@ def panels_table(
         heads += f'<th scope="col"{mark}>{shown}</th>{_gap(gaps.get(place), "th")}'
     for row in range(len(largest.images)):
         cells = "".join(
-            f"<td{mark}>{_cell(moment, scale, views, row, title)}</td>{_gap(gaps.get(place), 'td')}"
+            f"<td{mark}>{_cell(moment, scale, views, row, f'{kind} {row + 1}, {title}')}</td>"
+            f"{_gap(gaps.get(place), 'td')}"
             for place, ((title, moment), scale, mark) in enumerate(
                 zip(columns.items(), scales, marks, strict=True)
             )
@@ -70,13 +71,13 @@ def panels_table(
         f"<style>{_style(views, largest.images)}</style>"
         f'<div class="moments{smooth}{film}" '
         f'style="--columns:{len(moments) + 1};--wide:{wide:.2f}">'
-        f"{_switch(views, moments)}"
-        f'<div class="scroll"><table><thead><tr><th scope="col">image</th>{heads}</tr></thead>'
+        f"{_switch(views, moments, kind)}"
+        f'<div class="scroll"><table><thead><tr><th scope="col">{kind}</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"
     )
 
 
-def _switch(views: list[str], moments: list[Moment]) -> str:
+def _switch(views: list[str], moments: list[Moment], kind: str) -> str:
     """Buttons that choose the panel, and one that lays the losses over the image."""
     first = next((n for n in views if all(getattr(m, n) is not None for m in moments)), views[0])
     buttons = "".join(
@@ -84,7 +85,7 @@ def _switch(views: list[str], moments: list[Moment]) -> str:
         f'<label for="view-{name}">{VIEWS[name]}</label>'
         for name in views
     )
-    overlay = '<input type="checkbox" id="overlay"><label for="overlay">over the image</label>'
+    overlay = f'<input type="checkbox" id="overlay"><label for="overlay">over the {kind}</label>'
     return buttons + overlay
 
 
@@ -116,11 +117,11 @@ def _gap(count: int | None, tag: str) -> str:
     return f'<{tag} class="gap"{title}>{f"⋯ {count}" if tag == "th" else ""}</{tag}>'
 
 
-def _cell(moment: Moment, scale: Scale | None, views: list[str], row: int, column: str) -> str:
+def _cell(moment: Moment, scale: Scale | None, views: list[str], row: int, of: str) -> str:
     """All panels of one image at one moment, on top of the image; the page shows one of them."""
     if row >= len(moment.images):
         return ""
-    about = escape(f"of image {row + 1}, {column}")
+    about = escape(f"of {of}")
     shown = []
     for name in views:
         values = getattr(moment, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.drawing import LOSSES
-from hpm.show.figures import TITLES
+from hpm.show.figures import panel_title
 from hpm.show.gallery import figure, strip
 from hpm.show.judgement import references
 from hpm.show.moments import Animations, Moment
@@ -126,15 +126,16 @@ def moments_section(
 
     measured: the steps of all moments, of which some may be left out.
     """
+    kind = "clip" if options.get("frames", 1) > 1 else "image"
     if not moments:
-        reason = "no images are held out" if options.get("holdout") == 0 else "none were kept"
+        reason = f"no {kind}s are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
     about = (
-        "Each row is a held-out image, each column a training step. Bright patches are hard, "
+        f"Each row is a held-out {kind}, each column a training step. Bright patches are hard, "
         f"hidden patches grey. {ABOUT_ACTUAL}"
     )
     if any(moment.predicted is not None for moment in moments):
-        about += f" The teacher predicts losses from the whole image. {ABOUT_SCALE}"
+        about += f" The teacher predicts losses from the whole {kind}. {ABOUT_SCALE}"
     if options.get("frames", 1) > 1:
         times = options["frames"] // options["patch_size"][0]
         about += f" Shown of each clip: {frames_text(options['frames'], times)}."
@@ -145,7 +146,7 @@ def moments_section(
             f" {len(moments)} of {len(moments) + sum(gaps.values())} measurements are shown; "
             "figures/ has all."
         )
-    return f"<p>{about}</p>{panels_table(columns, 'held-out image', gaps=gaps)}"
+    return f"<p>{about}</p>{panels_table(columns, f'held-out {kind}', gaps=gaps)}"
 
 
 def _gaps(shown: list[int], measured: Sequence[int]) -> dict[int, int]:
@@ -166,7 +167,12 @@ def animations_section(shown: Animations | None) -> str:
     for number, panels in enumerate(shown.clips, 1):
         known = [name for name in PANELS if name in panels]
         figures = "".join(
-            figure(panels[name], TITLES[name], f"held-out clip {number}", below * (name in LOSSES))
+            figure(
+                panels[name],
+                panel_title(name, clips=True),
+                f"held-out clip {number}",
+                below * (name in LOSSES),
+            )
             for name in known
         )
         rows.append(f'<div class="clip">{strip(figures, len(known))}</div>')

@@ -67,6 +67,7 @@ def _lay(shown: Picture, numbers: Tensor) -> Picture:
         return cut.movedim(axis, axis + 1).flatten(axis, axis + 2)
 
     strip = replace(shown, images=of_pixels(shown.images), grid=(rows, len(chosen) * columns))
+    strip.laid = True
     if shown.reconstruction is not None:
         strip.reconstruction = of_pixels(shown.reconstruction)
     for name, axis in (("actual", 1), ("predicted", 1), ("mask", 1), ("pca", 1), ("attention", 2)):

@@ -30,14 +30,15 @@ from hpm.data.opening import open_image
 from hpm.data.sources import Subset, open_source
 from hpm.data.transforms import evaluation_view
 from hpm.data.video.clips import ClipEvaluationViews
-from hpm.data.video.decoding import VideoFile, open_video
+from hpm.data.video.decoding import VideoFile
+from hpm.data.video.opening import open_video
 from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
 from hpm.show.drawing import LOSSES
 from hpm.show.figures import (
     MASKED,
-    TITLES,
     as_rgb,
     head_pixels,
+    panel_title,
     picture,
     pixels,
     unavailable_panels,
@@ -142,7 +143,7 @@ class Viewer:
             "panels": [
                 {
                     "name": name,
-                    "title": TITLES[name],
+                    "title": panel_title(name, frames is not None),
                     "scale": [f"{end:.2g}" for end in shown.scale]
                     if name in LOSSES and shown.scale is not None
                     else [],

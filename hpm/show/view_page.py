@@ -5,8 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from hpm.show.figures import TITLES
-from hpm.show.gallery import MEANING
+from hpm.show.gallery import legend
 from hpm.show.page import asset, by_device, data_block, page
 from hpm.show.scale import bar_style
 
@@ -18,7 +17,7 @@ def view_page(about: dict[str, Any]) -> str:
         lines.append("These weights show features only.")
     if about["not_shown"]:
         lines.append(f"{about['not_shown'][:1].upper()}{about['not_shown'][1:]}.")
-    legend = "".join(f"<dt>{TITLES[name]}</dt><dd>{MEANING[name]}</dd>" for name in about["panels"])
+    meanings = legend(about["panels"], clips=about["kind"] == "video")
     article = {"image": "an image", "video": "a video"}[about["kind"]]
     pick = by_device(f"Drop {article} here, or click to pick one.", f"Touch to pick {article}.")
     body = f"""<h1>{escape(about["title"])}</h1>
@@ -34,7 +33,7 @@ def view_page(about: dict[str, Any]) -> str:
 <div class="strip" id="panels" aria-busy="false"></div>
 <details id="attention" hidden><summary>attention, head by head</summary>
 <div class="strip heads" id="heads"></div></details>
-<details><summary>What the panels show</summary><dl>{legend}</dl>
+<details><summary>What the panels show</summary><dl>{meanings}</dl>
 <p class="faint">Actual loss: the mean over {about["num_masks"]} random masks. Colours of the
 features: of this {about["kind"]} alone, so that two cannot be compared by them.</p></details>
 {data_block("about", about)}"""

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from hpm.core.files import StateDict
+from hpm.core.files import StateDict, write_tensors
 from hpm.data.loader import normalize
+from hpm.data.video.sampling import ClipSampling
 from hpm.models.architecture import Architecture
 from hpm.models.build import build_classifier
 from hpm.models.classifier import Classifier
@@ -29,6 +30,7 @@ class ClassificationModel(nn.Module):
         architecture: of the encoder.
         classes: names of the K classes.
         mean, std: of each channel, on a scale of 0 to 1.
+        frame_stride: of the clips that it was trained on, if known.
     """
 
     mean: Tensor
@@ -41,9 +43,11 @@ class ClassificationModel(nn.Module):
         classes: list[str],
         mean: list[float],
         std: list[float],
+        frame_stride: int | None = None,
     ):
         super().__init__()
         self.classifier = classifier
+        self.frame_stride = frame_stride
         self.architecture, self.classes = architecture, list(classes)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -59,6 +63,14 @@ class ClassificationModel(nn.Module):
         """Normalise pixels, see `Backbone.normalize`."""
         return normalize(pixels.to(self.mean.device), self.mean, self.std, full_scale)
 
+    def sampling(self, frame_stride: int | None = None) -> ClipSampling | None:
+        """Which frames of a video it takes, by default those of its training; None for images."""
+        size = self.architecture.image_size
+        if len(size) == 2:
+            return None
+        stride = self.frame_stride if frame_stride is None else frame_stride
+        return ClipSampling(size[0]) if stride is None else ClipSampling(size[0], stride)
+
     @classmethod
     def from_file(
         cls, path: Path, tensors: StateDict, about: dict[str, Any]
@@ -68,4 +80,26 @@ class ClassificationModel(nn.Module):
         classes: list[str] = about["classes"]
         classifier = build_classifier(architecture, None, len(classes), about["pool"])
         load_exactly(classifier, tensors, path)
-        return cls(classifier, architecture, classes, about["mean"], about["std"]).eval()
+        return cls(
+            classifier,
+            architecture,
+            classes,
+            about["mean"],
+            about["std"],
+            about.get("frame_stride"),
+        ).eval()
+
+
+def write_classifier(model: ClassificationModel, path: Path) -> None:
+    """Write the file that `ClassificationModel.from_file` reads."""
+    about: dict[str, Any] = {
+        "kind": KIND,
+        "architecture": model.architecture.to_json(),
+        "pool": model.classifier.pool,
+        "classes": model.classes,
+        "mean": model.mean.tolist(),
+        "std": model.std.tolist(),
+    }
+    if model.frame_stride is not None:
+        about["frame_stride"] = model.frame_stride
+    write_tensors(path, model.classifier.state_dict(), about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpm.weights.classifier_formats import OnnxClassifier, OwnClassifier
 from hpm.weights.contents import ReadableFormat
 from hpm.weights.export_format import WritableFormat
 from hpm.weights.hugging_face import HuggingFaceMae, HuggingFaceViT
@@ -36,4 +37,8 @@ WRITABLE_WITH_DECODER: dict[str, WritableFormat] = {"hf": HuggingFaceMae()}
 # In their place for clips, and for fine-tuned classifiers.
 WRITABLE_OF_CLIPS: dict[str, WritableFormat] = {"hf": VideoMae()}
 WRITABLE_OF_CLIPS_WITH_DECODER: dict[str, WritableFormat] = {"hf": VideoMaeForPreTraining()}
-WRITABLE_CLASSIFIERS: dict[str, WritableFormat] = {"hf": VideoMaeForClassification()}
+WRITABLE_CLASSIFIERS: dict[str, WritableFormat] = {
+    "hf": VideoMaeForClassification(),
+    "onnx": OnnxClassifier(),
+    "safetensors": OwnClassifier(),
+}

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from hpm.weights.backbone import Backbone
 from hpm.weights.export_format import ExportSource, Outputs, WritableFormat
 
 JOB = "export to onnx"
+Model = TypeVar("Model", bound=nn.Module)
 ONNX_LIMIT = 2 * 10**9  # bytes; the limit of protocol buffers
 
 
@@ -36,7 +37,7 @@ class Onnx(WritableFormat):
     def write(self, source: ExportSource, path: Path) -> None:
         # Two images, because the exporter treats a batch of one as fixed.
         images = torch.zeros(2, source.encoder.channels, *source.encoder.image_size)
-        model = _FromPixels(_expressible(source.backbone))
+        model = _FromPixels(expressible(source.backbone))
         write_onnx(model, images, path, ["pooled", "patches"])
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
@@ -109,14 +110,14 @@ class _FromPixels(nn.Module):
         return self.backbone(self.backbone.normalize(images, full_scale=1))
 
 
-def _expressible(backbone: Backbone) -> Backbone:
-    """A backbone with attention that ONNX has: Hiera's, within and among units at once, is not a
-    thing that the exporter knows in one piece."""
-    if not isinstance(backbone.encoder, HieraEncoder):
-        return backbone
-    backbone = copy.deepcopy(backbone)
-    modules: Iterator[Any] = backbone.modules()
+def expressible(model: Model) -> Model:
+    """A model whose attention ONNX has: Hiera's, within and among units at once, is not a thing
+    that the exporter knows in one piece."""
+    if not any(isinstance(module, HieraEncoder) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    return backbone
+    return model

@@ -25,7 +25,7 @@ class VideoMaeForClassification(VideoMae):
 
     def unsupported(self, source: ExportSource) -> str | None:
         if not source.of_clips:
-            return "classifiers of images are not exported, those of clips are"
+            return "this classifier is of images, VideoMAE of clips: pass --to onnx or safetensors"
         return super().unsupported(source)
 
     def tensors(self, source: ExportSource) -> StateDict:

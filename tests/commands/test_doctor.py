@@ -31,6 +31,13 @@ def test_every_extra_is_described():
     assert "timm" in wanted["dense"] and not any("hpm" in name for name in wanted["dense"])
 
 
+def test_which_decoder_of_videos(monkeypatch):
+    assert found("video decoder").found.startswith("PyAV ")
+    monkeypatch.setenv("HPM_VIDEO_DECODER", "opencv")
+    refused = found("video decoder")
+    assert refused.state == "missing" and "write auto, pyav, torchcodec" in refused.found
+
+
 def test_a_missing_extra_names_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: name != "timm")
     extra = found("extra finetune")

@@ -13,8 +13,9 @@ from videos import number_of, numbered, write_video
 from hpm.data.arrays import UnreadableImage
 from hpm.data.video import decoding
 from hpm.data.video.clip import read_clip
-from hpm.data.video.decoding import open_video
+from hpm.data.video.decoding import VideoFile
 from hpm.data.video.frames import FrameFolder
+from hpm.data.video.opening import open_video
 from hpm.data.video.sampling import ClipSampling
 
 
@@ -55,6 +56,38 @@ def test_variable_rates_are_read_by_time(tmp_path):
     expected = [max(i for i, time in enumerate(times) if time <= 40 * (n + 0.5)) for n in numbers]
     assert shown(open_video(file), numbers) == expected
     assert shown(open_video(file), [40, 44]) == [23, 23]
+
+
+def test_frames_that_are_not_shown_are_left_out(tmp_path, monkeypatch):
+    """Of B-frames on which no other frame depends; those that are shown are the same."""
+    regular = str(write_video(tmp_path / "a.mp4", frames=60, gop=30, b_frames=3))
+    times = [20 * i + 9 * (i % 3) for i in range(60)]
+    variable = str(
+        write_video(tmp_path / "v.mkv", frames=60, rate=50, times=times, gop=30, b_frames=3)
+    )
+    decoded = []
+
+    def count(frames):
+        for frame in frames:
+            decoded[-1] += 1
+            yield frame
+
+    original = VideoFile._decoded
+    monkeypatch.setattr(VideoFile, "_decoded", lambda *arguments: count(original(*arguments)))
+    found = {}
+    for codecs in (decoding.SKIPPING, ()):
+        monkeypatch.setattr(decoding, "SKIPPING", codecs)
+        decoded.append(0)
+        for file in (regular, variable):
+            for stride in (1, 4):
+                for start in range(0, 60, 6):
+                    numbers = range(start, start + 8 * stride, stride)
+                    found.setdefault((file, stride, start), []).append(
+                        shown(open_video(file), numbers)
+                    )
+    assert all(one == other for one, other in found.values())
+    assert found[regular, 4, 6][0] == list(range(6, 38, 4))
+    assert decoded[0] < 0.9 * decoded[1]
 
 
 def test_a_missing_duration_is_counted(tmp_path):
@@ -139,12 +172,11 @@ def test_sound_that_is_longer_than_the_video(tmp_path):
 
 def test_a_long_video_is_not_decoded_from_its_start(tmp_path, monkeypatch):
     file = str(write_video(tmp_path / "long.mp4", frames=250, gop=10))
-    from hpm.data.video.decoding import VideoFile
 
     decoded = []
 
-    def counting(video, decode=VideoFile._decoded):
-        for frame in decode(video):
+    def counting(video, *arguments, decode=VideoFile._decoded):
+        for frame in decode(video, *arguments):
             decoded.append(frame.pts)
             yield frame
 

@@ -81,7 +81,10 @@ def test_pages_and_figures(clip_run, tmp_path):
         assert result.returncode == 0, result.stderr
     width, height = Image.open(tmp_path / "a.png").size
     assert width > 4 * height  # two strips beneath each other, seven panels side by side
-    found = [animation(uri) for uri in URI.findall((tmp_path / "a.html").read_text())]
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<figcaption>clip<") == 2 * 2  # as an animation and as a strip
+    assert "<figcaption>image<" not in page and "from clip to clip" in page
+    found = [animation(uri) for uri in URI.findall(page)]
     panels = 7 + 3  # each head's attention as well
     assert len(found) == 2 * panels
     assert found[0].shape == (FRAMES, 16, 16, 3) and found[1].shape == (FRAMES, 4, 4, 3)
@@ -105,11 +108,13 @@ def test_the_viewer(clip_run, tmp_path):
     trained.model.eval()
     viewer = Viewer(trained, *_examples(None, trained), 2)
     page = viewer.page()
+    assert "<dt>clip</dt>" in page and "from the whole clip" in page
     assert "clips of 4 x 16 x 16 pixels" in page and "Drop a video here" in page
     answers = [viewer.answer({"example": "1"}, b"")]
     answers.append(viewer.answer({}, write_video(tmp_path / "a.mp4").read_bytes()))
     for answer in answers:
         assert "error" not in answer, answer
+        assert answer["panels"][0]["title"] == "clip"
         for panel in answer["panels"]:
             (uri,) = URI.findall(panel["src"])
             assert len(animation(uri)) == FRAMES
@@ -119,6 +124,8 @@ def test_the_viewer(clip_run, tmp_path):
 
 def test_the_report(clip_run, shown, tmp_path):
     text = (clip_run.folder / "report.html").read_text()
+    assert "Each row is a held-out clip" in text and '<th scope="col">clip</th>' in text
+    assert "<figcaption>clip<" in text and "<figcaption>image<" not in text
     assert "Held-out clips at step 2" in text and "held-out clip 2" in text
     assert len(URI.findall(text)) == 2 * 5
     assert "# uint8 [B C T H W]" in text

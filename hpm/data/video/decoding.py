@@ -7,6 +7,7 @@ Where a header cannot be true, packets are counted instead, without decoding the
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hpm.core.errors import UserError, one_line
+from hpm.core.errors import one_line
 from hpm.core.extras import need
 from hpm.data.arrays import UnreadableImage
 from hpm.data.jpeg import reduction
@@ -26,20 +27,15 @@ from hpm.data.video.clip import EndsEarly
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,asf,flv,ogg,m4v"
 RATES = (0.1, 240.0)  # frames per second that a header is believed
 LARGEST_CLIP = 1 << 30  # pixels of its frames, which are in memory together: 1.5 bytes each or more
+# Codecs whose decoders can leave out frames that no others depend on, by PyAV's `skip_frame`.
+SKIPPING = ("h264", "hevc")
+MOST_PACKETS = 4096  # that are held in memory to find out what to leave out
 TURNS = {0: 0, 90: 1, 180: 2, -180: 2, -90: 3, 270: 3, -270: 1}  # degrees, counterclockwise
 
 
 def pyav() -> ModuleType:
     """Raises UserError if PyAV is not installed."""
     return need("av", "video", "decoding videos")
-
-
-def open_video(file: str | io.BytesIO) -> VideoFile:
-    """Open a video file or its bytes. Raises UnreadableImage."""
-    try:
-        return VideoFile(file, pyav())
-    except UserError as error:
-        raise UnreadableImage(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class VideoFile:
         None if decoding started behind the first of them."""
         shown: list[Any] = []
         last, position = None, 0.0
-        for counted, frame in enumerate(self._decoded()):
+        for counted, frame in enumerate(self._decoded(numbers, timing)):
             self._check_size(frame.width, frame.height, len(set(numbers)))
             if timing.stamped and frame.pts is not None:
                 position = (frame.pts - timing.start) / timing.period
@@ -139,12 +135,45 @@ class VideoFile:
             shown += [last] * (len(numbers) - len(shown))
         return shown
 
-    def _decoded(self) -> Iterator[Any]:
-        """Frames from the current position; ends where the file is cut off."""
-        for packet in self._packets():
+    def _decoded(self, numbers: Sequence[int], timing: Timing) -> Iterator[Any]:
+        """Frames from the current position; ends where the file is cut off. Frames that are not
+        shown in the middle of a numbered period may be missing, if no others depend on them."""
+        packets, context = self._packets(), self._stream.codec_context
+        window, shown = self._window(packets, numbers, timing)
+        for packet in window:
             if packet.is_corrupt:
-                break
+                return
+            if shown:
+                context.skip_frame = "DEFAULT" if packet.pts in shown else "NONREF"
             yield from packet.decode()
+        context.skip_frame = "DEFAULT"
+        for packet in packets:
+            if packet.is_corrupt:
+                return
+            yield from packet.decode()
+
+    def _window(
+        self, packets: Iterator[Any], numbers: Sequence[int], timing: Timing
+    ) -> tuple[list[Any], set[int]]:
+        """(the packets up to the last numbered period, the time stamps of the frames that are shown
+        and of the one after them); no stamps where they cannot be told before decoding."""
+        window: list[Any] = []
+        if not timing.stamped or self._stream.codec_context.name not in SKIPPING:
+            return window, set()
+        middles = [timing.stamp(number + 1) for number in numbers]
+        for packet in packets:
+            window.append(packet)
+            if packet.is_corrupt or not packet.size:  # cut off; the end
+                break
+            if packet.pts is None or packet.dts is None or len(window) > MOST_PACKETS:
+                return window, set()
+            if packet.dts > middles[-1]:  # all others are shown later
+                break
+        stamps = sorted(p.pts for p in window if p.pts is not None and not p.is_corrupt)
+        after = [bisect_right(stamps, middle) for middle in middles]
+        return window, {stamps[place - 1] for place in after if place} | set(
+            stamps[after[-1] : after[-1] + 1]
+        )
 
     def _pictures(self, frames: list[Any], least: tuple[int, int] | None) -> list[np.ndarray]:
         """RGB pictures of frames, of one size and upright. A frame shown for longer is converted

@@ -15,9 +15,11 @@ from hpm.data.lists import labels_of
 from hpm.data.notes import say_once
 from hpm.data.paths import Files
 from hpm.data.video.clip import Video, middle_frame
-from hpm.data.video.decoding import open_video, pyav
+from hpm.data.video.decoding import pyav
 from hpm.data.video.frames import FrameFolder, frame_number
 from hpm.data.video.lists import read_video_list
+from hpm.data.video.opening import open_video
+from hpm.data.video.torchcodec import decoding_device
 
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".gif")
 FEWEST_FRAMES = 2  # numbered images that make a folder a video
@@ -35,6 +37,7 @@ class VideoFiles(Files):
         super().__init__(*arguments, **options)
         if any(not os.path.isdir(path) for path in self.paths[:1]):
             pyav()  # a missing library is an error now, and not one of each video
+            decoding_device()
 
     def open_video(self, index: int) -> Video:
         """Raises OSError or UnreadableImage."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from hpm.core import distributed
 from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
-from hpm.core.files import write_tensors
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
 from hpm.data.loader import (
@@ -37,6 +36,7 @@ from hpm.models.classifier import Classifier
 from hpm.training.loop import StepResult, accumulated, optimizer_step
 from hpm.training.optim import learning_rate
 from hpm.training.supervised import SupervisedTraining, full_batch
+from hpm.weights.classification import ClassificationModel, write_classifier
 
 
 def check_finetune(config: Options, architecture: Architecture) -> None:
@@ -182,20 +182,15 @@ class ClassifierTraining(SupervisedTraining):
         """Write the trained classifier, unless it exists."""
         if distributed.from_main(self.trained_file.exists()):
             return
-        about = {
-            "kind": "hpm classifier",
-            "architecture": dataclasses.replace(
-                self.subject.architecture, image_size=self.size
-            ).to_json(),
-            "pool": self.options.pool,
-            "classes": self.data.classes,
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-        }
-        if self.sampling:
-            about["frame_stride"] = self.sampling.stride
-        state = self.model.state_dict()
-        distributed.main_first(lambda: write_tensors(self.trained_file, state, about))
+        trained = ClassificationModel(
+            self.model,
+            dataclasses.replace(self.subject.architecture, image_size=self.size),
+            self.data.classes,
+            self.mean.tolist(),
+            self.std.tolist(),
+            self.sampling.stride if self.sampling else None,
+        )
+        distributed.main_first(lambda: write_classifier(trained, self.trained_file))
 
     @torch.inference_mode()
     def test(self, reading: ImageReader) -> TrueClassRanks:
