@@ -25,8 +25,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from results import machine, table, write_section
@@ -36,7 +37,7 @@ MEASURES = ("memory, MB", "file handles", "threads")
 WARM_UP = 0.2  # share of the time that is left out
 BLOCKS = 12
 IMAGES, SHARDS, SIZE = 480, 4, 48
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "model": "vit_nano",
     "image_size": 32,
     "patch_size": 8,
@@ -103,14 +104,15 @@ def measure(pid: int) -> tuple[float, float, float]:
     return pss / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
 
 
-def sample(trainers: dict[str, subprocess.Popen], into: Callable[[str, str, tuple], None]) -> None:
+def sample(trainers: dict[str, subprocess.Popen]) -> Iterator[tuple[str, str, tuple]]:
+    """(training, role, measures) of each process."""
     for kind, process in trainers.items():
         if process.poll() is not None:
             raise SystemExit(f"the training of {kind} has ended: {process.returncode}")
         # Between two epochs, a worker may end while it is looked at, or there may be none.
         with contextlib.suppress(OSError, StopIteration):
             for role, pid in tree(process.pid):
-                into(kind, role, measure(pid))
+                yield kind, role, measure(pid)
 
 
 def slope(seconds: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
@@ -177,7 +179,8 @@ def main() -> None:
         start = time.monotonic()
         try:
             while (now := time.monotonic() - start) < 60 * chosen.minutes:
-                sample(trainers, lambda k, r, v, at=now: found[k, r].append((at, v)))
+                for kind, role, values in sample(trainers):
+                    found[kind, role].append((now, values))
                 time.sleep(chosen.every)
             done = steps_done(folder)
         finally:
