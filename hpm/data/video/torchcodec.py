@@ -84,6 +84,8 @@ class TorchCodecFile(VideoFile):
         self._device = device
 
     def _read(self, numbers: Sequence[int], least: tuple[int, int] | None) -> np.ndarray:
+        context = self._stream.codec_context
+        self._check_size(context.width, context.height, len(set(numbers)))
         try:
             frames = self._by_torchcodec(numbers) if self.timing.stamped else None
         except ERRORS:
