@@ -22,7 +22,8 @@ from hpm.core.version import __version__
 
 State = Literal["ok", "warning", "missing"]
 
-# What each extra of `pip install 'hpm[EXTRA]'` is for.
+DISTRIBUTION = "hpm-vision"  # another project on PyPI is called hpm
+# What each extra of `pip install 'hpm-vision[EXTRA]'` is for.
 EXTRAS = {
     "parquet": "parquet files and Hugging Face data sets",
     "multichannel": "TIFF and 16-bit colours",
@@ -167,7 +168,7 @@ def _extras() -> Iterator[Finding]:
     wanted = _requirements()
     for extra, purpose in EXTRAS.items():
         absent = [name for name in wanted.get(extra, ()) if not _installed(name)]
-        remedy = f"pip install 'hpm[{extra}]'" if absent else ""
+        remedy = f"pip install 'hpm-vision[{extra}]'" if absent else ""
         found = f"{purpose}: without {', '.join(absent)}" if absent else purpose
         yield Finding(f"extra {extra}", "missing" if absent else "ok", found, remedy)
 
@@ -175,7 +176,7 @@ def _extras() -> Iterator[Finding]:
 def _requirements() -> dict[str, list[str]]:
     """Names of the packages of each extra, extras within extras resolved."""
     try:
-        lines = requires("hpm") or []
+        lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         raise UserError("hpm is not installed: run pip install . in its folder") from None
     direct: dict[str, list[str]] = {}
@@ -185,7 +186,7 @@ def _requirements() -> dict[str, list[str]]:
 
     def resolved(extra: str) -> Iterator[str]:
         for requirement in direct.get(extra, ()):
-            inner = re.match(r"hpm\[([\w,]+)\]", requirement)
+            inner = re.match(rf"{DISTRIBUTION}\[([\w,]+)\]", requirement)
             if inner:
                 for name in inner[1].split(","):
                     yield from resolved(name)

@@ -78,7 +78,7 @@ class SimilarConfig:
     approximate: bool = False
     """Search an index (HNSW) instead of comparing with every image. It is built at the first call
     and kept beside the features; worth it for many searches among millions of images (pip install
-    'hpm[faiss]')."""
+    'hpm-vision[faiss]')."""
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""

@@ -286,8 +286,8 @@ class RecordOptions:
     log_every: int = option(10, at_least=1, may_change=True)
     """Number of steps between log entries."""
     tracker: TrackerName = option("none", may_change=True)
-    """Also log to Weights & Biases or MLflow (`pip install 'hpm[wandb]'` or `'hpm[mlflow]'`),
-    configured by their environment variables."""
+    """Also log to Weights & Biases or MLflow (`pip install 'hpm-vision[wandb]'` or
+    `'hpm-vision[mlflow]'`), configured by their environment variables."""
     eval_every: str = option("10%", duration=True, may_change=True)
     """Interval between measurements and figures on the held-out images."""
     probe: str | None = option(None, may_change=True)

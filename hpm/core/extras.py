@@ -21,4 +21,6 @@ def need(module: str, extra: str, job: str) -> ModuleType:
             import_torchvision()
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{job} needs {error.name or module}: pip install 'hpm[{extra}]'") from None
+        raise UserError(
+            f"{job} needs {error.name or module}: pip install 'hpm-vision[{extra}]'"
+        ) from None

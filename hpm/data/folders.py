@@ -48,7 +48,7 @@ OTHER_KINDS = {
     **dict.fromkeys(VIDEO_SUFFIXES, "videos"),
 }
 HINTS = {
-    "heic": "for HEIC, pip install 'hpm[heic]'",
+    "heic": "for HEIC, pip install 'hpm-vision[heic]'",
     "images": "convert images to JPEG or PNG (magick mogrify -format jpg *.jxl)",
     "raw": "convert raw photographs to JPEG or TIFF",
     "videos": "take frames from videos (ffmpeg -i clip.mp4 -vf fps=1 frame_%04d.jpg), or train "

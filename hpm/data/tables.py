@@ -171,7 +171,9 @@ def pyarrow_library() -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet and Arrow need pyarrow: pip install 'hpm[parquet]'") from None
+        raise UserError(
+            "parquet and Arrow need pyarrow: pip install 'hpm-vision[parquet]'"
+        ) from None
     return pyarrow
 
 

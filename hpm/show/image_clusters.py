@@ -35,7 +35,7 @@ def cluster(
         data: the images, if they have moved since they were embedded.
 
     Raises UserError if the images are not there, or scikit-learn is not installed
-    (`pip install 'hpm[clusters]'`).
+    (`pip install 'hpm-vision[clusters]'`).
     """
     source = open_images(features.about, None if data is None else str(data))
     units = centred_units(features.features)

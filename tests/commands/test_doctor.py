@@ -42,10 +42,10 @@ def test_a_missing_extra_names_its_command(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: name != "timm")
     extra = found("extra finetune")
     assert extra.state == "missing" and "timm" in extra.found
-    assert extra.remedy == "pip install 'hpm[finetune]'"
+    assert extra.remedy == "pip install 'hpm-vision[finetune]'"
     console = Console(file=io.StringIO(), width=120)
     doctor.print_findings([extra], console)
-    assert "pip install 'hpm[finetune]'" in console.file.getvalue()
+    assert "pip install 'hpm-vision[finetune]'" in console.file.getvalue()
 
 
 @pytest.mark.parametrize(("total", "state"), [(64 * 2**20, "warning"), (8 * 2**30, "ok")])

@@ -305,7 +305,7 @@ def test_a_failing_export_leaves_nothing(finished_run, tmp_path, monkeypatch, to
 
 def test_a_missing_library_names_its_extra(finished_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(hpm.UserError, match=r"pip install 'hpm\[onnx\]'"):
+    with pytest.raises(hpm.UserError, match=r"pip install 'hpm-vision\[onnx\]'"):
         hpm.export(finished_run.folder, "onnx", tmp_path / "x.onnx")
     assert os.listdir(tmp_path) == []
 

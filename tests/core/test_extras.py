@@ -9,7 +9,9 @@ from hpm.core.extras import need
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(hpm.UserError, match=r"reading parquet needs pyarrow: pip install 'hpm\[p"):
+    with pytest.raises(
+        hpm.UserError, match=r"reading parquet needs pyarrow: pip install 'hpm-vision\[p"
+    ):
         need("pyarrow", "parquet", "reading parquet")
 
 

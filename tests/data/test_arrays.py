@@ -262,7 +262,9 @@ def test_a_missing_library_is_named(monkeypatch, tmp_path):
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(UnreadableImage, match=rf"{module}: pip install 'hpm\[multichannel"):
+            with pytest.raises(
+                UnreadableImage, match=rf"{module}: pip install 'hpm-vision\[multichannel"
+            ):
                 open_image(file)
             # What Pillow keeps whole needs none.
             for plain in (

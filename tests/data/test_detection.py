@@ -258,7 +258,7 @@ def test_a_missing_library_is_one_line(tmp_path, monkeypatch):
     table = broken(lambda t: t["annotations"].pop())
     write(tmp_path, table, table)
     monkeypatch.setitem(sys.modules, "faster_coco_eval.core.mask", None)
-    with pytest.raises(UserError, match=r"pip install 'hpm\[dense\]'"):
+    with pytest.raises(UserError, match=r"pip install 'hpm-vision\[dense\]'"):
         open_detection(str(tmp_path))
 
 

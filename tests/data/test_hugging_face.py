@@ -205,7 +205,9 @@ def test_a_missing_library(monkeypatch):
     hugging_face.library_for.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     for in_order in (False, True):
-        with pytest.raises(UserError, match=r"needs datasets: pip install 'hpm\[datasets\]'"):
+        with pytest.raises(
+            UserError, match=r"needs datasets: pip install 'hpm-vision\[datasets\]'"
+        ):
             open_data("hf://me/flowers", in_order=in_order)
 
 

@@ -48,7 +48,7 @@ def test_heic_without_its_decoder_names_the_extra(tmp_path, monkeypatch):
     without = [s for s in folders.IMAGE_SUFFIXES if s not in folders.HEIC_SUFFIXES]
     monkeypatch.setattr(folders, "IMAGE_SUFFIXES", tuple(without))
     touch(tmp_path / "phone", "a.heic")
-    with pytest.raises(hpm.UserError, match=r"1 .heic: for HEIC, pip install 'hpm\[heic\]'"):
+    with pytest.raises(hpm.UserError, match=r"1 .heic: for HEIC, pip install 'hpm-vision\[heic\]'"):
         open_source(str(tmp_path / "phone"))
 
 

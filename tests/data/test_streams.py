@@ -141,7 +141,7 @@ def test_names_of_shards(shards, monkeypatch):
 
 def test_a_missing_library_for_braces(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "braceexpand", None)
-    with pytest.raises(UserError, match=r"needs braceexpand: pip install 'hpm\[stream\]'"):
+    with pytest.raises(UserError, match=r"needs braceexpand: pip install 'hpm-vision\[stream\]'"):
         find_shards("x-{0..9}.tar")
 
 

@@ -206,7 +206,7 @@ def test_broken_videos_are_named_and_counted(tmp_path, clip):
 def test_a_missing_library_is_named(tmp_path, clip, monkeypatch):
     put(tmp_path, clip, "1.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"needs av: pip install 'hpm\[video\]'"):
+    with pytest.raises(UserError, match=r"needs av: pip install 'hpm-vision\[video\]'"):
         open_source(str(tmp_path), clips=True)
 
 

@@ -251,5 +251,5 @@ def test_intervals_contain_the_value_and_depend_on_the_seed():
 
 def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    with pytest.raises(UserError, match=r"pip install 'hpm\[dense\]'"):
+    with pytest.raises(UserError, match=r"pip install 'hpm-vision\[dense\]'"):
         average_precision(truth(*TWO), [])

@@ -98,5 +98,7 @@ def test_an_index_is_kept(tmp_path):
 
 def test_faiss_is_an_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"--approximate needs faiss: pip install 'hpm\[faiss\]'"):
+    with pytest.raises(
+        UserError, match=r"--approximate needs faiss: pip install 'hpm-vision\[faiss\]'"
+    ):
         open_index(tmp_path / "a", tmp_path / "b", Bank(random_features(9), True))

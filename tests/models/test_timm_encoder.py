@@ -256,7 +256,7 @@ def test_what_cannot_work_is_refused(tmp_path, options, words):
 def test_timm_missing(monkeypatch):
     timm_shape.cache_clear()
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"needs timm: pip install 'hpm\[timm\]'"):
+    with pytest.raises(UserError, match=r"needs timm: pip install 'hpm-vision\[timm\]'"):
         architecture("vit_tiny_patch16_224")
 
 

@@ -115,7 +115,9 @@ def test_a_tracker_that_fails_is_said_once(tmp_path, fake_wandb, capfd, call):
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
 def test_a_missing_package_is_one_line(image_folder, tmp_path, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, tracker, None)
-    with pytest.raises(hpm.UserError, match=rf"--tracker {tracker} needs .*'hpm\[{tracker}\]'"):
+    with pytest.raises(
+        hpm.UserError, match=rf"--tracker {tracker} needs .*'hpm-vision\[{tracker}\]'"
+    ):
         pretrain(image_folder, tmp_path / "run", tracker=tracker)
     assert not (tmp_path / "run").exists()
 
