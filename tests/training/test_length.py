@@ -70,7 +70,10 @@ def test_stopped_when_the_time_is_up(image_folder, tmp_path, monkeypatch):
             hpm.pretrain(out=str(tmp_path / "run"), **options)
     assert stopped.value.signal_number == signal.SIGTERM
     assert 0 < final(hpm.Run(tmp_path / "run")).meta["step"] < 8
-    resumed = hpm.pretrain(out=str(tmp_path / "run"), **options)
+    with monkeypatch.context() as patch:
+        standing = functools.partial(stop_signals, clock=lambda: 0)
+        patch.setattr(pretraining, "stop_signals", standing)
+        resumed = hpm.pretrain(out=str(tmp_path / "run"), **options)
     whole = hpm.pretrain(out=str(tmp_path / "whole"), **options | {"stop_after": None})
     assert_same(resumed, whole)
     assert " left" in (whole.folder / "train.log").read_text()
