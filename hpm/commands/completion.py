@@ -1,8 +1,5 @@
-"""`hpm completion SHELL`: completion of verbs, options and values on the command line.
-
-The shell asks `hpm __complete WORD ...` at each press of the tab key, so that it always knows the
-options of the installed version, and of the user's own evaluations.
-"""
+"""`hpm __complete WORD ...`: what the shell asks at each press of the tab key, so that it always
+knows the options of the installed version, and of the user's own evaluations."""
 
 from __future__ import annotations
 
@@ -14,29 +11,6 @@ from hpm.commands.verbs import ABOUT, GROUPS, VERBS
 from hpm.core.errors import UserError
 from hpm.core.options import Described, describe, preset_names
 from hpm.core.parser import Command
-
-# Where nothing is printed, the shell completes names of files.
-SCRIPTS = {
-    "bash": """\
-_hpm() {
-    local IFS=$'\\n'
-    COMPREPLY=($(hpm __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
-}
-complete -o bashdefault -o default -F _hpm hpm
-""",
-    "zsh": """\
-#compdef hpm
-_hpm() {
-    local -a found
-    found=("${(@f)$(hpm __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
-    if [[ -n "$found" ]]; then compadd -- "${found[@]}"; else _files; fi
-}
-compdef _hpm hpm
-""",
-    "fish": """\
-complete -c hpm -a '(hpm __complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
-""",
-}
 
 
 def complete(words: Sequence[str]) -> list[str]:

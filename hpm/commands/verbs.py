@@ -217,7 +217,7 @@ def _doctor(config: Any) -> None:
 
 
 def _completion(config: Any) -> None:
-    from hpm.commands.completion import SCRIPTS
+    from hpm.commands.completion_scripts import SCRIPTS
 
     print(SCRIPTS[config.shell], end="")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from hpm.cli import main
-from hpm.commands.completion import SCRIPTS, complete
+from hpm.commands.completion import complete
+from hpm.commands.completion_scripts import SCRIPTS
 
 
 @pytest.mark.parametrize(
