@@ -18,6 +18,7 @@ from hpm.commands.methods_results import MethodsResults
 from hpm.commands.options import MethodsConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import make_config
+from hpm.training import trial
 from hpm.training.length import RESERVE
 from hpm.training.pace import Pace
 from hpm.training.trial import Timed
@@ -130,8 +131,14 @@ def test_mistakes(image_folder, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.fixture
+def timed_briefly(monkeypatch):
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    monkeypatch.setattr(trial, "MOST", trial.FEWEST)
+
+
 @pytest.mark.slow
-def test_a_whole_comparison(image_folder, tmp_path):
+def test_a_whole_comparison(image_folder, tmp_path, timed_briefly):
     arguments = ["methods", image_folder, "--seeds=2", "--out", tmp_path / "m"]
     arguments += tiny_arguments(steps=3, holdout=4)
     result = run_here(*arguments)
@@ -145,8 +152,8 @@ def test_a_whole_comparison(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_labels(image_folder, tmp_path):
-    arguments = ["methods", image_folder / "class_0", "--seeds=2", "--out", tmp_path / "m"]
+def test_without_labels(image_folder, tmp_path, timed_briefly):
+    arguments = ["methods", image_folder / "class_0", "--seeds=1", "--out", tmp_path / "m"]
     result = run_here(*arguments, *tiny_arguments(steps=3))
     assert result.returncode == 0, result.stderr
     assert "Without labels, whether mining helps cannot be said." in result.stdout
