@@ -11,6 +11,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import counted
 from hpm.core.files import write_text
 from hpm.core.version import __version__
+from hpm.data.joined import several
 from hpm.evals.saved import saved_evaluations
 from hpm.training.checks import MINED_BY_LOSS
 from hpm.weights.export_format import ExportSource
@@ -140,7 +141,7 @@ def _training(config: PretrainConfig | None) -> str:
         return "Unknown: the file has no training options."
     length = counted(config.steps, "step") if config.steps else counted(config.epochs, "epoch")
     rows = {
-        "data": Path(config.data).name,
+        "data": ", ".join(Path(each).name for each in several(config.data)),
         "length": f"{length} of batches of {config.batch_size}",
         "mask": f"{config.mask}, {config.mask_ratio:g} of the patches hidden",
         "target": config.target,
