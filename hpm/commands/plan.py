@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from hpm.commands.plan_rules import (
     recommended_epochs,
     training_images,
 )
-from hpm.commands.plan_words import notes_on, reasons_for
+from hpm.commands.plan_words import Plan
 from hpm.commands.timing import matrix_product_flops
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError, counted
@@ -63,44 +62,6 @@ FULL = 0.85  # of the memory, which the estimate may fill
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a batch
 VIEW_SIZE = (224, 224)  # that images are decoded at to see whether they can be read
 UNUSED = "unused"  # the run folder of a config that is not run
-
-
-@dataclass
-class Plan:
-    """A suggested training.
-
-    recommended: steps of a full training. seconds, step_seconds, memory_gb: measured here, or
-    `estimated`. hours: the time there is, if it was said. max_hours: set if it ends the training.
-    """
-
-    survey: Survey
-    setting: Setting
-    command: list[str]
-    steps: int
-    epochs: float | None
-    recommended: int
-    base_lr: float
-    seconds: float
-    step_seconds: float
-    memory_gb: float
-    memory_available_gb: float
-    machine: str
-    estimated: bool
-    workers: int
-    hours: float | None
-    max_hours: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, without the sizes of each image."""
-        content = dataclasses.asdict(self)
-        for name in ("widths", "heights"):
-            sizes = sorted(content["survey"].pop(name))
-            content["survey"][name] = [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
-        return content | {
-            "command": shlex.join(self.command),
-            "notes": notes_on(self),
-            "reasons": reasons_for(self),
-        }
 
 
 @dataclass(frozen=True)

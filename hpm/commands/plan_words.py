@@ -1,28 +1,65 @@
-"""What `hpm plan` says: why it suggests what it does, what to mind, and the screen."""
+"""A suggested training, and what `hpm plan` says of it: why, what to mind, and the screen."""
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import statistics
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hpm.commands.plan_rules import ENOUGH, EPOCHS, training_images
+from hpm.commands.plan_rules import ENOUGH, EPOCHS, Setting, training_images
 from hpm.core.durations import time_text
 from hpm.core.errors import counted
 from hpm.data.survey import Survey
 from hpm.training.schedule import FEW_STEPS
 
-if TYPE_CHECKING:
-    from hpm.commands.plan import Plan
-
 FEW_IMAGES = 100_000  # with fewer, other weights are the better start
 BUSY = 0.8  # of the workers' time, from which on the loading of images may be what limits
 CHANNELS = {1: "grey", 2: "grey with alpha", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass
+class Plan:
+    """A suggested training.
+
+    recommended: steps of a full training. seconds, step_seconds, memory_gb: measured here, or
+    `estimated`. hours: the time there is, if it was said. max_hours: set if it ends the training.
+    """
+
+    survey: Survey
+    setting: Setting
+    command: list[str]
+    steps: int
+    epochs: float | None
+    recommended: int
+    base_lr: float
+    seconds: float
+    step_seconds: float
+    memory_gb: float
+    memory_available_gb: float
+    machine: str
+    estimated: bool
+    workers: int
+    hours: float | None
+    max_hours: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the sizes of each image."""
+        content = dataclasses.asdict(self)
+        for name in ("widths", "heights"):
+            sizes = sorted(content["survey"].pop(name))
+            content["survey"][name] = [sizes[0], sizes[len(sizes) // 2], sizes[-1]]
+        return content | {
+            "command": shlex.join(self.command),
+            "notes": notes_on(self),
+            "reasons": reasons_for(self),
+        }
 
 
 def reasons_for(plan: Plan) -> dict[str, str]:

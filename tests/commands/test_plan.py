@@ -15,9 +15,10 @@ from hpm import cli
 from hpm.commands import plan as module
 from hpm.commands import plan_rules
 from hpm.commands.options import PlanConfig
-from hpm.commands.plan import Plan, plan
+from hpm.commands.plan import plan
 from hpm.commands.plan_memory import estimate_memory
 from hpm.commands.plan_rules import candidates, largest, recommended_epochs, training_images
+from hpm.commands.plan_words import Plan
 from hpm.core.config import PretrainConfig
 from hpm.data.survey import Survey
 from hpm.models.architecture import resolve_model
