@@ -14,6 +14,7 @@ from hpm.data.demo_sources import DemoSource, DemoVideos
 from hpm.data.litdata import LitDataSource
 from hpm.data.sources import FileSource, Source, Subset
 from hpm.data.tables import TableSource
+from hpm.data.tars import TarSource
 from hpm.data.video.sources import VideoFiles
 
 # At most this many file sizes are read, evenly spaced. Each takes 6 microseconds on a local disk,
@@ -37,6 +38,8 @@ def fingerprint(source: Source) -> Fingerprint:
         return {"names": source.name}
     if isinstance(source, TableSource | LitDataSource):
         return {"rows": str(len(source)), "sizes": digest(_sizes(source.files))}
+    if isinstance(source, TarSource):
+        return {"names": digest(source.members), "sizes": digest(_sizes(source.archives))}
     if isinstance(source, FileSource | VideoFiles):
         parts = source.paths.relative_to(source.root)
         names = _digest(part.replace(os.sep.encode(), b"/") for part in parts)

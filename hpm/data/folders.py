@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from hpm.core.errors import why
 from hpm.data.arrays import JPEG_SUFFIXES
@@ -75,6 +78,19 @@ def images_of(folder: Path) -> Path:
         return folder
     say_once(f"{folder}: reading the images in {images.name}, not those in {', '.join(beside)}")
     return images
+
+
+def labels_by_folder(
+    files: Sequence[str], separator: str = os.sep
+) -> tuple[np.ndarray | None, list[str]]:
+    """(labels, classes) from the first-level folders of relative paths; (None, []) unless every
+    file is in one."""
+    tops = [file.split(separator)[0] for file in files if separator in file]
+    if not tops or len(tops) < len(files):
+        return None, []
+    classes = sorted(set(tops))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[top] for top in tops]), classes
 
 
 def described(others: Counter[str]) -> str:

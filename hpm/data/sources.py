@@ -22,6 +22,7 @@ from hpm.data.folders import (
     described,
     find_images,
     images_of,
+    labels_by_folder,
 )
 from hpm.data.given import given
 from hpm.data.hugging_face import is_hub, open_hub
@@ -39,9 +40,11 @@ from hpm.data.split_names import (
     train_and_test,
     training_files,
 )
+from hpm.data.streams.archives import Archives
 from hpm.data.streams.opening import open_stream
 from hpm.data.streams.stream import STREAM_MEMBERS, Stream
 from hpm.data.tables import ArrowSource, ParquetSource, saved_splits
+from hpm.data.tars import TarSource
 from hpm.data.video.clip import Video
 from hpm.data.video.lists import is_video_list
 from hpm.data.video.sampling import ClipSampling
@@ -74,6 +77,8 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     stream.
     """
     opened = open_data(data, trusted, clips)
+    if isinstance(opened, Archives):
+        return Splits(TarSource(data, opened.shards))
     if not isinstance(opened, Splits):
         raise UserError(
             f"{data} is a stream, which only hpm pretrain reads: pass images that are read in any "
@@ -300,13 +305,7 @@ def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:
     if others:
         say_once(f"{root}: passed over: {described(others)}")
     paths = [os.path.join(root, f) for f in files]
-    tops = [f.split(os.sep)[0] if os.sep in f else None for f in files]
-    classes = sorted({top for top in tops if top is not None})
-    if None in tops or not classes:
-        return FileSource(str(root), paths, root=root)
-    numbers = {c: i for i, c in enumerate(classes)}
-    labels = np.array([numbers[top] for top in tops if top is not None])
-    return FileSource(str(root), paths, labels, classes, root)
+    return FileSource(str(root), paths, *labels_by_folder(files), root)
 
 
 def _open_list(path: Path) -> FileSource:

@@ -62,7 +62,7 @@ def check_stream(config: PretrainConfig) -> None:
         raise UserError(f"{begin}: pass --steps instead of --epochs")
     for name, described in describe(PretrainConfig).items():
         value = getattr(config, name)
-        if described.rules.duration and "epoch" in value:
+        if described.rules.duration and value is not None and "epoch" in value:
             raise UserError(f"{begin}: pass {name} in steps or %, not '{value}'")
     if config.hard_share_by == "epoch":
         raise UserError(f"{begin}: leave hard_share_by epoch out")

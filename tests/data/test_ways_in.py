@@ -1,5 +1,6 @@
 """Ways to name images: several folders, tables, and data sets given as objects."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,38 @@ def test_an_item_that_is_no_image_is_unreadable(tmp_path):
     source = open_source(named(Pictures(lambda i: "text"))).train
     with pytest.raises(UnreadableImage, match="str, not an image"):
         source.open(0)
+
+
+def packed(folder: Path, file: Path, mode: str = "w") -> Path:
+    with tarfile.open(file, mode) as archive:
+        archive.add(folder, ".")
+    return file
+
+
+def test_a_tar_is_its_folder(folders, tmp_path):
+    tar = packed(folders[0], tmp_path / "a.tar")
+    source, folder = (open_source(str(data)).train for data in (tar, folders[0]))
+    files = {Path(folder.path(i)).name: (folder.read(i), int(folder.labels[i])) for i in range(4)}
+    found = {Path(source.path(i)).name: (source.read(i), int(source.labels[i])) for i in range(4)}
+    assert found == files and source.classes == folder.classes
+    assert np.asarray(source.open(0).convert("RGB")).shape[2] == 3
+    assert fingerprint(source).keys() == {"names", "sizes"}
+
+
+def test_archives_that_cannot_be_read_in_any_order(folders, tmp_path):
+    whole = packed(folders[0], tmp_path / "a.tar")
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:3000])
+    packed(folders[0], tmp_path / "a.tar.gz", "w:gz")
+    for name, message in (("cut.tar", "not a whole tar"), ("a.tar.gz", "is compressed")):
+        with pytest.raises(hpm.UserError, match=message):
+            open_source(str(tmp_path / name))
+    with tarfile.open(tmp_path / "out.tar", "w") as archive:
+        archive.add(next(folders[0].rglob("*.png")), "../out.png")
+    with pytest.raises(hpm.UserError, match="leads out of the archive"):
+        open_source(str(tmp_path / "out.tar"))
+
+
+def test_a_tar_is_evaluated(folders, tmp_path, finished_run):
+    tar = packed(folders[1], tmp_path / "b.tar")
+    result = hpm.evaluate("knn", finished_run, tar, test=tar, k=(1,), baselines=False)
+    assert result.about["classes"] == 2

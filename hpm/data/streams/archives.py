@@ -48,10 +48,10 @@ def images_of(url: str) -> Iterator[Entry]:
     with opened(url) as file:
         try:
             forward = _uncompressed(Forward(file.read))
-            with tarfile.open(fileobj=forward, mode="r:", tarinfo=_Member) as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=forward, mode="r:", tarinfo=Member) as archive:  # type: ignore[call-overload]
                 while (member := archive.next()) is not None:
                     archive.members = []  # it keeps all that it has read
-                    kind = _image_kind(url, member)
+                    kind = image_kind(url, member)
                     if kind in IMAGE_SUFFIXES:
                         entry = _entry(forward, member)
                         images += 1
@@ -125,7 +125,7 @@ def _uncompressed(file: Forward) -> Forward:
     return file
 
 
-def _image_kind(url: str, member: tarfile.TarInfo) -> str:
+def image_kind(url: str, member: tarfile.TarInfo) -> str:
     """Suffix of a file; empty for what is no file, or hidden. Raises UserError for a path that
     leads out of the archive. Nothing is ever extracted to a disk, but who makes such a path means
     harm, or has made a mistake that other tools will suffer from."""
@@ -149,7 +149,7 @@ def _entry(file: Forward, member: tarfile.TarInfo) -> Entry:
     return Entry(member.name, data)
 
 
-class _Member(tarfile.TarInfo):
+class Member(tarfile.TarInfo):
     """A header that must be whole. tarfile takes an archive that breaks off between two files, or
     has a damaged header there, for one that ends."""
 
