@@ -110,7 +110,9 @@ def begin_reading(
         return None, []
     begun = Sharing(saved["processes"], saved["workers"]) if saved else None
     workers, sharing = _share(config, stream, begun)
-    cursors = {int(lane): Cursor(*at) for lane, at in saved["cursors"].items()} if saved else {}
+    found = {int(lane): Cursor(*at) for lane, at in saved["cursors"].items()} if saved else {}
+    # Only its own: those of other lanes will be old when the processes join theirs.
+    cursors = {lane: cursor for lane, cursor in found.items() if lane in sharing.own}
     lines = []
     if saved and not stream.repeatable:
         lines.append(

@@ -10,6 +10,12 @@ from jobs import torchrun
 from shards import no_waiting, png, serving, write_shards, write_tar
 
 import hpm
+from hpm.core.config import PretrainConfig
+from hpm.core.options import make_config
+from hpm.data.sources import open_data
+from hpm.data.streams.head import EntrySource
+from hpm.training.images import TrainingImages
+from hpm.training.streams import begin_reading
 from hpm.weights.checkpoint import load_checkpoint
 
 OPTIONS = TINY | {"holdout": 4, "shuffle": 6, "workers": 2, "log_every": 1}
@@ -75,6 +81,25 @@ def test_two_processes_resume_as_one(shards, tmp_path):
     result = run_here("pretrain", f"{shards}/s-*.tar", "--out", second, *more)
     assert result.returncode == 0, result.stderr
     assert losses(hpm.Run(second)) == pytest.approx(losses(hpm.Run(first)), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_goes_on_with_its_own_lanes(rank, shards, monkeypatch):
+    """Whoever kept those of another would write them, long out of date, into the next
+    checkpoint."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    stream = open_data(f"{shards}/s-*.tar")
+    images = EntrySource("s", [], [])
+    images = TrainingImages(images, None, False, {}, stream, 0)
+    config = make_config(PretrainConfig, {"data": "s", "out": "run", "workers": 2})
+    saved = {
+        "processes": 2,
+        "workers": 2,
+        "cursors": {str(lane): [lane, 0, 1] for lane in range(4)},
+    }
+    reading, _ = begin_reading(config, images, saved)
+    assert reading.cursors == {lane: (lane, 0, 1) for lane in (2 * rank, 2 * rank + 1)}
 
 
 def test_views_of_an_image_share_a_batch(shards, tmp_path):

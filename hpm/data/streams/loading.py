@@ -38,6 +38,11 @@ class Sharing:
         """Number of lanes."""
         return self.processes * self.workers
 
+    @property
+    def own(self) -> set[int]:
+        """The lanes that this process reads."""
+        return {lane for step in range(self.workers) for lane in self.lanes(step)}
+
     def lanes(self, step: int) -> list[int]:
         """The lanes that this process's part of a step's batch comes from, in order. Consecutive
         steps take the lanes of consecutive workers."""
