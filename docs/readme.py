@@ -8,15 +8,17 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "demo"
 
-result = json.loads((RUN / "evals" / "knn_demo.json").read_text())
-measures = list(next(iter(result["values"].values())))
-hard = result["hardness"]
+(linear,) = (json.loads(file.read_text()) for file in (RUN / "evals").glob("linear_demo*.json"))
+nearest = json.loads((RUN / "evals" / "knn_demo.json").read_text())
+hard = nearest["hardness"]
 lines = [
-    "| features | " + " | ".join(measures) + " |",
-    "|---" * (len(measures) + 1) + "|",
+    "| features | linear probe | 95 % interval | kNN, k = 20 |",
+    "|---|---|---|---|",
     *[
-        f"| {name} | " + " | ".join(f"{numbers[m]['top1']:.1f}" for m in measures) + " |"
-        for name, numbers in result["values"].items()
+        "| {} | {top1:.1f} | {top1_low:.1f} to {top1_high:.1f} | {:.1f} |".format(
+            name, nearest["values"][name]["k = 20"]["top1"], **numbers["linear"]
+        )
+        for name, numbers in linear["values"].items()
     ],
     "",
     f"Of the quarter of patches that the teacher predicts to be hardest, "

@@ -308,7 +308,7 @@ def test_demo_of_videos(tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert re.search(
-        r"motion: trained, class token tells .* above: .*; not above: .*raw pix", words
+        r"motion: by a linear probe, trained, class token tells .* not above: .*raw pix", words
     )
     assert "one frame, repeated" in words and re.search(r"% lies on objects \(\d+ % by", words)
     assert "your videos: hpm pretrain FOLDER_OF_VIDEOS --frames 16" in words
@@ -328,7 +328,8 @@ def test_the_verdict_of_the_demo():
         values["random weights, class token"] = numbers(29.0)
         return Result("linear", {"classes": 10}, values)
 
-    text = verdict(result(raw_pixels=15.0), result())
+    frame = {"one frame": result().values["trained, class token"]["linear"]}
+    text = verdict("motion", "videos", result(raw_pixels=15.0), frame)
     assert "tells 30.0 % of the videos (28.0 to 32.0)" in text
     above, _, below = text.partition("; not above: ")
     assert all(f"({n} %)" in above for n in ("10.0", "15.0", "12.0")) and "29.0" in below

@@ -19,7 +19,12 @@ from hpm.show.command import show
 from hpm.show.options import ShowConfig
 from hpm.show.run import Run
 
-# Of the linear probe of videos: one pass over the grid takes seconds.
+# Of the linear probes: one pass over the grid takes seconds.
+TOKEN = TRAINED + CLASS_TOKEN
+ABOUT_NEIGHBOURS = (
+    "Nearest neighbours take the features as they are, without learning which of them matter; "
+    "after masked modelling they tell less than a probe."
+)
 PROBE: dict[str, Any] = {"lr": (0.03, 0.1, 0.3, 1.0), "weight_decay": (0.0,), "epochs": 30}
 
 
@@ -48,10 +53,14 @@ def demo(config: DemoConfig) -> Run:
 
 
 def _measure_images(run: Run, console: Console) -> Path:
-    """kNN, and a figure of some images."""
-    result = evaluate("knn", str(run.folder), "demo")
+    """What a linear probe and nearest neighbours know of the classes, and a figure."""
+    probe = evaluate("linear", str(run.folder), "demo", **PROBE)
+    nearest = evaluate("knn", str(run.folder), "demo")
     figure = _draw(run, "demo")
-    print_result(result, console)
+    print_result(probe, console)
+    console.print(verdict("classes", "images", probe), highlight=False, soft_wrap=True)
+    console.print(ABOUT_NEIGHBOURS, highlight=False, soft_wrap=True)
+    print_result(nearest, console)
     return figure
 
 
@@ -63,7 +72,9 @@ def _measure_videos(run: Run, console: Console) -> Path:
     still = evaluate("linear", folder, "demo-video", frame_stride=0, baselines=False, **PROBE)
     hardness = evaluate("hardness", folder, "demo-video").hardness
     print_result(moving, console)
-    console.print(verdict(moving, still), highlight=False, soft_wrap=True)
+    frame = {"its own features of one frame, repeated": _numbers(still, TOKEN)}
+    text = verdict("motion", "videos", moving, frame)
+    console.print(text, highlight=False, soft_wrap=True)
     print_hardness(hardness, console)
     return _draw(run, "demo-video")
 
@@ -72,17 +83,16 @@ def _draw(run: Run, data: str) -> Path:
     return show(ShowConfig(str(run.folder), data, str(run.folder / "demo.png"), images=6))
 
 
-def verdict(moving: Result, still: Result) -> str:
-    """Whether the classes by motion are told above chance, raw pixels and one frame, in a
-    sentence. One is above another if their 95 % intervals do not overlap."""
-    name = TRAINED + CLASS_TOKEN
-    chance = 100 / moving.about["classes"]
-    ours = _numbers(moving, name)
+def verdict(what: str, kind: str, probe: Result, further: dict[str, Numbers] | None = None) -> str:
+    """Whether a linear probe tells the classes better than chance, raw pixels, random weights and
+    `further` rows, in a sentence. One is above another if their 95 % intervals do not overlap."""
+    chance = 100 / probe.about["classes"]
+    ours = _numbers(probe, TOKEN)
     others = {
         "chance": {"top1": chance, "top1_high": chance},
-        RAW_PIXELS: _numbers(moving, RAW_PIXELS),
-        "its own features of one frame, repeated": _numbers(still, name),
-        RANDOM: _numbers(moving, RANDOM + CLASS_TOKEN),
+        RAW_PIXELS: _numbers(probe, RAW_PIXELS),
+        **(further or {}),
+        RANDOM: _numbers(probe, RANDOM + CLASS_TOKEN),
     }
     above: list[str] = []
     not_above: list[str] = []
@@ -90,7 +100,7 @@ def verdict(moving: Result, still: Result) -> str:
         clear = ours["top1_low"] > numbers["top1_high"]
         (above if clear else not_above).append(f"{other} ({numbers['top1']:.1f} %)")
     return (
-        f"motion: {name} tells {ours['top1']:.1f} % of the videos "
+        f"{what}: by a linear probe, {TOKEN} tells {ours['top1']:.1f} % of the {kind} "
         f"({ours['top1_low']:.1f} to {ours['top1_high']:.1f}); "
         f"above: {', '.join(above) or 'none'}; not above: {', '.join(not_above) or 'none'}"
     )

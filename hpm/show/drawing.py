@@ -42,8 +42,10 @@ class Drawing:
             return file.getvalue()
         from PIL import Image
 
+        from hpm.data.pillow import open_by_pillow
+
         reduced = io.BytesIO()
-        whole = Image.open(file).convert("RGB")
+        whole = open_by_pillow(file).convert("RGB")
         whole.quantize(256, dither=Image.Dither.NONE).save(reduced, "PNG", optimize=True)
         return reduced.getvalue()
 

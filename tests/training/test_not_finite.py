@@ -79,4 +79,5 @@ def test_a_loss_that_is_not_finite(image_folder, tmp_path, monkeypatch):
     (session,) = read_sessions(run.folder)
     assert session.failed and session.last_step == 6
     report = run.report.read_text()
-    assert "step 6 of 8, failed" in report and "Failed at step 6: the loss is not" in report
+    assert "Step 6 of 8" in report and "state failed" in report
+    assert "Failed at step 6: the loss is not" in report
