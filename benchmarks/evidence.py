@@ -439,8 +439,10 @@ class Experiment:
         verdict = "; it ".join(f"{word} {' and '.join(ms)}" for word, ms in told.items() if ms)
         ratio = self.known.get("ratio")
         cost = f" A step of HPM took {ratio:.1f} times as long." if ratio else ""
+        done = pairs == len(self.seeds)
+        of = "All" if done else f"So far, {pairs} of"
         text = (
-            f"So far, {pairs} of {len(self.seeds)} planned pairs of seeds have finished. HPM "
+            f"{of} {len(self.seeds)} planned pairs of seeds have finished. HPM "
             f"{verdict} (points, with 95 % t-intervals). Both trained {self.chosen.model} for "
             f"{self.epochs} epochs on {self.chosen.rows:,} images of Tiny ImageNet, each at its "
             f"own best setting.{cost}"
