@@ -329,7 +329,7 @@ def test_the_verdict_of_the_demo():
         return Result("linear", {"classes": 10}, values)
 
     frame = {"one frame": result().values["trained, class token"]["linear"]}
-    text = verdict("motion", "videos", result(raw_pixels=15.0), frame)
+    text = verdict("motion", "videos", result(raw_pixels=15.0), ", class token", frame)
     assert "tells 30.0 % of the videos (28.0 to 32.0)" in text
     above, _, below = text.partition("; not above: ")
     assert all(f"({n} %)" in above for n in ("10.0", "15.0", "12.0")) and "29.0" in below
