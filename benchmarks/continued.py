@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calling import call
 from evidence import as_arguments, interval, mean_and_half, spread
 from results import machine, table, write_section
 
@@ -175,22 +173,8 @@ class Experiment:
             if finished(job):
                 continue
             log = job.done.parent.with_suffix(".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as lines:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "hpm", *job.arguments],
-                    stdout=lines,
-                    stderr=lines,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
-                try:
-                    code = process.wait(timeout=max(end - time.monotonic(), 0.1))
-                except subprocess.TimeoutExpired:
-                    process.terminate()
-                    process.wait()
-                    return False
-            if code:
-                raise SystemExit(f"{job.name} failed; see {log}")
+            if not call(job.arguments, log, end):
+                return False
             self.keep()
             print(f"{time.strftime('%H:%M')} {job.name}", flush=True)
         return True

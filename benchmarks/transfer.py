@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calling import call
 from evidence import as_arguments, interval, spread
 from results import machine, table, write_section
 
@@ -114,23 +112,9 @@ def run(chosen: argparse.Namespace) -> bool:
         for name in chosen.jobs:
             if measured(name, seed, chosen):
                 continue
-            out = folder(name, seed, chosen)
-            out.mkdir(parents=True, exist_ok=True)
-            with (out / "log.txt").open("a") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "hpm", *command(name, seed, chosen)],
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
-                try:
-                    code = process.wait(timeout=max(end - time.monotonic(), 0.1))
-                except subprocess.TimeoutExpired:
-                    process.terminate()
-                    process.wait()
-                    return False
-            if code:
-                raise SystemExit(f"{name}, seed {seed} failed; see {out / 'log.txt'}")
+            log = folder(name, seed, chosen) / "log.txt"
+            if not call(command(name, seed, chosen), log, end):
+                return False
             keep(chosen)
             print(f"{time.strftime('%H:%M')} {name}, seed {seed}", flush=True)
     return True

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from calling import call
 from evidence import as_arguments, interval, spread
 from results import machine, table, write_section
 from scipy.sparse.csgraph import connected_components
@@ -166,32 +164,11 @@ def run(chosen: argparse.Namespace) -> bool:
         for arm in ARMS:
             for command in commands(arm, seed, chosen):
                 log = folder(arm, seed, chosen).with_suffix(".log")
-                log.parent.mkdir(parents=True, exist_ok=True)
                 if not call(command, log, end):
                     return False
                 what = command[1] if command[0] == "eval" else command[0]
                 print(f"{time.strftime('%H:%M')} {arm}, seed {seed}: {what}", flush=True)
             keep(chosen)
-    return True
-
-
-def call(command: list[str], log: Path, end: float) -> bool:
-    """Run `hpm` in one thread. Returns False if the time was up; raises SystemExit on failure."""
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpm", *command],
-            stdout=file,
-            stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        try:
-            code = process.wait(timeout=max(end - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-            return False
-    if code:
-        raise SystemExit(f"hpm {command[0]} failed; see {log}")
     return True
 
 

@@ -26,13 +26,7 @@ from hpm.core.errors import UserError, counted
 from hpm.core.progress import track
 from hpm.data.arrays import UnreadableImage, resize
 from hpm.data.jpeg import COLOURS, START, reduction, simplejpeg
-from hpm.data.loader import (
-    Key,
-    TrainingViews,
-    training_loader,
-    training_views,
-    usable_cores,
-)
+from hpm.data.loader import Key, TrainingViews, training_loader, training_views
 from hpm.data.opening import open_image
 from hpm.data.sources import Source, open_source
 from hpm.data.transforms import decode, least_size, random_crop
@@ -40,6 +34,7 @@ from hpm.data.video.clips import ClipViews
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.video.sources import holds_videos
 from hpm.data.video.torchcodec import decoding_device
+from hpm.data.workers import usable_cores
 
 GOAL = 0.9  # share of the bare libraries' speed that a worker should reach
 BARE_IMAGES = 100  # on which the bare libraries are timed

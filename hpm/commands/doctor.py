@@ -89,8 +89,7 @@ def _versions() -> Iterator[Finding]:
 def _hardware() -> Iterator[Finding]:
     import torch
 
-    from hpm.data.loader import usable_cores
-    from hpm.data.workers import SHARED
+    from hpm.data.workers import SHARED, usable_cores
 
     yield Finding("processor", "ok", f"{usable_cores()} cores for this process")
     if memory := _memory():

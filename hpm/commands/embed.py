@@ -25,9 +25,9 @@ from hpm.core.version import __version__
 from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
 from hpm.data.given import named
-from hpm.data.loader import num_workers
 from hpm.data.sources import open_source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.workers import num_workers
 from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embeddings import KIND, Embeddings, format_to_write
 

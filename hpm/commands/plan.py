@@ -35,12 +35,12 @@ from hpm.core.errors import UserError, counted
 from hpm.core.progress import say, track
 from hpm.core.signals import stop_signals
 from hpm.data.cache import available_memory
-from hpm.data.loader import num_workers, usable_cores
 from hpm.data.sources import Source, Splits, open_data
 from hpm.data.streams.head import first_images
 from hpm.data.survey import Survey, survey
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.video.sources import holds_videos
+from hpm.data.workers import num_workers, usable_cores
 from hpm.models.architecture import resolve_model
 from hpm.pretraining import training_parts
 from hpm.training.checks import check_pretrain

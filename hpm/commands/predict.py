@@ -22,11 +22,11 @@ from hpm.core.random_state import random_state_kept
 from hpm.data.dense import dense_batches
 from hpm.data.folders import find_images
 from hpm.data.joint import WholeImages
-from hpm.data.loader import num_workers
 from hpm.data.palette import class_colours
 from hpm.data.sources import FileSource, Source
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sources import VideoFiles, video_folder
+from hpm.data.workers import num_workers
 from hpm.weights.classification import ClassificationModel
 from hpm.weights.detection import DetectionModel
 from hpm.weights.finetuned import load_model

@@ -36,12 +36,11 @@ from hpm.data.arrays import (
     reading,
 )
 from hpm.data.jpeg import JpegImage
-from hpm.data.loader import num_workers
 from hpm.data.opening import open_image
 from hpm.data.sources import PREPARING, Source, open_source
 from hpm.data.transforms import decode
 from hpm.data.video.sources import holds_videos
-from hpm.data.workers import FORKS
+from hpm.data.workers import FORKS, num_workers
 
 SHARD_IMAGES = 500
 BATCH_BYTES = 2**25  # per record batch; must stay well below 2**31, because offsets are int32

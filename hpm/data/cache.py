@@ -13,6 +13,7 @@ import numpy as np
 
 from hpm.core import distributed
 from hpm.data.arrays import Pixels, UnreadableImage
+from hpm.data.inspection import spaced
 from hpm.data.sources import Source
 from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS
@@ -97,9 +98,9 @@ def make_cache(
     if wanted == "false" or not FORKS or holds_videos(source):
         return None
     sizes = []
-    for index in np.linspace(0, len(source) - 1, min(len(source), SAMPLED)).astype(int):
+    for index in spaced(len(source), SAMPLED):
         with contextlib.suppress(UnreadableImage, OSError):
-            sizes.append(decoded(int(index)).array.nbytes)
+            sizes.append(decoded(index).array.nbytes)
     needed = int(1.1 * len(source) * float(np.mean(sizes))) if sizes else 0
     available = available_memory() // distributed.processes_here()
     if not needed or (wanted == "auto" and needed > AUTO_SHARE * available):

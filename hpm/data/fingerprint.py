@@ -7,10 +7,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from hpm.data.chain import Chain
 from hpm.data.demo_sources import DemoSource, DemoVideos
+from hpm.data.inspection import spaced
 from hpm.data.litdata import LitDataSource
 from hpm.data.sources import FileSource, Source, Subset
 from hpm.data.tables import TableSource
@@ -53,8 +52,7 @@ def differing(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 
 def _sizes(files: Sequence[str | Path]) -> Iterable[str]:
-    count = len(files)
-    for index in np.linspace(0, count - 1, min(count, MAX_SIZES)).astype(int).tolist():
+    for index in spaced(len(files), MAX_SIZES):
         yield str(_size(files[index]))
 
 

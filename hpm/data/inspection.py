@@ -13,15 +13,20 @@ from hpm.data.arrays import ArrayImage, Opened, UnreadableImage, is_deep
 SAMPLED = 64  # images opened to decide whether a source is deep or has alpha
 
 
+def spaced(count: int, most: int) -> list[int]:
+    """Evenly spaced indices, all of them if there are few."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
+
+
 def any_deep(open_one: Callable[[int], Opened], count: int) -> bool:
     """Whether any of some evenly spaced images has more than 8 bits per channel.
 
     Opening all would take minutes for a large source, whose images are mostly alike. A deep image
     that is missed is reduced to 8 bits.
     """
-    for index in np.linspace(0, count - 1, min(count, SAMPLED)).astype(int):
+    for index in spaced(count, SAMPLED):
         with suppress(UnreadableImage, OSError):
-            if is_deep(open_one(int(index))):
+            if is_deep(open_one(index)):
                 return True
     return False
 
@@ -30,9 +35,9 @@ def loses_alpha(open_one: Callable[[int], Opened], count: int, channels: int) ->
     """Whether any of some evenly spaced images has an alpha channel that `channels` would drop."""
     if channels not in (1, 3):
         return False
-    for index in np.linspace(0, count - 1, min(count, SAMPLED)).astype(int):
+    for index in spaced(count, SAMPLED):
         with suppress(UnreadableImage, OSError):
-            if _has_alpha(open_one(int(index))):
+            if _has_alpha(open_one(index)):
                 return True
     return False
 

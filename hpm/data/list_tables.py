@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from hpm.core.errors import UserError, nearest
+from hpm.data.inspection import spaced
 
 SUFFIXES = (".csv", ".tsv")
 # Names of the columns, best first.
@@ -41,7 +40,7 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
         if len(row) < width:
             raise UserError(f"{path}, row {number}: {len(row)} of {width} columns")
     paths = [os.path.join(path.parent, row[image].strip()) for row in rows]
-    for index in np.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKED)).astype(int).tolist():
+    for index in spaced(len(paths), MOST_CHECKED):
         if not os.path.isfile(paths[index]):
             raise UserError(f"{path}, row {index + first}: no such image: {rows[index][image]}")
     return paths, [None if label is None else row[label].strip() for row in rows]

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from hpm.core.errors import UserError
-from hpm.data.list_tables import SUFFIXES, read_table
+from hpm.data.inspection import spaced
+from hpm.data.list_tables import MOST_CHECKED, SUFFIXES, read_table
 from hpm.data.long_lists import count_lines, read_long_list
 from hpm.data.paths import Paths
-
-MOST_CHECKED = 20_000  # images of a list whose existence is checked
 
 
 def natural(text: str) -> tuple[int, int | str]:
@@ -61,7 +60,7 @@ def _read_long(path: Path, most: int) -> tuple[Paths, np.ndarray | None, list[st
         return found
 
     paths, labels, names = read_long_list(path, most, split)
-    for index in np.linspace(0, len(paths) - 1, min(len(paths), MOST_CHECKED)).astype(int).tolist():
+    for index in spaced(len(paths), MOST_CHECKED):
         if not os.path.isfile(paths[index]):
             raise UserError(f"{path}: no such image: {paths[index]}")
     if labels is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from hpm.core import distributed
 from hpm.core.choices import Flip
 from hpm.core.errors import one_line
 from hpm.core.retries import retried
@@ -29,7 +27,6 @@ from hpm.data.video.sampling import ONE_VIEW, ClipSampling, Times, ViewGrid
 from hpm.data.video.sources import holds_videos
 from hpm.data.workers import batch_loader
 
-MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -336,18 +333,3 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, full_scale: float | Non
         full_scale = 65535 if images.dtype == torch.uint16 else 255
     by_channel = (-1,) + (1,) * max(2, images.ndim - 2)
     return (images.float() / full_scale - mean.view(by_channel)) / std.view(by_channel)
-
-
-def num_workers(requested: int | None) -> int:
-    """Number of data loading workers: `requested`, or by default one per spare core of this
-    process, at least 1 and at most MAX_WORKERS."""
-    if requested is not None:
-        return requested
-    return max(1, min(MAX_WORKERS, usable_cores() // distributed.processes_here() - 1))
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -15,6 +15,7 @@ from PIL import Image
 from hpm.core.errors import UserError
 from hpm.data import demo
 from hpm.data.arrays import UnreadableImage
+from hpm.data.inspection import spaced
 from hpm.data.mask_files import Labels, highest_label, pair_by_name, read_mask
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
@@ -147,7 +148,7 @@ def open_segmentation(
 
 def check_masks(source: Source, count: int = MASKS_CHECKED) -> None:
     """Check `count` images and masks, evenly spaced. Raises UserError if they do not match."""
-    for index in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist():
+    for index in spaced(len(source), count):
         with suppress(UnreadableImage, OSError):  # counted while loading
             shape = label_map(source, index).shape
             image = decode(source.open(index), 3)

@@ -43,6 +43,7 @@ from hpm.data.split_names import (
 from hpm.data.streams.archives import Archives
 from hpm.data.streams.opening import open_stream
 from hpm.data.streams.stream import STREAM_MEMBERS, Stream
+from hpm.data.streams.transport import is_remote
 from hpm.data.tables import ArrowSource, ParquetSource, saved_splits
 from hpm.data.tars import TarSource
 from hpm.data.video.clip import Video
@@ -77,7 +78,7 @@ def open_source(data: str, trusted: bool = True, clips: bool = False) -> Splits:
     stream.
     """
     opened = open_data(data, trusted, clips)
-    if isinstance(opened, Archives):
+    if isinstance(opened, Archives) and not any(map(is_remote, opened.shards)):
         return Splits(TarSource(data, opened.shards))
     if not isinstance(opened, Splits):
         raise UserError(

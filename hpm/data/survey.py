@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from hpm.core.errors import one_line
 from hpm.data.arrays import DEEP_MODES, ArrayImage, Opened, UnreadableImage
+from hpm.data.inspection import spaced
 from hpm.data.jpeg import JpegImage
 from hpm.data.loader import evaluation_views
 from hpm.data.paths import Files
@@ -99,11 +99,6 @@ def survey(
     found.decode_seconds = statistics.median(seconds) if seconds else 0.0
     found.searched, found.duplicates = duplicates(source, spaced(len(source), search), progress)
     return found
-
-
-def spaced(count: int, most: int) -> list[int]:
-    """Evenly spaced indices, all of them if there are few."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
 def shape_of(image: Opened) -> tuple[int, int, int]:

@@ -17,17 +17,16 @@ from hpm.data.inspection import any_deep
 from hpm.data.opening import open_image
 from hpm.data.paths import Paths
 from hpm.data.streams.archives import DAMAGED, LARGEST, Member, image_kind
-from hpm.data.streams.transport import is_remote
 
 
 class TarSource:
     """The images of archives, labelled by first-level folder if every one is in one. Raises
-    UserError if an archive is damaged, compressed or not on a disk, or if there are no images."""
+    UserError if an archive is damaged or compressed, or if there are no images."""
 
     def __init__(self, name: str, archives: Sequence[str]):
         self.name = name
         self.archives = list(archives)
-        found = [(n, each) for n, path in enumerate(archives) for each in _members(name, path)]
+        found = [(n, each) for n, path in enumerate(archives) for each in _members(path)]
         if not found:
             raise UserError(f"{name}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
         self._archive = np.array([number for number, _ in found], np.int32)
@@ -57,13 +56,8 @@ class TarSource:
         return f"{self.archives[self._archive[index]]}/{self.members[index]}"
 
 
-def _members(name: str, path: str) -> Iterator[tarfile.TarInfo]:
+def _members(path: str) -> Iterator[tarfile.TarInfo]:
     """The headers of the images of an archive, in order."""
-    if is_remote(path):
-        raise UserError(
-            f"{name} is a stream, which only hpm pretrain reads: pass images that are read in any "
-            "order, such as a folder or parquet"
-        )
     try:
         with tarfile.open(path, "r:", tarinfo=Member) as archive:
             for member in archive:

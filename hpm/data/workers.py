@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import re
 import shutil
 import sys
@@ -26,6 +27,7 @@ SHARED = Path("/dev/shm")
 OUT_OF_SHARED = re.compile(r"shared memory|Bus error|No space left on device")
 ENDED = re.compile(r"DataLoader worker \(pid.*(?:killed by signal|exited unexpectedly)[^.]*")
 HANGS = re.compile(r"DataLoader timed out after ([\d.]+) seconds")
+MAX_WORKERS = 16  # by default; each holds a few batches and keeps a core busy
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -113,3 +115,18 @@ def batch_loader(
         generator=torch.Generator(),
         **options,
     )
+
+
+def num_workers(requested: int | None) -> int:
+    """Number of data loading workers: `requested`, or by default one per spare core of this
+    process, at least 1 and at most MAX_WORKERS."""
+    if requested is not None:
+        return requested
+    return max(1, min(MAX_WORKERS, usable_cores() // distributed.processes_here() - 1))
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from hpm.core import distributed
 from hpm.core.errors import UserError, counted
-from hpm.data.loader import Batch, evaluation_batches, num_workers
+from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sampling import ONE_VIEW, ClipSampling, ViewGrid
+from hpm.data.workers import num_workers
 from hpm.evals.contract import OVER_FRAMES, RAW_PIXELS
 from hpm.models.architecture import Architecture
 from hpm.models.patches import patchify

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.progress import track
-from hpm.data.loader import MakeView, evaluation_views, num_workers, training_loader, view_keys
+from hpm.data.loader import MakeView, evaluation_views, training_loader, view_keys
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.workers import num_workers
 from hpm.evals.contract import RAW_PIXELS, Measured
 from hpm.evals.features import Embed, Features, ImageReader, check_finite, no_features
 from hpm.evals.metrics import TrueClassRanks, join, mean_probabilities, rank

@@ -13,9 +13,9 @@ import torch
 
 from hpm.core import distributed
 from hpm.core.errors import UserError
-from hpm.data.loader import num_workers
 from hpm.data.sources import Source, Splits, Subset, open_source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.workers import num_workers
 from hpm.evals.contract import COMPARED, RANDOM, TRAINED
 from hpm.evals.features import (
     EvaluatedBackbone,

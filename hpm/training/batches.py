@@ -10,16 +10,11 @@ from torch.utils.data import DataLoader
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.data.cache import Cache, make_cache
-from hpm.data.loader import (
-    StepSampler,
-    TrainingViews,
-    num_workers,
-    training_loader,
-    training_views,
-)
+from hpm.data.loader import StepSampler, TrainingViews, training_loader, training_views
 from hpm.data.sources import Source
 from hpm.data.video.clips import ClipViews
 from hpm.data.video.sampling import clip_sampling
+from hpm.data.workers import num_workers
 from hpm.models.architecture import Architecture
 
 

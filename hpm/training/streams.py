@@ -15,7 +15,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.options import describe
 from hpm.data.fingerprint import digest
-from hpm.data.loader import Batch, TrainingViews, num_workers
+from hpm.data.loader import Batch, TrainingViews
 from hpm.data.streams.head import EntrySource, first_images
 from hpm.data.streams.lanes import Cursor
 from hpm.data.streams.loading import (
@@ -26,6 +26,7 @@ from hpm.data.streams.loading import (
     stream_batches,
 )
 from hpm.data.streams.stream import Stream
+from hpm.data.workers import num_workers
 from hpm.training.images import TrainingImages
 
 MEASURED = 512  # images that the statistics of the channels are measured on

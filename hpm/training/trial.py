@@ -22,7 +22,8 @@ from hpm.core.config import PretrainConfig
 from hpm.core.phases import PhaseClock
 from hpm.core.random_state import random_state_kept
 from hpm.core.signals import Interrupted, Stop
-from hpm.data.loader import Batch, num_workers
+from hpm.data.loader import Batch
+from hpm.data.workers import num_workers
 from hpm.training.build import build_run
 from hpm.training.loop import Interval, StepResult, log_losses
 from hpm.training.pace import Pace

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from hpm.core.errors import UserError
-from hpm.data import loader
+from hpm.data import workers as data_workers
 from hpm.data.cache import FORKS
 from hpm.data.loader import (
     StepSampler,
@@ -15,11 +15,11 @@ from hpm.data.loader import (
     Views,
     evaluation_batches,
     normalize,
-    num_workers,
     training_loader,
 )
 from hpm.data.sources import FileSource, open_source
 from hpm.data.statistics import measure_statistics
+from hpm.data.workers import num_workers
 
 VIEWS = TrainingViews((16, 16), 3, 0, (0.2, 1.0), True, 4)
 
@@ -30,7 +30,7 @@ def batches(source, workers=0, **sampler):
 
 
 def test_the_cores_of_a_machine_are_shared_among_its_own_processes(monkeypatch):
-    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    monkeypatch.setattr(data_workers, "usable_cores", lambda: 16)
     assert num_workers(None) == 15
     assert num_workers(3) == 3
     monkeypatch.setenv("WORLD_SIZE", "16")  # four machines of four

@@ -9,6 +9,7 @@ from PIL import Image
 
 import hpm
 from hpm.data import folders, loader, notes
+from hpm.data import workers as data_workers
 from hpm.data.loader import EvaluationViews, training_loader
 from hpm.data.opening import open_image
 from hpm.data.sources import FileSource, open_source
@@ -127,8 +128,8 @@ def test_shared_memory_that_is_full(workers, image_folder, monkeypatch):
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (9, 8), (12, 11), (64, 16)])
 def test_workers_by_default(cores, expected, monkeypatch):
-    monkeypatch.setattr(loader, "usable_cores", lambda: cores)
-    assert loader.num_workers(None) == expected and loader.num_workers(40) == 40
+    monkeypatch.setattr(data_workers, "usable_cores", lambda: cores)
+    assert data_workers.num_workers(None) == expected and data_workers.num_workers(40) == 40
 
 
 def test_unreadable_images_are_counted_once():

@@ -16,7 +16,8 @@ from hpm.core.errors import UserError, counted
 from hpm.core.random_state import random_state_kept
 from hpm.data.dense import DenseBatch, dense_loader
 from hpm.data.joint import DetectionTraining
-from hpm.data.loader import StepSampler, num_workers
+from hpm.data.loader import StepSampler
+from hpm.data.workers import num_workers
 from hpm.evals.detect import Options
 from hpm.evals.detect.data import DetectionData
 from hpm.evals.features import EvaluatedBackbone

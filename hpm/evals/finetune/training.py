@@ -17,15 +17,9 @@ from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
-from hpm.data.loader import (
-    Batch,
-    StepSampler,
-    normalize,
-    num_workers,
-    training_loader,
-    training_views,
-)
+from hpm.data.loader import Batch, StepSampler, normalize, training_loader, training_views
 from hpm.data.video.sampling import ClipSampling
+from hpm.data.workers import num_workers
 from hpm.evals.features import EvaluatedBackbone, ImageReader, Labelled
 from hpm.evals.finetune import Options
 from hpm.evals.finetune.augmentation import Augmentation, seed_everything
