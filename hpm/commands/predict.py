@@ -12,10 +12,11 @@ from PIL import Image
 
 from hpm.commands.options import PredictConfig
 from hpm.commands.predict_classes import write_classes
-from hpm.commands.predict_objects import results_file, write_objects
+from hpm.commands.predict_objects import FILE as OBJECTS
+from hpm.commands.predict_objects import write_objects
 from hpm.core import distributed
 from hpm.core.errors import UserError
-from hpm.core.files import write_atomically, write_text
+from hpm.core.files import new_file, write_atomically, write_text
 from hpm.core.options import AnyPath, make_config
 from hpm.core.progress import track
 from hpm.core.random_state import random_state_kept
@@ -108,7 +109,7 @@ def write_results(
     model: DetectionModel, source: FileSource, out: Path, config: PredictConfig, report: Report
 ) -> Path:
     """Write the objects in all readable images into one file."""
-    file, side = results_file(out), model.image_size
+    file, side = new_file(out, OBJECTS), model.image_size
     views = WholeImages(model.channels, source.is_deep(), side, longest=side)
     write_objects(model, source, readable(source, views, config, report), file)
     return file

@@ -12,7 +12,7 @@ import torch
 
 from hpm.commands.options import PredictConfig
 from hpm.core.errors import UserError
-from hpm.core.files import write_text
+from hpm.core.files import new_file, write_text
 from hpm.data.sources import FileSource
 from hpm.data.video.sampling import ViewGrid
 from hpm.data.video.sources import VideoFiles
@@ -22,15 +22,6 @@ from hpm.weights.classification import ClassificationModel
 
 FILE = "predictions.csv"
 BATCH_SIZE = 32  # images, or views of videos, per forward pass
-
-
-def predictions_file(out: Path) -> Path:
-    """The file to write: `out`, or `predictions.csv` in it unless it ends in .csv. Raises UserError
-    if the file exists."""
-    file = out if out.suffix == ".csv" else out / FILE
-    if file.exists():
-        raise UserError(f"{file} exists: choose another --out")
-    return file
 
 
 @torch.inference_mode()
@@ -43,7 +34,7 @@ def write_classes(
 ) -> Path:
     """Write a row for each readable file: its path, the class of highest probability, and the
     probability of each class, the mean over the views."""
-    file, sampling = predictions_file(out), model.sampling(config.frame_stride)
+    file, sampling = new_file(out, FILE), model.sampling(config.frame_stride)
     grid = ViewGrid(config.segments, config.crops)
     _check_views(model, config)
     reader = ImageReader(

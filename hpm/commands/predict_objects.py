@@ -9,22 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from hpm.core.errors import UserError
 from hpm.core.files import write_text
 from hpm.data.detection import to_results
 from hpm.data.sources import FileSource
 from hpm.weights.detection import DetectionModel
 
 FILE = "results.json"
-
-
-def results_file(out: Path) -> Path:
-    """The file to write: `out`, or `results.json` in it unless it ends in .json. Raises UserError
-    if the file exists."""
-    file = out if out.suffix == ".json" else out / FILE
-    if file.exists():
-        raise UserError(f"{file} exists: choose another --out")
-    return file
 
 
 def write_objects(

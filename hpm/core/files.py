@@ -131,6 +131,15 @@ def disk_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} could not be written: {reason}")
 
 
+def new_file(out: Path, default: str) -> Path:
+    """The file to write: `out`, or the one named `default` in it unless it has that suffix. Raises
+    UserError if the file exists."""
+    file = out if out.suffix == Path(default).suffix else out / default
+    if file.exists():
+        raise UserError(f"{file} exists: choose another --out")
+    return file
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     write_atomically(path, lambda temporary: _write_text(temporary, text))

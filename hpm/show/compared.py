@@ -15,7 +15,7 @@ from hpm.evals.saved import Row, saved_evaluations
 from hpm.show.report import read_metrics, read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
-from hpm.weights.run_folder import RunFolder, training_minutes
+from hpm.weights.run_folder import RunFolder, latest_values, training_minutes
 
 # Losses of runs that differ in one of these options cannot be compared.
 LOSS_DEPENDS_ON = (
@@ -78,9 +78,7 @@ class ComparedRun:
     @property
     def numbers(self) -> dict[str, float]:
         """The latest value of each of NUMBERS, and the minutes of training, by title."""
-        last: dict[str, Any] = {}
-        for line in self.metrics:
-            last |= line
+        last = latest_values(self.metrics)
         found = {title: last[name] for name, title in NUMBERS.items() if name in last}
         minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
         return found | ({"minutes of training": minutes} if minutes else {})

@@ -10,6 +10,7 @@ from hpm.core.choices import HARD_SHARES
 from hpm.evals.contract import RANDOM, RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, Saved
 from hpm.show.curves import Reference, number
+from hpm.weights.run_folder import latest_values
 
 HELD_OUT = "held_out/"
 LOSS, PREDICTOR = "reconstruction_loss", "predictor_loss"
@@ -51,9 +52,7 @@ def judge(
     total: int | None,
 ) -> str:
     """The sentence. total: steps of the whole training, None if unknown."""
-    last: dict[str, Any] = {}
-    for line in metrics:
-        last |= line
+    last = latest_values(metrics)
     if LOSS not in last and HELD_OUT + LOSS not in last:
         return "No measurements yet."
     if total and last["step"] < EARLY * total:

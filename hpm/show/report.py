@@ -26,7 +26,7 @@ from hpm.show.report_figures import animations_section, charts_section, moments_
 from hpm.show.status import Status, read_status
 from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
 from hpm.weights.own import encoder_call
-from hpm.weights.run_folder import RunFolder
+from hpm.weights.run_folder import RunFolder, latest_values
 
 # Options that `schedule.resolve` fills in, and that the user rarely sets.
 RESOLVED = (
@@ -104,9 +104,7 @@ def _head(
     folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], status: Status
 ) -> str:
     """Name, state, judgement and latest numbers of the run."""
-    last: dict[str, Any] = {}
-    for line in metrics:
-        last |= line
+    last = latest_values(metrics)
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",

@@ -22,7 +22,7 @@ from hpm.show.status import Status, read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.backbone import Backbone
 from hpm.weights.resolve import load_encoder
-from hpm.weights.run_folder import RunFolder
+from hpm.weights.run_folder import RunFolder, latest_values
 
 
 @dataclass(frozen=True, init=False)
@@ -97,9 +97,7 @@ class Run(RunFolder, os.PathLike[str]):
         if not self.config_file.is_file():
             return None
         status = self.status
-        last: dict[str, Any] = {}
-        for line in read_metrics(self.folder):
-            last |= line
+        last = latest_values(read_metrics(self.folder))
         rows = {"progress": f"{status.words}; {status.times}".rstrip("; ")}
         rows |= {title: number(last[name]) for name, title in TILES.items() if name in last}
         rows |= {"report": str(self.report)}

@@ -108,6 +108,14 @@ def training_minutes(metrics: list[dict[str, Any]], batch_size: int, first_step:
     return seconds / 60
 
 
+def latest_values(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last value of each metric."""
+    found: dict[str, Any] = {}
+    for line in metrics:
+        found |= line
+    return found
+
+
 def read_config(path: Path) -> dict[str, Any]:
     remedy = "repair it, or choose another --out"
     try:

@@ -7,7 +7,8 @@ from detecting import tiny_model
 from PIL import Image
 
 import hpm
-from hpm.commands.predict_objects import results_file, write_objects
+from hpm.commands.predict_objects import FILE, write_objects
+from hpm.core.files import new_file
 from hpm.data.detection import has_masks, objects, open_detection
 from hpm.data.joint import WholeImages
 from hpm.data.sources import FileSource
@@ -43,9 +44,9 @@ def test_results_can_be_opened_as_a_data_set(tmp_path, masks):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    assert results_file(tmp_path / "out") == tmp_path / "out" / "results.json"
+    assert new_file(tmp_path / "out", FILE) == tmp_path / "out" / "results.json"
     file = tmp_path / "found.json"
-    assert results_file(file) == file
+    assert new_file(file, FILE) == file
     file.write_text("{}")
     with pytest.raises(hpm.UserError, match="exists"):
-        results_file(file)
+        new_file(file, FILE)
