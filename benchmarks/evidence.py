@@ -10,7 +10,7 @@ On a GPU (data: a folder with the two parquet files of tin100):
 
 Every step is a command of `hpm` in a separate process. Results are kept in --results and runs in
 --out; an interrupted run resumes. The protocol below was written before the first run and has not
-been changed since.
+been changed since; DEPARTURES says what was done otherwise.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ PROTOCOL = """
   noise, raw pixels; so that what is there is complete pairs.
 """
 
+# What was done otherwise, and when.
+DEPARTURES = """
+- **Order of work.** When all pairs of MAE and HPM were known (2026-11-26), equal time was moved
+  before the predictor's arm (`--first`), because it is what a user who must choose wants to know.
+"""
+
 FOLDER = Path(__file__).parent
 DATA = FOLDER / ".." / ".." / "shared" / "data" / "tin100"
 CAMVID = DATA.with_name("camvid")
@@ -80,13 +86,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "units": MINED | {"mask_unit": 2},
 }
 VARIANT_SEEDS = range(2)
-# What an arm is compared with, where that is not MAE.
-REFERENCES = {
-    "sampled": "HPM",
-    "progress": "HPM",
-    "units": "HPM",
-    "HPM, raw pixels": "MAE, raw pixels",
-}
 EQUAL_TIME = "MAE, HPM's time"
 TITLES = {
     "predictor": "predictor's loss, random masks",
@@ -97,6 +96,17 @@ TITLES = {
     "progress": "HPM by the progress of the loss",
     "units": "HPM over units of 2 x 2 patches",
 }
+# (arm, what it is compared with)
+COMPARISONS = (
+    *(
+        (name, "MAE")
+        for name in METHODS
+        if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels")
+    ),
+    ("HPM", EQUAL_TIME),
+    ("HPM, raw pixels", "MAE, raw pixels"),
+    *((name, "HPM") for name in VARIANTS),
+)
 ALSO_TUNED = {"MAE": ("mask_ratio", (0.65, 0.75, 0.85)), "HPM": ("hard_share_end", (0.25, 0.5))}
 DEFAULTS = {"mask_ratio": 0.75, "hard_share_end": 0.5}
 MEASURES = {
@@ -186,7 +196,8 @@ class Experiment:
     def plan(self) -> list[Job]:
         """All open jobs that can be run now, most important first."""
         jobs: list[Job] = []
-        for methods in (("MAE", "HPM"), *((name,) for name in list(METHODS)[2:])):
+        others = sorted(list(METHODS)[2:], key=lambda name: name != self.chosen.first)
+        for methods in (("MAE", "HPM"), *((name,) for name in others)):
             settings = {}
             for method in methods:
                 missing, settings[method] = self.tune(method)
@@ -353,7 +364,7 @@ class Experiment:
             }
             for method in (*METHODS, *VARIANTS)
         }
-        rows, gains = [], []
+        rows = []
         for method, by_seed in found.items():
             if not by_seed:
                 continue
@@ -361,10 +372,10 @@ class Experiment:
             chosen = ", ".join(f"{k} {v:g}" for k, v in (setting or {}).items())
             cells = [spread([v[m] for v in by_seed.values() if m in v]) for m in MEASURES]
             rows.append([TITLES.get(method, method), chosen, str(len(by_seed)), *cells])
-            base = REFERENCES.get(method, "MAE")
-            pairs = sorted(set(by_seed) & set(found[base]))
-            if method != base and pairs:
-                differences = paired(by_seed, found[base])
+        gains = []
+        for method, base in COMPARISONS:
+            if pairs := pairs_of(found[method], found[base]):
+                differences = paired(found[method], found[base])
                 cells = [interval(differences.get(m, [])) for m in MEASURES]
                 title = f"{TITLES.get(method, method)} less {TITLES.get(base, base)}"
                 gains.append([title, str(len(pairs)), *cells])
@@ -387,6 +398,8 @@ class Experiment:
             PROTOCOL.format(
                 rows=f"{self.chosen.rows:,}", model=self.chosen.model, epochs=self.epochs
             ).strip(),
+            "### Departures from the protocol",
+            DEPARTURES.strip(),
             "### Results",
         ]
         if rows:
@@ -417,37 +430,45 @@ class Experiment:
         if tuning:
             parts += ["### Tuning", table(["arm", "setting", "seed", "linear probe"], tuning)]
         write_section("evidence", "\n\n".join(parts))
-        differences = paired(found["HPM"], found["MAE"])
-        if rows and len(next(iter(differences.values()), [])) > 1:
-            write_section("evidence", self.summary(differences), FOLDER.parent / "README.md")
+        if len(pairs_of(found["HPM"], found["MAE"])) > 1:
+            write_section("evidence", self.summary(found), FOLDER.parent / "README.md")
 
-    def summary(self, differences: dict[str, list[float]]) -> str:
-        """The README's paragraph: what HPM less MAE is so far."""
-        pairs = len(next(iter(differences.values())))
-        told: dict[str, list[str]] = {
-            "is better than MAE on": [],
-            "is worse than MAE on": [],
-            "cannot be told apart from MAE on": [],
-        }
-        better, worse, same = told
-        for measure, values in differences.items():
-            mean, half = mean_and_half(values)
-            word = same if abs(mean) < half else better if mean > 0 else worse
-            title = MEASURES[measure].split(",")[0]
-            article = "the " if title.endswith("probe") else ""
-            told[word].append(f"{article}{title} ({interval(values)})")
-        verdict = "; it ".join(f"{word} {' and '.join(ms)}" for word, ms in told.items() if ms)
-        ratio = self.known.get("ratio")
-        cost = f" A step of HPM took {ratio:.1f} times as long." if ratio else ""
-        done = pairs == len(self.seeds)
-        of = "All" if done else f"So far, {pairs} of"
+    def summary(self, found: dict[str, dict[int, dict]]) -> str:
+        """The README's paragraph: how HPM compares with MAE so far."""
+        pairs = len(pairs_of(found["HPM"], found["MAE"]))
+        of = "All" if pairs == len(self.seeds) else f"So far, {pairs} of"
         text = (
-            f"{of} {len(self.seeds)} planned pairs of seeds have finished. HPM "
-            f"{verdict} (points, with 95 % t-intervals). Both trained {self.chosen.model} for "
-            f"{self.epochs} epochs on {self.chosen.rows:,} images of Tiny ImageNet, each at its "
-            f"own best setting.{cost}"
+            f"{of} {len(self.seeds)} planned pairs of seeds have finished. After equal numbers of "
+            f"epochs, HPM {verdict(paired(found['HPM'], found['MAE']))} (points, with 95 % "
+            f"t-intervals). Both trained {self.chosen.model} for {self.epochs} epochs on "
+            f"{self.chosen.rows:,} images of Tiny ImageNet, each at its own best setting."
         )
+        if ratio := self.known.get("ratio"):
+            text += f" A step of HPM took {ratio:.1f} times as long."
+        pairs = len(pairs_of(found["HPM"], found[EQUAL_TIME]))
+        if pairs > 1:
+            text += (
+                f" Compared with an MAE that trained for as long as HPM took ({pairs} pairs), HPM "
+                f"{verdict(paired(found['HPM'], found[EQUAL_TIME]))}."
+            )
         return f"{textwrap.fill(text, 100)}\n\n![top-1 by method](benchmarks/evidence.png)"
+
+
+def verdict(differences: dict[str, list[float]]) -> str:
+    """In words, on which measures HPM differs from MAE. differences: points, by measure."""
+    told: dict[str, list[str]] = {
+        "is better than MAE on": [],
+        "is worse than MAE on": [],
+        "cannot be told apart from MAE on": [],
+    }
+    better, worse, same = told
+    for measure, values in differences.items():
+        mean, half = mean_and_half(values)
+        word = same if abs(mean) < half else better if mean > 0 else worse
+        title = MEASURES[measure].split(",")[0]
+        article = "the " if title.endswith("probe") else ""
+        told[word].append(f"{article}{title} ({interval(values)})")
+    return "; it ".join(f"{word} {' and '.join(ms)}" for word, ms in told.items() if ms)
 
 
 def write_splits(data: Path, out: Path, rows: int, smoke: bool) -> Path:
@@ -569,12 +590,17 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
+def pairs_of(ours: dict[int, dict], theirs: dict[int, dict]) -> list[int]:
+    """The seeds that both have."""
+    return sorted(set(ours) & set(theirs))
+
+
 def paired(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, list[float]]:
     """Differences by measure, seed by seed; measures that no pair has are left out."""
     found = {
         measure: [
             ours[seed][measure] - theirs[seed][measure]
-            for seed in sorted(set(ours) & set(theirs))
+            for seed in pairs_of(ours, theirs)
             if measure in ours[seed] and measure in theirs[seed]
         ]
         for measure in MEASURES
@@ -647,6 +673,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--side-by-side", type=int, default=1)
+    parser.add_argument("--first", choices=list(METHODS)[2:], help="arm that follows MAE and HPM")
     parser.add_argument("--timing", action="store_true", help="measure the ratio of step times")
     parser.add_argument("--report", action="store_true", help="write the report alone")
     parser.add_argument("--smoke", action="store_true", help="a few images: does it run through?")
