@@ -630,6 +630,7 @@ def draw(found: dict[str, dict[int, dict]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     arms = [method for method, by_seed in found.items() if by_seed]
+    bases = dict(reversed(COMPARISONS))  # the first comparison of each arm
     figure = Figure(figsize=(10, 1.2 + 0.45 * len(arms)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     shown = {
@@ -641,7 +642,7 @@ def draw(found: dict[str, dict[int, dict]], file: Path) -> None:
     for panel, (measure, title) in zip(panels, shown.items(), strict=True):
         for row, method in enumerate(arms):
             for seed, values in found[method].items():
-                base = REFERENCES.get(method, "MAE")
+                base = bases.get(method, method)
                 if method != base and seed in found[base]:
                     panel.plot(
                         [found[base][seed][measure], values[measure]],
