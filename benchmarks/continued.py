@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calling import call
-from evidence import as_arguments, interval, mean_and_half, spread
-from results import machine, table, write_section
+from evidence import as_arguments
+from results import interval, machine, mean_and_half, spread, table, write_section
 
 PROTOCOL = """
 - **Backbones.** vit_nano, 64 px, patches of 8 pixels, one for each seed: plain MAE on the first

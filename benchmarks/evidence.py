@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results import machine, table, write_section
+from results import interval, machine, mean_and_half, spread, table, write_section
 
 PROTOCOL = """
 - **Data.** 100 classes of Tiny ImageNet, 64 px. Pre-training on the first {rows} training rows,
@@ -582,14 +582,6 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
 
 
-def spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
 def pairs_of(ours: dict[int, dict], theirs: dict[int, dict]) -> list[int]:
     """The seeds that both have."""
     return sorted(set(ours) & set(theirs))
@@ -606,22 +598,6 @@ def paired(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, list[flo
         for measure in MEASURES
     }
     return {measure: values for measure, values in found.items() if values}
-
-
-def mean_and_half(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half of the 95 % t-interval, of at least two differences."""
-    from scipy.stats import t
-
-    mean, count = statistics.mean(differences), len(differences)
-    return mean, float(t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5)
-
-
-def interval(differences: list[float]) -> str:
-    """Mean ± half of the 95 % t-interval."""
-    if len(differences) < 2:
-        return f"{differences[0]:+.1f}" if differences else ""
-    mean, half = mean_and_half(differences)
-    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def draw(found: dict[str, dict[int, dict]], file: Path) -> None:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from methods import as_arguments
-from results import machine, table, write_section
+from results import machine, spread, table, write_section
 
 DATA = Path(__file__).parent / ".." / ".." / "shared" / "data" / "flowers"
 STEPS = (100, 300, 1000)
@@ -60,13 +59,6 @@ def top1(folder: Path, weights: str) -> float | None:
         values = json.loads(file.read_text())["values"].get(f"{weights}, patch mean")
         return values[f"k = {K}"]["top1"] if values else None
     return None
-
-
-def spread(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def report(out: Path, seeds: int) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from results import machine, table, write_section
+from results import machine, spread, table, write_section
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER / ".." / ".." / "shared" / "data"
@@ -319,13 +319,6 @@ def features_of(protocol: str, name: str) -> str:
     if name == "raw pixels":
         return "raw pixels (linear)" if protocol == "finetune" else name
     return name if protocol == "finetune" else f"{name}, patch mean"
-
-
-def spread(values: list[float]) -> str:
-    if not values:
-        return "–"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
 
 
 def gain(ours: list[float], theirs: list[float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from pathlib import Path
 
 import torch
@@ -33,6 +34,29 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else "–"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def mean_and_half(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half of the 95 % t-interval, of at least two differences."""
+    from scipy.stats import t
+
+    mean, count = statistics.mean(differences), len(differences)
+    return mean, float(t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5)
+
+
+def interval(differences: list[float]) -> str:
+    """Mean ± half of the 95 % t-interval."""
+    if len(differences) < 2:
+        return f"{differences[0]:+.1f}" if differences else ""
+    mean, half = mean_and_half(differences)
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def machine() -> str:

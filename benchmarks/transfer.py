@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calling import call
-from evidence import as_arguments, interval, spread
-from results import machine, table, write_section
+from evidence import as_arguments
+from results import interval, machine, spread, table, write_section
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER / ".." / ".." / "shared" / "data"

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from calling import call
-from evidence import as_arguments, interval, spread
-from results import machine, table, write_section
+from evidence import as_arguments
+from results import interval, machine, spread, table, write_section
 from scipy.sparse.csgraph import connected_components
 
 from hpm.data.video.clip import middle_frame
