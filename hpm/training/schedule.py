@@ -161,7 +161,7 @@ def default_base_lr(steps: int, batch_size: int) -> float:
 
 def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> list[str]:
     """A warning for the log if training is short."""
-    if total >= FEW_STEPS or config.data == "demo":  # the demo is made to be short
+    if total >= FEW_STEPS or config.data in ("demo", "demo-video"):  # made to be short
         return []
     per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
     more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
