@@ -158,10 +158,13 @@ def folder(arm: str, seed: int, chosen: argparse.Namespace) -> Path:
 
 
 def run(chosen: argparse.Namespace) -> bool:
-    """Run what remains, seed by seed, until the time is up. Returns whether all is done."""
+    """Run what has no numbers yet, seed by seed, until the time is up. Returns whether all is done."""
     end = time.monotonic() + 60 * chosen.minutes
+    known = keep(chosen)
     for seed in range(SEEDS):
         for arm in ARMS:
+            if str(seed) in known.get(arm, {}):
+                continue
             for command in commands(arm, seed, chosen):
                 log = folder(arm, seed, chosen).with_suffix(".log")
                 if not call(command, log, end):
