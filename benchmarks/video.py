@@ -158,7 +158,8 @@ def folder(arm: str, seed: int, chosen: argparse.Namespace) -> Path:
 
 
 def run(chosen: argparse.Namespace) -> bool:
-    """Run what has no numbers yet, seed by seed, until the time is up. Returns whether all is done."""
+    """Run what has no numbers yet, seed by seed, until the time is up. Returns whether all is
+    done."""
     end = time.monotonic() + 60 * chosen.minutes
     known = keep(chosen)
     for seed in range(SEEDS):
