@@ -36,6 +36,7 @@ KINDS = ("folder", "shards", "begun again")
 MEASURES = ("memory, MB", "file handles", "threads")
 WARM_UP = 0.2  # share of the time that is left out
 BLOCKS = 12
+ROUNDING = 1e-9  # a number that never changes has a slope of about 1e-17
 IMAGES, SHARDS, SIZE = 480, 4, 48
 OPTIONS: dict[str, Any] = {
     "model": "vit_nano",
@@ -96,12 +97,15 @@ def tree(pid: int) -> Iterator[tuple[str, int]]:
 
 
 def measure(pid: int) -> tuple[float, float, float]:
-    """MEASURES of a process. Memory is PSS: a share of what processes share."""
+    """MEASURES of a process. Memory is what it allocated, and its share of what it shares with
+    others (PSS). Libraries mapped from files do not count: a process's share of them grows when
+    any other program that uses them ends."""
     status = Path(f"/proc/{pid}/status").read_text()
-    memory = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    pss = next(int(line.split()[1]) for line in memory.splitlines() if line.startswith("Pss:"))
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    sizes = {line.split(":")[0]: line.split()[1] for line in rollup.splitlines()[1:]}
+    kilobytes = int(sizes["Pss_Anon"]) + int(sizes["Pss_Shmem"])
     threads = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("Threads:"))
-    return pss / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
+    return kilobytes / 1024, len(os.listdir(f"/proc/{pid}/fd")), threads
 
 
 def sample(trainers: dict[str, subprocess.Popen]) -> Iterator[tuple[str, str, tuple]]:
@@ -137,7 +141,7 @@ def rows_of(found: dict[tuple[str, str], list[tuple]]) -> list[list[str]]:
         times, *columns = np.array([(at, *values) for at, values in samples]).T
         for name, column in zip(MEASURES, columns, strict=True):
             growth, half, mean = slope(times, column)
-            grows = "yes" if growth - half > 0 else "no"
+            grows = "yes" if growth - half > ROUNDING else "no"
             growth = round(growth, 2) + 0.0  # no negative zero
             said = f"{growth:+.2f} ± {half:.2f}"
             rows.append([f"{kind}, {role}", name, f"{mean:.1f}", said, grows])
@@ -197,7 +201,8 @@ def main() -> None:
     text = (
         f"## Soak\n\n`python benchmarks/soak.py --minutes {chosen.minutes:g}` on {machine()}"
         f"{f', {chosen.note}' if chosen.note else ''}: {done}. Growth with its 95 % interval, "
-        f"from {BLOCKS} blocks after the first {WARM_UP:.0%} of the time; memory is PSS.\n\n"
+        f"from {BLOCKS} blocks after the first {WARM_UP:.0%} of the time. "
+        "Memory is PSS without libraries mapped from files.\n\n"
         f"{table(head, rows)}"
     )
     write_section("soak", text)
