@@ -15,9 +15,9 @@ ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/$TORCH
 ARG EXTRAS=clusters,dense,heic,hf,multichannel,onnx,parquet,stream,timm,video
 
-# On a GPU, torch.compile needs a C compiler when it runs.
+# On a GPU, torch.compile calls a C compiler when a training starts.
 RUN case "$TORCH" in cu*) \
-        apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        apt-get update && apt-get install --yes --no-install-recommends g++ \
         && rm -rf /var/lib/apt/lists/* ;; \
     esac
 # Versions that were tested together.

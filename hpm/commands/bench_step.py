@@ -34,8 +34,9 @@ from hpm.core.phases import PhaseClock
 from hpm.core.progress import track
 from hpm.data.loader import Batch
 from hpm.pretraining import train_step
-from hpm.training.build import build_run, compiles
+from hpm.training.build import build_run
 from hpm.training.checks import check_pretrain
+from hpm.training.compiling import compiles
 from hpm.training.log import memory_gb
 from hpm.training.run import PretrainingRun
 

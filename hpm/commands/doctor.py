@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from hpm.core.compilers import REMEDY, has_compiler
 from hpm.core.errors import UserError, one_line
 from hpm.core.version import __version__
 
@@ -71,7 +72,9 @@ def diagnose() -> list[Finding]:
 
 def print_findings(findings: list[Finding], console: Console) -> None:
     """Print a table of the findings."""
-    table = Table("", "", "found", "to do", box=None)
+    # A third, and room for the longest word, so that it can be copied.
+    remedies = Column("to do", width=max(26, console.width // 3))
+    table = Table("", "", "found", remedies, box=None)
     colours = {"ok": "green", "warning": "yellow", "missing": "red"}
     for each in findings:
         state = Text(each.state, colours[each.state])
@@ -110,6 +113,8 @@ def _hardware() -> Iterator[Finding]:
             "ok",
             f"{about.name}, {about.total_memory / 1e9:.3g} GB{bfloat16}, CUDA {torch.version.cuda}",
         )
+    if torch.cuda.is_available() and not has_compiler("cuda"):
+        yield Finding("C compiler", "missing", "none: training is not compiled, and slower", REMEDY)
     if SHARED.is_dir():
         size = shutil.disk_usage(SHARED).total
         low = size < LEAST_SHARED_MEMORY

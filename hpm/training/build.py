@@ -31,6 +31,7 @@ from hpm.models.mim import MaskedImageModel
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
+from hpm.training.compiling import compile_part, compiles, describe_uncompiled
 from hpm.training.images import TrainingImages
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
@@ -114,15 +115,16 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
             checkpoint, model, teacher.model, optimizer, memory
         )
 
-    compiled = compiles(config, device)
+    compiled = not sharded and compiles(config, device)
+    notes += [] if sharded else describe_uncompiled(config, device)
     for part in (model.encoder, model.reconstructor, model.predictor):
         if part is not None:
             part.checkpoint_activations = config.checkpoint_activations
     # Only the training step, whose shapes never change, uses the compiled functions. Figures,
     # measures and probes have other shapes, which would trigger recompilation.
-    student = model if sharded else distributed.data_parallel(_compile(model, compiled))
+    student = model if sharded else distributed.data_parallel(compile_part(model, compiled))
     eager_miner = make_miner(config, architecture, teacher.model, memory, target.needs_teacher)
-    predict_loss = _compile(eager_miner.model.predict_loss, compiled)
+    predict_loss = compile_part(eager_miner.model.predict_loss, compiled)
     miner = dataclasses.replace(eager_miner, predict_loss=predict_loss)
 
     meta: dict[str, Any] = checkpoint.meta if checkpoint else {}
@@ -286,18 +288,6 @@ def make_memory(
         return None
     progress = config.mine_by == "progress"
     return HardnessMemory(len(source), model.encoder.grid, device, progress)
-
-
-def compiles(config: PretrainConfig, device: torch.device) -> bool:
-    """Whether to compile student and teacher. Sharded models are not compiled."""
-    if is_sharded(config):
-        return False
-    return config.compile == "true" or (config.compile == "auto" and device.type == "cuda")
-
-
-def _compile(part: Any, compiled: bool) -> Any:
-    """Compile a module or function if `compiled`."""
-    return torch.compile(part, dynamic=False) if compiled else part
 
 
 def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:

@@ -55,3 +55,16 @@ def test_little_shared_memory(total, state, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
     shared = found("shared memory")
     assert shared.state == state and ("--shm-size" in shared.remedy) == (state == "warning")
+
+
+def test_no_name_of_an_extra_is_cut_off():
+    page = io.StringIO()
+    doctor.print_findings(
+        [
+            doctor.Finding(
+                "extra multichannel", "missing", "x " * 60, "pip install 'hpm-vision[multichannel]'"
+            )
+        ],
+        Console(file=page, width=80),
+    )
+    assert "'hpm-vision[multichannel]'" in page.getvalue()
