@@ -26,6 +26,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Of commands that are not ours.
 FOREIGN = {"--signals-to-handle", "--nproc-per-node", "--max-restarts", "--logdir"}
 FOREIGN |= {"--signal", "--array"}  # of Slurm
+FOREIGN |= {"--build-arg", "--gpus", "--network", "--user"}  # of Docker
 
 
 @functools.cache
