@@ -1,7 +1,9 @@
 """Features on disk are those that the encoder computes, whatever interrupts or divides the work."""
 
 import csv
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from jobs import torchrun
 from safetensors import safe_open
 
 import hpm
+from hpm.commands.embed import Embedded
 from hpm.commands.embedding_shards import Shards
 from hpm.core.extras import need
 from hpm.core.files import read_tensors, write_tensors
@@ -153,6 +156,12 @@ def damaged(image_folder, tmp_path):
     for number in (0, 1):
         (folder / "class_0" / f"{number:03d}.png").write_bytes(b"nothing")
     return folder
+
+
+def test_its_next_commands_can_be_pasted():
+    said = Embedded(Path("my features.npy"), 2, 4, 0, None).summary()
+    command = said.partition(": ")[2].partition(", ")[0]
+    assert shlex.split(command) == ["hpm", "similar", "my features.npy", "IMAGE"]
 
 
 @pytest.mark.parametrize("shard", [2, 48])
