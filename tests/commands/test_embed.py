@@ -134,6 +134,10 @@ def test_it_goes_on_where_it_was_stopped(
         patch.setattr(Shards, "save", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
             hpm.embed(backbone, image_folder, out, **options)
+        stopped = run_here(
+            "embed", backbone, image_folder, "--out", out, "--shard-images", 13, *FLAGS
+        )
+        assert stopped.returncode == 130 and "run the same command again" in stopped.stderr
     assert sum(seen) >= 39
     refused = run_here("embed", backbone, image_folder, "--out", out, "--pool", "cls", *FLAGS)
     assert_refused(refused, "was made with pool mean, not cls")
