@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass

@@ -166,9 +166,8 @@ def _tokenize(config: Any) -> None:
 
     path, distance = tokenize(config)
     print(f"mean squared distance of a patch to its token: {distance:.4g}")
-    print(
-        f"written to {path}: hpm pretrain ... --target tokens --codebook {shlex.quote(str(path))}"
-    )
+    word = shlex.quote(str(path))
+    print(f"written to {path}: hpm pretrain ... --target tokens --codebook {word}")
 
 
 def _prepare(config: Any) -> None:
