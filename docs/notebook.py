@@ -36,7 +36,8 @@ CELLS = [
 images, looks at what it has learned, and groups the images by it. It takes a minute or two on an
 idle CPU. It needs `pip install '.[clusters]' jupyterlab`.
 
-Name your own folder, or let this cell draw 800 images of shapes."""
+To use your own images, put `photos = "path/to/your/folder"` in place of this cell, which draws
+800 images of shapes."""
     ),
     code(
         """\
@@ -86,28 +87,12 @@ run = hpm.pretrain(
 Bright patches are hard to reconstruct. The teacher predicts them from the whole image, and the
 mask hides most of them."""
     ),
-    code(
-        """\
-some = sorted(photos.glob("*/*.png"))[::300]
-run.show(some)"""
-    ),
+    code("run.show(photos, count=3)"),
     text(
         """\
 `run.plot("learning_rate", "grad_norm")` draws any metric of the run, and `run.plot()` the curves
 above.
 
-## Evaluate
-
-With a folder per class, a linear probe tells how much of the classes the features hold, beside
-random weights and raw pixels. After so short a training, expect little."""
-    ),
-    code(
-        """\
-result = hpm.evaluate("linear", run, photos, epochs=20, lr=(0.1, 1.0), weight_decay=(0.0,))
-result"""
-    ),
-    text(
-        """\
 ## Clusters
 
 `hpm.embed` computes a feature for each image, and `hpm.cluster` groups them. Each row shows the
@@ -124,7 +109,18 @@ clusters"""
         """\
 `clusters.numbers` holds the cluster of each image, and `clusters.members(0)` the paths of the
 first one. `features.features` is an array of NumPy. [embedding.md](embedding.md) has more:
-similar images, near-duplicates, and a page to browse."""
+similar images, near-duplicates, and a page to browse.
+
+## Evaluate
+
+This needs a folder per class; other images have no labels to compare with. A linear probe tells
+how much of the classes the features hold, beside random weights and raw pixels. After so short a
+training, expect little."""
+    ),
+    code(
+        """\
+result = hpm.evaluate("linear", run, photos, epochs=20, lr=(0.1, 1.0), weight_decay=(0.0,))
+result"""
     ),
 ]
 

@@ -94,6 +94,7 @@ def test_what_bench_data_reads_is_named_as_elsewhere():
     assert understand(["bench", "data", "photos"])[1].data == "photos"
     assert understand(["bench", "data", "--data", "photos"])[1].data == "photos"
     assert_refused(run_here("bench", "step", "photos"), "unexpected argument 'photos'")
+    assert_refused(run_here("pretrain", "my", "photos", "--out", "x"), "spaces in quotes")
 
 
 @pytest.mark.parametrize(

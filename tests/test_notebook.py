@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
@@ -40,7 +41,7 @@ def shown(notebook):
 def check(notebook):
     pictures, both = ["image/png"], ["image/png", "text/html"]
     table = ["text/html"]
-    assert shown(notebook) == [[], both, table, pictures, table, pictures, pictures]
+    assert shown(notebook) == [[], both, table, pictures, pictures, pictures, table]
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     assert not [out for out in outputs if out.output_type == "error" or out.get("name") == "stderr"]
     assert "\x1b" not in nbformat.writes(notebook)
@@ -54,6 +55,24 @@ def test_its_cells_run(script, tmp_path):
     assert "STEPS = 2\n" in notebook.cells[3].source
     script.execute(notebook, tmp_path)
     check(notebook)
+    assert (tmp_path / "runs" / "notebook" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own(script, tmp_path):
+    """Photographs without classes, as a user would name them in the first cell."""
+    (tmp_path / "my photos").mkdir()
+    for number in range(60):
+        colour = (4 * number, 200 - number, number)
+        Image.new("RGB", (64, 50), colour).save(tmp_path / "my photos" / f"IMG {number}.JPG")
+    notebook = script.make()
+    *cells, _ = notebook.cells  # the evaluation needs labels, and comes last
+    for cell in cells:
+        for old, new in SMALL.items():
+            cell.source = cell.source.replace(old, new)
+    cells[1].source = 'photos = "my photos"'
+    notebook.cells = cells
+    script.execute(notebook, tmp_path)
     assert (tmp_path / "runs" / "notebook" / "report.html").exists()
 
 

@@ -6,6 +6,7 @@ are missing. Processes share the shards; the main process joins them into the fi
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,8 @@ class Embedded:
         failed = counted(self.unreadable, "image")
         lines = [f"{failed} cannot be read: {self.unreadable_file}"] if self.unreadable_file else []
         made = f"{counted(self.images, 'image')}, {self.dim} features each, in {self.path}"
-        then = f"hpm similar {self.path} IMAGE, hpm show {self.path} --out page.html"
+        word = shlex.quote(str(self.path))
+        then = f"hpm similar {word} IMAGE, hpm show {word} --out page.html"
         return "\n".join([*lines, f"{made}: {then}"])
 
 

@@ -226,7 +226,7 @@ def _suggested(config: PlanConfig, found: Survey, choice: Choice, target: Target
         if config.hours is not None:  # a longer training is a better one
             epochs = max(epochs, min(EPOCHS[1], fitting // per_epoch))
         length, steps = {"epochs": epochs}, epochs * per_epoch
-    out = config.out or f"runs/{re.sub(r'[^A-Za-z0-9_-]+', '-', _stem(config.data)) or 'first'}"
+    out = config.out or f"runs/{run_name(config.data)}"
     options = setting.options() | length
     check_pretrain(setting.config(config.data, out, **length))
     count = timed.images
@@ -259,5 +259,7 @@ def command_of(data: str, out: str, options: dict[str, Any]) -> list[str]:
     return words
 
 
-def _stem(data: str) -> str:
-    return re.split(r"[/\\:]", data.rstrip("/"))[-1].split(".")[0]
+def run_name(data: str) -> str:
+    """The last part of the data's name, in characters that no shell treats specially."""
+    stem = re.split(r"[/\\:]", data.rstrip("/"))[-1].split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "first"

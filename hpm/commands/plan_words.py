@@ -67,12 +67,14 @@ def reasons_for(plan: Plan) -> dict[str, str]:
     setting, found = plan.setting, plan.survey
     count = training_images(found)
     images = "a stream" if count is None else f"{count:,} images to train on"
+    size = f"the shorter side has {found.short_side:.0f} pixels (median)"
+    if setting.image_size < 0.8 * min(224, found.short_side):
+        size += "; reduced to fit"
+    elif setting.image_size > found.short_side:
+        size += f", enlarged to the next size with patches of {setting.patch_size}"
     reasons = {
         f"model {setting.model}": f"{images}; a larger model needs more images or more time",
-        f"image size {setting.image_size}, patches of {setting.patch_size}": (
-            f"the shorter side has {found.short_side:.0f} pixels (median)"
-            + ("" if setting.image_size >= 0.8 * min(224, found.short_side) else "; reduced to fit")
-        ),
+        f"image size {setting.image_size}, patches of {setting.patch_size}": size,
         f"batch {setting.batch_size}": "smaller batches give few images more steps"
         if setting.batch_size < 256
         else "the default",
@@ -117,8 +119,8 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if found.duplicates:
         notes.append(
-            f"{found.duplicates} of the files looked at are copies of others: they count twice in "
-            "training; remove them if you split the data yourself"
+            f"{counted(found.duplicates, 'copy', 'copies')} of other files looked at: such images "
+            "count twice in training; remove them if you split the data yourself"
         )
     if count is not None and count < FEW_IMAGES:
         notes.append(_continue_from(plan, count))
@@ -205,7 +207,7 @@ def _about_images(found: Survey) -> list[str]:
     whole_sample = sum(found.channels.values())
     named = [
         CHANNELS.get(kind, f"{kind} channels")
-        + ("" if number == whole_sample else f" ({100 * number / whole_sample:.3g} %)")
+        + ("" if number == whole_sample else f" ({number:,} of {whole_sample:,})")
         for kind, number in kinds
     ]
     lines.append(", ".join(named))
@@ -213,7 +215,8 @@ def _about_images(found: Survey) -> list[str]:
     lines.append(f"{len(found.unreadable) or 'none'} of {looked} cannot be read")
     if found.searched:
         looked = _among(found.searched, found.count)
-        lines.append(f"{found.duplicates or 'none'} of {looked} are copies, byte by byte")
+        verb = "is a copy of another" if found.duplicates == 1 else "are copies of others"
+        lines.append(f"{found.duplicates or 'none'} of {looked} {verb}, byte by byte")
     return lines
 
 

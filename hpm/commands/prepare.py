@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Prepared:
         failed = counted(len(self.unreadable), "image")
         lines = [f"{failed} cannot be read: {out}/unreadable.txt"] if self.unreadable else []
         made = f"{counted(self.images, 'image')}, {self.bytes / 1e9:.3g} GB"
-        return "\n".join([*lines, f"{made}, in {out}: hpm pretrain {out} --out ..."])
+        return "\n".join([*lines, f"{made}, in {out}: hpm pretrain {shlex.quote(out)} --out ..."])
 
 
 WriteShards = Callable[[list[Shard], dict[str, Source], PrepareConfig], Iterator[Shard]]

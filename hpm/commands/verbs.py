@@ -5,17 +5,21 @@ Everything else is imported when a verb runs, so that `hpm --help` answers at on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import json
-from collections.abc import Callable
+import shlex
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpm.core.errors import UserError, counted
 from hpm.core.parser import Command
+from hpm.core.signals import Interrupted
 
 if TYPE_CHECKING:
     from hpm.evals.contract import Evaluation
@@ -162,13 +166,24 @@ def _tokenize(config: Any) -> None:
 
     path, distance = tokenize(config)
     print(f"mean squared distance of a patch to its token: {distance:.4g}")
-    print(f"written to {path}: hpm pretrain ... --target tokens --codebook {path}")
+    word = shlex.quote(str(path))
+    print(f"written to {path}: hpm pretrain ... --target tokens --codebook {word}")
 
 
 def _prepare(config: Any) -> None:
     from hpm.commands.prepare import prepare
 
-    print(prepare(config).summary(config.out))
+    with _resumable():
+        print(prepare(config).summary(config.out))
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Say on Ctrl-C that the same command resumes: what is finished has been saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT) from None
 
 
 def _show(config: Any) -> None:
@@ -193,7 +208,8 @@ def _embed(config: Any) -> None:
     from hpm.commands.embed import run_embed
     from hpm.core import distributed
 
-    made = run_embed(config)
+    with _resumable():
+        made = run_embed(config)
     if distributed.is_main():
         print(made.summary())
 

@@ -65,7 +65,10 @@ class Command:
             if not argument.startswith("--"):
                 name, value = next(places, self._rest), argument
                 if not name:
-                    raise UserError(f"unexpected argument '{argument}' (see {self.prog} --help)")
+                    raise UserError(
+                        f"unexpected argument '{argument}': put a path with spaces in quotes "
+                        f"(see {self.prog} --help)"
+                    )
             else:
                 word, equals, value = argument.partition("=")
                 name = word.removeprefix("--").replace("-", "_")

@@ -31,18 +31,21 @@ LIKENESS = "patch likeness of "
 
 def feature_stats(
     backbones: list[EvaluatedBackbone], source: Source, reader: ImageReader, baseline: bool
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], int]:
     """For each kind of features: `rank` (effective rank), `of` (its maximum) and, if made of
-    patches, `patch_similarity` (mean cosine similarity of two patches of an image)."""
+    patches, `patch_similarity` (mean cosine similarity of two patches of an image); and the number
+    of images that could be read."""
     values: dict[str, dict[str, float]] = {}
+    images = 0
     for alike, with_pixels in by_view(backbones, baseline):
         embed = _embed(alike, with_pixels)
         found = extract(embed, source, np.zeros(len(source), int), *alike[0].view, reader)
-        values |= distributed.main_first(partial(_measured, found))
-    return values
+        measured, images = distributed.main_first(partial(_measured, found))
+        values |= measured
+    return values, images
 
 
-def _measured(found: dict[str, Features]) -> dict[str, dict[str, float]]:
+def _measured(found: dict[str, Features]) -> tuple[dict[str, dict[str, float]], int]:
     values = {}
     for name, features in found.items():
         if not name.startswith(LIKENESS):
@@ -52,7 +55,7 @@ def _measured(found: dict[str, Features]) -> dict[str, dict[str, float]]:
         if name.startswith(LIKENESS):
             likeness = features.features.mean().item()
             values[name.removeprefix(LIKENESS)]["patch_similarity"] = likeness
-    return values
+    return values, len(next(iter(found.values())).labels)
 
 
 def _embed(backbones: list[EvaluatedBackbone], baseline: bool) -> Embed:

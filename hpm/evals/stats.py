@@ -34,9 +34,9 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.hardness import predictor_numbers
 
     source = task.some_images(options.images)
-    task.about["images"] = len(source)
-    for name, numbers in feature_stats(
+    stats, task.about["images"] = feature_stats(
         task.backbones, source, task.reader, options.baselines
-    ).items():
+    )
+    for name, numbers in stats.items():
         yield Measured(name, numbers=numbers)
     yield from predictor_numbers(task)

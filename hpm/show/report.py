@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import time
 from html import escape
 from pathlib import Path
@@ -178,10 +179,11 @@ def _usage(folder: Path, clips: bool) -> str:
     path = json.dumps(str(folder))
     python = f"import hpm\n\nencoder = hpm.load_encoder({path})\n{encoder_call(clips)}"
     export = "onnx --out backbone.onnx" if clips else "timm --out backbone_timm.safetensors"
+    word = shlex.quote(str(folder))
     shell = (
-        f"hpm eval linear {folder} LABELLED_{images}   # how good are the features?\n"
-        f"hpm export {folder} --to {export}\n"
-        f"hpm show {folder} {images} --out figure.png"
+        f"hpm eval linear {word} LABELLED_{images}   # how good are the features?\n"
+        f"hpm export {word} --to {export}\n"
+        f"hpm show {word} {images} --out figure.png"
     )
     return f"<pre>{escape(python)}</pre>\n<pre>{escape(shell)}</pre>"
 

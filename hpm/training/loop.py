@@ -206,10 +206,11 @@ def log_losses(training: Training, interval: Interval) -> None:
         "unreadable": float(len(training.unreadable)),
     }
     training.log.metrics(training.step, means | more | speed)
+    rate = speed["images_per_second"]
     left = (training.total_steps - training.step) * seconds / len(rows)
     training.log.progress(
         training.step,
-        f"{status}  {speed['images_per_second']:.0f} images/s  "
+        f"{status}  {rate:{'.0f' if rate >= 10 else '.2g'}} images/s  "
         f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
         left,
     )

@@ -87,6 +87,20 @@ class WritableFormat:
         raise NotImplementedError
 
 
+def about_input(source: ExportSource) -> str:
+    """A comment for code that takes normalised images: their type, shape and normalisation."""
+    encoder, backbone = source.encoder, source.backbone
+    shape = ", ".join(map(str, ("B", encoder.channels, *encoder.image_size)))
+    mean, std = (
+        ", ".join(f"{value:.6g}" for value in each.tolist())
+        for each in (backbone.mean, backbone.std)
+    )
+    return (
+        f"# images: float32 [{shape}], pixels on a scale of 0 to 1 (8 bits divided by 255),\n"
+        f"# less the mean [{mean}], divided by the deviation [{std}]\n"
+    )
+
+
 def unless_images(source: ExportSource, library: str) -> str | None:
     """Why a library without models of clips does not support this encoder, or None."""
     if not source.of_clips:

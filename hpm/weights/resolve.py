@@ -91,7 +91,10 @@ def resolve(path: str | Path, convert: bool = True) -> Contents:
         run = RunFolder(path)
         file = run.latest_checkpoint() or (run.backbone if run.backbone.exists() else None)
         if file is None:
-            raise UserError(f"{path}: holds no checkpoint and no backbone.safetensors")
+            raise UserError(
+                f"{path}: holds no checkpoint and no backbone.safetensors: name a "
+                "run folder of hpm pretrain, or a file of weights"
+            )
         contents = resolve(file)
         contents.name, contents.folder = str(path), path
         return contents

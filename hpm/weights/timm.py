@@ -17,7 +17,13 @@ from hpm.models.hiera import HieraEncoder
 from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import PREFIX, check_weights, timm_input, timm_shape
 from hpm.weights.contents import Contents, ReadableFormat
-from hpm.weights.export_format import ExportSource, Outputs, WritableFormat, unless_images
+from hpm.weights.export_format import (
+    ExportSource,
+    Outputs,
+    WritableFormat,
+    about_input,
+    unless_images,
+)
 from hpm.weights.renaming import starts
 
 
@@ -94,6 +100,7 @@ class Timm(ReadableFormat, WritableFormat):
         head = (
             "import timm\n\nmodel = timm.create_model(\n"
             f'    "{name}",\n    checkpoint_path="{path}",\n{arguments}).eval()\n'
+            f"{about_input(source)}"
         )
         if isinstance(source.encoder, HieraEncoder):
             patches = "patches = model.head.norm(model.forward_features(images))  # [B N D]"

@@ -15,6 +15,7 @@ from hpm.weights.export_format import (
     ExportSource,
     Outputs,
     WritableFormat,
+    about_input,
     unless_images,
     unless_plain_vit,
 )
@@ -95,7 +96,7 @@ class Torchvision(WritableFormat):
             f"{imports}from torchvision.models import VisionTransformer\n\n"
             f"model = VisionTransformer({options})\n"
             "model.heads = torch.nn.Identity()\n"
-            f"model.load_state_dict({load})\n"
+            f"model.load_state_dict({load})\n{about_input(source)}"
             "cls_token = model.eval()(images)  # [B D]"
         )
 

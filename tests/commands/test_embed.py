@@ -1,7 +1,9 @@
 """Features on disk are those that the encoder computes, whatever interrupts or divides the work."""
 
 import csv
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from jobs import torchrun
 from safetensors import safe_open
 
 import hpm
+from hpm.commands.embed import Embedded
 from hpm.commands.embedding_shards import Shards
 from hpm.core.extras import need
 from hpm.core.files import read_tensors, write_tensors
@@ -131,6 +134,10 @@ def test_it_goes_on_where_it_was_stopped(
         patch.setattr(Shards, "save", stop_at_third)
         with pytest.raises(KeyboardInterrupt):
             hpm.embed(backbone, image_folder, out, **options)
+        stopped = run_here(
+            "embed", backbone, image_folder, "--out", out, "--shard-images", 13, *FLAGS
+        )
+        assert stopped.returncode == 130 and "run the same command again" in stopped.stderr
     assert sum(seen) >= 39
     refused = run_here("embed", backbone, image_folder, "--out", out, "--pool", "cls", *FLAGS)
     assert_refused(refused, "was made with pool mean, not cls")
@@ -153,6 +160,12 @@ def damaged(image_folder, tmp_path):
     for number in (0, 1):
         (folder / "class_0" / f"{number:03d}.png").write_bytes(b"nothing")
     return folder
+
+
+def test_its_next_commands_can_be_pasted():
+    said = Embedded(Path("my features.npy"), 2, 4, 0, None).summary()
+    command = said.partition(": ")[2].partition(", ")[0]
+    assert shlex.split(command) == ["hpm", "similar", "my features.npy", "IMAGE"]
 
 
 @pytest.mark.parametrize("shard", [2, 48])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,17 @@ def test_hugging_face_with_the_decoder(finished_run, tmp_path):
     assert theirs.loss.item() == pytest.approx(
         target.patch_loss(prediction, targets).mean().item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("to", ["timm", "torchvision"])
+def test_the_normalisation_is_printed(finished_run, tmp_path, to):
+    said = []
+    hpm.export(finished_run.folder, to, tmp_path / "x.safetensors", said.append)
+    printed = re.findall(r"(?:mean|deviation) (\[.*?\])", lines_of(said))
+    mean, std = map(json.loads, printed)
+    trained = load(finished_run.folder)
+    assert mean == pytest.approx(trained.mean, rel=1e-4)
+    assert std == pytest.approx(trained.std, rel=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -15,7 +15,7 @@ from hpm import cli
 from hpm.commands import plan as module
 from hpm.commands import plan_rules
 from hpm.commands.options import PlanConfig
-from hpm.commands.plan import plan
+from hpm.commands.plan import plan, run_name
 from hpm.commands.plan_memory import estimate_memory
 from hpm.commands.plan_rules import candidates, largest, recommended_epochs, training_images
 from hpm.commands.plan_words import Plan
@@ -157,7 +157,20 @@ def test_channels_copies_and_damaged_images(tmp_path, nano):
     assert options_of(made.command).channels == 7
     assert made.survey.duplicates == 1 and len(made.survey.unreadable) == 1
     notes = " ".join(made.to_json()["notes"])
-    assert "broken.npy" in notes and "copies of others" in notes
+    assert "broken.npy" in notes and "1 copy of other files" in notes
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("/home/me/Meine Fotos (Wiese) ä/", "Meine-Fotos-Wiese"),
+        ("hf://user/food", "food"),
+        ("shards/*.tar", "first"),
+        ("写真", "first"),
+    ],
+)
+def test_the_name_of_the_run(data, name):
+    assert run_name(data) == name
 
 
 def test_clips(tmp_path, nano):

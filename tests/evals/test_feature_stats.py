@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +54,13 @@ def test_patch_similarity_equals_a_naive_version(count, seed):
 
 def test_collapsed_patches_are_all_alike():
     assert patch_similarity(torch.ones(1, 4, 3)).item() == pytest.approx(1)
+
+
+def test_images_that_cannot_be_read_do_not_count(finished_run, image_folder, tmp_path):
+    folder = shutil.copytree(image_folder / "class_0", tmp_path / "damaged")
+    (folder / "000.png").write_bytes(b"nothing")
+    result = hpm.evaluate("stats", finished_run.folder, folder)
+    assert result.about["images"] == len(list(folder.iterdir())) - 1
 
 
 def test_stats_needs_no_labels(finished_run, image_folder):

@@ -1,5 +1,7 @@
+import html
 import json
 import re
+import shlex
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -143,6 +145,13 @@ def test_names_and_metrics_of_others(run_folder):
     text = write_report(folder).read_text()
     assert "new/&lt;i&gt;" in text and "<i>" not in text.replace("new/&lt;i&gt;", "")
     assert "<script>alert" not in text
+
+
+def test_its_commands_can_be_pasted(run_folder):
+    folder = run_folder.rename(run_folder.with_name("my first run"))
+    text = html.unescape(write_report(folder).read_text())
+    commands = [line for line in text.splitlines() if "hpm export" in line]
+    assert shlex.split(commands[0])[2] == str(folder)
 
 
 @pytest.fixture
