@@ -49,11 +49,15 @@ class Faulty:
         file = Path(f"{self._fault}.met")
         return len(file.read_bytes()) if file.exists() else 0
 
+    def kill(self):
+        """End the process that serves it."""
+        self._process.kill()
+        self._process.wait()
+
     def end(self):
         self.works()
         subprocess.run(["umount", "--lazy", str(self.path)], check=False)
-        self._process.kill()
-        self._process.wait()
+        self.kill()  # what still waits for an answer gets an error
 
     def _tell(self, fault):
         Path(f"{self._fault}.met").unlink(missing_ok=True)

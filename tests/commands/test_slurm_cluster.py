@@ -78,6 +78,7 @@ class Training:
             ("--gpus-per-node 8", "--gpus-per-node 1"),
             ("--nproc-per-node 8", "--nproc-per-node 1"),
             ("--cpus-per-task 96", "--cpus-per-task 2"),
+            ("$SECONDS -lt 600", "$SECONDS -lt 1"),
             ("imagenet/ --config vit_base_in1k", shlex.join(command)),
             ("runs/vit_base", str(self.out)),
         ):
@@ -119,14 +120,15 @@ class Training:
         files = list_checkpoints(self.out / "checkpoints")
         return load_checkpoint(files[-1]).meta["step"] if files else 0
 
-    def left(self):
-        """Wait until it runs no longer. Returns the state of the job."""
-        wait_until(lambda: self.cluster.state(self.job) not in ("RUNNING", "COMPLETING"))
+    def left(self, *others: str) -> str:
+        """Wait until it runs no longer (and is in none of other states). Returns its state."""
+        states = ("RUNNING", "COMPLETING", *others)
+        wait_until(lambda: self.cluster.state(self.job) not in states)
         return self.cluster.state(self.job)
 
 
 @pytest.mark.parametrize("how", ["by_script", "by_submitit"])
-def test_a_training_on_a_cluster(how, training):
+def test_a_training_on_a_cluster(how, training, image_folder):
     cluster, submit = training.cluster, getattr(training, how)
     slow = training.folder / "slow"
     slow.touch()
@@ -166,11 +168,11 @@ def test_a_training_on_a_cluster(how, training):
     assert preempted < cancelled < STEPS
     slow.unlink()
     training.submit(submit)
-    assert training.left() == "COMPLETED"
+    assert training.left("PENDING") == "COMPLETED"
     assert training.resumed()[-1] == cancelled
 
     whole = training.folder / "whole"
-    done = hpm_on(2, "pretrain", "slow_images:images", "--out", whole, *tiny_arguments(**OPTIONS))
+    done = hpm_on(2, "pretrain", image_folder, "--out", whole, *tiny_arguments(**OPTIONS))
     assert done.returncode == 0, done.stderr
     expected, found = (load_checkpoint(hpm.Run(r).latest_checkpoint()) for r in (whole, training.out))
     for part in ("model", "teacher", "optimizer"):
