@@ -1,4 +1,4 @@
-"""A file system by FUSE that passes everything on to a folder, and fails or stalls where it is told.
+"""A file system by FUSE that passes everything on to a folder, and fails or stalls when told to.
 
 It runs as a process of its own: `python faulty.py BELOW MOUNT FAULT`. FAULT is a file, read at each
 operation: {"match": "*.png", "operations": ["open", "read"], "error": 116, "times": 2}; without

@@ -77,7 +77,10 @@ def release(folder: Path) -> None:
     have opened it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
-        os.close(file)
+        with contextlib.suppress(
+            OSError
+        ):  # of a file system that is gone; it is closed all the same
+            os.close(file)
 
 
 def may_be_held(folder: Path) -> bool:

@@ -65,7 +65,9 @@ def test_what_is_submitted(image_folder, tmp_path, monkeypatch):
 def test_who_ends_a_job(time, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not preempted("12"), "no Slurm is here"
-    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho JobId=$3 PreemptTime={time} Deadline=N/A\n")
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\necho JobId=$3 PreemptTime={time} Deadline=N/A\n"
+    )
     (tmp_path / "scontrol").chmod(0o755)
     assert preempted("12") == expected
 

@@ -21,7 +21,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 SCALING = Path(__file__).parents[2] / "docs/scaling.md"
 STEPS = 400
-OPTIONS = {"steps": STEPS, "checkpoint_every": "100%", "log_every": 1, "base_lr": 1e-3, "cache": "false"}
+OPTIONS = {
+    "steps": STEPS,
+    "checkpoint_every": "100%",
+    "log_every": 1,
+    "base_lr": 1e-3,
+    "cache": "false",
+}
 
 # Slow while a file is there, so that something can happen to the training.
 SOURCE = """
@@ -112,7 +118,9 @@ class Training:
     def resumed(self) -> list[int]:
         """The steps at which it has resumed."""
         file = self.out / "train.log"
-        found = re.findall(r"resuming from .*, step (\d+)", file.read_text() if file.exists() else "")
+        found = re.findall(
+            r"resuming from .*, step (\d+)", file.read_text() if file.exists() else ""
+        )
         return [int(step) for step in found]
 
     def saved(self) -> int:
@@ -174,7 +182,9 @@ def test_a_training_on_a_cluster(how, training, image_folder):
     whole = training.folder / "whole"
     done = hpm_on(2, "pretrain", image_folder, "--out", whole, *tiny_arguments(**OPTIONS))
     assert done.returncode == 0, done.stderr
-    expected, found = (load_checkpoint(hpm.Run(r).latest_checkpoint()) for r in (whole, training.out))
+    expected, found = (
+        load_checkpoint(hpm.Run(r).latest_checkpoint()) for r in (whole, training.out)
+    )
     for part in ("model", "teacher", "optimizer"):
         for name, tensor in getattr(expected, part).items():
             assert torch.equal(tensor, getattr(found, part)[name]), (part, name)
