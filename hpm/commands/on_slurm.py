@@ -1,8 +1,8 @@
 """`hpm slurm pretrain | embed`: submit a verb to Slurm, by submitit.
 
-Each task of the job is one process of the verb. Before the time limit, Slurm sends submitit's signal
-to all of them; on preemption, SIGTERM, as for `scancel`. They save and stop, and unless the user
-has ended the job, it goes back into the queue, where the same command resumes.
+Each task of the job is one process of the verb. Before the time limit, Slurm sends submitit's
+signal to all of them; on preemption, SIGTERM, as for `scancel`. They save and stop, and unless the
+user has ended the job, it goes back into the queue, where the same command resumes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A real Slurm of two nodes: a training comes through its time limit, the loss of a node, preemption
-and `scancel`, by the script of docs/scaling.md and by `hpm slurm`."""
+"""A real Slurm of two nodes: a training comes through its time limit, the loss of a node,
+preemption and `scancel`, by the script of docs/scaling.md and by `hpm slurm`."""
 
 import json
 import os
@@ -101,7 +101,8 @@ class Training:
 
     def submit(self, how):
         said = how()
-        assert (found := re.search(r"job (\d+)", said)), said
+        found = re.search(r"job (\d+)", said)
+        assert found, said
         self.job = found[1]
 
     def steps(self) -> list[int]:
