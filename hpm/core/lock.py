@@ -77,9 +77,7 @@ def release(folder: Path) -> None:
     have opened it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
-        with contextlib.suppress(
-            OSError
-        ):  # of a file system that is gone; it is closed all the same
+        with contextlib.suppress(OSError):  # the file system is gone; it is closed nevertheless
             os.close(file)
 
 
