@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Of commands that are not ours.
 FOREIGN = {"--signals-to-handle", "--nproc-per-node", "--max-restarts", "--logdir"}
-FOREIGN |= {"--signal", "--array"}  # of Slurm
+FOREIGN |= {"--signal", "--array", "--requeue"}  # of Slurm
 FOREIGN |= {"--build-arg", "--gpus", "--network", "--user"}  # of Docker
 
 

@@ -1,13 +1,14 @@
 """`hpm slurm pretrain | embed`: submit a verb to Slurm, by submitit.
 
-Each task of the job is one process of the verb. Before the time limit, and on preemption, Slurm
-sends submitit's signal to all of them. They save and stop, and the job goes back into the queue,
-where the same command resumes.
+Each task of the job is one process of the verb. Before the time limit, Slurm sends submitit's
+signal to all of them; on preemption, SIGTERM, as for `scancel`. They save and stop, and unless the
+user has ended the job, it goes back into the queue, where the same command resumes.
 """
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,9 @@ def _submit(config: SlurmOptions, job: SlurmJob, out: str) -> str:
             cpus_per_task=config.cpus_per_process,
             slurm_partition=config.partition,
             slurm_signal_delay_s=SIGNAL_BEFORE_END,
+            # Since version 22.05, srun does not take the CPUs of a task from sbatch. By default, it
+            # waits for the other tasks when one has failed.
+            slurm_srun_args=[f"--cpus-per-task={config.cpus_per_process}", "--kill-on-bad-exit=1"],
             slurm_additional_parameters=pairs(config.sbatch),
         )
         submitted = executor.submit(job)
@@ -108,7 +112,10 @@ class SlurmJob:
         try:
             self.run(self.config)
         except Interrupted as stopped:
-            if stopped.signal_number != signal.SIGUSR1:
+            job = submitit.JobEnvironment()
+            if stopped.signal_number != signal.SIGUSR1 and not (
+                job.cluster == "slurm" and (job.global_rank > 0 or preempted(job.job_id))
+            ):
                 raise
             requeue(number, None)  # which ends the first process
             time.sleep(WAIT_FOR_REQUEUE)
@@ -119,3 +126,12 @@ class SlurmJob:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
+
+
+def preempted(job: str) -> bool:
+    """Whether Slurm ends a job to make room for another one, and not because the user says so."""
+    try:
+        told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    except OSError:
+        return False
+    return "PreemptTime=" in told.stdout and "PreemptTime=None" not in told.stdout

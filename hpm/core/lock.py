@@ -77,7 +77,8 @@ def release(folder: Path) -> None:
     have opened it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
-        os.close(file)
+        with contextlib.suppress(OSError):  # the file system is gone; it is closed nevertheless
+            os.close(file)
 
 
 def may_be_held(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from helpers import assert_refused, run_here, tiny_arguments
 from jobs import Job
 
 import hpm
+from hpm.commands.on_slurm import preempted
 from hpm.weights.checkpoint import list_checkpoints, load_checkpoint
 
 LOCAL = ("--cluster", "local")
@@ -57,6 +58,18 @@ def test_what_is_submitted(image_folder, tmp_path, monkeypatch):
     wanted = ("nodes=4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=8", "time=90")
     for line in (*wanted, "signal=USR2@120", "account=vision", "constraint=h100"):
         assert f"#SBATCH --{line}\n" in script
+    assert "--cpus-per-task=8 --kill-on-bad-exit=1 " in script.partition("srun")[2]
+
+
+@pytest.mark.parametrize(("time", "expected"), [("None", False), ("2026-11-26T20:02:08", True)])
+def test_who_ends_a_job(time, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not preempted("12"), "no Slurm is here"
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\necho JobId=$3 PreemptTime={time} Deadline=N/A\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    assert preempted("12") == expected
 
 
 @pytest.mark.slow
