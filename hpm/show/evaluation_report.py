@@ -13,6 +13,7 @@ from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
 from hpm.evals.contract import TRAINED, Numbers
 from hpm.evals.result import has_few_classes
+from hpm.evals.saved import number_title
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.training.sessions import read_lines
@@ -202,5 +203,4 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
 
 
 def _words(name: str) -> str:
-    titles = {"mean_iou": "mean IoU", "top1": "top-1", "top5": "top-5"}
-    return titles.get(name, name.replace("_", " "))
+    return number_title(name).removesuffix(", %")

@@ -33,7 +33,8 @@ MEANING: dict[Panel, str] = {
     "pixels do not predict brightness and contrast; the true ones are shown.",
     "pca": "the first three principal components of the patch features as red, green and blue: "
     "patches of similar colour have similar features.",
-    "attention": "which patches the class token attends to in the last block, mean over heads.",
+    "attention": "which patches the class token attends to in the last block, mean over heads. "
+    "Bright is high, on a scale of its own in each image.",
 }
 # Maps that may lie over the image.
 OVERLAID: tuple[Panel, ...] = ("actual", "predicted", "pca", "attention")

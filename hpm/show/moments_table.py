@@ -70,7 +70,7 @@ def panels_table(
     return (
         f"<style>{_style(views, largest.images)}</style>"
         f'<div class="moments{smooth}{film}" '
-        f'style="--columns:{len(moments) + 1};--wide:{wide:.2f}">'
+        f'style="--columns:{len(moments) + 1};--wide:{wide:.2f};--gaps:{len(gaps)}">'
         f"{_switch(views, moments, kind)}"
         f'<div class="scroll"><table><thead><tr><th scope="col">{kind}</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"
@@ -114,7 +114,7 @@ def _gap(count: int | None, tag: str) -> str:
     if not count:
         return ""
     title = f' title="{count} not shown"' if tag == "th" else ""
-    return f'<{tag} class="gap"{title}>{f"⋯ {count}" if tag == "th" else ""}</{tag}>'
+    return f'<{tag} class="gap"{title}>{"⋯" * (tag == "th")}</{tag}>'
 
 
 def _cell(moment: Moment, scale: Scale | None, views: list[str], row: int, of: str) -> str:

@@ -63,7 +63,7 @@ def test_the_page_says_what_differs(html):
 def test_a_browser_sorts_and_hides(screens, html):
     for shown in screens(html):
         rows = shown.locator(".compared tbody").first.locator("tr")
-        shown.select_option("#sort", label="knn, k = 5, patch mean (top-1 in %; flowers)")
+        shown.select_option("#sort", label="kNN, k = 5 on flowers, patch mean: top-1, %")
         assert "mae" in rows.first.text_content()
         assert "mae" in shown.locator(".measured").first.text_content()
         shown.click("#turn")
