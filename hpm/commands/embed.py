@@ -44,13 +44,14 @@ class Embedded:
     dim: int
     unreadable: int
     unreadable_file: Path | None
+    kind: str = "image"  # or `clip`
 
     def summary(self) -> str:
         """What was written, to print."""
-        failed = counted(self.unreadable, "image")
+        failed = counted(self.unreadable, self.kind)
         lines = [f"{failed} cannot be read: {self.unreadable_file}"] if self.unreadable_file else []
-        made = f"{counted(self.images, 'image')}, {self.dim} features each, in {self.path}"
-        then = f"hpm similar {self.path} IMAGE, hpm show {self.path} --out page.html"
+        made = f"{counted(self.images, self.kind)}, {self.dim} features each, in {self.path}"
+        then = f"hpm similar {self.path} {self.kind.upper()}, hpm show {self.path} --out page.html"
         return "\n".join([*lines, f"{made}: {then}"])
 
 
@@ -206,7 +207,10 @@ def _check_any(images: int, problems: list[tuple[int, str]], source: Chain) -> N
 def _written(shards: Shards) -> Embedded:
     about = shards.format.read_about(shards.out)
     listed = shards.unreadable_file if about["unreadable"] else None
-    return Embedded(shards.out, about["rows"], about["features"][0], about["unreadable"], listed)
+    kind = "image" if about["clip"] is None else "clip"
+    return Embedded(
+        shards.out, about["rows"], about["features"][0], about["unreadable"], listed, kind
+    )
 
 
 def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:

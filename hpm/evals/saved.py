@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from hpm.evals.contract import COMPARED, installed_options
 from hpm.evals.files import changed_options
 
-
 # What evaluations and their numbers are called, where their name is not enough.
 EVALUATIONS = {
     "knn": "kNN",
@@ -24,7 +23,10 @@ EVALUATIONS = {
 NUMBERS = {
     "top1": "top-1, %",
     "top5": "top-5, %",
-    "mean_iou": "mean IoU",
+    "mean_per_class": "mean per class, %",
+    "mean_iou": "mean IoU, %",
+    "mean_accuracy": "mean accuracy, %",
+    "pixel_accuracy": "pixel accuracy, %",
     "rank": "effective rank",
     "of": "highest possible rank",
     "patch_similarity": "similarity of patches",
@@ -49,7 +51,7 @@ class Row(NamedTuple):
     def title(self) -> str:
         """The evaluation and its data, such as `linear probe on flowers`."""
         name, _, setting = self.evaluation.partition(", ")
-        shown = ", ".join(filter(None, (EVALUATIONS.get(name, name), setting)))
+        shown = ", ".join(filter(None, (evaluation_title(name), setting)))
         return f"{shown} on {self.data}"
 
     @property
@@ -146,6 +148,11 @@ def _words(numbers: dict[str, float]) -> str:
         low, high = numbers["top1_low"], numbers["top1_high"]
         return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
     return ", ".join(f"{number_title(name)} {value:.3g}" for name, value in numbers.items())
+
+
+def evaluation_title(name: str) -> str:
+    """What an evaluation is called."""
+    return EVALUATIONS.get(name, name)
 
 
 def number_title(name: str) -> str:

@@ -138,12 +138,11 @@ def _options(runs: list[ComparedRun], differing: dict[str, Values], keys: list[s
     return _table(runs, words, keys)
 
 
-def _evaluations(
-    runs: list[ComparedRun], measures: dict[Measure, Values], keys: list[str]
-) -> str:
+def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values], keys: list[str]) -> str:
     """A card for each number of features, with a line for each run and, where known, its interval;
     a table for those of predictor and teacher."""
-    cards, tables = [], {}
+    cards: list[str] = []
+    tables: dict[str, dict[str, list[str]]] = {}
     for measure, found in sorted(measures.items(), key=lambda each: each[0].name != "top1"):
         if not measure.features:
             columns = tables.setdefault(measure.title, {})

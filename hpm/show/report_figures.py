@@ -97,7 +97,9 @@ def charts_section(
     last_step = max((line["step"] for line in metrics), default=0)
     labelled = [
         (
-            in_words(chart._replace(reference=known_references.get(next(iter(chart.names)))), clips),
+            in_words(
+                chart._replace(reference=known_references.get(next(iter(chart.names)))), clips
+            ),
             {
                 worded(label, clips): points[name]
                 for name, label in chart.names.items()

@@ -101,6 +101,11 @@ class Training(Protocol):
         ...
 
     @property
+    def sample_kind(self) -> str:
+        """What it is trained on, for messages: `image` or `clip`."""
+        ...
+
+    @property
     def log_every(self) -> int:
         """Steps between two log entries."""
         ...
@@ -209,7 +214,7 @@ def log_losses(training: Training, interval: Interval) -> None:
     left = (training.total_steps - training.step) * seconds / len(rows)
     training.log.progress(
         training.step,
-        f"{status}  {speed['images_per_second']:.0f} images/s  "
+        f"{status}  {speed['images_per_second']:.0f} {training.sample_kind}s/s  "
         f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
         left,
     )

@@ -74,9 +74,17 @@ def test_the_loss_of_mined_masks_alone_is_no_verdict():
 @pytest.mark.parametrize(
     ("ranking", "mining", "words"),
     [
-        (0.5, 0.5, "does not tell hard patches from easy ones (ranking accuracy 0.500, teacher 0.500"),
+        (
+            0.5,
+            0.5,
+            "does not tell hard patches from easy ones (ranking accuracy 0.500, teacher 0.500",
+        ),
         (0.57, 0.55, "begins to tell hard patches from easy ones"),
-        (0.8, 0.75, "tells hard patches from easy ones (ranking accuracy 0.800, teacher 0.750; 0.5 "),
+        (
+            0.8,
+            0.75,
+            "tells hard patches from easy ones (ranking accuracy 0.800, teacher 0.750; 0.5 ",
+        ),
         (0.8, 0.5, "tells hard patches from easy ones, but the teacher, which mines, does not"),
         (0.8, 0.3, "tells hard patches from easy ones, but mining hides easy ones"),
     ],
