@@ -142,8 +142,8 @@ def _page(
         _head(config, embeddings, clusters),
         "<h2>Map</h2>",
         _map(places, colourings, classes.tolist(), how, len(embeddings), kind == CLIP),
-        f'<h2>Clusters</h2><p class="faint">By k-means on the centred features: the {kind}s nearest '
-        f'to the centre of each.</p><div class="cards">{cards}</div>',
+        f'<h2>Clusters</h2><p class="faint">By k-means on the centred features: the {kind}s '
+        f'nearest to the centre of each.</p><div class="cards">{cards}</div>',
         data_block("images", values),
     ]
     sprites = "".join(
@@ -225,7 +225,7 @@ def _map(
     return (
         f'{choice}{legend}<figure class="card map-of-all"><div class="world{many}" tabindex="0">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="map of {shown} {CLIP if clips else "image"}s">{"".join(groups)}<path class="here" d=""/></svg>'
+        f'aria-label="map">{"".join(groups)}<path class="here" d=""/></svg>'
         '<div class="pointed card" hidden><i class="thumb"></i><b></b><span></span></div></div>'
         f"<figcaption>{caption} {pointing}</figcaption></figure>"
     )

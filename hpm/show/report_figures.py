@@ -154,10 +154,11 @@ def moments_section(
     gaps = _gaps([moment.step for moment in moments], measured or [])
     if gaps:
         about += (
-            f" {len(moments)} of {len(moments) + sum(gaps.values())} measurements are shown (⋯ is where "
-            "others are left out); figures/ has all."
+            f" {len(moments)} of {len(moments) + sum(gaps.values())} measurements are shown (⋯ is "
+            "where others are left out); figures/ has all."
         )
-    return f"<p>{worded(about, kind == CLIP)}</p>{panels_table(columns, f'held-out {kind}', gaps=gaps)}"
+    pictures = panels_table(columns, f"held-out {kind}", gaps=gaps)
+    return f"<p>{worded(about, kind == CLIP)}</p>{pictures}"
 
 
 def _gaps(shown: list[int], measured: Sequence[int]) -> dict[int, int]:

@@ -180,10 +180,7 @@ def test_a_long_run_of_a_large_model_stays_small(long_run):
     assert path.stat().st_size < 3e6
     assert text.count('<th scope="col">step ') == 10
     gaps = [int(number) for number in re.findall(r'<th class="gap" title="(\d+) not shown">', text)]
-    assert (
-        sum(gaps) == 15
-        and "10 of 25 measurements are shown (⋯ is where others are left out)" in text
-    )
+    assert sum(gaps) == 15 and "10 of 25 measurements are shown (⋯ is" in text
     assert text.count('<td class="gap"></td>') == 8 * len(gaps)
     assert max(len(d.split("L")) for d in re.findall(r'class="curve c0" d="([^"]*)"', text)) < 400
 
