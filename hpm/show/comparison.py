@@ -31,7 +31,7 @@ from hpm.show.judgement import references, shown_kind
 from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
-from hpm.show.page import asset, data_block, page
+from hpm.show.page import asset, breakable, data_block, page
 from hpm.show.report_figures import CHARTS, LEFT_OUT, in_words
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
@@ -117,7 +117,7 @@ def _table(runs: list[ComparedRun], columns: dict[str, Values], keys: list[str])
     )
     rows = "".join(
         f'<tr data-run="{place}"><th scope="row"><i class="swatch c{place}"></i>'
-        f"{escape(run.label)}</th>"
+        f"{breakable(run.label)}</th>"
         + "".join(f"<td>{escape(values[place])}</td>" for values in columns.values())
         + "</tr>"
         for place, run in enumerate(runs)

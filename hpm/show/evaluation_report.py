@@ -102,13 +102,13 @@ def _head(result: dict[str, Any]) -> str:
     about, name = result["about"], evaluation_title(result["protocol"])
     kind = sample_kind(about)
     counts = [
-        f"{about[name]:,} {words}"
-        for name, words in (
-            ("train_images", f"training {kind}s"),
-            ("test_images", f"test {kind}s"),
-            ("classes", "classes"),
+        f"{about[key]:,} {one if about[key] == 1 else several}"
+        for key, one, several in (
+            ("train_images", f"training {kind}", f"training {kind}s"),
+            ("test_images", f"test {kind}", f"test {kind}s"),
+            ("classes", "class", "classes"),
         )
-        if name in about
+        if key in about
     ]
     numbers = next(iter(next(iter(result["values"].values())).values()))
     tiles = "".join(
@@ -217,7 +217,8 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
-    return f"{numbers[name]:.3g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
+    small = 0 < abs(numbers[name]) < 1
+    return f"{numbers[name]:.3g}" if small else f"{numbers[name]:.1f}{interval}"
 
 
 def _words(name: str) -> str:

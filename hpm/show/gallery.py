@@ -90,7 +90,7 @@ def write_gallery(
 
 def worded(text: str, clips: bool) -> str:
     """Our own words about images, for clips where these are shown."""
-    return text.replace("image", CLIP) if clips else text
+    return text.replace("an image", f"a {CLIP}").replace("image", CLIP) if clips else text
 
 
 def legend(panels: Sequence[Panel], clips: bool) -> str:

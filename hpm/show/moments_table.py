@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from hpm.show.moments import Moment
-from hpm.show.page import colours, image_uri
+from hpm.show.page import breakable, colours, image_uri
 from hpm.show.scale import Scale, as_losses, bar, bar_style, scale_of
 
 VIEWS = {
@@ -50,7 +50,7 @@ def panels_table(
     height, width = largest.images.shape[1:3]
     heads = rows = ""
     for place, (title, scale, mark) in enumerate(zip(columns, scales, marks, strict=True)):
-        shown = f"{escape(title)}{bar(scale) if scale else ''}"
+        shown = f"{breakable(title)}{bar(scale) if scale else ''}"
         heads += f'<th scope="col"{mark}>{shown}</th>{_gap(gaps.get(place), "th")}'
     for row in range(len(largest.images)):
         cells = "".join(
