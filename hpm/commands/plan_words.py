@@ -210,10 +210,15 @@ def _about_images(found: Survey) -> list[str]:
     ]
     lines.append(", ".join(named))
     looked = _among(found.looked_at, found.count)
-    lines.append(f"{len(found.unreadable) or 'none'} of {looked} cannot be read")
+    unreadable = len(found.unreadable)
+    lines.append(
+        f"{unreadable} of {looked} cannot be read"
+        if unreadable
+        else f"no damaged files among {looked}"
+    )
     if found.searched:
         looked = _among(found.searched, found.count)
-        lines.append(f"{found.duplicates or 'none'} of {looked} are copies, byte by byte")
+        lines.append(f"{found.duplicates or 'no'} copies, byte by byte, among {looked}")
     return lines
 
 

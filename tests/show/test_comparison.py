@@ -70,6 +70,7 @@ def test_a_browser_sorts_and_hides(screens, html):
         assert "hpm" in rows.first.text_content()
         shown.locator(".sorter", has_text="mask_ratio").click()
         assert "mae" in rows.first.text_content()
+        assert shown.locator(".moments .bar i").first.bounding_box()["width"] > 10
         shown.locator(".chip").first.click()
         assert shown.locator('[data-run="0"]:visible').count() == 0
         assert shown.locator(".chart .key.c0:visible").count() == 0
