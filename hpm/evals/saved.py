@@ -133,7 +133,7 @@ def _options(protocol: str, about: dict[str, Any]) -> str:
     share = about.get("train_share", 1)
     changed |= {"train_share": share} if share != 1 else {}
     shown = {n: v for n, v in changed.items() if n not in ("k", "baselines")}
-    return ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in shown.items())
+    return ", ".join(f"{name} {_value(value)}" for name, value in shown.items())
 
 
 def _value(value: Any) -> str:

@@ -184,7 +184,7 @@ def kind_of(about: dict[str, Any]) -> str:
 
 def _size(about: dict[str, Any]) -> str:
     *frames, height, width = about["image_size"]
-    return f"{frames[0]} frames of " * bool(frames) + f"{height} x {width} pixels"
+    return "".join(f"{count} frames of " for count in frames) + f"{height} x {width} pixels"
 
 
 def _map(

@@ -295,5 +295,5 @@ def test_it_lists_all_evaluations(run_folder, image_folder):
     text = write_report(run_folder).read_text().partition("<h2>Evaluations")[2]
     assert text.count("<h3>kNN, k = 1 on ") == 3
     assert text.count("<td>trained, class token</td>") == text.count("patch mean</td>") == 3
-    assert "crop share 0.5; student, step 8" in text and text.count("teacher, step 8") == 2
+    assert "crop_share 0.5; student, step 8" in text and text.count("teacher, step 8") == 2
     assert "odd&lt;.json cannot be read" in text
