@@ -38,6 +38,7 @@ MEASURES = {
     "held_out_loss": Measure("held-out loss", 3),
     "minutes": Measure("minutes", 1, compared=False),
 }
+DOTS = "dots: seeds, bar: mean"
 CAPTION = "mean ± standard deviation over the seeds"
 IN_PERCENT = "; kNN and linear probe: top-1 in %"
 
@@ -164,7 +165,7 @@ class Results:
                     panel.plot([statistics.mean(values)] * 2, [y - 0.3, y + 0.3], color="black")
             panel.set_yticks(range(len(self.variants)), [str(v) for v in self.variants])
             unit = ", top-1 in %" if name in ("knn", "linear") else ""
-            panel.set_xlabel(MEASURES[name].title + unit)
+            panel.set_xlabel(f"{MEASURES[name].title}{unit}\n({DOTS})")
             panel.grid(axis="x", alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].invert_yaxis()

@@ -45,14 +45,15 @@ class Embedded:
     dim: int
     unreadable: int
     unreadable_file: Path | None
+    kind: str = "image"  # or `clip`
 
     def summary(self) -> str:
         """What was written, to print."""
-        failed = counted(self.unreadable, "image")
+        failed = counted(self.unreadable, self.kind)
         lines = [f"{failed} cannot be read: {self.unreadable_file}"] if self.unreadable_file else []
-        made = f"{counted(self.images, 'image')}, {self.dim} features each, in {self.path}"
+        made = f"{counted(self.images, self.kind)}, {self.dim} features each, in {self.path}"
         word = shlex.quote(str(self.path))
-        then = f"hpm similar {word} IMAGE, hpm show {word} --out page.html"
+        then = f"hpm similar {word} {self.kind.upper()}, hpm show {word} --out page.html"
         return "\n".join([*lines, f"{made}: {then}"])
 
 
@@ -208,7 +209,10 @@ def _check_any(images: int, problems: list[tuple[int, str]], source: Chain) -> N
 def _written(shards: Shards) -> Embedded:
     about = shards.format.read_about(shards.out)
     listed = shards.unreadable_file if about["unreadable"] else None
-    return Embedded(shards.out, about["rows"], about["features"][0], about["unreadable"], listed)
+    kind = "image" if about["clip"] is None else "clip"
+    return Embedded(
+        shards.out, about["rows"], about["features"][0], about["unreadable"], listed, kind
+    )
 
 
 def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm.commands.ablation_plan import Variant
-from hpm.commands.ablation_results import MEASURES, Results, Table
+from hpm.commands.ablation_results import DOTS, MEASURES, Results, Table
 from hpm.commands.intervals import Interval, interval
 from hpm.core.errors import counted
 from hpm.core.files import write_atomically
@@ -89,7 +89,7 @@ class MethodsResults(Results):
             unit = "top-1 in %" if measure in ("knn", "linear") else ""
             self._draw_values(panels[0][column], measure)
             panels[0][column].set_title(MEASURES[measure].title, fontsize=11)
-            panels[0][column].set_xlabel(unit)
+            panels[0][column].set_xlabel(", ".join(filter(None, (unit, DOTS))))
             self._draw_differences(panels[1][column], measure)
             points = " in points" if unit else ""
             panels[1][column].set_xlabel(f"difference{points}, 95 % interval")

@@ -212,11 +212,16 @@ def _about_images(found: Survey) -> list[str]:
     ]
     lines.append(", ".join(named))
     looked = _among(found.looked_at, found.count)
-    lines.append(f"{len(found.unreadable) or 'none'} of {looked} cannot be read")
+    unreadable = len(found.unreadable)
+    lines.append(
+        f"{unreadable} of {looked} cannot be read"
+        if unreadable
+        else f"no damaged files among {looked}"
+    )
     if found.searched:
         looked = _among(found.searched, found.count)
-        verb = "is a copy of another" if found.duplicates == 1 else "are copies of others"
-        lines.append(f"{found.duplicates or 'none'} of {looked} {verb}, byte by byte")
+        copies = counted(found.duplicates, "copy", "copies") if found.duplicates else "no copies"
+        lines.append(f"{copies}, byte by byte, among {looked}")
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -121,16 +121,23 @@ def _heading(result: Result) -> str:
         else f"{protocol} of {what}"
     )
     if "test_images" in about:
-        return f"{what}, {counted(about['test_images'], 'test image')}"
-    return f"{what}, {counted(about['images'], 'image')}" if "images" in about else what
+        return f"{what}, {counted(about['test_images'], f'test {sample_kind(about)}')}"
+    return f"{what}, {counted(about['images'], sample_kind(about))}" if "images" in about else what
+
+
+def sample_kind(about: Mapping[str, Any]) -> str:
+    """What was evaluated on: `image` or `clip`."""
+    size = (about.get("architecture") or {}).get("image_size", ())
+    return "clip" if isinstance(size, Sequence) and len(size) == 3 else "image"
 
 
 def _table(result: Result) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     titles, rows = _cells(result)
     table.add_column(titles[0], no_wrap=True)
-    for title in titles[1:]:
-        table.add_column(title, justify="right", no_wrap=True)
+    for number, title in enumerate(titles[1:], 1):  # long titles take several lines
+        widest = max(map(len, [*title.split(), *(row[number] for row in rows)]))
+        table.add_column(title, justify="right", min_width=widest)
     for row in rows:
         table.add_row(*row)
     return table

@@ -10,19 +10,55 @@ from typing import Any, NamedTuple
 from hpm.evals.contract import COMPARED, installed_options
 from hpm.evals.files import changed_options
 
+# What evaluations and their numbers are called, where their name is not enough.
+EVALUATIONS = {
+    "knn": "kNN",
+    "linear": "linear probe",
+    "attentive": "attentive probe",
+    "finetune": "fine-tuning",
+    "segment": "segmentation",
+    "detect": "detection",
+    "stats": "statistics of the features",
+}
+NUMBERS = {
+    "top1": "top-1, %",
+    "top5": "top-5, %",
+    "mean_per_class": "mean per class, %",
+    "mean_iou": "mean IoU, %",
+    "mean_accuracy": "mean accuracy, %",
+    "pixel_accuracy": "pixel accuracy, %",
+    "rank": "effective rank",
+    "of": "highest possible rank",
+    "patch_similarity": "similarity of patches",
+    "mining_accuracy": "teacher's ranking accuracy",
+    "mining_correlation": "teacher's rank correlation",
+    "hard_on_objects": "share of hardest patches on objects",
+    "chance_on_objects": "share of all patches on objects",
+}
+PREDICTOR = "predictor and teacher"
+
 
 class Row(NamedTuple):
     """The numbers of one kind of features, with NAME_low and NAME_high for intervals."""
 
-    evaluation: str  # with its options and setting
+    evaluation: str  # with its setting
     data: str
-    features: str
+    features: str  # empty for numbers of the predictor and the teacher
     numbers: dict[str, float]
+    options: str = ""  # those that are not the defaults
+
+    @property
+    def title(self) -> str:
+        """The evaluation and its data, such as `linear probe on flowers`."""
+        name, _, setting = self.evaluation.partition(", ")
+        shown = ", ".join(filter(None, (evaluation_title(name), setting)))
+        return f"{shown} on {self.data}"
 
     @property
     def words(self) -> list[str]:
         """Evaluation, data, features and numbers as text."""
-        return [self.evaluation, self.data, self.features, _words(self.numbers)]
+        evaluation = ", ".join(filter(None, (self.evaluation, self.options)))
+        return [evaluation, self.data, self.features, _words(self.numbers)]
 
     @property
     def main(self) -> dict[str, tuple[float, float | None, float | None]]:
@@ -84,10 +120,9 @@ def _rows(result: dict[str, Any]) -> list[Row]:
             continue  # numbers of another run
         for setting, numbers in settings.items():
             name = protocol if setting == protocol else f"{protocol}, {setting}"
-            rows.append(Row(f"{name}{_options(protocol, about)}", data, features, numbers))
+            rows.append(Row(name, data, features, numbers, _options(protocol, about)))
     if result["hardness"]:
-        name = "hardness" if protocol == "hardness" else "predictor"
-        rows.append(Row(name, data, "", result["hardness"]))
+        rows.append(Row(PREDICTOR, data, "", result["hardness"]))
     return rows
 
 
@@ -97,11 +132,29 @@ def _options(protocol: str, about: dict[str, Any]) -> str:
     changed = changed_options(options, about) if options else {}
     share = about.get("train_share", 1)
     changed |= {"train_share": share} if share != 1 else {}
-    return "".join(f", {n} {v}" for n, v in changed.items() if n not in ("k", "baselines"))
+    shown = {n: v for n, v in changed.items() if n not in ("k", "baselines")}
+    return ", ".join(f"{name} {_value(value)}" for name, value in shown.items())
+
+
+def _value(value: Any) -> str:
+    """Values to choose from as `0.1/0.3`."""
+    if isinstance(value, list):
+        return "/".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _words(numbers: dict[str, float]) -> str:
     if "top1" in numbers:
         low, high = numbers["top1_low"], numbers["top1_high"]
         return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+    return ", ".join(f"{number_title(name)} {value:.3g}" for name, value in numbers.items())
+
+
+def evaluation_title(name: str) -> str:
+    """What an evaluation is called."""
+    return EVALUATIONS.get(name, name)
+
+
+def number_title(name: str) -> str:
+    """What a number of an evaluation is called."""
+    return NUMBERS.get(name, name.replace("_", " "))

@@ -25,7 +25,8 @@ from hpm.show.clustering import (
     find_clusters,
     project,
 )
-from hpm.show.figures import as_rgb
+from hpm.show.figures import CLIP, as_rgb
+from hpm.show.gallery import worded
 from hpm.show.options import ShowConfig
 from hpm.show.page import asset, by_device, data_block, image_uri, page
 
@@ -123,6 +124,7 @@ def _page(
     if labels is not None:
         classes, colourings["label"] = np.unique(labels[on_page], return_inverse=True)
     where = {int(row): place for place, row in enumerate(on_page)}
+    kind = kind_of(embeddings.about)
     cards = "".join(
         _card(embeddings, clusters, number, config.images, where)
         for number in range(clusters.count)
@@ -139,9 +141,9 @@ def _page(
     parts = [
         _head(config, embeddings, clusters),
         "<h2>Map</h2>",
-        _map(places, colourings, classes.tolist(), how, len(embeddings)),
-        '<h2>Clusters</h2><p class="faint">By k-means on the centred features: the images nearest '
-        f'to the centre of each.</p><div class="cards">{cards}</div>',
+        _map(places, colourings, classes.tolist(), how, len(embeddings), kind == CLIP),
+        f'<h2>Clusters</h2><p class="faint">By k-means on the centred features: the {kind}s '
+        f'nearest to the centre of each.</p><div class="cards">{cards}</div>',
         data_block("images", values),
     ]
     sprites = "".join(
@@ -156,10 +158,11 @@ def _page(
 
 def _head(config: ShowConfig, embeddings: Embeddings, clusters: Clusters) -> str:
     about = embeddings.about
+    kind = kind_of(about)
     numbers = [
-        (f"{len(embeddings):,}", "images"),
-        (f"{clusters.count}", "clusters"),
-        (f"{embeddings.features.shape[1]:,}", "features per image"),
+        (f"{len(embeddings):,}", f"{kind}s"),
+        (f"{clusters.count}", "cluster" if clusters.count == 1 else "clusters"),
+        (f"{embeddings.features.shape[1]:,}", f"features per {kind}"),
     ]
     if embeddings.labels is not None:
         found = agreement(clusters.numbers, embeddings.labels)
@@ -168,10 +171,20 @@ def _head(config: ShowConfig, embeddings: Embeddings, clusters: Clusters) -> str
     pooled = "mean of the patches" if about["pool"] == "mean" else "class token"
     return (
         f"<h1>{escape(str(about['data']))}</h1>\n<p>Features of {escape(str(about['run']))}: "
-        f"{pooled}, images of {' x '.join(map(str, about['image_size']))} pixels.</p>\n"
+        f"{pooled}, {kind}s of {_size(about)}.</p>\n"
         f'<p class="faint">Written by <code>hpm show {escape(config.run)} --out '
         f'{escape(config.out)}</code>.</p>\n<div class="tiles">{tiles}</div>'
     )
+
+
+def kind_of(about: dict[str, Any]) -> str:
+    """What was embedded: `image` or `clip`."""
+    return "image" if about["clip"] is None else CLIP
+
+
+def _size(about: dict[str, Any]) -> str:
+    *frames, height, width = about["image_size"]
+    return "".join(f"{count} frames of " for count in frames) + f"{height} x {width} pixels"
 
 
 def _map(
@@ -180,6 +193,7 @@ def _map(
     classes: list[str],
     how: str,
     images: int,
+    clips: bool,
 ) -> str:
     """All images as points: one path per colour, so that the page stays small."""
     shown = len(places)
@@ -204,14 +218,16 @@ def _map(
         f'<span><i class="dot k{number % COLOURS}"></i>{escape(name or "no label")}</span>'
         for number, name in enumerate(classes[:COLOURS])
     )
-    pointing = by_device("Point at an image, or move with the arrow keys.", "Touch an image.")
+    article = "a clip" if clips else "an image"
+    pointing = by_device(f"Point at {article}, or move with the arrow keys.", f"Touch {article}.")
+    caption = worded(f"Similar images lie together. {how}.{some}", clips)
     legend = f'<div class="row legend" data-by="label" hidden>{keys}</div>' if keys else ""
     return (
         f'{choice}{legend}<figure class="card map-of-all"><div class="world{many}" tabindex="0">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="map of {shown} images">{"".join(groups)}<path class="here" d=""/></svg>'
+        f'aria-label="map">{"".join(groups)}<path class="here" d=""/></svg>'
         '<div class="pointed card" hidden><i class="thumb"></i><b></b><span></span></div></div>'
-        f"<figcaption>Similar images lie together. {how}.{some} {pointing}</figcaption></figure>"
+        f"<figcaption>{caption} {pointing}</figcaption></figure>"
     )
 
 
@@ -229,7 +245,7 @@ def _card(
         for row in members[:count].tolist()
         if row in where
     )
-    about = counted(len(members), "image")
+    about = counted(len(members), kind_of(embeddings.about))
     if embeddings.labels is not None:
         common = Counter(embeddings.labels[members].tolist()).most_common(LABELS_NAMED)
         shares = ", ".join(

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 from hpm.core.errors import UserError
 from hpm.evals.contract import RAW_PIXELS, TRAINED
-from hpm.evals.saved import Row, saved_evaluations
+from hpm.evals.saved import Row, number_title, saved_evaluations
+from hpm.show.figures import CLIP
+from hpm.show.gallery import worded
+from hpm.show.judgement import shown_kind
 from hpm.show.report import read_metrics, read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
@@ -32,7 +35,7 @@ LOSS_DEPENDS_ON = (
 )
 DEPTH = 3  # folders below one that is named, in which runs are looked for
 NUMBERS = {
-    "reconstruction_loss": "reconstruction loss",
+    "reconstruction_loss": "reconstruction loss, training",
     "held_out/reconstruction_loss": "reconstruction loss, held-out images",
     "held_out/ranking_accuracy": "ranking accuracy, held-out images",
     "held_out/mining_accuracy": "teacher's ranking accuracy, held-out images",
@@ -43,12 +46,12 @@ NUMBERS = {
 
 
 class Measure(NamedTuple):
-    """One number of an evaluation."""
+    """One number of an evaluation. `features`: empty for numbers of predictor and teacher."""
 
     evaluation: str
     features: str
-    data: str
     name: str
+    options: str
 
     @property
     def title(self) -> str:
@@ -56,9 +59,12 @@ class Measure(NamedTuple):
 
     @property
     def about(self) -> str:
-        return (
-            f"{'top-1 in %' if self.name == 'top1' else self.name.replace('_', ' ')}; {self.data}"
-        )
+        return "; ".join(filter(None, (number_title(self.name), self.options)))
+
+    @property
+    def key(self) -> str:
+        """What it is called among the keys to sort by."""
+        return f"{self.title}: {self.about}"
 
 
 Interval = tuple[float, float | None, float | None]  # a number, low and high
@@ -79,7 +85,8 @@ class ComparedRun:
     def numbers(self) -> dict[str, float]:
         """The latest value of each of NUMBERS, and the minutes of training, by title."""
         last = latest_values(self.metrics)
-        found = {title: last[name] for name, title in NUMBERS.items() if name in last}
+        clips = shown_kind(self.options) == CLIP
+        found = {worded(t, clips): last[name] for name, t in NUMBERS.items() if name in last}
         minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
         return found | ({"minutes of training": minutes} if minutes else {})
 
@@ -91,7 +98,7 @@ class ComparedRun:
             if row.features and not row.features.startswith((TRAINED, RAW_PIXELS)):
                 continue  # random weights
             for name, interval in row.main.items():
-                found[Measure(row.evaluation, features, row.data, name)] = interval
+                found[Measure(row.title, features, name, row.options)] = interval
         return found
 
 

@@ -25,13 +25,14 @@ from hpm.show.compared import (
     read_runs,
 )
 from hpm.show.curves import Chart, Points, Reference, draw_charts, number
-from hpm.show.figures import picture, unavailable_panels
-from hpm.show.judgement import references
+from hpm.show.figures import CLIP, picture, unavailable_panels
+from hpm.show.gallery import worded
+from hpm.show.judgement import references, shown_kind
 from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
-from hpm.show.page import asset, data_block, page
-from hpm.show.report_figures import CHARTS, LEFT_OUT
+from hpm.show.page import asset, breakable, data_block, page
+from hpm.show.report_figures import CHARTS, LEFT_OUT, in_words
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -52,7 +53,7 @@ def compare(config: CompareConfig) -> Path:
     keys = {"order given": list(range(len(runs))), "name": [run.label for run in runs]}
     keys |= differing | numbers
     own = {m: v for m, v in measures.items() if m.features != RAW_PIXELS}
-    keys |= {f"{m.title} ({m.about})": [v and v[0] for v in found] for m, found in own.items()}
+    keys |= {m.key: [v and v[0] for v in found] for m, found in own.items()}
     words = {title: [_number(v) for v in each] for title, each in numbers.items()}
     table = {"progress": [run.progress for run in runs]} | words
     parts = [
@@ -63,14 +64,14 @@ def compare(config: CompareConfig) -> Path:
         _table(runs, table, list(keys)),
         "<h2>Options that differ</h2>",
         _options(runs, differing, list(keys)),
-        "<h2>Evaluations</h2>" + _evaluations(runs, measures) if own else "",
+        "<h2>Evaluations</h2>" + _evaluations(runs, measures, list(keys)) if own else "",
         f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
-        f"<h2>The same images</h2>{pictures}" if pictures else "",
+        worded("<h2>The same images</h2>", _are_of_clips(runs)) + pictures if pictures else "",
         data_block("curves", curve_values),
         data_block("keys", list(keys.values())),
     ]
     script = f"{asset('chart.js')}\n{asset('compare.js')}"
-    files = ("report.css", "chart.css", "compare.css")
+    files = ("strip.css", "report.css", "chart.css", "compare.css")
     style = "\n".join([*map(asset, files), *(_colour(place) for place in range(len(runs)))])
     try:
         write_text(path, page(f"hpm: {len(runs)} runs", "\n".join(parts), script, style))
@@ -105,17 +106,18 @@ def _toolbar(runs: list[ComparedRun], keys: list[str]) -> str:
 
 
 def _table(runs: list[ComparedRun], columns: dict[str, Values], keys: list[str]) -> str:
-    """A row for each run; titles that are keys sort."""
+    """A row for each run; titles that are keys sort. Of `predictor on demo: ranking accuracy`, the
+    part behind the colon is shown."""
     heads = "".join(
         f'<th scope="col"><button type="button" class="sorter" data-key="{keys.index(title)}">'
-        f"{escape(title)}</button></th>"
+        f"{escape(title.rpartition(': ')[2])}</button></th>"
         if title in keys
         else f'<th scope="col">{escape(title)}</th>'
         for title in ["name", *columns]
     )
     rows = "".join(
         f'<tr data-run="{place}"><th scope="row"><i class="swatch c{place}"></i>'
-        f"{escape(run.label)}</th>"
+        f"{breakable(run.label)}</th>"
         + "".join(f"<td>{escape(values[place])}</td>" for values in columns.values())
         + "</tr>"
         for place, run in enumerate(runs)
@@ -136,17 +138,25 @@ def _options(runs: list[ComparedRun], differing: dict[str, Values], keys: list[s
     return _table(runs, words, keys)
 
 
-def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values]) -> str:
-    """A card for each number, with a line for each run and, where known, its interval."""
-    cards = []
+def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values], keys: list[str]) -> str:
+    """A card for each number of features, with a line for each run and, where known, its interval;
+    a table for those of predictor and teacher."""
+    cards: list[str] = []
+    tables: dict[str, dict[str, list[str]]] = {}
     for measure, found in sorted(measures.items(), key=lambda each: each[0].name != "top1"):
-        if measure.features == RAW_PIXELS:
-            continue
-        pixels = next(filter(None, measures.get(measure._replace(features=RAW_PIXELS), [])), None)
-        cards.append(_card(runs, measure, found, pixels))
-    return (
+        if not measure.features:
+            columns = tables.setdefault(measure.title, {})
+            columns[measure.key] = [_number(v and v[0]) for v in found]
+        elif measure.features != RAW_PIXELS:
+            same = measures.get(measure._replace(features=RAW_PIXELS), [])
+            cards.append(_card(runs, measure, found, next(filter(None, same), None)))
+    shown = (
         '<p class="faint">Bars are 95 % intervals over the test images; they say nothing of other '
         f'seeds.</p><div class="cards">{"".join(cards)}</div>'
+    ) * bool(cards)
+    return shown + "".join(
+        f"<h3>{escape(title)}</h3>{_table(runs, columns, keys)}"
+        for title, columns in tables.items()
     )
 
 
@@ -195,10 +205,13 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
                 if isinstance(value, (int, float)) and name not in LEFT_OUT:
                     points = found.setdefault(name, {}).setdefault(run.label, [])
                     points.append((line["step"], float(value)))
-    shared = _shared_references(runs)
+    shared, clips = _shared_references(runs), _are_of_clips(runs)
     known = [
         (
-            Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
+            in_words(
+                Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
+                clips,
+            ),
             found.pop(name, {}),
         )
         for chart in CHARTS
@@ -262,12 +275,20 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
     if not columns:
         return said
     places = [place for place, run in enumerate(runs) if run.label in columns]
-    return (
-        f"<p>Images of {escape(data)}, drawn by the latest weights of each run. Bright patches "
-        "are hard. Hidden patches are grey: as many, and as hard, as at the end of each training. "
-        f"{ABOUT_ACTUAL} {ABOUT_SCALE} Without a predictor there is no predicted loss.</p>"
-        f"{said}{panels_table(columns, 'image', places)}"
+    clips = _are_of_clips(runs)
+    about = (
+        "drawn by the latest weights of each run. Bright patches are hard. Hidden patches are "
+        "grey: as many, and as hard, as at the end of each training. "
+        f"{ABOUT_ACTUAL} {ABOUT_SCALE} Without a predictor there is no predicted loss."
     )
+    return (
+        f"<p>{'Clips' if clips else 'Images'} of {escape(data)}, {worded(about, clips)}</p>"
+        f"{said}{panels_table(columns, CLIP if clips else 'image', places)}"
+    )
+
+
+def _are_of_clips(runs: list[ComparedRun]) -> bool:
+    return all(shown_kind(run.options) == CLIP for run in runs)
 
 
 def _all_or(labels: list[str], runs: list[ComparedRun]) -> str:

@@ -131,7 +131,7 @@ def draw_chart(chart: Chart, curves: list[Curve], last_step: int) -> tuple[str, 
     step = max(curve.steps[-1] for curve in curves)
     html = (
         f'<figure class="card chart"><h3>{escape(title)}</h3>'
-        f'<div class="keys">{"".join(keys)}<span class="at">step {number(step)}</span></div>'
+        f'<div class="keys">{"".join(keys)}<span class="at">step {step:,}</span></div>'
         f'<div class="plot" tabindex="0"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" '
         f'role="img" aria-label="{escape(f"{title}: {label}")}">{"".join(lines)}'
         f'<path class="cursor" d="" /></svg>{"".join(labels)}</div>'
@@ -167,15 +167,17 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Three digits: 0.123, 12.5, 12,500, 1.5e-5; just below 1, as many as tell it from 1, such as
+    """Three digits: 0.120, 12.5, 12,500, 1.50e-5; just below 1, as many as tell it from 1, such as
     0.9995. `chart.js` formats numbers alike."""
     size = abs(value)
-    if size >= 1000:
+    if size >= 999.5:
         return f"{value:,.0f}"
+    if size < 1e-12:
+        return "0"
     digits = 3
     if 0.99 <= size < 1:
         digits = min(9, 1 - math.floor(math.log10(1 - size)))
-    return f"{0.0 if size < 1e-12 else value:.{digits}g}".replace("e-0", "e-")
+    return f"{value:#.{digits}g}".removesuffix(".").replace("e-0", "e-")
 
 
 def _tick(value: float) -> str:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpm.core.files import write_atomically
-from hpm.show.figures import Picture, panel_title, pixels
+from hpm.show.figures import TITLES, Picture, panel_title, pixels
 from hpm.show.options import Panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSSES: tuple[Panel, ...] = ("actual", "predicted")  # share a scale
-BAR_HEIGHT = 0.35  # inches
+BAR_HEIGHT = 0.5  # inches
 
 
 class Drawing:
@@ -98,7 +98,7 @@ def drawing(shown: Picture, title: str = "", across: float = 1.7) -> Drawing:
         losses = [panels.index(name) for name in LOSSES if name in panels]
         # Below the maps that it belongs to, and as wide.
         others = len(panels) - len(losses)
-        figure.colorbar(
+        colours = figure.colorbar(
             ScalarMappable(Normalize(*shown.scale), "magma"),
             ax=axes.ravel().tolist(),
             location="bottom",
@@ -106,5 +106,7 @@ def drawing(shown: Picture, title: str = "", across: float = 1.7) -> Drawing:
             anchor=(losses[0] / others if others else 0.5, 1.0),
             aspect=18 * len(losses),
             pad=0.02,
-        ).ax.tick_params(labelsize=8)
+        )
+        colours.ax.tick_params(labelsize=8)
+        colours.set_label(" and ".join(TITLES[panels[place]] for place in losses), fontsize=8)
     return Drawing(figure)

@@ -11,10 +11,14 @@ from typing import Any
 
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
-from hpm.evals.contract import TRAINED, Numbers
-from hpm.evals.result import has_few_classes
+from hpm.evals.contract import TRAINED, Numbers, installed_options
+from hpm.evals.files import changed_options
+from hpm.evals.result import has_few_classes, sample_kind
+from hpm.evals.saved import evaluation_title, number_title
 from hpm.show.curves import Chart, Points, draw_charts
+from hpm.show.figures import CLIP
 from hpm.show.page import asset, data_block, names_table, page, table
+from hpm.show.report_figures import in_words
 from hpm.training.sessions import read_lines
 
 CHARTS = (
@@ -27,6 +31,8 @@ CHARTS = (
 LEFT_OUT = ("step", "unreadable")
 # Shown elsewhere on the page, or of no interest to a reader.
 NOT_OPTIONS = ("architecture", "training")
+# Shown whether or not they are the defaults.
+ALWAYS = ("run", "data", "test", "compare", "weights", "step", "epochs", "steps")
 MAX_FIGURE_BYTES = 8_000_000
 
 Values = dict[str, dict[str, Numbers]]  # by features and setting
@@ -50,8 +56,9 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
             key=lambda log: (log.parent.name != TRAINED, log),
         )
     }
-    charts, values = _charts(logs)
-    title = f"hpm: {result['protocol']} of {about['run']} on {about['data']}"
+    charts, values = _charts(logs, sample_kind(about) == CLIP)
+    name = evaluation_title(result["protocol"])
+    title = f"hpm: {name} of {about['run']} on {about['data']}"
     parts = [
         _head(result),
         "<h2>Numbers</h2>",
@@ -61,7 +68,7 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
         _figures(file, result.get("figures", [])),
         f"<h2>Curves</h2>{charts}" if charts else "",
         "<h2>Options</h2>",
-        names_table({name: about[name] for name in about if name not in NOT_OPTIONS}),
+        _options(result["protocol"], about),
         data_block("curves", values),
     ]
     style = f"{asset('report.css')}\n{asset('chart.css')}"
@@ -92,24 +99,25 @@ def _without_top5(values: Values) -> Values:
 
 
 def _head(result: dict[str, Any]) -> str:
-    about = result["about"]
+    about, name = result["about"], evaluation_title(result["protocol"])
+    kind = sample_kind(about)
     counts = [
-        f"{about[name]:,} {words}"
-        for name, words in (
-            ("train_images", "training images"),
-            ("test_images", "test images"),
-            ("classes", "classes"),
+        f"{about[key]:,} {one if about[key] == 1 else several}"
+        for key, one, several in (
+            ("train_images", f"training {kind}", f"training {kind}s"),
+            ("test_images", f"test {kind}", f"test {kind}s"),
+            ("classes", "class", "classes"),
         )
-        if name in about
+        if key in about
     ]
     numbers = next(iter(next(iter(result["values"].values())).values()))
     tiles = "".join(
-        f"<div><b>{value:.1f}</b><span>{escape(_words(name))}, trained</span></div>"
-        for name, value in numbers.items()
-        if not name.endswith(("_low", "_high"))
+        f"<div><b>{value:.1f}</b><span>{escape(number_title(number))}</span></div>"
+        for number, value in numbers.items()
+        if not number.endswith(("_low", "_high"))
     )
     return (
-        f"<h1>{escape(result['protocol'])} of {escape(str(about['run']))}</h1>\n"
+        f"<h1>{escape(name[0].upper() + name[1:])} of {escape(str(about['run']))}</h1>\n"
         f"<p>On {escape(str(about['data']))}: {escape(', '.join(counts))}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")}; '
         "<code>hpm report FILE.json</code> rewrites it.</p>\n"
@@ -130,7 +138,7 @@ def _numbers(values: dict[str, dict[str, dict[str, float]]], first: str) -> str:
         if not name.endswith(("_low", "_high"))
     ]
     several = max((len(words) for words, _ in rows), default=1)
-    heads = [first, *["setting"] * (several - 1), *map(_words, names)]
+    heads = [first, *["setting"] * (several - 1), *map(number_title, names)]
     cells = [
         [*words, *[_with_interval(numbers, name) for name in names]] for words, numbers in rows
     ]
@@ -174,7 +182,18 @@ def _figures(file: Path, names: list[str]) -> str:
     return f"<h2>Figures</h2>{''.join(parts)}" if parts else ""
 
 
-def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
+def _options(protocol: str, about: dict[str, Any]) -> str:
+    """What was evaluated and the options that are not the defaults, then all others."""
+    values = {name: about[name] for name in about if name not in NOT_OPTIONS}
+    options = installed_options(protocol)
+    changed = changed_options(options, about) if options else values
+    chosen = {n: v for n, v in values.items() if n in changed or (n in ALWAYS and v is not None)}
+    rest = {name: value for name, value in values.items() if name not in chosen}
+    more = counted(len(rest), "more value")
+    return f"{names_table(chosen)}\n<details><summary>{more}</summary>{names_table(rest)}</details>"
+
+
+def _charts(logs: dict[str, list[dict[str, Any]]], clips: bool) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of a chart per metric with a curve per training, their values for the script)."""
     found: dict[str, dict[str, Points]] = {}
     for model, lines in logs.items():
@@ -187,7 +206,7 @@ def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, 
     others = [Chart(_words(name), "", {name: name}) for name in sorted(found.keys() - known)]
     last_step = max((line["step"] for lines in logs.values() for line in lines), default=0)
     by_model = [
-        (chart, found.get(next(iter(chart.names)), {}))
+        (in_words(chart, clips), found.get(next(iter(chart.names)), {}))
         for chart in [CHARTS[0], *others, *CHARTS[1:]]
     ]
     return draw_charts(by_model, last_step)
@@ -198,9 +217,9 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
     interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
-    return f"{numbers[name]:.3g}" if abs(numbers[name]) < 1 else f"{numbers[name]:.1f}{interval}"
+    small = 0 < abs(numbers[name]) < 1
+    return f"{numbers[name]:.3g}" if small else f"{numbers[name]:.1f}{interval}"
 
 
 def _words(name: str) -> str:
-    titles = {"mean_iou": "mean IoU", "top1": "top-1", "top5": "top-5"}
-    return titles.get(name, name.replace("_", " "))
+    return name.replace("_", " ")

@@ -33,7 +33,8 @@ MEANING: dict[Panel, str] = {
     "pixels do not predict brightness and contrast; the true ones are shown.",
     "pca": "the first three principal components of the patch features as red, green and blue: "
     "patches of similar colour have similar features.",
-    "attention": "which patches the class token attends to in the last block, mean over heads.",
+    "attention": "which patches the class token attends to in the last block, mean over heads. "
+    "Bright is high, on a scale of its own in each image.",
 }
 # Maps that may lie over the image.
 OVERLAID: tuple[Panel, ...] = ("actual", "predicted", "pca", "attention")
@@ -89,7 +90,7 @@ def write_gallery(
 
 def worded(text: str, clips: bool) -> str:
     """Our own words about images, for clips where these are shown."""
-    return text.replace("image", CLIP) if clips else text
+    return text.replace("an image", f"a {CLIP}").replace("image", CLIP) if clips else text
 
 
 def legend(panels: Sequence[Panel], clips: bool) -> str:

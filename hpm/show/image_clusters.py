@@ -13,7 +13,7 @@ from hpm.core.errors import counted
 from hpm.data.chain import Chain
 from hpm.evals.embeddings import Embeddings
 from hpm.show.clustering import Clusters, centred_units, default_count, find_clusters, project
-from hpm.show.clusters import LABELS_NAMED, SIDE, open_images, thumbnails
+from hpm.show.clusters import LABELS_NAMED, SIDE, kind_of, open_images, thumbnails
 from hpm.show.drawing import Drawing, new_figure
 
 THUMB = 0.75  # inches
@@ -96,12 +96,16 @@ class ImageClusters:
             axis.scatter(x, y, s=12, color=colours(number % 20), label=str(number + 1))
         axis.set_axis_off()
         figure.legend(title="cluster", fontsize=7, frameon=False, loc="outside right center")
-        axis.set_title(how.partition(":")[0] + f" of {len(places):,} images", fontsize=9)
+        axis.set_title(how.partition(":")[0] + f" of {len(places):,} {self._kind}s", fontsize=9)
         return Drawing(figure)
+
+    @property
+    def _kind(self) -> str:
+        return kind_of(self.features.about)
 
     def _about(self, number: int) -> str:
         members = self.clusters.members(number)
-        about = f"{number + 1}: {counted(len(members), 'image')}"
+        about = f"{number + 1}: {counted(len(members), self._kind)}"
         if self.features.labels is None:
             return about
         common = Counter(self.features.labels[members].tolist()).most_common(LABELS_NAMED)
@@ -110,7 +114,7 @@ class ImageClusters:
 
     def __repr__(self) -> str:
         sizes = ", ".join(str(len(self.clusters.members(n))) for n in range(len(self)))
-        return f"ImageClusters({len(self)} clusters of {sizes} images)"
+        return f"ImageClusters({len(self)} clusters of {sizes} {self._kind}s)"
 
     def _repr_png_(self) -> bytes:
         return self.show()._repr_png_()

@@ -23,6 +23,11 @@ READINGS = 3  # of the training loss, whose mean is its latest value
 PREFERRED = ("linear", "attentive", "knn, k = 20", "knn", "finetune")
 
 
+def shown_kind(options: dict[str, Any]) -> str:
+    """What a run is trained on: `image` or `clip`."""
+    return "clip" if options.get("frames", 1) > 1 else "image"
+
+
 def references(options: dict[str, Any]) -> dict[str, Reference]:
     """The references of the metrics of a run, by name. Targets whose loss has no natural scale have
     none for the loss."""
@@ -75,7 +80,7 @@ def _reconstruction(
     if held_out is None and options.get("mask") in HARD_SHARES:
         return f"loss {_loss(metrics)} on mined masks, which are harder than random ones"
     value = float(_loss(metrics)) if held_out is None else held_out
-    where = "" if held_out is None else " on held-out images"
+    where = "" if held_out is None else f" on held-out {shown_kind(options)}s"
     if not math.isfinite(value):
         return "the loss is not finite: nothing can be learned from here on"
     reference = references(options).get(LOSS)
@@ -134,16 +139,18 @@ def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool
     evaluation. One is above another if their intervals do not overlap."""
     rows = [row for s in evaluations if s.weights != "teacher" for row in s.rows or ()]
     rows = [row for row in rows if "top1" in row.main]
-    found = {(row.evaluation, row.data): None for row in rows if row.features.startswith(TRAINED)}
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.title, row.options), []).append(row)
+    found = [own for own in groups.values() if _best(own, TRAINED) is not None]
     if not found:
         if "probe/linear" in last:
             return f"linear probe {last['probe/linear']:.1f}\u00a0%"
         return "its features are not evaluated yet" if finished else ""
-    evaluation, data = min(found, key=_preference)
-    own = [row for row in rows if (row.evaluation, row.data) == (evaluation, data)]
+    own = min(found, key=_preference)
     trained = _best(own, TRAINED)
     assert trained is not None
-    words = f"{evaluation} on {data} {_percent(trained)}"
+    words = f"{trained.title} {_percent(trained)}"
     sides: dict[str, list[str]] = {}
     for kind in (RANDOM, RAW_PIXELS):
         other = _best(own, kind)
@@ -153,10 +160,12 @@ def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool
     return ", ".join([words, *compared])
 
 
-def _preference(found: tuple[str, str]) -> int:
-    name = found[0]
+def _preference(own: list[Row]) -> tuple[int, bool, int]:
+    """By the evaluation; then one with random weights to compare with; then the fewest options."""
+    name = own[0].evaluation
     places = [place for place, start in enumerate(PREFERRED) if name.startswith(start)]
-    return min(places, default=len(PREFERRED))
+    place = min(places, default=len(PREFERRED))
+    return place, _best(own, RANDOM) is None, len(own[0].options)
 
 
 def _best(rows: list[Row], kind: str) -> Row | None:

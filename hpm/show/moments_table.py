@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from hpm.show.moments import Moment
-from hpm.show.page import colours, image_uri
+from hpm.show.page import breakable, colours, image_uri
 from hpm.show.scale import Scale, as_losses, bar, bar_style, scale_of
 
 VIEWS = {
@@ -50,7 +50,7 @@ def panels_table(
     height, width = largest.images.shape[1:3]
     heads = rows = ""
     for place, (title, scale, mark) in enumerate(zip(columns, scales, marks, strict=True)):
-        shown = f"{escape(title)}{bar(scale) if scale else ''}"
+        shown = f"{breakable(title)}{bar(scale) if scale else ''}"
         heads += f'<th scope="col"{mark}>{shown}</th>{_gap(gaps.get(place), "th")}'
     for row in range(len(largest.images)):
         cells = "".join(
@@ -70,7 +70,7 @@ def panels_table(
     return (
         f"<style>{_style(views, largest.images)}</style>"
         f'<div class="moments{smooth}{film}" '
-        f'style="--columns:{len(moments) + 1};--wide:{wide:.2f}">'
+        f'style="--columns:{len(moments) + 1};--wide:{wide:.2f};--gaps:{len(gaps)}">'
         f"{_switch(views, moments, kind)}"
         f'<div class="scroll"><table><thead><tr><th scope="col">{kind}</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></div>"
@@ -114,7 +114,7 @@ def _gap(count: int | None, tag: str) -> str:
     if not count:
         return ""
     title = f' title="{count} not shown"' if tag == "th" else ""
-    return f'<{tag} class="gap"{title}>{f"⋯ {count}" if tag == "th" else ""}</{tag}>'
+    return f'<{tag} class="gap"{title}>{"⋯" * (tag == "th")}</{tag}>'
 
 
 def _cell(moment: Moment, scale: Scale | None, views: list[str], row: int, of: str) -> str:

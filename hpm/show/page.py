@@ -74,6 +74,11 @@ def names_table(values: Mapping[str, Any]) -> str:
     return f'<table class="names"><tbody>{rows}</tbody></table>'
 
 
+def breakable(path: str) -> str:
+    """A path (HTML) whose lines may break behind a slash."""
+    return escape(path).replace("/", "/<wbr>")
+
+
 def by_device(pointer: str, touch: str) -> str:
     """Words (HTML) for readers with a mouse, and other words for those with a touch screen."""
     return f'<span class="by-pointer">{pointer}</span><span class="by-touch">{touch}</span>'

@@ -16,10 +16,12 @@ import yaml
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
-from hpm.evals.saved import saved_evaluations
+from hpm.evals.saved import Row, number_title, saved_evaluations
 from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
-from hpm.show.judgement import judge
+from hpm.show.figures import CLIP
+from hpm.show.gallery import worded
+from hpm.show.judgement import judge, shown_kind
 from hpm.show.moments import measured_steps, read_animations, read_moments
 from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
@@ -39,12 +41,14 @@ RESOLVED = (
     "decoder_depth",
     "decoder_heads",
     "precision",
+    "freeze_encoder",
+    "layer_decay",
 )
 
 TILES = {
-    "reconstruction_loss": "reconstruction loss",
+    "reconstruction_loss": "reconstruction loss, training",
     "held_out/reconstruction_loss": "reconstruction loss, held-out images",
-    "ranking_accuracy": "ranking accuracy",
+    "ranking_accuracy": "ranking accuracy, training",
     "held_out/ranking_accuracy": "ranking accuracy, held-out images",
     "probe/linear": "linear probe, %",
     "images_per_second": "images per second",
@@ -108,10 +112,11 @@ def _head(
     last = latest_values(metrics)
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
-        f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",
+        f"mask {options.get('mask')}, {100 * options.get('mask_ratio', 0):.3g}\u00a0% hidden",
     ]
+    clips = shown_kind(options) == CLIP
     tiles = "".join(
-        f"<div><b>{number(last[name])}</b><span>{title}</span></div>"
+        f"<div><b>{number(last[name])}</b><span>{worded(title, clips)}</span></div>"
         for name, title in TILES.items()
         if name in last
     )
@@ -161,17 +166,49 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
 
 
 def _evaluations(folder: Path) -> str:
-    """A table of this run's evaluations; empty if there are none."""
-    rows = []
+    """A card for each of this run's evaluations; empty if there are none."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    unreadable = ""
     for saved in saved_evaluations(folder):
-        rows += [[*words, saved.whose] for words in saved.words]
-    if not rows:
+        if saved.rows is None:
+            unreadable += f'<p class="warning">{escape(saved.file.name)} cannot be read.</p>'
+        for row in saved.rows or ():
+            about = "; ".join(filter(None, (row.options, saved.whose)))
+            groups.setdefault((row.title, about), []).append(row)
+    cards = "".join(_evaluation(title, about, rows) for (title, about), rows in groups.items())
+    if not cards and not unreadable:
         return ""
-    titles = ("evaluation", "data", "features", "numbers", "weights")
     return (
-        "<h2>Evaluations</h2>\n<p>Top-1 in %, with its 95 % bootstrap interval.</p>\n"
-        f'<div class="scroll">{table(titles, rows)}</div>'
+        f'<h2>Evaluations</h2>\n<p class="faint">In brackets: 95 % bootstrap intervals.</p>\n'
+        f'<div class="cards">{cards}</div>{unreadable}'
     )
+
+
+def _evaluation(title: str, about: str, rows: list[Row]) -> str:
+    """A row for each kind of features and a column for each number; of the predictor, which has no
+    features, a row for each number."""
+    wide = ""
+    if rows[0].features:
+        names = list(dict.fromkeys(name for row in rows for name in row.main))
+        heads = ["features", *map(number_title, names)]
+        wide = " wide" * (len(names) > 1)
+        shown = table(heads, [[row.features, *(_measured(row, n) for n in names)] for row in rows])
+    else:
+        last = rows[-1]
+        shown = names_table({number_title(name): _measured(last, name) for name in last.main})
+    return (
+        f'<section class="card evaluation{wide}"><h3>{escape(title)}</h3>'
+        f'<p class="faint">{escape(about)}</p><div class="scroll">{shown}</div></section>'
+    )
+
+
+def _measured(row: Row, name: str) -> str:
+    """A number with its interval; empty if the row lacks it."""
+    if name not in row.main:
+        return ""
+    value, low, high = row.main[name]
+    shown = f"{value:.1f}" if name == "top1" else number(value)
+    return shown if low is None or high is None else f"{shown} ({low:.1f} to {high:.1f})"
 
 
 def _usage(folder: Path, clips: bool) -> str:

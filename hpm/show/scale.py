@@ -24,6 +24,12 @@ class Scale(NamedTuple):
     low: float
     high: float
 
+    @property
+    def words(self) -> tuple[str, str]:
+        """Both ends in two digits, or three where these hardly tell them apart."""
+        digits = 2 if self.low < 0.7 * self.high else 3
+        return f"{self.low:#.{digits}g}", f"{self.high:#.{digits}g}"
+
 
 def scale_of(actual: np.ndarray) -> Scale | None:
     """The scale of losses: their 1st to 99th percentile. None if all are unknown."""
@@ -55,7 +61,8 @@ def _matched(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
 
 def bar(scale: Scale) -> str:
     """The bar of a scale, as HTML; `strip.css` and `moments.css` style it."""
-    return f'<span class="bar">{scale.low:.2g}<i class="ramp"></i>{scale.high:.2g}</span>'
+    low, high = scale.words
+    return f'<span class="bar">{low}<i class="ramp"></i>{high}</span>'
 
 
 @cache

@@ -144,7 +144,7 @@ class Viewer:
                 {
                     "name": name,
                     "title": panel_title(name, frames is not None),
-                    "scale": [f"{end:.2g}" for end in shown.scale]
+                    "scale": list(shown.scale.words)
                     if name in LOSSES and shown.scale is not None
                     else [],
                     "overlaid": name in OVERLAID,

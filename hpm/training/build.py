@@ -313,13 +313,13 @@ def _introduction(run: PretrainingRun) -> str:
         fewer += (
             "but the split has no more)" if images.has_split else "but at most a tenth is held out)"
         )
-    epochs = "" if images.count is None else f"({run.schedule.epochs:.4g} epochs), "
+    epochs = "" if images.count is None else f"({run.schedule.epochs:.3g} epochs), "
     memory = run.memory.nbytes / 1e6 if run.memory else 0
     return (
         f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
-        f"{images.described()}, {held_out} held out"
+        f"{images.described(run.sample_kind)}, {held_out} held out"
         f"{fewer}, {counted(run.schedule.total, 'step')} of "
-        f"{counted(config.global_batch_size, 'image')}{' ' if epochs else ', '}"
+        f"{counted(config.global_batch_size, run.sample_kind)}{' ' if epochs else ', '}"
         f"{epochs}base lr {config.base_lr:g}, {run.device}, "
         f"{config.precision}, "
         f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"

@@ -38,8 +38,8 @@ class TrainingImages:
         """Names of the training images, for messages."""
         return self.source if self.stream is None else StreamNames(self.stream)
 
-    def described(self) -> str:
-        """How many they are, and of what."""
+    def described(self, kind: str) -> str:
+        """How many they are, and of what. kind: `image` or `clip`."""
         if self.stream is None:
-            return f"{counted(len(self.source), 'image')} of {self.source.name}"
+            return f"{counted(len(self.source), kind)} of {self.source.name}"
         return f"{counted(len(self.stream.shards), 'shard')} of {self.stream.name}"

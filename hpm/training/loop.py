@@ -101,6 +101,11 @@ class Training(Protocol):
         ...
 
     @property
+    def sample_kind(self) -> str:
+        """What it is trained on, for messages: `image` or `clip`."""
+        ...
+
+    @property
     def log_every(self) -> int:
         """Steps between two log entries."""
         ...
@@ -210,7 +215,7 @@ def log_losses(training: Training, interval: Interval) -> None:
     left = (training.total_steps - training.step) * seconds / len(rows)
     training.log.progress(
         training.step,
-        f"{status}  {rate:{'.0f' if rate >= 10 else '.2g'}} images/s  "
+        f"{status}  {rate:{'.0f' if rate >= 10 else '.2g'}} {training.sample_kind}s/s  "
         f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
         left,
     )

@@ -113,6 +113,10 @@ class PretrainingRun:
         return self.config.global_batch_size
 
     @property
+    def sample_kind(self) -> str:
+        return "image" if self.sampling is None else "clip"
+
+    @property
     def seconds(self) -> float:
         """Time of all sessions so far."""
         return self.seconds_before + time.monotonic() - self.began

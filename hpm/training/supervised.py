@@ -53,6 +53,7 @@ class SupervisedTraining(ABC):
 
     log_every = 10
     kind: ClassVar[str] = "fine-tuning"  # in messages
+    sample_kind = "image"
     trained_name: ClassVar[str]  # name of the file of the trained model
     against_divergence: ClassVar[str]  # what to do if the loss is not finite
 

@@ -363,7 +363,7 @@ def test_the_model_card(evaluated, tmp_path):
     for words in (
         "arxiv.org/abs/2304.05919",
         "| knn, k = 20 | flowers | trained | top-1 52.3 (49.0 to 55.5) |",
-        "| predictor | flowers |  | ranking accuracy 0.86 |",
+        "| predictor and teacher | flowers |  | ranking accuracy 0.86 |",
         "| odd.json |  |  | unreadable |",
         "easy_to_hard, 0.75 of the patches",
         f"{TINY['steps']} steps of batches of 8",

@@ -107,7 +107,7 @@ def test_the_command_on_the_screen_runs(image_folder, tmp_path, nano):
     result = run_here("plan", image_folder, "--gpu=h100", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80 or str(image_folder) in result.stdout
-    assert "3 classes" in result.stdout and "none of all 48 cannot be read" in result.stdout
+    assert "3 classes" in result.stdout and "no damaged files among all 48" in result.stdout
     assert "(estimated)" in result.stdout and "continues from other" in result.stdout
     words = printed_command(result.stdout)
     options = options_of(words)

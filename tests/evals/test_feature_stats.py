@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import hpm
 from hpm.evals.feature_stats import effective_rank, patch_similarity
+from hpm.evals.result import Result, print_result
+from hpm.evals.stats import COLUMNS
 
 
 def naive_rank(features):
@@ -72,3 +75,12 @@ def test_stats_needs_no_labels(finished_run, image_folder):
     assert "random weights, patch mean" in result.values and "raw pixels" in result.values
     assert 0 <= result.hardness["ranking_accuracy"] <= 1
     assert "effective rank" in str(result)
+
+
+def test_long_titles_of_the_table_take_several_lines():
+    values = {"random weights, class token": {"stats": {"rank": 25.0, "of": 96.0}}}
+    about = {"run": "r", "weights": "student", "data": "d", "images": 1, "seconds": 1.0}
+    console = Console(width=70, no_color=True)
+    with console.capture() as capture:
+        print_result(Result("stats", about, values, columns=COLUMNS), console)
+    assert "…" not in capture.get() and "random weights, class token" in capture.get()

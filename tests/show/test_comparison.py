@@ -63,13 +63,14 @@ def test_the_page_says_what_differs(html):
 def test_a_browser_sorts_and_hides(screens, html):
     for shown in screens(html):
         rows = shown.locator(".compared tbody").first.locator("tr")
-        shown.select_option("#sort", label="knn, k = 5, patch mean (top-1 in %; flowers)")
+        shown.select_option("#sort", label="kNN, k = 5 on flowers, patch mean: top-1, %")
         assert "mae" in rows.first.text_content()
         assert "mae" in shown.locator(".measured").first.text_content()
         shown.click("#turn")
         assert "hpm" in rows.first.text_content()
         shown.locator(".sorter", has_text="mask_ratio").click()
         assert "mae" in rows.first.text_content()
+        assert shown.locator(".moments .bar i").first.bounding_box()["width"] > 10
         shown.locator(".chip").first.click()
         assert shown.locator('[data-run="0"]:visible').count() == 0
         assert shown.locator(".chart .key.c0:visible").count() == 0

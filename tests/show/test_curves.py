@@ -52,9 +52,12 @@ def test_a_reference_lies_on_the_axis():
         (1.234e-5, "1.23e-5"),
         (0.99954, "0.99954"),
         (0.9987, "0.9987"),
-        (1.0, "1"),
+        (1.0, "1.00"),
+        (150.0, "150"),
+        (999.7, "1,000"),
+        (1e-7, "1.00e-7"),
         (0.0, "0"),
-        (-0.5, "-0.5"),
+        (-0.5, "-0.500"),
     ],
 )
 def test_numbers_have_three_digits_and_more_only_just_below_one(value, text):

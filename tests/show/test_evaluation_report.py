@@ -60,7 +60,7 @@ def test_classes_differences_and_strange_names(tmp_path):
     page = write_evaluation_report(file)
     text = page.read_text()
     assert page == tmp_path / "segment.html"
-    assert "41.3 (40.1 to 42.0)" in text and "-1.5" in text and "<th>mean IoU</th>" in text
+    assert "41.3 (40.1 to 42.0)" in text and "-1.5" in text and "<th>mean IoU, %</th>" in text
     assert escape("<sky>") in text and "<sky>" not in text and escape("a & b") in text
     assert "Curves" not in text and "Figures" not in text
 

@@ -32,11 +32,11 @@ def saved(**top1):
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        (1.2, "Loss 1.2 on held-out images (1.0 is predicting the mean): has learned nothing yet"),
+        (1.2, "Loss 1.20 on held-out images (1.0 is predicting the mean): has learned nothing yet"),
         (1.01, "Loss near 1.0 (1.01 on held-out images): has barely learned"),
-        (0.98, "Loss near 1.0 (0.98 on held-out images): has barely learned"),
+        (0.98, "Loss near 1.0 (0.980 on held-out images): has barely learned"),
         (0.93, "has begun to learn"),
-        (0.7, "Loss 0.7 on held-out images (1.0 is predicting the mean): reconstructs what is"),
+        (0.7, "Loss 0.700 on held-out images (1.0 is predicting the mean): reconstructs what is"),
     ],
 )
 def test_the_loss_beside_that_of_predicting_the_mean(loss, words):
@@ -56,7 +56,7 @@ def test_targets_without_a_scale_are_judged_by_their_fall():
         {"step": 50, "reconstruction_loss": 0.1, "held_out/reconstruction_loss": 0.2},
         {"step": 100, "reconstruction_loss": 0.1, "held_out/reconstruction_loss": 0.05},
     ]
-    assert "Loss 0.05 on held-out images: has fallen since the first reading (0.2)" in judge(
+    assert "Loss 0.0500 on held-out images: has fallen since the first reading (0.200)" in judge(
         hog, metrics, [], 100
     )
     metrics[1]["held_out/reconstruction_loss"] = 0.199
@@ -66,7 +66,7 @@ def test_targets_without_a_scale_are_judged_by_their_fall():
 def test_the_loss_of_mined_masks_alone_is_no_verdict():
     metrics = [{"step": 100, "reconstruction_loss": 1.0, "ranking_accuracy": 0.8}]
     sentence = judge(MINES, metrics, [], 100)
-    assert "1 on mined masks, which are harder than random ones" in sentence
+    assert "1.00 on mined masks, which are harder than random ones" in sentence
     assert "barely" not in sentence
     assert "barely learned" in judge(MAE, metrics, [], 100)
 
@@ -74,9 +74,17 @@ def test_the_loss_of_mined_masks_alone_is_no_verdict():
 @pytest.mark.parametrize(
     ("ranking", "mining", "words"),
     [
-        (0.5, 0.5, "does not tell hard patches from easy ones (ranking accuracy 0.5, teacher 0.5"),
+        (
+            0.5,
+            0.5,
+            "does not tell hard patches from easy ones (ranking accuracy 0.500, teacher 0.500",
+        ),
         (0.57, 0.55, "begins to tell hard patches from easy ones"),
-        (0.8, 0.75, "tells hard patches from easy ones (ranking accuracy 0.8, teacher 0.75; 0.5 "),
+        (
+            0.8,
+            0.75,
+            "tells hard patches from easy ones (ranking accuracy 0.800, teacher 0.750; 0.5 ",
+        ),
         (0.8, 0.5, "tells hard patches from easy ones, but the teacher, which mines, does not"),
         (0.8, 0.3, "tells hard patches from easy ones, but mining hides easy ones"),
     ],
@@ -105,7 +113,7 @@ def test_features_beside_random_weights_and_raw_pixels():
         "random_weights,_patch_mean": 20,
     }
     sentence = judge(MAE, metrics, [saved(**values, raw_pixels=31)], 100)
-    assert "linear on flowers 30.0" in sentence
+    assert "linear probe on flowers 30.0" in sentence
     assert "above random weights (20.0" in sentence
     assert "no different from raw pixels (31.0" in sentence
     sentence = judge(MAE, metrics, [saved(**values, raw_pixels=50)], 100)
@@ -114,6 +122,18 @@ def test_features_beside_random_weights_and_raw_pixels():
     teacher.weights = "teacher"
     for none in ([], [teacher], [Saved(Path("broken.json"), None, None, None)]):
         assert "its features are not evaluated yet" in judge(MAE, metrics, none, 100)
+
+
+def test_the_evaluation_that_tells_most_is_spoken_of():
+    found = saved(trained=40, random_weights=20)
+    found.rows += [
+        Row("linear", "flowers", "trained", {"top1": 10.0}, "frame stride 0"),
+        Row("knn, k = 20", "flowers", "trained", {"top1": 90.0}),
+    ]
+    found.rows.insert(0, found.rows.pop(-2))  # the order of the files does not matter
+    sentence = judge(MAE | {"frames": 8}, at_end(reconstruction_loss=0.7), [found], 100)
+    assert "on held-out clips" in sentence
+    assert "linear probe on flowers 40.0\u00a0%, above random weights (20.0" in sentence
 
 
 def test_before_there_is_something_to_judge():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hpm.show.scale import as_losses, bar, scale_of
+from hpm.show.scale import Scale, as_losses, bar, scale_of
 
 numbers = st.floats(-100, 100, width=32)
 
@@ -39,3 +39,8 @@ def test_a_scale_leaves_outliers_out():
     assert 0 <= low < 0.05 and 0.95 < high < 1.1
     assert scale_of(np.array([np.nan])) is None
     assert "0.5" in bar(scale_of(np.array([0.5, 0.5])))
+
+
+def test_the_ends_of_a_bar_differ_in_words():
+    assert Scale(0.0234, 2.6).words == ("0.023", "2.6")
+    assert Scale(1.004, 1.07).words == ("1.00", "1.07")

@@ -134,6 +134,7 @@ class ClassifierTraining(SupervisedTraining):
             identity,
             config.repeat_augment,
         )
+        self.sample_kind = "clip" if self.sampling else "image"
 
     @cached_property
     def labels(self) -> Tensor:
@@ -143,7 +144,7 @@ class ClassifierTraining(SupervisedTraining):
     def summary(self) -> str:
         return (
             f"fine-tuning {self.subject.name}: "
-            f"{counted(len(self.source), 'video' if self.sampling else 'image')} of "
+            f"{counted(len(self.source), self.sample_kind)} of "
             f"{counted(len(self.data.classes), 'class', 'classes')}"
         )
 

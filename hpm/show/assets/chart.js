@@ -8,9 +8,9 @@
   const number = (v) => {
     const size = Math.abs(v), near = size >= 0.99 && size < 1;
     const digits = near ? Math.min(9, 1 - Math.floor(Math.log10(1 - size))) : 3;
-    const short = Number(v.toPrecision(digits));
-    if (size >= 1000) return Math.round(v).toLocaleString("en");
-    return size >= 1e-4 ? String(short) : size < 1e-12 ? "0" : short.toExponential();
+    if (size >= 999.5) return Math.round(v).toLocaleString("en");
+    if (size < 1e-12) return "0";
+    return size >= 1e-4 ? v.toPrecision(digits) : v.toExponential(digits - 1);
   };
 
   function nearest(steps, step) {
@@ -34,7 +34,7 @@
         shown = curve.steps[k];
       }
     });
-    chart.at.textContent = "step " + number(shown);
+    chart.at.textContent = "step " + shown.toLocaleString("en");
     chart.shown = shown;
     const x = 1000 * shown / chart.right;
     chart.cursor.setAttribute("d", `M${x} 0V1000`);
