@@ -120,9 +120,10 @@ def _heading(result: Result) -> str:
         if _is_classification(result)
         else f"{protocol} of {what}"
     )
+    kind = "video" if about.get("of_clips") else "image"
     if "test_images" in about:
-        return f"{what}, {counted(about['test_images'], 'test image')}"
-    return f"{what}, {counted(about['images'], 'image')}" if "images" in about else what
+        return f"{what}, {counted(about['test_images'], f'test {kind}')}"
+    return f"{what}, {counted(about['images'], kind)}" if "images" in about else what
 
 
 def _table(result: Result) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpm.core.errors import UserError
+from hpm.core.wording import worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, saved_evaluations
 from hpm.show.report import read_metrics, read_options
@@ -26,6 +27,7 @@ LOSS_DEPENDS_ON = (
     "ranking_signal",
     "mask_ratio",
     "image_size",
+    "frames",
     "channels",
     "normalize",
     "pretrained",
@@ -76,10 +78,14 @@ class ComparedRun:
     evaluations: list[Row]
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """The latest value of each of NUMBERS, and the minutes of training, by title."""
+    def of_clips(self) -> bool:
+        return int(self.options.get("frames") or 1) > 1
+
+    def numbers(self, clips: bool) -> dict[str, float]:
+        """The latest value of each of NUMBERS, and the minutes of training, by title. clips: all
+        that are compared are of clips."""
         last = latest_values(self.metrics)
-        found = {title: last[name] for name, title in NUMBERS.items() if name in last}
+        found = {worded(title, clips): last[n] for n, title in NUMBERS.items() if n in last}
         minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
         return found | ({"minutes of training": minutes} if minutes else {})
 

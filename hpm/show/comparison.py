@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hpm.core.errors import UserError
+from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.core.progress import track
+from hpm.core.wording import sample_word, worded
 from hpm.evals.contract import RAW_PIXELS
 from hpm.show.command import evaluation_images, hard_share, prepare, some_images
 from hpm.show.compared import (
@@ -31,7 +32,7 @@ from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
 from hpm.show.page import asset, data_block, page
-from hpm.show.report_figures import CHARTS, LEFT_OUT
+from hpm.show.report_figures import LEFT_OUT, charts_of
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -45,10 +46,11 @@ def compare(config: CompareConfig) -> Path:
         raise UserError(f"--out {config.out}: a comparison is a page; name a .html file")
     runs = read_runs(config.runs)
     differing = differing_options(runs)
-    numbers = _by_run([run.numbers for run in runs])
+    clips = all(run.of_clips for run in runs)
+    numbers = _by_run([run.numbers(clips) for run in runs])
     measures = _by_run([run.measures() for run in runs])
-    pictures = _pictures(runs, config) if config.images else ""
-    curves, curve_values = _curves(runs)
+    pictures = _pictures(runs, config, clips) if config.images else ""
+    curves, curve_values = _curves(runs, clips)
     keys = {"order given": list(range(len(runs))), "name": [run.label for run in runs]}
     keys |= differing | numbers
     own = {m: v for m, v in measures.items() if m.features != RAW_PIXELS}
@@ -63,9 +65,9 @@ def compare(config: CompareConfig) -> Path:
         _table(runs, table, list(keys)),
         "<h2>Options that differ</h2>",
         _options(runs, differing, list(keys)),
-        "<h2>Evaluations</h2>" + _evaluations(runs, measures) if own else "",
+        "<h2>Evaluations</h2>" + _evaluations(runs, measures, clips) if own else "",
         f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
-        f"<h2>The same images</h2>{pictures}" if pictures else "",
+        f"<h2>{worded('The same images', clips)}</h2>{pictures}" if pictures else "",
         data_block("curves", curve_values),
         data_block("keys", list(keys.values())),
     ]
@@ -136,7 +138,7 @@ def _options(runs: list[ComparedRun], differing: dict[str, Values], keys: list[s
     return _table(runs, words, keys)
 
 
-def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values]) -> str:
+def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values], clips: bool) -> str:
     """A card for each number, with a line for each run and, where known, its interval."""
     cards = []
     for measure, found in sorted(measures.items(), key=lambda each: each[0].name != "top1"):
@@ -145,8 +147,8 @@ def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values]) -> st
         pixels = next(filter(None, measures.get(measure._replace(features=RAW_PIXELS), [])), None)
         cards.append(_card(runs, measure, found, pixels))
     return (
-        '<p class="faint">Bars are 95 % intervals over the test images; they say nothing of other '
-        f'seeds.</p><div class="cards">{"".join(cards)}</div>'
+        f'<p class="faint">Bars are 95 % intervals over the test {sample_word(clips)}s; they say '
+        f'nothing of other seeds.</p><div class="cards">{"".join(cards)}</div>'
     )
 
 
@@ -186,7 +188,7 @@ def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Inte
     )
 
 
-def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
+def _curves(runs: list[ComparedRun], clips: bool) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of a chart per metric with a curve per run, their values for the script)."""
     found: dict[str, dict[str, Points]] = {}
     for run in runs:
@@ -201,7 +203,7 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
             Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
             found.pop(name, {}),
         )
-        for chart in CHARTS
+        for chart in charts_of(clips)
         for name, label in chart.names.items()
     ]
     others = [(Chart(_words(name), "", {}), points) for name, points in sorted(found.items())]
@@ -245,8 +247,8 @@ def _about_losses(differing: dict[str, Values]) -> str:
     )
 
 
-def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
-    """The same images, drawn by every run that can."""
+def _pictures(runs: list[ComparedRun], config: CompareConfig, clips: bool) -> str:
+    """The same images or clips, drawn by every run that can."""
     data = config.data or str(runs[0].options.get("data"))
     columns: dict[str, Moment] = {}
     problems: dict[str, list[str]] = {}
@@ -263,10 +265,10 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
         return said
     places = [place for place, run in enumerate(runs) if run.label in columns]
     return (
-        f"<p>Images of {escape(data)}, drawn by the latest weights of each run. Bright patches "
-        "are hard. Hidden patches are grey: as many, and as hard, as at the end of each training. "
-        f"{ABOUT_ACTUAL} {ABOUT_SCALE} Without a predictor there is no predicted loss.</p>"
-        f"{said}{panels_table(columns, 'image', places)}"
+        f"<p>{worded('Images', clips)} of {escape(data)}, drawn by the latest weights of each run. "
+        "Bright patches are hard. Hidden patches are grey: as many, and as hard, as at the end of each training. "
+        f"{ABOUT_ACTUAL} {worded(ABOUT_SCALE, clips)} Without a predictor there is no predicted "
+        f"loss.</p>{said}{panels_table(columns, sample_word(clips), places)}"
     )
 
 
@@ -284,7 +286,8 @@ def _draw(run: ComparedRun, data: str, config: CompareConfig) -> Moment:
     some = some_images(data, config.images, config.seed, trained, config.data is not None)
     (batch,) = evaluation_images(some, trained, len(some))
     if not len(batch.images):
-        raise UserError(f"{data}: none of {len(some)} images can be read")
+        kind = sample_word(run.of_clips)
+        raise UserError(f"{data}: none of {counted(len(some), kind)} can be read")
     share = hard_share(None, trained)
     shown = picture(trained, batch.images, batch.indices, share, seed=config.seed)
     return moment_of(as_strips(shown), trained.step or 0)

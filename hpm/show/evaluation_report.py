@@ -93,11 +93,12 @@ def _without_top5(values: Values) -> Values:
 
 def _head(result: dict[str, Any]) -> str:
     about = result["about"]
+    kind = "video" if about.get("of_clips") else "image"
     counts = [
         f"{about[name]:,} {words}"
         for name, words in (
-            ("train_images", "training images"),
-            ("test_images", "test images"),
+            ("train_images", f"training {kind}s"),
+            ("test_images", f"test {kind}s"),
             ("classes", "classes"),
         )
         if name in about

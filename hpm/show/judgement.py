@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpm.core.choices import HARD_SHARES
+from hpm.core.wording import sample_word
 from hpm.evals.contract import RANDOM, RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, Saved
 from hpm.show.curves import Reference, number
@@ -75,7 +76,8 @@ def _reconstruction(
     if held_out is None and options.get("mask") in HARD_SHARES:
         return f"loss {_loss(metrics)} on mined masks, which are harder than random ones"
     value = float(_loss(metrics)) if held_out is None else held_out
-    where = "" if held_out is None else " on held-out images"
+    kind = sample_word(options.get("frames", 1) > 1)
+    where = "" if held_out is None else f" on held-out {kind}s"
     if not math.isfinite(value):
         return "the loss is not finite: nothing can be learned from here on"
     reference = references(options).get(LOSS)

@@ -15,6 +15,7 @@ import yaml
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
+from hpm.core.wording import sample_word, worded
 from hpm.evals.saved import saved_evaluations
 from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
@@ -77,9 +78,10 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     moments = read_moments(run.moments, steps | {0})
     measured = measured_steps(run.moments, steps | {0})
     charts, values = charts_section(metrics, options)
+    clips = options.get("frames", 1) > 1
     parts = [
         _head(folder, options, metrics, read_status(folder, options, metrics, sessions)),
-        _problems(folder, metrics, sessions),
+        _problems(folder, metrics, sessions, clips),
         "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options, measured),
         animations_section(read_animations(run.moments, steps | {0})),
@@ -87,7 +89,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         charts,
         _evaluations(folder),
         "<h2>Use the backbone</h2>",
-        _usage(folder, options.get("frames", 1) > 1),
+        _usage(folder, clips),
         "<h2>Configuration</h2>",
         _configuration(options),
         "<h2>Sessions</h2>",
@@ -104,13 +106,13 @@ def _head(
     folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], status: Status
 ) -> str:
     """Name, state, judgement and latest numbers of the run."""
-    last = latest_values(metrics)
+    last, clips = latest_values(metrics), options.get("frames", 1) > 1
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {options.get('mask_ratio')} hidden",
     ]
     tiles = "".join(
-        f"<div><b>{number(last[name])}</b><span>{title}</span></div>"
+        f"<div><b>{number(last[name])}</b><span>{worded(title, clips)}</span></div>"
         for name, title in TILES.items()
         if name in last
     )
@@ -127,7 +129,9 @@ def _head(
     )
 
 
-def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Session]) -> str:
+def _problems(
+    folder: Path, metrics: list[dict[str, Any]], sessions: list[Session], clips: bool
+) -> str:
     """A list of problems; empty if there were none."""
     found = []
     log = folder / "train.log"
@@ -139,7 +143,7 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
         names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:MAX_LISTED])
         more = f"<li>and {len(unreadable) - MAX_LISTED} more, all in train.log</li>"
         found.append(
-            f"<details><summary>{counted(count, 'image')} could not be read and "
+            f"<details><summary>{counted(count, sample_word(clips))} could not be read and "
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from hpm.core.wording import sample_word, worded
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.drawing import LOSSES
 from hpm.show.figures import panel_title
@@ -86,6 +87,18 @@ CHARTS = (
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
 
+def charts_of(clips: bool) -> list[Chart]:
+    """The charts of a run on images or on clips."""
+    return [
+        chart._replace(
+            title=worded(chart.title, clips),
+            about=worded(chart.about, clips),
+            names={name: worded(label, clips) for name, label in chart.names.items()},
+        )
+        for chart in CHARTS
+    ]
+
+
 def charts_section(
     metrics: list[dict[str, Any]], options: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
@@ -100,7 +113,7 @@ def charts_section(
             chart._replace(reference=known_references.get(next(iter(chart.names)))),
             {label: points[name] for name, label in chart.names.items() if name in points},
         )
-        for chart in [*CHARTS, *sorted(others)]
+        for chart in [*charts_of(options.get("frames", 1) > 1), *sorted(others)]
     ]
     html, values = draw_charts(labelled, last_step)
     if not html:
@@ -126,7 +139,8 @@ def moments_section(
 
     measured: the steps of all moments, of which some may be left out.
     """
-    kind = "clip" if options.get("frames", 1) > 1 else "image"
+    clips = options.get("frames", 1) > 1
+    kind = sample_word(clips)
     if not moments:
         reason = f"no {kind}s are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
@@ -135,8 +149,8 @@ def moments_section(
         f"hidden patches grey. {ABOUT_ACTUAL}"
     )
     if any(moment.predicted is not None for moment in moments):
-        about += f" The teacher predicts losses from the whole {kind}. {ABOUT_SCALE}"
-    if options.get("frames", 1) > 1:
+        about += f" The teacher predicts losses from the whole {kind}. {worded(ABOUT_SCALE, clips)}"
+    if clips:
         times = options["frames"] // options["patch_size"][0]
         about += f" Shown of each clip: {frames_text(options['frames'], times)}."
     columns = {f"step {moment.step:,}": moment for moment in moments}

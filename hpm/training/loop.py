@@ -91,6 +91,11 @@ class Training(Protocol):
     unreadable: UnreadableImages
 
     @property
+    def sample(self) -> str:
+        """What a batch is made of, for messages: `image` or `clip`."""
+        ...
+
+    @property
     def total_steps(self) -> int:
         """Number of steps of the whole training."""
         ...
@@ -209,7 +214,7 @@ def log_losses(training: Training, interval: Interval) -> None:
     left = (training.total_steps - training.step) * seconds / len(rows)
     training.log.progress(
         training.step,
-        f"{status}  {speed['images_per_second']:.0f} images/s  "
+        f"{status}  {speed['images_per_second']:.0f} {training.sample}s/s  "
         f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
         left,
     )

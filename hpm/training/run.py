@@ -19,6 +19,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.files import remove
 from hpm.core.shards import whole_state
+from hpm.core.wording import sample_word
 from hpm.data.cache import Cache
 from hpm.data.loader import Batch, TrainingViews, normalize
 from hpm.data.unreadable import UnreadableImages
@@ -135,6 +136,11 @@ class PretrainingRun:
     def sampling(self) -> ClipSampling | None:
         """Which frames make a clip; None for images."""
         return clip_sampling(self.config)
+
+    @property
+    def sample(self) -> str:
+        """What a batch is made of, for messages: `image` or `clip`."""
+        return sample_word(self.sampling is not None)
 
     @property
     def num_hidden(self) -> int:

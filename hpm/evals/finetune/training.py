@@ -17,6 +17,7 @@ from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
+from hpm.core.wording import sample_word
 from hpm.data.loader import Batch, StepSampler, normalize, training_loader, training_views
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.workers import num_workers
@@ -89,6 +90,7 @@ class ClassifierTraining(SupervisedTraining):
         sampling: ClipSampling | None = None,
     ):
         self.subject, self.data, self.sampling = subject, data, sampling
+        self.sample = sample_word(sampling is not None)
         self.mean, self.std = subject.backbone.mean, subject.backbone.std
         self.channels = subject.architecture.channels
         self.size = input_size(config, subject.architecture)

@@ -1,0 +1,19 @@
+"""Words for what a run learns from: images, or clips of videos."""
+
+from __future__ import annotations
+
+import re
+
+
+def sample_word(clips: bool) -> str:
+    """`image` or `clip`, for `counted`."""
+    return "clip" if clips else "image"
+
+
+def worded(text: str, clips: bool) -> str:
+    """A text that is written for images; of clips, with `clip` for `image`. Not for texts that
+    contain paths."""
+    if not clips:
+        return text
+    text = re.sub(r"\b([Aa])n image", r"\1 clip", text)
+    return re.sub(r"\b([Ii])mage(s?)\b", lambda m: f"{'C' if m[1] == 'I' else 'c'}lip{m[2]}", text)
