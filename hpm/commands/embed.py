@@ -183,8 +183,8 @@ def _check_unreadable(count: int, shards: Shards, share: float) -> None:
         shards.list_problems()
         whole = counted(len(shards.source), _kind(shards.source))
         raise UserError(
-            f"{count} of {whole} cannot be read, more than max_unreadable {share}: repair or remove "
-            f"those in {shards.unreadable_file}, or pass a larger --max-unreadable"
+            f"{count} of {whole} cannot be read, more than max_unreadable {share}: repair or "
+            f"remove those in {shards.unreadable_file}, or pass a larger --max-unreadable"
         )
 
 

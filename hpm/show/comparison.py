@@ -266,9 +266,9 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig, clips: bool) -> st
     places = [place for place, run in enumerate(runs) if run.label in columns]
     return (
         f"<p>{worded('Images', clips)} of {escape(data)}, drawn by the latest weights of each run. "
-        "Bright patches are hard. Hidden patches are grey: as many, and as hard, as at the end of each training. "
-        f"{ABOUT_ACTUAL} {worded(ABOUT_SCALE, clips)} Without a predictor there is no predicted "
-        f"loss.</p>{said}{panels_table(columns, sample_word(clips), places)}"
+        "Bright patches are hard. Hidden patches are grey: as many, and as hard, as at the end of "
+        f"each training. {ABOUT_ACTUAL} {worded(ABOUT_SCALE, clips)} Without a predictor there is "
+        f"no predicted loss.</p>{said}{panels_table(columns, sample_word(clips), places)}"
     )
 
 

@@ -65,6 +65,8 @@ def claim(
             return note
         if config.schedule == "constant":
             run.set_aside_cooldown()
+            longer = "prolonged, at the constant learning rate"
+            note = f"{note}; {longer}" if note else longer
     # A run without a checkpoint has nothing to lose, so its config may be overwritten.
     header = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
