@@ -15,7 +15,7 @@ import yaml
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
-from hpm.core.wording import sample_word, worded
+from hpm.core.wording import worded
 from hpm.evals.saved import saved_evaluations
 from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
@@ -140,10 +140,11 @@ def _problems(
     count = max([int(line["unreadable"]) for line in metrics if "unreadable" in line], default=0)
     count = max(count, len(unreadable))
     if count:
+        kind = "video" if clips else "image"
         names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:MAX_LISTED])
         more = f"<li>and {len(unreadable) - MAX_LISTED} more, all in train.log</li>"
         found.append(
-            f"<details><summary>{counted(count, sample_word(clips))} could not be read and "
+            f"<details><summary>{counted(count, kind)} could not be read and "
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
@@ -237,7 +238,8 @@ def _sessions(sessions: list[Session], config_file: Path) -> str:
 
 def _size(options: dict[str, Any]) -> str:
     size = options.get("image_size")
-    return " x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}"
+    frames = f"{options['frames']} frames of " if options.get("frames", 1) > 1 else ""
+    return frames + (" x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

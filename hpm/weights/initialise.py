@@ -104,7 +104,10 @@ def load_initial(
         missing = [n for n in own if n not in matching]
         summary += f", {len(missing)} not, the first {missing[0]}"
         if not any(name.startswith("encoder.") for name in matching):
-            raise UserError(f"init: {summary}; its encoder has other sizes: pass the --model of it")
+            raise UserError(
+                f"init: no weights of the encoder in {path} have the sizes of this model's: pass "
+                f"the --model that they are of ({len(matching)} of {counted(len(own), 'tensor')} match)"
+            )
         if not partial:
             raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
     model.load_state_dict(matching, strict=False)
