@@ -32,7 +32,7 @@ from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
 from hpm.show.page import asset, data_block, page
-from hpm.show.report_figures import LEFT_OUT, charts_of
+from hpm.show.report_figures import CHARTS, LEFT_OUT
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -203,7 +203,7 @@ def _curves(runs: list[ComparedRun], clips: bool) -> tuple[str, list[dict[str, A
             Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
             found.pop(name, {}),
         )
-        for chart in charts_of(clips)
+        for chart in (chart.of(clips) for chart in CHARTS)
         for name, label in chart.names.items()
     ]
     others = [(Chart(_words(name), "", {}), points) for name, points in sorted(found.items())]

@@ -50,7 +50,7 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
             key=lambda log: (log.parent.name != TRAINED, log),
         )
     }
-    charts, values = _charts(logs)
+    charts, values = _charts(logs, bool(about.get("of_clips")))
     title = f"hpm: {result['protocol']} of {about['run']} on {about['data']}"
     parts = [
         _head(result),
@@ -175,7 +175,7 @@ def _figures(file: Path, names: list[str]) -> str:
     return f"<h2>Figures</h2>{''.join(parts)}" if parts else ""
 
 
-def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
+def _charts(logs: dict[str, list[dict[str, Any]]], clips: bool) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of a chart per metric with a curve per training, their values for the script)."""
     found: dict[str, dict[str, Points]] = {}
     for model, lines in logs.items():
@@ -188,7 +188,7 @@ def _charts(logs: dict[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, 
     others = [Chart(_words(name), "", {name: name}) for name in sorted(found.keys() - known)]
     last_step = max((line["step"] for lines in logs.values() for line in lines), default=0)
     by_model = [
-        (chart, found.get(next(iter(chart.names)), {}))
+        (chart.of(clips), found.get(next(iter(chart.names)), {}))
         for chart in [CHARTS[0], *others, *CHARTS[1:]]
     ]
     return draw_charts(by_model, last_step)

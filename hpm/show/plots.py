@@ -40,10 +40,10 @@ def plot_metrics(
     down = -(-len(charts) // PER_ROW) or 1
     figure = new_figure(WIDTH * across, HEIGHT * down, dpi=90)
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    marks = references(options)
+    marks, clips = references(options), options.get("frames", 1) > 1
     for chart, axis in zip(charts, axes, strict=False):
         reference = marks.get(next(iter(chart.names)))
-        _draw(axis, chart._replace(reference=reference), points)
+        _draw(axis, chart.of(clips)._replace(reference=reference), points)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
     if not charts:

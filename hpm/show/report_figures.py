@@ -87,23 +87,11 @@ CHARTS = (
 LEFT_OUT = ("step", "epoch", "unreadable", "probe/seconds")
 
 
-def charts_of(clips: bool) -> list[Chart]:
-    """The charts of a run on images or on clips."""
-    return [
-        chart._replace(
-            title=worded(chart.title, clips),
-            about=worded(chart.about, clips),
-            names={name: worded(label, clips) for name, label in chart.names.items()},
-        )
-        for chart in CHARTS
-    ]
-
-
 def charts_section(
     metrics: list[dict[str, Any]], options: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts of all logged metrics, their values for the script)."""
-    known_references = references(options)
+    known_references, clips = references(options), options.get("frames", 1) > 1
     points = points_by_metric(metrics)
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
@@ -113,7 +101,7 @@ def charts_section(
             chart._replace(reference=known_references.get(next(iter(chart.names)))),
             {label: points[name] for name, label in chart.names.items() if name in points},
         )
-        for chart in [*charts_of(options.get("frames", 1) > 1), *sorted(others)]
+        for chart in [*(chart.of(clips) for chart in CHARTS), *sorted(others)]
     ]
     html, values = draw_charts(labelled, last_step)
     if not html:

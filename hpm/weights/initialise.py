@@ -106,7 +106,8 @@ def load_initial(
         if not any(name.startswith("encoder.") for name in matching):
             raise UserError(
                 f"init: no weights of the encoder in {path} have the sizes of this model's: pass "
-                f"the --model that they are of ({len(matching)} of {counted(len(own), 'tensor')} match)"
+                f"the --model that they are of ({len(matching)} of "
+                f"{counted(len(own), 'tensor')} match)"
             )
         if not partial:
             raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
