@@ -107,7 +107,10 @@ def _train_and_export(run: PretrainingRun, ongoing: OngoingProbe | None, stop: S
     """Run the remaining steps, and write the backbone."""
     finished = run.step == run.total_steps
     if finished:
-        run.log.info(f"{run.config.out} is already finished: nothing to do")
+        run.log.info(
+            f"{run.config.out} is already finished: nothing to do (more --epochs or --steps "
+            "prolong it)"
+        )
     else:
         with (
             session_recorded(run),

@@ -97,6 +97,16 @@ def test_what_bench_data_reads_is_named_as_elsewhere():
     assert_refused(run_here("pretrain", "my", "photos", "--out", "x"), "spaces in quotes")
 
 
+def test_a_pattern_that_the_shell_has_expanded(tmp_path):
+    files = [tmp_path / name for name in ("0.tar", "1.tar")]
+    for file in files:
+        file.touch()
+    refused = run_here("pretrain", *files, "--out", tmp_path / "run")
+    assert_refused(refused, f"unexpected argument '{files[1]}': put a pattern", "in quotes")
+    missing = run_here("pretrain", files[0], "elsewhere", "--out", tmp_path / "run")
+    assert_refused(missing, "unexpected argument 'elsewhere' (see hpm pretrain --help)")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

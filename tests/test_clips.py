@@ -49,7 +49,7 @@ def test_the_run_of_clips(clip_run):
     metrics = clip_run.metrics()
     assert metrics[-1]["held_out/ranking_accuracy"] >= 0
     assert [path.name for path in clip_run.figures.iterdir()] == ["step_00000008.png"]
-    assert "held-out image" in (clip_run.folder / "report.html").read_text()
+    assert "held-out clip" in (clip_run.folder / "report.html").read_text()
     encoder = hpm.load_encoder(clip_run.folder)
     clips = torch.randint(0, 256, (2, 3, 4, 16, 16), dtype=torch.uint8)
     pooled, patches = encoder(clips)

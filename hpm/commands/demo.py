@@ -77,7 +77,7 @@ def _measure_videos(run: Run, console: Console) -> Path:
     frame = {"its own features of one frame, repeated": _numbers(still, TRAINED + OF_VIDEOS)}
     text = verdict("motion", "videos", moving, OF_VIDEOS, frame)
     console.print(text, highlight=False, soft_wrap=True)
-    print_hardness(hardness, console)
+    print_hardness(hardness, console, clips=True)
     return _draw(run, "demo-video")
 
 

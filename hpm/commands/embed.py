@@ -28,6 +28,7 @@ from hpm.data.fingerprint import fingerprint
 from hpm.data.given import named
 from hpm.data.sources import open_source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video.sources import holds_videos
 from hpm.data.workers import num_workers
 from hpm.evals.embedder import Embedder, Recipe
 from hpm.evals.embeddings import KIND, Embeddings, format_to_write
@@ -45,7 +46,7 @@ class Embedded:
     dim: int
     unreadable: int
     unreadable_file: Path | None
-    kind: str = "image"  # or `clip`
+    kind: str  # what a row is of: image or video
 
     def summary(self) -> str:
         """What was written, to print."""
@@ -182,10 +183,10 @@ def _compute(config: EmbedConfig, shards: Shards, report: Report, compute: Compu
 def _check_unreadable(count: int, shards: Shards, share: float) -> None:
     if count > share * len(shards.source):
         shards.list_problems()
+        whole = counted(len(shards.source), _kind(shards.source))
         raise UserError(
-            f"{count} of {len(shards.source)} images cannot be read, more than max_unreadable "
-            f"{share}: repair or remove those in {shards.unreadable_file}, or pass a larger "
-            "--max-unreadable"
+            f"{count} of {whole} cannot be read, more than max_unreadable {share}: repair or "
+            f"remove those in {shards.unreadable_file}, or pass a larger --max-unreadable"
         )
 
 
@@ -201,18 +202,19 @@ def _finish(shards: Shards, max_unreadable: float) -> Embedded:
 def _check_any(images: int, problems: list[tuple[int, str]], source: Chain) -> None:
     if len(problems) == images:
         index, problem = problems[0]
-        raise UserError(
-            f"{source.name}: no readable image (the first, {source.path(index)}: {problem})"
-        )
+        first = f"the first, {source.path(index)}: {problem}"
+        raise UserError(f"{source.name}: no readable {_kind(source)} ({first})")
 
 
 def _written(shards: Shards) -> Embedded:
     about = shards.format.read_about(shards.out)
     listed = shards.unreadable_file if about["unreadable"] else None
-    kind = "image" if about["clip"] is None else "clip"
-    return Embedded(
-        shards.out, about["rows"], about["features"][0], about["unreadable"], listed, kind
-    )
+    rows, dim, kind = about["rows"], about["features"][0], _kind(shards.source)
+    return Embedded(shards.out, rows, dim, about["unreadable"], listed, kind)
+
+
+def _kind(source: Chain) -> str:
+    return "video" if holds_videos(source) else "image"
 
 
 def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:

@@ -110,7 +110,8 @@ def _export(
             _publish(Path(folder), out)
     except OSError as error:
         raise disk_error(out, error) from None
-    report(f"outputs agree with ours to {difference:.1e} (largest difference on random images)")
+    kind = "clips" if source.of_clips else "images"
+    report(f"outputs agree with ours to {difference:.1e} (largest difference on random {kind})")
     report(f"written to {out}; to load it:\n\n{written.code(source, out)}\n")
     if config.push:
         report(f"uploaded to {_push(config, source, out, written, report)}")

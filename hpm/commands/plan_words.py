@@ -66,16 +66,17 @@ def reasons_for(plan: Plan) -> dict[str, str]:
     """Why each option has its value."""
     setting, found = plan.setting, plan.survey
     count = training_images(found)
-    images = "a stream" if count is None else f"{count:,} images to train on"
+    kind = _kind(setting)
+    images = "a stream" if count is None else f"{count:,} {kind}s to train on"
     size = f"the shorter side has {found.short_side:.0f} pixels (median)"
     if setting.image_size < 0.8 * min(224, found.short_side):
         size += "; reduced to fit"
     elif setting.image_size > found.short_side:
         size += f", enlarged to the next size with patches of {setting.patch_size}"
     reasons = {
-        f"model {setting.model}": f"{images}; a larger model needs more images or more time",
+        f"model {setting.model}": f"{images}; a larger model needs more {kind}s or more time",
         f"image size {setting.image_size}, patches of {setting.patch_size}": size,
-        f"batch {setting.batch_size}": "smaller batches give few images more steps"
+        f"batch {setting.batch_size}": f"smaller batches give few {kind}s more steps"
         if setting.batch_size < 256
         else "the default",
     }
@@ -99,10 +100,14 @@ def reasons_for(plan: Plan) -> dict[str, str]:
     title += f" ({plan.epochs:.0f} epochs)" if plan.epochs is not None else ""
     reasons[title] = length
     reasons[f"base lr {plan.base_lr:g}"] = "the default for so many steps"
-    reasons[f"workers {plan.workers}, cache auto"] = (
-        f"decoding takes {1e3 * found.decode_seconds:.2g} ms an image on one core; the cache is "
-        "used if all images fit into a quarter of the memory"
-    )
+    decoding = f"decoding takes {1e3 * found.decode_seconds:.2g} ms"
+    if setting.frames > 1:
+        reasons[f"workers {plan.workers}"] = f"{decoding} a clip on one core"
+    else:
+        reasons[f"workers {plan.workers}, cache auto"] = (
+            f"{decoding} an image on one core; the cache is used if all images fit into a quarter "
+            "of the memory"
+        )
     return reasons
 
 
@@ -114,8 +119,8 @@ def notes_on(plan: Plan) -> list[str]:
     if found.unreadable:
         name, reason = found.unreadable[0]
         notes.append(
-            f"{counted(len(found.unreadable), 'image')} cannot be read and will be passed over, "
-            f"the first: {name} ({reason})"
+            f"{counted(len(found.unreadable), _kind(setting))} cannot be read and will be passed "
+            f"over, the first: {name} ({reason})"
         )
     if found.duplicates:
         notes.append(
@@ -132,10 +137,14 @@ def notes_on(plan: Plan) -> list[str]:
     needed = setting.batch_size / plan.step_seconds
     if plan.estimated and needed * found.decode_seconds > BUSY:
         cores = needed * found.decode_seconds
+        if setting.frames > 1:
+            kind, then = "clips", "; docs/data.md says which videos load faster"
+        else:
+            kind = "images"
+            then = ", until the images are in the cache; `hpm prepare` makes them smaller"
         notes.append(
-            f"the GPU would use {needed:,.0f} images a second, which takes about {cores:.0f} cores "
-            "as fast as those here to decode, until the images are in the cache; `hpm prepare` "
-            "makes them smaller, `hpm bench data` measures it"
+            f"the GPU would use {needed:,.0f} {kind} a second, which takes about {cores:.0f} cores "
+            f"as fast as those here to decode{then}, `hpm bench data` measures it"
         )
     if plan.estimated:
         notes.append(
@@ -146,9 +155,13 @@ def notes_on(plan: Plan) -> list[str]:
     return notes
 
 
+def _kind(setting: Setting) -> str:
+    return "video" if setting.frames > 1 else "image"
+
+
 def _continue_from(plan: Plan, count: int) -> str:
-    begin = f"{count:,} images: with fewer than {FEW_IMAGES:,}, training that continues "
-    begin += "from other weights is usually better than from random ones. "
+    begin = f"{count:,} {_kind(plan.setting)}s: with fewer than {FEW_IMAGES:,}, training that "
+    begin += "continues from other weights is usually better than from random ones. "
     if plan.setting.frames > 1:
         return begin + "Pass --init with weights of VideoMAE (docs/exporting.md)"
     if plan.setting.channels != 3:
@@ -165,7 +178,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if not console.is_terminal:
         console.width = 80
     about = Table.grid(padding=(0, 2))
-    about.add_row(Text("images", "bold"), Text("\n".join(_about_images(found))))
+    about.add_row(Text(f"{_kind(plan.setting)}s", "bold"), Text("\n".join(_about_images(found))))
     about.add_row(Text("machine", "bold"), Text(plan.machine))
     console.print(about)
     console.print()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
@@ -26,25 +27,36 @@ def fetched(
     what only a file names. Raises UserError if it is not available.
     """
     constants: Any = need("huggingface_hub.constants", extra, f"fetching {name}")
-    before = constants.HF_HUB_OFFLINE
-    # Without a network, huggingface_hub would retry for most of a minute.
-    constants.HF_HUB_OFFLINE = bool(command or before or not _reachable(constants.ENDPOINT))
-    try:
-        return load()
-    except (OSError, ValueError, RuntimeError) as error:
-        where = f"it was looked for in {constants.HF_HUB_CACHE}"
-        if command:
-            raise UserError(
-                f"{name} is not on disk ({where}), and what only a file names is not downloaded: "
-                f"download it with {command}"
-            ) from None
-        if constants.HF_HUB_OFFLINE:
-            why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
-        else:
-            why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {one_line(error, 160)}"
+    with offline_if_unreachable(always=command is not None) as offline:
+        try:
+            return load()
+        except (OSError, ValueError, RuntimeError) as error:
+            text = one_line(error, 160)
+    where = f"it was looked for in {constants.HF_HUB_CACHE}"
+    if command:
         raise UserError(
-            f"{name} {why}; download it on a machine with a network, or pass a local folder"
-        ) from None
+            f"{name} is not on disk ({where}), and what only a file names is not downloaded: "
+            f"download it with {command}"
+        )
+    if offline:
+        why = f"is not on disk ({where}) and {constants.ENDPOINT} cannot be reached"
+    else:
+        why = f"cannot be loaded ({where} and at {constants.ENDPOINT}): {text}"
+    raise UserError(
+        f"{name} {why}; download it on a machine with a network, or pass a local folder"
+    )
+
+
+@contextmanager
+def offline_if_unreachable(always: bool = False) -> Iterator[bool]:
+    """Keep huggingface_hub to its cache if the hub cannot be reached: it would retry for most of a
+    minute. Yields whether it is kept to it. Needs huggingface_hub."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = bool(always or before or not _reachable(constants.ENDPOINT))
+    try:
+        yield constants.HF_HUB_OFFLINE
     finally:
         constants.HF_HUB_OFFLINE = before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import textwrap
 import typing
@@ -65,10 +66,7 @@ class Command:
             if not argument.startswith("--"):
                 name, value = next(places, self._rest), argument
                 if not name:
-                    raise UserError(
-                        f"unexpected argument '{argument}': put a path with spaces in quotes "
-                        f"(see {self.prog} --help)"
-                    )
+                    raise UserError(f"unexpected argument '{argument}'{self._several(argument)}")
             else:
                 word, equals, value = argument.partition("=")
                 name = word.removeprefix("--").replace("-", "_")
@@ -90,6 +88,12 @@ class Command:
             else:
                 typed[name] = value
         return typed
+
+    def _several(self, argument: str) -> str:
+        """What to do about an argument too many."""
+        if os.path.exists(argument) and {"data", "images"} & {*self.positional}:
+            return ": put a pattern such as 'shards/*.tar' in quotes, and commas between folders"
+        return f" (see {self.prog} --help)"
 
     @property
     def _rest(self) -> str:

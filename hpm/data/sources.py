@@ -99,8 +99,10 @@ def open_data(
             raise UserError(f"{data}: streams are of images, not of videos: pass --frames 1")
         return splits
     if clips and not holds_videos(splits.train):
-        other = ", or demo-video" if data == "demo" else ""
-        raise UserError(f"{data}: images, not videos: pass --frames 1{other}")
+        such = ", such as demo-video" if data == "demo" else ""
+        raise UserError(
+            f"{data}: images, not videos: name videos{such}, or pre-train on images with --frames 1"
+        )
     return splits
 
 

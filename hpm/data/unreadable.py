@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from hpm.core import distributed
 from hpm.core.errors import UserError
+from hpm.data.video.sources import holds_videos
 
 
 @runtime_checkable
@@ -57,8 +58,9 @@ class UnreadableImages:
         self._found = {}
         count = self.count()
         if len(self.problems) > self.share * count:
+            kind = "videos" if holds_videos(self.source) else "images"
             raise UserError(
-                f"{len(self.problems)} of {count} images cannot be read, more than "
+                f"{len(self.problems)} of {count} {kind} cannot be read, more than "
                 f"max_unreadable {self.share}: repair or remove them (each is named above, and in "
                 "the log), or pass a larger --max-unreadable"
             )

@@ -77,7 +77,9 @@ class LabelledEvalOptions(EvalOptions):
     train_share: float = option(1.0, above=0, at_most=1)
     """Fraction of each class's training images to use; 0.01 and 0.1 are the usual few-label
     settings."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
+    max_unreadable: float = option(
+        0.1, at_least=0, at_most=1, may_change=True, changes_numbers=False
+    )
     """Stop if more than this fraction of the images cannot be read."""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hpm.core.errors import counted
 from hpm.core.files import write_text
+from hpm.core.wording import sample_word
 from hpm.evals.contract import Numbers
 
 TOP5 = "top-5"
@@ -108,7 +109,7 @@ def _print_below(result: Result, console: Console) -> None:
             runs = f"{result.about['run']} less {result.about['compare']}"
             line = f"{runs}, {name}{at}: {_difference(numbers)}"
             console.print(line, soft_wrap=True, highlight=False)
-    print_hardness(result.hardness, console)
+    print_hardness(result.hardness, console, bool(result.about.get("of_clips")))
     console.print(f"{result.about['seconds']:.1f} seconds", highlight=False)
 
 
@@ -126,9 +127,8 @@ def _heading(result: Result) -> str:
 
 
 def sample_kind(about: Mapping[str, Any]) -> str:
-    """What was evaluated on: `image` or `clip`."""
-    size = (about.get("architecture") or {}).get("image_size", ())
-    return "clip" if isinstance(size, Sequence) and len(size) == 3 else "image"
+    """What was evaluated on: `image` or `video`."""
+    return "video" if about.get("of_clips") else "image"
 
 
 def _table(result: Result) -> Table:
@@ -225,12 +225,13 @@ def _difference(numbers: Numbers) -> str:
     return f"{value:+.1f} {unit} (95 % interval {low:+.1f} to {high:+.1f})"
 
 
-def print_hardness(hard: Numbers, console: Console) -> None:
+def print_hardness(hard: Numbers, console: Console, clips: bool = False) -> None:
     if hard:
+        teacher = f"teacher, on whole {sample_word(clips)}s:"
         console.print(
             f"predictor, on hidden patches: ranking accuracy {hard['ranking_accuracy']:.3f} "
             f"(0.5 is chance), rank correlation {hard['rank_correlation']:.3f}\n"
-            f"teacher, on whole images:     ranking accuracy {hard['mining_accuracy']:.3f} "
+            f"{teacher:<29} ranking accuracy {hard['mining_accuracy']:.3f} "
             f"(0.5 is chance), rank correlation {hard['mining_correlation']:.3f}",
             soft_wrap=True,
         )

@@ -44,7 +44,8 @@ class Task:
     trained: the evaluated run, with its decoders and teacher if it has them.
     backbones: of the evaluated run, of the run that --compare names, and random weights.
     folder: folder for results and trained models, or None.
-    about: facts for the result, such as `test_images`; evaluations add to it.
+    about: facts for the result, such as `test_images` (of clips, the number of videos), and
+        `of_clips` if these are read; evaluations add to it.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Task:
         )
         self.test_reader = replace(self.reader, grid=options.test_grid)
         self._check_views()
+        if self.reader.sampling is not None:
+            self.about["of_clips"] = True
         self.backbones = [self._backbone(TRAINED, self.trained)]
         if options.compare:
             self.backbones.append(self._backbone(COMPARED, load(options.compare)))

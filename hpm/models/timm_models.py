@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError, nearest, one_line
 from hpm.core.extras import need
+from hpm.core.hub import offline_if_unreachable
 
 PREFIX = "timm/"
 # timm's modules (files) whose models can run on a subset of their patches.
@@ -84,16 +85,18 @@ def create_model(name: str, pretrained: bool, **options: Any) -> Any:
     """The timm model, without a classifier."""
     timm_module(name)
     timm = need("timm", "timm", f"model {PREFIX}{name}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise UserError(
-            f"the weights of {PREFIX}{name} are not available ({_first_sentence(error)}); "
-            f"looked for in {_cache(timm, name)} and then on the network: put them there, or "
-            "train without --pretrained"
-        ) from None
+    if not pretrained:
+        return timm.create_model(name, num_classes=0, **options)
+    with offline_if_unreachable() as offline:
+        try:
+            return timm.create_model(name, pretrained=True, num_classes=0, **options)
+        except Exception as error:
+            why = "the network cannot be reached" if offline else _first_sentence(error)
+    raise UserError(
+        f"the weights of {PREFIX}{name} are not available ({why}); looked for in "
+        f"{_cache(timm, name)} and then on the network: download them on a machine with a network "
+        "and put them there, or train without --pretrained"
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
 from hpm.core.progress import track
+from hpm.core.wording import worded
 from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import evaluation_batches
@@ -26,7 +27,6 @@ from hpm.show.clustering import (
     project,
 )
 from hpm.show.figures import CLIP, as_rgb
-from hpm.show.gallery import worded
 from hpm.show.options import ShowConfig
 from hpm.show.page import asset, by_device, data_block, image_uri, page
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpm.core.errors import UserError
+from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, number_title, saved_evaluations
-from hpm.show.figures import CLIP
-from hpm.show.gallery import worded
-from hpm.show.judgement import shown_kind
 from hpm.show.report import read_metrics, read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
@@ -29,6 +27,7 @@ LOSS_DEPENDS_ON = (
     "ranking_signal",
     "mask_ratio",
     "image_size",
+    "frames",
     "channels",
     "normalize",
     "pretrained",
@@ -82,10 +81,13 @@ class ComparedRun:
     evaluations: list[Row]
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """The latest value of each of NUMBERS, and the minutes of training, by title."""
+    def of_clips(self) -> bool:
+        return of_clips(self.options)
+
+    def numbers(self, clips: bool) -> dict[str, float]:
+        """The latest value of each of NUMBERS, and the minutes of training, by title. clips: all
+        that are compared are of clips."""
         last = latest_values(self.metrics)
-        clips = shown_kind(self.options) == CLIP
         found = {worded(t, clips): last[name] for name, t in NUMBERS.items() if name in last}
         minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
         return found | ({"minutes of training": minutes} if minutes else {})

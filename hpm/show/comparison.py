@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hpm.core.errors import UserError
+from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
 from hpm.core.progress import track
+from hpm.core.wording import sample_word, worded
 from hpm.evals.contract import RAW_PIXELS
 from hpm.show.command import evaluation_images, hard_share, prepare, some_images
 from hpm.show.compared import (
@@ -25,14 +26,13 @@ from hpm.show.compared import (
     read_runs,
 )
 from hpm.show.curves import Chart, Points, Reference, draw_charts, number
-from hpm.show.figures import CLIP, picture, unavailable_panels
-from hpm.show.gallery import worded
-from hpm.show.judgement import references, shown_kind
+from hpm.show.figures import picture, unavailable_panels
+from hpm.show.judgement import references
 from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
 from hpm.show.page import asset, breakable, data_block, page
-from hpm.show.report_figures import CHARTS, LEFT_OUT, in_words
+from hpm.show.report_figures import CHARTS, LEFT_OUT
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -46,10 +46,11 @@ def compare(config: CompareConfig) -> Path:
         raise UserError(f"--out {config.out}: a comparison is a page; name a .html file")
     runs = read_runs(config.runs)
     differing = differing_options(runs)
-    numbers = _by_run([run.numbers for run in runs])
+    clips = all(run.of_clips for run in runs)
+    numbers = _by_run([run.numbers(clips) for run in runs])
     measures = _by_run([run.measures() for run in runs])
-    pictures = _pictures(runs, config) if config.images else ""
-    curves, curve_values = _curves(runs)
+    pictures = _pictures(runs, config, clips) if config.images else ""
+    curves, curve_values = _curves(runs, clips)
     keys = {"order given": list(range(len(runs))), "name": [run.label for run in runs]}
     keys |= differing | numbers
     own = {m: v for m, v in measures.items() if m.features != RAW_PIXELS}
@@ -66,7 +67,7 @@ def compare(config: CompareConfig) -> Path:
         _options(runs, differing, list(keys)),
         "<h2>Evaluations</h2>" + _evaluations(runs, measures, list(keys)) if own else "",
         f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
-        worded("<h2>The same images</h2>", _are_of_clips(runs)) + pictures if pictures else "",
+        worded("<h2>The same images</h2>", clips) + pictures if pictures else "",
         data_block("curves", curve_values),
         data_block("keys", list(keys.values())),
     ]
@@ -196,7 +197,7 @@ def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Inte
     )
 
 
-def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
+def _curves(runs: list[ComparedRun], clips: bool) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of a chart per metric with a curve per run, their values for the script)."""
     found: dict[str, dict[str, Points]] = {}
     for run in runs:
@@ -205,16 +206,13 @@ def _curves(runs: list[ComparedRun]) -> tuple[str, list[dict[str, Any]]]:
                 if isinstance(value, (int, float)) and name not in LEFT_OUT:
                     points = found.setdefault(name, {}).setdefault(run.label, [])
                     points.append((line["step"], float(value)))
-    shared, clips = _shared_references(runs), _are_of_clips(runs)
+    shared = _shared_references(runs)
     known = [
         (
-            in_words(
-                Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
-                clips,
-            ),
+            Chart(_title(chart, label), chart.about, {}, chart.from_zero, shared.get(name)),
             found.pop(name, {}),
         )
-        for chart in CHARTS
+        for chart in (chart.of(clips) for chart in CHARTS)
         for name, label in chart.names.items()
     ]
     others = [(Chart(_words(name), "", {}), points) for name, points in sorted(found.items())]
@@ -258,8 +256,8 @@ def _about_losses(differing: dict[str, Values]) -> str:
     )
 
 
-def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
-    """The same images, drawn by every run that can."""
+def _pictures(runs: list[ComparedRun], config: CompareConfig, clips: bool) -> str:
+    """The same images or clips, drawn by every run that can."""
     data = config.data or str(runs[0].options.get("data"))
     columns: dict[str, Moment] = {}
     problems: dict[str, list[str]] = {}
@@ -275,7 +273,6 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
     if not columns:
         return said
     places = [place for place, run in enumerate(runs) if run.label in columns]
-    clips = _are_of_clips(runs)
     about = (
         "drawn by the latest weights of each run. Bright patches are hard. Hidden patches are "
         "grey: as many, and as hard, as at the end of each training. "
@@ -283,12 +280,8 @@ def _pictures(runs: list[ComparedRun], config: CompareConfig) -> str:
     )
     return (
         f"<p>{'Clips' if clips else 'Images'} of {escape(data)}, {worded(about, clips)}</p>"
-        f"{said}{panels_table(columns, CLIP if clips else 'image', places)}"
+        f"{said}{panels_table(columns, sample_word(clips), places)}"
     )
-
-
-def _are_of_clips(runs: list[ComparedRun]) -> bool:
-    return all(shown_kind(run.options) == CLIP for run in runs)
 
 
 def _all_or(labels: list[str], runs: list[ComparedRun]) -> str:
@@ -305,7 +298,8 @@ def _draw(run: ComparedRun, data: str, config: CompareConfig) -> Moment:
     some = some_images(data, config.images, config.seed, trained, config.data is not None)
     (batch,) = evaluation_images(some, trained, len(some))
     if not len(batch.images):
-        raise UserError(f"{data}: none of {len(some)} images can be read")
+        kind = sample_word(run.of_clips)
+        raise UserError(f"{data}: none of {counted(len(some), kind)} can be read")
     share = hard_share(None, trained)
     shown = picture(trained, batch.images, batch.indices, share, seed=config.seed)
     return moment_of(as_strips(shown), trained.step or 0)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
+from hpm.core.wording import worded
+
 BINS = 150  # a long curve is reduced to the lowest and highest point of each bin
 MAX_MARKED = 30  # curves of at most so many points get a mark at each point
 
@@ -37,6 +39,12 @@ class Chart(NamedTuple):
     names: dict[str, str]
     from_zero: bool = False
     reference: Reference | None = None
+
+    def of(self, clips: bool) -> Chart:
+        """This chart, of a run on images or on clips."""
+        names = {name: worded(label, clips) for name, label in self.names.items()}
+        title, about = worded(self.title, clips), worded(self.about, clips)
+        return self._replace(title=title, about=about, names=names)
 
 
 @dataclass

@@ -16,9 +16,7 @@ from hpm.evals.files import changed_options
 from hpm.evals.result import has_few_classes, sample_kind
 from hpm.evals.saved import evaluation_title, number_title
 from hpm.show.curves import Chart, Points, draw_charts
-from hpm.show.figures import CLIP
 from hpm.show.page import asset, data_block, names_table, page, table
-from hpm.show.report_figures import in_words
 from hpm.training.sessions import read_lines
 
 CHARTS = (
@@ -56,7 +54,7 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
             key=lambda log: (log.parent.name != TRAINED, log),
         )
     }
-    charts, values = _charts(logs, sample_kind(about) == CLIP)
+    charts, values = _charts(logs, bool(about.get("of_clips")))
     name = evaluation_title(result["protocol"])
     title = f"hpm: {name} of {about['run']} on {about['data']}"
     parts = [
@@ -206,7 +204,7 @@ def _charts(logs: dict[str, list[dict[str, Any]]], clips: bool) -> tuple[str, li
     others = [Chart(_words(name), "", {name: name}) for name in sorted(found.keys() - known)]
     last_step = max((line["step"] for lines in logs.values() for line in lines), default=0)
     by_model = [
-        (in_words(chart, clips), found.get(next(iter(chart.names)), {}))
+        (chart.of(clips), found.get(next(iter(chart.names)), {}))
         for chart in [CHARTS[0], *others, *CHARTS[1:]]
     ]
     return draw_charts(by_model, last_step)

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 
 from hpm.core.files import write_text
+from hpm.core.wording import worded
 from hpm.show.drawing import LOSSES
-from hpm.show.figures import CLIP, TITLES, Picture, head_pixels, panel_title, pixels
+from hpm.show.figures import TITLES, Picture, head_pixels, panel_title, pixels
 from hpm.show.options import Panel
 from hpm.show.page import asset, by_device, image_uri, page
 from hpm.show.scale import bar, bar_style
@@ -86,11 +87,6 @@ def write_gallery(
     script = f"\n{asset('gallery.js')}\n"
     style = f"{asset('strip.css')}\n{asset('gallery.css')}\n{bar_style()}"
     write_text(path, page(title, body, script, style))
-
-
-def worded(text: str, clips: bool) -> str:
-    """Our own words about images, for clips where these are shown."""
-    return text.replace("an image", f"a {CLIP}").replace("image", CLIP) if clips else text
 
 
 def legend(panels: Sequence[Panel], clips: bool) -> str:

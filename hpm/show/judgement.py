@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpm.core.choices import HARD_SHARES
+from hpm.core.wording import of_clips, sample_word
 from hpm.evals.contract import RANDOM, RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, Saved
 from hpm.show.curves import Reference, number
@@ -21,11 +22,6 @@ CHANCE, CLEAR = 0.52, 0.6  # ranking accuracies: below, by chance; from there on
 READINGS = 3  # of the training loss, whose mean is its latest value
 # The evaluation to speak of, if there are several.
 PREFERRED = ("linear", "attentive", "knn, k = 20", "knn", "finetune")
-
-
-def shown_kind(options: dict[str, Any]) -> str:
-    """What a run is trained on: `image` or `clip`."""
-    return "clip" if options.get("frames", 1) > 1 else "image"
 
 
 def references(options: dict[str, Any]) -> dict[str, Reference]:
@@ -80,7 +76,7 @@ def _reconstruction(
     if held_out is None and options.get("mask") in HARD_SHARES:
         return f"loss {_loss(metrics)} on mined masks, which are harder than random ones"
     value = float(_loss(metrics)) if held_out is None else held_out
-    where = "" if held_out is None else f" on held-out {shown_kind(options)}s"
+    where = "" if held_out is None else f" on held-out {sample_word(of_clips(options))}s"
     if not math.isfinite(value):
         return "the loss is not finite: nothing can be learned from here on"
     reference = references(options).get(LOSS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hpm.core.durations import time_text
 from hpm.core.notebook import CellOutput, in_notebook
+from hpm.core.wording import of_clips, sample_word
 from hpm.show.drawing import Drawing, drawing
 from hpm.show.moments import latest_moment
 from hpm.show.plots import plot_metrics
@@ -86,7 +87,8 @@ class LiveDisplay:
         moment = latest_moment(self.files.moments, {line["step"] for line in metrics} | {0})
         if moment is not None and moment.step != self.moment:
             self.moment = moment.step
-            title = f"held-out images at step {moment.step:,}"
+            kind = sample_word(of_clips(self.options))
+            title = f"held-out {kind}s at step {moment.step:,}"
             drawn = drawing(moment.picture(IMAGES), title, across=1.2)
             _show_drawing(self.pictures, title, drawn)
         self.curves_shown = time.monotonic()

@@ -38,7 +38,7 @@ def evaluate(run: PretrainingRun) -> None:
         values = evaluate_losses(run.trained, held_out, run.device, config.seed, run.log.info_once)
         if values:
             run.log.metrics(run.step, {f"held_out/{n}": v for n, v in values.items()})
-            run.log.info(f"step {run.step}, held-out {run.sample_kind}s: {in_words(values)}")
+            run.log.info(f"step {run.step}, held-out {run.sample}s: {in_words(values)}")
     run.model.train()
     shown = picture_held_out(run)
     if shown is not None and distributed.is_main():

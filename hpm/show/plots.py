@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpm.core.errors import UserError, nearest
+from hpm.core.wording import of_clips
 from hpm.show.curves import Chart, Points, make_curve, number
 from hpm.show.drawing import Drawing, new_figure
 from hpm.show.judgement import references
@@ -40,10 +41,10 @@ def plot_metrics(
     down = -(-len(charts) // PER_ROW) or 1
     figure = new_figure(WIDTH * across, HEIGHT * down, dpi=90)
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    marks = references(options)
+    marks, clips = references(options), of_clips(options)
     for chart, axis in zip(charts, axes, strict=False):
         reference = marks.get(next(iter(chart.names)))
-        _draw(axis, chart._replace(reference=reference), points)
+        _draw(axis, chart.of(clips)._replace(reference=reference), points)
     for axis in axes[len(charts) :]:
         axis.set_axis_off()
     if not charts:

@@ -16,12 +16,11 @@ import yaml
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
+from hpm.core.wording import of_clips, worded
 from hpm.evals.saved import Row, number_title, saved_evaluations
 from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
-from hpm.show.figures import CLIP
-from hpm.show.gallery import worded
-from hpm.show.judgement import judge, shown_kind
+from hpm.show.judgement import judge
 from hpm.show.moments import measured_steps, read_animations, read_moments
 from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
@@ -82,9 +81,10 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     moments = read_moments(run.moments, steps | {0})
     measured = measured_steps(run.moments, steps | {0})
     charts, values = charts_section(metrics, options)
+    clips = of_clips(options)
     parts = [
         _head(folder, options, metrics, read_status(folder, options, metrics, sessions)),
-        _problems(folder, metrics, sessions),
+        _problems(folder, metrics, sessions, clips),
         "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options, measured),
         animations_section(read_animations(run.moments, steps | {0})),
@@ -92,7 +92,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         charts,
         _evaluations(folder),
         "<h2>Use the backbone</h2>",
-        _usage(folder, options.get("frames", 1) > 1),
+        _usage(folder, clips),
         "<h2>Configuration</h2>",
         _configuration(options),
         "<h2>Sessions</h2>",
@@ -109,12 +109,11 @@ def _head(
     folder: Path, options: dict[str, Any], metrics: list[dict[str, Any]], status: Status
 ) -> str:
     """Name, state, judgement and latest numbers of the run."""
-    last = latest_values(metrics)
+    last, clips = latest_values(metrics), of_clips(options)
     facts = [
         f"{options.get('model')} on {options.get('data')}, {_size(options)} pixels",
         f"mask {options.get('mask')}, {100 * options.get('mask_ratio', 0):.3g}\u00a0% hidden",
     ]
-    clips = shown_kind(options) == CLIP
     tiles = "".join(
         f"<div><b>{number(last[name])}</b><span>{worded(title, clips)}</span></div>"
         for name, title in TILES.items()
@@ -133,7 +132,9 @@ def _head(
     )
 
 
-def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Session]) -> str:
+def _problems(
+    folder: Path, metrics: list[dict[str, Any]], sessions: list[Session], clips: bool
+) -> str:
     """A list of problems; empty if there were none."""
     found = []
     log = folder / "train.log"
@@ -142,10 +143,11 @@ def _problems(folder: Path, metrics: list[dict[str, Any]], sessions: list[Sessio
     count = max([int(line["unreadable"]) for line in metrics if "unreadable" in line], default=0)
     count = max(count, len(unreadable))
     if count:
+        kind = "video" if clips else "image"
         names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:MAX_LISTED])
         more = f"<li>and {len(unreadable) - MAX_LISTED} more, all in train.log</li>"
         found.append(
-            f"<details><summary>{counted(count, 'image')} could not be read and "
+            f"<details><summary>{counted(count, kind)} could not be read and "
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
@@ -272,7 +274,8 @@ def _sessions(sessions: list[Session], config_file: Path) -> str:
 
 def _size(options: dict[str, Any]) -> str:
     size = options.get("image_size")
-    return " x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}"
+    frames = f"{options['frames']} frames of " if of_clips(options) else ""
+    return frames + (" x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

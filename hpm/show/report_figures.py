@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from hpm.core.wording import of_clips, sample_word, worded
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.drawing import LOSSES
-from hpm.show.figures import CLIP, panel_title
-from hpm.show.gallery import figure, strip, worded
-from hpm.show.judgement import references, shown_kind
+from hpm.show.figures import panel_title
+from hpm.show.gallery import figure, strip
+from hpm.show.judgement import references
 from hpm.show.moments import Animations, Moment
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import PANELS
@@ -90,34 +91,23 @@ def charts_section(
     metrics: list[dict[str, Any]], options: dict[str, Any]
 ) -> tuple[str, list[dict[str, Any]]]:
     """(HTML of the charts of all logged metrics, their values for the script)."""
-    known_references, clips = references(options), shown_kind(options) == CLIP
+    known_references, clips = references(options), of_clips(options)
     points = points_by_metric(metrics)
     known = {name for chart in CHARTS for name in chart.names}
     others = [Chart(name.replace("_", " "), "", {name: name}) for name in points.keys() - known]
     last_step = max((line["step"] for line in metrics), default=0)
     labelled = [
         (
-            in_words(
-                chart._replace(reference=known_references.get(next(iter(chart.names)))), clips
-            ),
-            {
-                worded(label, clips): points[name]
-                for name, label in chart.names.items()
-                if name in points
-            },
+            chart._replace(reference=known_references.get(next(iter(chart.names)))),
+            {label: points[name] for name, label in chart.names.items() if name in points},
         )
-        for chart in [*CHARTS, *sorted(others)]
+        for chart in [*(chart.of(clips) for chart in CHARTS), *sorted(others)]
     ]
     html, values = draw_charts(labelled, last_step)
     if not html:
         return "<p>No measurements yet.</p>", values
     hint = f"Steps from left to right. {by_device('Point at', 'Touch')} a curve to read its values."
     return f'<p class="faint">{hint}</p>\n{html}', values
-
-
-def in_words(chart: Chart, clips: bool) -> Chart:
-    """The chart, of clips where these are shown."""
-    return chart._replace(title=worded(chart.title, clips), about=worded(chart.about, clips))
 
 
 def points_by_metric(metrics: list[dict[str, Any]]) -> dict[str, Points]:
@@ -137,7 +127,8 @@ def moments_section(
 
     measured: the steps of all moments, of which some may be left out.
     """
-    kind = shown_kind(options)
+    clips = of_clips(options)
+    kind = sample_word(clips)
     if not moments:
         reason = f"no {kind}s are held out" if options.get("holdout") == 0 else "none were kept"
         return f"<p>No pictures: {reason}.</p>"
@@ -147,7 +138,7 @@ def moments_section(
     )
     if any(moment.predicted is not None for moment in moments):
         about += f" The teacher predicts losses from the whole {kind}. {ABOUT_SCALE}"
-    if kind == CLIP:
+    if clips:
         times = options["frames"] // options["patch_size"][0]
         about += f" Shown of each clip: {frames_text(options['frames'], times)}."
     columns = {f"step {moment.step:,}": moment for moment in moments}
@@ -158,7 +149,7 @@ def moments_section(
             "where others are left out); figures/ has all."
         )
     pictures = panels_table(columns, f"held-out {kind}", gaps=gaps)
-    return f"<p>{worded(about, kind == CLIP)}</p>{pictures}"
+    return f"<p>{worded(about, clips)}</p>{pictures}"
 
 
 def _gaps(shown: list[int], measured: Sequence[int]) -> dict[int, int]:

@@ -295,7 +295,9 @@ def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
     config, total, count = run.config, run.schedule.total, run.images.count
     lines = [_introduction(run)]
     lines += [] if resumed else few_steps(config, total, count)
-    lines += few_images(count) or ([] if resumed else few_for_random_weights(config, count))
+    lines += few_images(count, run.images.kind) or (
+        [] if resumed else few_for_random_weights(config, count)
+    )
     lines += [] if resumed else continued_training(config, run.schedule)
     lines += long_warmup(config.warmup, run.schedule.warmup, total)
     lines += notes
@@ -317,9 +319,9 @@ def _introduction(run: PretrainingRun) -> str:
     memory = run.memory.nbytes / 1e6 if run.memory else 0
     return (
         f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
-        f"{images.described(run.sample_kind)}, {held_out} held out"
+        f"{images.described()}, {held_out} held out"
         f"{fewer}, {counted(run.schedule.total, 'step')} of "
-        f"{counted(config.global_batch_size, run.sample_kind)}{' ' if epochs else ', '}"
+        f"{counted(config.global_batch_size, run.sample)}{' ' if epochs else ', '}"
         f"{epochs}base lr {config.base_lr:g}, {run.device}, "
         f"{config.precision}, "
         f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"

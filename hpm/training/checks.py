@@ -50,6 +50,11 @@ def check_pretrain(config: PretrainConfig) -> None:
         _check_timm_input(config)
     if config.probe and config.frames > 1:
         raise UserError("probe takes images, but this run is of clips: leave it out")
+    if config.schedule == "cosine" and config.cooldown != PretrainConfig.cooldown:
+        raise UserError(
+            f"cooldown is {config.cooldown}, but schedule is cosine: pass --schedule constant, or "
+            "leave it out"
+        )
     _check_shard(config)
     check_tracker(config.tracker)
     if config.stop_after:

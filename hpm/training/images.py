@@ -9,6 +9,7 @@ from hpm.data.fingerprint import Fingerprint
 from hpm.data.sources import Source
 from hpm.data.streams.stream import Stream, StreamNames
 from hpm.data.unreadable import Named
+from hpm.data.video.sources import holds_videos
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,17 @@ class TrainingImages:
         return len(self.source) if self.stream is None else None
 
     @property
+    def kind(self) -> str:
+        """What is counted: `image` or, also of a run on single frames, `video`."""
+        return "video" if holds_videos(self.source) else "image"
+
+    @property
     def names(self) -> Named:
         """Names of the training images, for messages."""
         return self.source if self.stream is None else StreamNames(self.stream)
 
-    def described(self, kind: str) -> str:
-        """How many they are, and of what. kind: `image` or `clip`."""
+    def described(self) -> str:
+        """How many they are, and of what."""
         if self.stream is None:
-            return f"{counted(len(self.source), kind)} of {self.source.name}"
+            return f"{counted(len(self.source), self.kind)} of {self.source.name}"
         return f"{counted(len(self.stream.shards), 'shard')} of {self.stream.name}"

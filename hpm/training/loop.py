@@ -91,6 +91,11 @@ class Training(Protocol):
     unreadable: UnreadableImages
 
     @property
+    def sample(self) -> str:
+        """What a batch is made of, for messages: `image` or `clip`."""
+        ...
+
+    @property
     def total_steps(self) -> int:
         """Number of steps of the whole training."""
         ...
@@ -98,11 +103,6 @@ class Training(Protocol):
     @property
     def images_per_step(self) -> int:
         """Number of images per step over all processes."""
-        ...
-
-    @property
-    def sample_kind(self) -> str:
-        """What it is trained on, for messages: `image` or `clip`."""
         ...
 
     @property
@@ -215,7 +215,7 @@ def log_losses(training: Training, interval: Interval) -> None:
     left = (training.total_steps - training.step) * seconds / len(rows)
     training.log.progress(
         training.step,
-        f"{status}  {rate:{'.0f' if rate >= 10 else '.2g'}} {training.sample_kind}s/s  "
+        f"{status}  {rate:{'.0f' if rate >= 10 else '.2g'}} {training.sample}s/s  "
         f"data wait {100 * speed['data_wait']:.0f} %  {speed['memory_gb']:.1f} GB",
         left,
     )

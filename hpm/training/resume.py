@@ -65,6 +65,8 @@ def claim(
             return note
         if config.schedule == "constant":
             run.set_aside_cooldown()
+            longer = "prolonged, at the constant learning rate"
+            note = f"{note}; {longer}" if note else longer
     # A run without a checkpoint has nothing to lose, so its config may be overwritten.
     header = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
@@ -146,8 +148,11 @@ def check_options(
         if name in free or name not in before:
             continue
         if canonical(name, before[name], steps) != canonical(name, value, steps):
+            finish = f"finish it first, at step {length}, and then prolong it; or "
+            longer = name in ("steps", "epochs") and total > length
             raise UserError(
                 f"{folder} holds another run: there {name} is {before[name]}, here {value}; "
+                f"{finish if longer else ''}"
                 f"choose another --out (with --init {folder} to start from its weights)"
             )
     return prolonged

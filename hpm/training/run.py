@@ -19,6 +19,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.files import remove
 from hpm.core.shards import whole_state
+from hpm.core.wording import sample_word
 from hpm.data.cache import Cache
 from hpm.data.loader import Batch, TrainingViews, normalize
 from hpm.data.unreadable import UnreadableImages
@@ -113,10 +114,6 @@ class PretrainingRun:
         return self.config.global_batch_size
 
     @property
-    def sample_kind(self) -> str:
-        return "image" if self.sampling is None else "clip"
-
-    @property
     def seconds(self) -> float:
         """Time of all sessions so far."""
         return self.seconds_before + time.monotonic() - self.began
@@ -139,6 +136,11 @@ class PretrainingRun:
     def sampling(self) -> ClipSampling | None:
         """Which frames make a clip; None for images."""
         return clip_sampling(self.config)
+
+    @property
+    def sample(self) -> str:
+        """What a batch is made of, for messages: `image` or `clip`."""
+        return sample_word(self.sampling is not None)
 
     @property
     def num_hidden(self) -> int:

@@ -175,13 +175,13 @@ def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> lis
     ]
 
 
-def few_images(num_images: int | None) -> list[str]:
-    """A warning for the log if there are very few training images."""
+def few_images(num_images: int | None, kind: str = "image") -> list[str]:
+    """A warning for the log if there are very few training images. kind: their name."""
     if num_images is None or num_images >= FEW_IMAGES:
         return []
     are = "is" if num_images == 1 else "are"
     return [
-        f"warning: there {are} {counted(num_images, 'image')} to train on: a backbone needs "
+        f"warning: there {are} {counted(num_images, kind)} to train on: a backbone needs "
         "hundreds at least"
     ]
 
@@ -194,8 +194,9 @@ def few_for_random_weights(config: PretrainConfig, num_images: int | None) -> li
         return []
     start = "--init WEIGHTS" if config.frames > 1 else "--init WEIGHTS or --model timm/NAME"
     start += "" if config.frames > 1 else " --pretrained"
+    kind = "video" if config.frames > 1 else "image"
     return [
-        f"warning: {counted(num_images, 'image')} to train on from random weights: with fewer than "
+        f"warning: {counted(num_images, kind)} to train on from random weights: with fewer than "
         f"{FEW_FOR_RANDOM_WEIGHTS:,}, continue from pretrained weights instead ({start})"
     ]
 
@@ -241,8 +242,9 @@ def resolve(
     most = 256 if num_images is None else min(256, num_images)
     batch_size = config.batch_size or most // share * share
     if num_images is not None and not 0 < batch_size <= num_images:
+        kind = "video" if config.frames > 1 else "image"
         raise UserError(
-            f"a batch of {batch_size or share} needs more than {counted(num_images, 'image')} to "
+            f"a batch of {batch_size or share} needs more than {counted(num_images, kind)} to "
             "train on: pass a smaller --batch-size"
         )
     if batch_size % share or not batch_size:

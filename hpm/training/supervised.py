@@ -52,8 +52,8 @@ class SupervisedTraining(ABC):
     """
 
     log_every = 10
+    sample = "image"  # what a batch is made of, in messages
     kind: ClassVar[str] = "fine-tuning"  # in messages
-    sample_kind = "image"
     trained_name: ClassVar[str]  # name of the file of the trained model
     against_divergence: ClassVar[str]  # what to do if the loss is not finite
 

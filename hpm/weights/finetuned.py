@@ -72,15 +72,15 @@ def find_model(path: str | Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     found = sorted(file for name in MODEL_FILES for file in path.rglob(name))
-    trained = [file for file in found if file.parent.name == "trained"]
-    found = trained if len(trained) == 1 else found  # rather than a baseline beside it
+    # Rather than the baselines beside them.
+    found = [file for file in found if file.parent.name == "trained"] or found
     if not found:
         raise UserError(
             f"{path} holds no fine-tuned model ({' or '.join(MODEL_FILES)}): train one by hpm eval "
             "finetune, segment or detect"
         )
     if len(found) > 1:
-        names = ", ".join(str(file.parent.relative_to(path)) for file in found)
+        names = ", ".join(str(file.parent) for file in found)
         raise UserError(f"{path} holds {counted(len(found), 'model')}, name one of them: {names}")
     return found[0]
 

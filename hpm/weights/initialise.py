@@ -88,7 +88,7 @@ def load_initial(
 
     unused: names of further tensors in the file, to report as unused.
 
-    Raises UserError if none match, or if some are missing and `partial` is False.
+    Raises UserError if none of the encoder match, or if some are missing and `partial` is False.
     """
     own = model.state_dict()
     if "encoder.patch_embed.proj.weight" in own and "patch_embed.proj.weight" in state:
@@ -103,6 +103,12 @@ def load_initial(
     if len(matching) < len(own):
         missing = [n for n in own if n not in matching]
         summary += f", {len(missing)} not, the first {missing[0]}"
+        if not any(name.startswith("encoder.") for name in matching):
+            raise UserError(
+                f"init: no weights of the encoder in {path} have the sizes of this model's: pass "
+                f"the --model that they are of ({len(matching)} of "
+                f"{counted(len(own), 'tensor')} match)"
+            )
         if not partial:
             raise UserError(f"init: {summary}; pass --init-partial to start from those alone")
     model.load_state_dict(matching, strict=False)

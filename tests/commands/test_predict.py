@@ -86,7 +86,9 @@ def test_what_cannot_be_taken_away(linear_segmenter, scenes, finished_run, tmp_p
     two = tmp_path / "two"
     for name in ("a", "b"):
         shutil.copytree(file.parent, two / name / "trained")
-    assert_refused(run_here("predict", two, scenes, "--out", tmp_path / "m"), "holds 2 models")
+    shutil.copytree(file.parent, two / "a" / "random_weights")  # no choice beside trained models
+    refused = run_here("predict", two, scenes, "--out", tmp_path / "m")
+    assert_refused(refused, f"holds 2 models, name one of them: {two}/a/trained, {two}/b/trained")
     (tmp_path / "none").mkdir()
     refused = run_here("predict", file, tmp_path / "none", "--out", tmp_path / "m")
     assert_refused(refused, "no images in this folder")

@@ -100,7 +100,9 @@ def test_images_are_no_videos(tmp_path):
     images = write_images(tmp_path, classes=1, per_class=2)
     (images / "class_0" / "cover.png").write_bytes((images / "class_0" / "000.png").read_bytes())
     for data in (str(images), str(images / "class_0"), "demo"):
-        with pytest.raises(UserError, match="images, not videos: pass --frames 1"):
+        with pytest.raises(
+            UserError, match="images, not videos: name videos.*, or pre-train on images"
+        ):
             open_source(data, clips=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no videos in this folder"):

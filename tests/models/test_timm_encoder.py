@@ -260,15 +260,24 @@ def test_timm_missing(monkeypatch):
         architecture("vit_tiny_patch16_224")
 
 
-def test_weights_that_are_nowhere(monkeypatch, tmp_path):
-    def offline(*arguments, **options):
-        raise OSError("no network\nat all")
+@pytest.mark.parametrize(
+    ("reachable", "why"), [(True, "no such file at all"), (False, "the network cannot be reached")]
+)
+def test_weights_that_are_nowhere(reachable, why, monkeypatch, tmp_path):
+    """Without a network at once, rather than after a minute of attempts."""
+    from huggingface_hub import constants
+
+    def absent(*arguments, **options):
+        assert constants.HF_HUB_OFFLINE is not reachable
+        raise OSError("no such file\nat all")
 
     encoder = plain("vit_tiny_patch16_224")
-    monkeypatch.setattr(timm, "create_model", offline)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"\(no network at all\); looked for in .*hub"):
+    monkeypatch.setattr(timm, "create_model", absent)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("hpm.core.hub._reachable", lambda address: reachable)
+    with pytest.raises(UserError, match=rf"\({why}\); looked for in .*hub"):
         pretrained_weights(encoder)
+    assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_medium_patch16_gap_256", *HIERAS])

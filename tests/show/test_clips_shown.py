@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -122,8 +124,44 @@ def test_the_viewer(clip_run, tmp_path):
         assert set(viewer.answer({}, body)) == {"error"}
 
 
+def words_of(page):
+    """The text of a page, without scripts, options and their values."""
+    page = re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", " ", page)
+
+
+def test_a_comparison(clip_run, image_folder, tmp_path):
+    """Nothing on the page calls the clips images; beside a run on images, they are."""
+    other, out = tmp_path / "other", tmp_path / "compared.html"
+    shutil.copytree(clip_run.folder, other)
+    row = {"trained, patch mean": {"k = 5": {"top1": 60.0, "top1_low": 50.0, "top1_high": 70.0}}}
+    about = {"data": "demo-video", "weights": "student", "step": 2, "run": "r"}
+    result = {"protocol": "knn", "values": row, "hardness": {}, "about": about}
+    (other / "evals").mkdir(exist_ok=True)
+    (other / "evals" / "knn.json").write_text(json.dumps(result))
+    found = run_here("compare", clip_run.folder, other, "--images", 2, "--out", out)
+    assert found.returncode == 0, found.stderr
+    words = words_of(out.read_text())
+    assert "The same clips" in words and "Clips of demo-video" in words
+    assert "over the test clips" in words and "Clips per second." in words
+    assert not re.findall(r".*\bimages?\b.*", words, flags=re.IGNORECASE)
+    images = hpm.pretrain(str(image_folder), str(tmp_path / "i"), **TINY | {"steps": 1})
+    found = run_here("compare", clip_run.folder, images.folder, "--images", 0, "--out", out)
+    assert found.returncode == 0, found.stderr
+    words = words_of(out.read_text())
+    assert "held-out images" in words and "the runs differ in frames" in " ".join(words.split())
+
+
+def test_the_log(clip_run):
+    text = (clip_run.folder / "train.log").read_text()
+    for words in (" videos of demo-video", " steps of 8 clips", " clips/s", "held-out clips"):
+        assert words in text, text
+    assert not re.findall(r".*\bimages?\b.*", text)
+
+
 def test_the_report(clip_run, shown, tmp_path):
     text = (clip_run.folder / "report.html").read_text()
+    assert not re.findall(r".*\bimages?\b.*", words_of(text), flags=re.IGNORECASE)
     assert "Each row is a held-out clip" in text and '<th scope="col">clip</th>' in text
     assert "<figcaption>clip<" in text and "<figcaption>image<" not in text
     assert "Held-out clips at step 2" in text and "held-out clip 2" in text

@@ -7,7 +7,6 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from hpm.show.gallery import worded
 from hpm.show.page import colours, data_block, image_uri, page
 
 
@@ -53,9 +52,3 @@ def test_a_browser_keeps_to_the_policy(browser, tmp_path):
     assert shown.title() == "title"
     assert not [url for url in requests if url.startswith("http")]
     shown.close()
-
-
-def test_our_words_on_images_become_words_on_clips():
-    assert worded("an image's patches; held-out images", clips=True) == (
-        "a clip's patches; held-out clips"
-    )

@@ -45,6 +45,11 @@ def test_times(text, expected):
     assert seconds(text) == expected
 
 
+def test_a_cooldown_belongs_to_the_constant_rate(image_folder, tmp_path):
+    with pytest.raises(hpm.UserError, match="cooldown is 20%, but schedule is cosine: pass --sch"):
+        hpm.pretrain(str(image_folder), str(tmp_path / "run"), **TINY | {"cooldown": "20%"})
+
+
 @pytest.mark.parametrize("text", ["", "4", "h", "4 hours", "30m1h", "-1h", "1.5h"])
 def test_no_times(text):
     with pytest.raises(hpm.UserError, match="is not a time: write '4h', '90m' or '1d12h'"):

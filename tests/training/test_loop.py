@@ -51,7 +51,7 @@ class Regression:
     """A linear layer learns to add up four numbers; every random number follows from the step."""
 
     log_every, images_per_step, save_every = 4, 8, 3
-    sample_kind = "image"
+    sample = "image"
 
     def __init__(self, folder, total_steps=10, **identity):
         torch.manual_seed(0)

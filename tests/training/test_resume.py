@@ -69,11 +69,12 @@ def test_the_same_in_other_words_goes_on(here, changes):
         ({"warmup": "20%"}, "there warmup is 10%, here 20%"),
         ({"flip": False}, "there flip is True, here False"),
         ({"init": "run"}, "there init is first/backbone.safetensors, here run"),
-        ({"steps": 9}, "there steps is 8, here 9"),
+        ({"steps": 9}, "there steps is 8, here 9; finish it first, at step 8"),
+        ({"steps": 7}, "there steps is 8, here 7; choose another"),
     ],
 )
 def test_something_else_does_not(here, changes, words):
-    with pytest.raises(hpm.UserError, match=f"holds another run: {words}; .*--init run"):
+    with pytest.raises(hpm.UserError, match=f"holds another run: {words}.*--init run"):
         go_on(**changes)
 
 

@@ -187,6 +187,10 @@ def test_initial_weights(tmp_path):
     assert f"{len(backbone)} of {len(everything)} tensors matched" in summary
     assert torch.equal(fresh.encoder.cls_token, source.encoder.cls_token)
 
+    narrow = build_model(architecture_of(SMALL | {"embed_dim": 8, "num_heads": 1})).state_dict()
+    with pytest.raises(UserError, match="no weights of the encoder in .* pass the --model"):
+        load_initial(fresh, narrow, tmp_path, partial=True)
+
     with pytest.raises(UserError, match="holds no weights of such a model"):
         load_initial(fresh, {"other": torch.zeros(1)}, tmp_path, partial=True)
 

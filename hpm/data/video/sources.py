@@ -108,8 +108,8 @@ def _frame_folders(root: Path) -> list[str]:
         numbers = {frame_number(name) for name in names}
         if not folder or len(names) < FEWEST_FRAMES or None in numbers or len(numbers) < len(names):
             raise UserError(
-                f"{root}: images, not videos: pass --frames 1 to train on images (or put the "
-                "numbered frames of each video into a folder of its own)"
+                f"{root}: images, not videos: name videos (the numbered frames of each may be in a "
+                "folder of its own), or pre-train on images with --frames 1"
             )
     say_once(f"{root}: {counted(len(folders), 'folder')} of numbered images, each read as a video")
     return sorted(folders)

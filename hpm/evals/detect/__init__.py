@@ -93,7 +93,9 @@ class Options(EvalOptions):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
     CPU."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
+    max_unreadable: float = option(
+        0.1, at_least=0, at_most=1, may_change=True, changes_numbers=False
+    )
     """Stop if more than this fraction of the images cannot be read."""
     checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""

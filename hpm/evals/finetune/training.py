@@ -17,6 +17,7 @@ from hpm.core.config import pair
 from hpm.core.errors import UserError, counted
 from hpm.core.options import check_rules
 from hpm.core.random_state import random_state_kept
+from hpm.core.wording import sample_word
 from hpm.data.loader import Batch, StepSampler, normalize, training_loader, training_views
 from hpm.data.video.sampling import ClipSampling
 from hpm.data.workers import num_workers
@@ -89,6 +90,7 @@ class ClassifierTraining(SupervisedTraining):
         sampling: ClipSampling | None = None,
     ):
         self.subject, self.data, self.sampling = subject, data, sampling
+        self.sample = sample_word(sampling is not None)
         self.mean, self.std = subject.backbone.mean, subject.backbone.std
         self.channels = subject.architecture.channels
         self.size = input_size(config, subject.architecture)
@@ -134,7 +136,6 @@ class ClassifierTraining(SupervisedTraining):
             identity,
             config.repeat_augment,
         )
-        self.sample_kind = "clip" if self.sampling else "image"
 
     @cached_property
     def labels(self) -> Tensor:
@@ -144,7 +145,7 @@ class ClassifierTraining(SupervisedTraining):
     def summary(self) -> str:
         return (
             f"fine-tuning {self.subject.name}: "
-            f"{counted(len(self.source), self.sample_kind)} of "
+            f"{counted(len(self.source), self.sample)} of "
             f"{counted(len(self.data.classes), 'class', 'classes')}"
         )
 

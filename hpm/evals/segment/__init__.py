@@ -43,7 +43,9 @@ class Options(EvalOptions):
     UPerNet is trained a second time for it)."""
     train_share: float = option(1.0, above=0, at_most=1)
     """Fraction of the training images to use."""
-    max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
+    max_unreadable: float = option(
+        0.1, at_least=0, at_most=1, may_change=True, changes_numbers=False
+    )
     """Stop if more than this fraction of the images cannot be read."""
     ignored: int | None = option(None, at_least=0, at_most=255)
     """Label in the masks that neither trains nor counts, as 255 never does (default: the class
