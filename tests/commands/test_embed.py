@@ -163,7 +163,7 @@ def damaged(image_folder, tmp_path):
 
 
 def test_its_next_commands_can_be_pasted():
-    said = Embedded(Path("my features.npy"), 2, 4, 0, None).summary()
+    said = Embedded(Path("my features.npy"), 2, 4, 0, None, "image").summary()
     command = said.partition(": ")[2].partition(", ")[0]
     assert shlex.split(command) == ["hpm", "similar", "my features.npy", "IMAGE"]
 
