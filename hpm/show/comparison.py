@@ -65,7 +65,7 @@ def compare(config: CompareConfig) -> Path:
         _table(runs, table, list(keys)),
         "<h2>Options that differ</h2>",
         _options(runs, differing, list(keys)),
-        "<h2>Evaluations</h2>" + _evaluations(runs, measures, list(keys)) if own else "",
+        "<h2>Evaluations</h2>" + _evaluations(runs, measures, list(keys), clips) if own else "",
         f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
         worded("<h2>The same images</h2>", clips) + pictures if pictures else "",
         data_block("curves", curve_values),
@@ -139,7 +139,9 @@ def _options(runs: list[ComparedRun], differing: dict[str, Values], keys: list[s
     return _table(runs, words, keys)
 
 
-def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values], keys: list[str]) -> str:
+def _evaluations(
+    runs: list[ComparedRun], measures: dict[Measure, Values], keys: list[str], clips: bool
+) -> str:
     """A card for each number of features, with a line for each run and, where known, its interval;
     a table for those of predictor and teacher."""
     cards: list[str] = []
@@ -152,8 +154,8 @@ def _evaluations(runs: list[ComparedRun], measures: dict[Measure, Values], keys:
             same = measures.get(measure._replace(features=RAW_PIXELS), [])
             cards.append(_card(runs, measure, found, next(filter(None, same), None)))
     shown = (
-        '<p class="faint">Bars are 95 % intervals over the test images; they say nothing of other '
-        f'seeds.</p><div class="cards">{"".join(cards)}</div>'
+        f'<p class="faint">Bars are 95 % intervals over the test {sample_word(clips)}s; they say '
+        f'nothing of other seeds.</p><div class="cards">{"".join(cards)}</div>'
     ) * bool(cards)
     return shown + "".join(
         f"<h3>{escape(title)}</h3>{_table(runs, columns, keys)}"

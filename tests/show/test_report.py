@@ -34,7 +34,7 @@ def pretrain(folder, out, **changes):
 def test_a_finished_run_has_one(finished_run):
     text = finished_run.report.read_text()
     assert '<span class="state finished">finished</span>' in text and "Problems" not in text
-    assert re.search(r"Step 8 of 8(; took \d+ s)?\.", text)
+    assert re.search(r"Step 8 of 8(; took \d+ (s|min))?\.", text)
     assert "its features are not evaluated yet" in text
     for reference in ("1.0 is predicting the mean", "0.5 is chance", "0.693 is chance"):
         assert reference in text
@@ -59,7 +59,7 @@ def test_it_says_where_and_why_a_run_stopped(image_folder, tmp_path, monkeypatch
     assert "Stopped at step 4: at once, by Ctrl-C." in text
     run = pretrain(image_folder, tmp_path / "run")
     text = run.report.read_text()
-    assert re.search(r"Step 8 of 8(; took \d+ s)?\.", text)
+    assert re.search(r"Step 8 of 8(; took \d+ (s|min))?\.", text)
     assert "at once, by Ctrl-C; resumed from step 4." in text
     assert [s.first_step for s in read_sessions(run.folder)] == [0, 4]
 
