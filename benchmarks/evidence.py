@@ -438,8 +438,8 @@ class Experiment:
         pairs = len(pairs_of(found["HPM"], found["MAE"]))
         of = "All" if pairs == len(self.seeds) else f"So far, {pairs} of"
         text = (
-            f"{of} {len(self.seeds)} planned pairs of seeds have finished. Compared with MAE after as "
-            f"many epochs, HPM {verdict(paired(found['HPM'], found['MAE']))} (points, with 95 % "
+            f"{of} {len(self.seeds)} planned pairs of seeds have finished. Compared with MAE after "
+            f"as many epochs, HPM {verdict(paired(found['HPM'], found['MAE']))} (points, with 95 % "
             f"t-intervals). Both trained {self.chosen.model} for {self.epochs} epochs on "
             f"{self.chosen.rows:,} images of Tiny ImageNet, each at its own best setting."
         )
