@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from hpm.core.errors import UserError, one_line
@@ -21,6 +22,7 @@ from hpm.data.columns import Columns, find_columns
 from hpm.data.split_names import train_and_test
 from hpm.data.tables import TableSource
 
+Found = TypeVar("Found")
 PREFIX = "hf://"
 EXTRA = "datasets"
 NAME = re.compile(
@@ -67,7 +69,7 @@ def open_hub(data: str, trusted: bool) -> tuple[TableSource, TableSource | None]
     Raises UserError if they are not available.
     """
     name = HubName.parse(data)
-    loaded = load(name, trusted, streaming=False)
+    loaded = _load(name, trusted)
     if name.split:
         return _source(name, loaded, data), None
     train, test = chosen_splits(name, loaded)
@@ -77,25 +79,41 @@ def open_hub(data: str, trusted: bool) -> tuple[TableSource, TableSource | None]
     )
 
 
-def load(name: HubName, trusted: bool, streaming: bool) -> Any:
-    """What `datasets.load_dataset` returns: a split if the name has one, else a dictionary of them.
+def load_streaming(name: HubName) -> tuple[Any, dict[str, list[str]]]:
+    """(an IterableDataset if the name has a split, else a dictionary of them; the files of each
+    split). Raises UserError."""
 
-    Raises UserError.
-    """
+    def load(library: Any) -> tuple[Any, dict[str, list[str]]]:
+        builder = library.load_dataset_builder(name.repo, name.config, revision=name.revision)
+        files = {
+            str(split): list(each) for split, each in (builder.config.data_files or {}).items()
+        }
+        return builder.as_streaming_dataset(split=name.split), files
+
+    return _found(name, True, load)
+
+
+def _load(name: HubName, trusted: bool) -> Any:
+    """A Dataset if the name has a split, else a dictionary of them. Raises UserError."""
+    return _found(
+        name,
+        trusted,
+        lambda library: library.load_dataset(
+            name.repo, name.config, split=name.split, revision=name.revision
+        ),
+    )
+
+
+def _found(name: HubName, trusted: bool, load: Callable[[Any], Found]) -> Found:
+    """What `load` returns, which is called with the library. Raises UserError."""
     library = library_for(name.text)
 
-    def loading() -> Any:
+    def loading() -> Found | ValueError:
         hub = need("huggingface_hub.constants", EXTRA, name.text)
         before = library.config.HF_HUB_OFFLINE
         library.config.HF_HUB_OFFLINE = before or hub.HF_HUB_OFFLINE  # which `fetched` has set
         try:
-            return library.load_dataset(
-                name.repo,
-                name.config,
-                split=name.split,
-                revision=name.revision,
-                streaming=streaming,
-            )
+            return load(library)
         except library.exceptions.DatasetsError as error:
             raise RuntimeError(one_line(error.__cause__ or error)) from None
         except ValueError as error:  # no such split or configuration; it lists those that exist

@@ -8,14 +8,17 @@ goes on with its next shard without regard to the end of an epoch: no image is d
 Within a lane, images are shuffled in blocks of consecutive ones. A block is known by where it
 begins, and its order is drawn from seed and beginning. So a lane's progress is three numbers, its
 `Cursor`, and going on from there reads again what the block holds, at most from the beginning of
-its first shard.
+its first shard. In a loading worker, a thread reads the next block while the last one is used, so
+that decoding does not wait for a disk or a server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,6 +26,7 @@ from hpm.core.errors import UserError
 from hpm.data.streams.stream import Entry, Stream, image_id
 
 SHARDS, BLOCKS = 1, 2  # purposes of random numbers
+Item = TypeVar("Item")
 MOST_EMPTY = 2  # times the number of shards that a lane reads in a row without an image
 
 
@@ -59,6 +63,8 @@ class Lane:
         block: number of images that are shuffled with each other. Twice as many are in memory.
         first_index: images of lower ids are left out.
         cursor: where to begin.
+        ahead: whether a thread reads the next block. Only for a process that ends without waiting
+            for its threads, as loading workers do: a server may keep it waiting.
 
     Raises UserError if a shard cannot be read, or if no shard has an image.
     """
@@ -72,9 +78,10 @@ class Lane:
         block: int,
         first_index: int = 0,
         cursor: Cursor | None = None,
+        ahead: bool = False,
     ):
         self.stream, self.number, self.count = stream, number, count
-        self.seed, self.block, self.first_index = seed, block, first_index
+        self.seed, self.block, self.first_index, self.ahead = seed, block, first_index, ahead
         self.cursor = cursor or Cursor()  # after the last image that was returned
         self._images = self._shuffled()
         self._order: tuple[int, np.ndarray] | None = None  # epoch, and its order of shards
@@ -88,18 +95,15 @@ class Lane:
     def _shuffled(self) -> Iterator[Read]:
         turn, place, taken = self.cursor
         images = self._in_order(turn, place)
-        block = list(islice(images, self.block))
-        while True:
+        blocks = iter(lambda: list(islice(images, self.block)), [])
+        for block in read_ahead(blocks) if self.ahead else blocks:
             turn, place = block[0].turn, block[0].place
             rng = np.random.default_rng([self.seed, BLOCKS, self._position(turn), place])
             order = rng.permutation(len(block))
-            following = list(islice(images, taken))
             for number in range(taken, len(block)):
-                # One is read for each that is used, instead of a whole block at once.
-                following.append(next(images))
                 self.cursor = Cursor(turn, place, number + 1)
                 yield block[order[number]]
-            block, taken = following, 0
+            taken = 0
 
     def _in_order(self, turn: int, place: int) -> Iterator[Read]:
         """The images of the lane's shards, from a place in one of them."""
@@ -128,3 +132,27 @@ class Lane:
     def _position(self, turn: int) -> int:
         """Of a turn in the sequence of all epochs."""
         return self.number + turn * self.count
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items. A thread makes the next one while the last one is used."""
+    asked: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[Item | BaseException] = SimpleQueue()
+
+    def make() -> None:
+        while asked.get():
+            try:
+                made.put(next(items))
+            except BaseException as error:
+                made.put(error)
+
+    Thread(target=make, daemon=True).start()
+    asked.put(True)
+    try:
+        while not isinstance(item := made.get(), BaseException):
+            asked.put(True)
+            yield item
+        if not isinstance(item, StopIteration):
+            raise item
+    finally:
+        asked.put(False)

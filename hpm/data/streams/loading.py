@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from hpm.core.errors import UserError, counted, one_line
 from hpm.data.arrays import Opened, UnreadableImage, at_depth
@@ -111,6 +111,7 @@ class StreamSteps(Dataset):
                 order.block,
                 order.first_index,
                 self.cursors.get(number),
+                ahead=get_worker_info() is not None,
             )
         return self._lanes[number]
 

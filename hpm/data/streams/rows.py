@@ -1,8 +1,9 @@
 """Rows of tables, read in order: of the Hugging Face hub, of parquet and of Arrow files.
 
-The library `datasets` reads them. Who reads which of its shards, the order, and resuming are those
-of all streams (`hpm.data.streams.lanes`): its own shuffle buffer is lost when it is resumed, and
-its division among processes leaves one of several workers without a shard.
+The library `datasets` finds them, and reads what is not parquet. Who reads which of its shards, the
+order, and resuming are those of all streams (`hpm.data.streams.lanes`): its own shuffle buffer is
+lost when it is resumed, and its division among processes leaves one of several workers without a
+shard.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.data.columns import find_columns
-from hpm.data.hugging_face import EXTRA, HubName, chosen_splits, library_for, load
+from hpm.data.hugging_face import (
+    EXTRA,
+    PREFIX,
+    HubName,
+    chosen_splits,
+    library_for,
+    load_streaming,
+)
 from hpm.data.split_names import training_files
-from hpm.data.streams.archives import LARGEST
-from hpm.data.streams.stream import Entry
-from hpm.data.tables import arrow_files, saved_splits
-
-FEW = 128  # shards; fewer are divided further, which asks the server about each of them
-TOGETHER = 16  # rows that are converted at once
+from hpm.data.streams.parquet import FEW, TOGETHER, Parquet
+from hpm.data.streams.row_entries import row_entry
+from hpm.data.streams.stream import Entry, Stream
+from hpm.data.tables import arrow_files, pyarrow_library, saved_splits
 
 
 class Rows:
@@ -31,7 +37,7 @@ class Rows:
         name: for messages.
         rows: an IterableDataset.
         column: of the images.
-        remote: beginning of the paths of its files. Rows may have such a path in place of bytes.
+        remote: see `row_entry`.
     """
 
     repeatable = True
@@ -55,68 +61,59 @@ class Rows:
             # Without batches, it would divide its one shard among the workers.
             for batch in part.iter(batch_size=TOGETHER):
                 for value in batch[self._column]:
-                    yield self._entry(value)
+                    cell = value or {}
+                    yield row_entry(cell.get("bytes"), cell.get("path"), self._remote)
         except Exception as error:  # after its own attempts
             text = one_line(error, 200) or type(error).__name__
             raise UserError(f"{self.shards[shard]}: {text}") from None
 
-    def _entry(self, value: dict[str, Any] | None) -> Entry:
-        data, path = (value or {}).get("bytes"), (value or {}).get("path")
-        name = Path(path).name if path else "row"
-        if data is not None:
-            return Entry(name, data)
-        if path is None or not self._is_own(path):
-            return Entry(name, problem="no bytes in this row")
-        with need("fsspec", EXTRA, self.name).open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            return Entry(name, problem=f"more than {LARGEST} bytes")
-        return Entry(name, data)
 
-    def _is_own(self, path: str) -> bool:
-        """Whether a path is that of a file of this data set, or of one inside a zip or tar file of
-        it, as `zip://a.png::hf://...`. Others, which a table may name, are not read: fsspec would
-        open any address, and with it those that the file there holds."""
-        *inside, file = path.split("::")
-        archives = all(part.startswith(("zip://", "tar://")) for part in inside)
-        return self._remote is not None and file.startswith(self._remote) and archives
-
-
-def hub_rows(data: str) -> Rows:
+def hub_rows(data: str) -> Stream:
     """A data set of the hub as a stream; nothing is stored. Raises UserError."""
     name = HubName.parse(data)
     if name.split and "[" in name.split:
         raise UserError(f"{data}: a part of a split cannot be streamed: leave it out, or --stream")
-    found = load(name, trusted=True, streaming=True)
-    if not name.split:
-        found = found[chosen_splits(name, found)[0]]
-    return _rows(data, found, name.image, f"hf://datasets/{name.repo}@")
+    found, files = load_streaming(name)
+    split = name.split or chosen_splits(name, found)[0]
+    rows = found if name.split else found[split]
+    column = _column(data, rows.features, name.image)
+    remote = f"{PREFIX}datasets/{name.repo}@"
+    of_split = files.get(split, [])
+    if of_split and all(f.startswith(PREFIX) and f.endswith(".parquet") for f in of_split):
+        return Parquet(data, of_split, column, remote)
+    return Rows(data, rows, column, remote)
 
 
-def local_rows(path: Path) -> Rows | None:
+def local_rows(path: Path) -> Stream | None:
     """Parquet or Arrow files as a stream; None if a file or folder has none. Raises UserError."""
     kind, files = _tables(path)
     if not files:
         return None
     library = library_for(f"reading {path} as a stream")
+    names = [str(file) for file in files]
     try:
-        rows = library.load_dataset(
-            kind, data_files=[str(file) for file in files], split="train", streaming=True
-        )
+        if kind == "parquet":
+            schema = pyarrow_library().parquet.read_schema(names[0])
+            features = library.Features.from_arrow_schema(schema)
+        else:
+            rows = library.load_dataset(kind, data_files=names, split="train", streaming=True)
+            features = rows.features
     except Exception as error:  # those of Arrow and of the library
         raise UserError(f"{path}: not readable {kind} ({one_line(error, 200)})") from None
-    return _rows(str(path), rows, None)
+    column = _column(str(path), features, None)
+    return Parquet(str(path), names, column) if kind == "parquet" else Rows(str(path), rows, column)
 
 
-def _rows(name: str, rows: Any, image: str | None, remote: str | None = None) -> Rows:
-    columns = find_columns(name, rows.features, image, None)
+def _column(name: str, features: Any, image: str | None) -> str:
+    """The column of the images. Raises UserError."""
+    columns = find_columns(name, features, image, None)
     if columns.holds_videos:
         raise UserError(f"{name}: streams are of images, not of videos")
-    return Rows(name, rows, columns.media, remote)
+    return columns.media
 
 
 def _tables(path: Path) -> tuple[str, list[Path]]:
-    """(builder of `datasets`, files of the training split)."""
+    """(kind, files of the training split)."""
     if path.is_file():
         return "parquet", [path] if path.suffix.lower() == ".parquet" else []
     if (path / "dataset_dict.json").exists():
