@@ -104,7 +104,7 @@ def test_a_pattern_that_the_shell_has_expanded(tmp_path):
     refused = run_here("pretrain", *files, "--out", tmp_path / "run")
     assert_refused(refused, f"unexpected argument '{files[1]}': put a pattern", "in quotes")
     missing = run_here("pretrain", files[0], "elsewhere", "--out", tmp_path / "run")
-    assert_refused(missing, "unexpected argument 'elsewhere' (see hpm pretrain --help)")
+    assert_refused(missing, "unexpected argument 'elsewhere': put a path with spaces")
 
 
 @pytest.mark.parametrize(

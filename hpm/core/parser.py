@@ -91,9 +91,12 @@ class Command:
 
     def _several(self, argument: str) -> str:
         """What to do about an argument too many."""
-        if os.path.exists(argument) and {"data", "images"} & {*self.positional}:
+        see = f" (see {self.prog} --help)"
+        if not {"data", "images"} & {*self.positional}:
+            return see
+        if os.path.exists(argument):
             return ": put a pattern such as 'shards/*.tar' in quotes, and commas between folders"
-        return f" (see {self.prog} --help)"
+        return f": put a path with spaces in quotes{see}"
 
     @property
     def _rest(self) -> str:
