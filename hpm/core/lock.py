@@ -77,7 +77,11 @@ def release(folder: Path) -> None:
     have opened it."""
     file = _held.pop(folder.resolve(), None)
     if file is not None:
-        with contextlib.suppress(OSError):  # the file system is gone; it is closed nevertheless
+        # Without unlocking, a program that a thread starts at this moment, which shares the open
+        # file until it runs, would hold the lock.
+        with contextlib.suppress(OSError):  # the file system is gone, or has no locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+        with contextlib.suppress(OSError):  # it is closed nevertheless
             os.close(file)
 
 

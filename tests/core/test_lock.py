@@ -193,6 +193,15 @@ def _folders(out, given, options):
     return [file.parent for file in out.rglob("classifier.safetensors")]
 
 
+def test_a_released_lock_is_free_though_its_file_is_still_shared(tmp_path):
+    """As with a program that is being started, until it runs."""
+    lock.acquire(tmp_path)
+    shared = os.dup(lock._held[tmp_path.resolve()])
+    lock.release(tmp_path)
+    assert is_free(tmp_path)
+    os.close(shared)
+
+
 def test_whether_a_lock_may_be_held(tmp_path):
     assert not lock.may_be_held(tmp_path), "nobody ever locked it"
     lock.acquire(tmp_path)
