@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, from a hub on this machine: in any order and as streams."""
 
+import errno
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from hpm.data.fingerprint import fingerprint
 from hpm.data.hugging_face import HubName
 from hpm.data.sources import open_data, open_source
 from hpm.data.streams.head import open_entry
+from hpm.data.streams.parquet import Parquet
 from hpm.data.streams.row_entries import is_own
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -119,6 +121,61 @@ def test_a_fault_that_passes_is_not_seen(hub, monkeypatch):
     hub.failures = 2
     assert read(stream) == [png(n) for n in TRAIN]
     assert hub.failures == 0
+
+
+def test_a_row_group_is_one_request_for_one_column(hub):
+    stream = open_data("hf://me/flowers", in_order=True)
+    hub.requests.clear()
+    assert read(stream) == [png(n) for n in TRAIN]
+    assert len(hub.requests) == 6
+    assert all(path.endswith(".parquet") for _, path in hub.requests)
+
+
+def test_a_fault_within_a_row_group(hub, monkeypatch):
+    """Rows that were read before are not read again."""
+    stream = open_data("hf://me/flowers", in_order=True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    rows, calls = stream._rows, []
+
+    def broken(*part):
+        calls.append(part)
+        for number, entry in enumerate(rows(*part)):
+            if number == 2 * len(calls) and len(calls) < 4:
+                raise ConnectionError("reset")
+            yield entry
+
+    monkeypatch.setattr(stream, "_rows", broken)
+    assert [entry.data for entry in stream.read(1)] == [png(n) for n in TRAIN[8:16]]
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("failures", [1, 36])
+def test_a_fault_that_stays_is_one_line(hub, monkeypatch, failures):
+    """huggingface_hub makes six attempts, and each of ours is one of its."""
+    stream = open_data("hf://me/flowers", in_order=True)
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(hub, "failures", failures)
+    if failures == 36:
+        with pytest.raises(UserError, match=r"shard 2 of 6: .*503.* \(6 attempts\)"):
+            list(stream.read(2))
+        assert hub.failures == 0 and [w for w in waits if w >= 0.5].count(0.5) == 1
+    else:
+        assert [entry.data for entry in stream.read(2)] == [png(n) for n in TRAIN[16:20]]
+
+
+def test_a_file_that_is_gone_is_not_tried_again(root, hub, monkeypatch):
+    stream = open_data("hf://me/flowers", in_order=True)
+    monkeypatch.setattr("time.sleep", None)
+    hub.requests.clear()
+    file = root / "me" / "flowers" / "data" / "train-00000-of-00002.parquet"
+    file.rename(file.with_suffix(".away"))
+    try:
+        with pytest.raises(UserError, match="shard 0 of 6: .*404"):
+            list(stream.read(0))
+    finally:
+        file.with_suffix(".away").rename(file)
+    assert len(hub.requests) == 1
 
 
 def test_image_files(hub):
@@ -261,6 +318,90 @@ def test_a_table_without_types(tmp_path):
     values = {"image": [{"bytes": png(n), "path": None} for n in range(5)], "label": [1] * 5}
     pq.write_table(pa.table(values), tmp_path / "a.parquet")
     assert read(open_data(str(tmp_path / "a.parquet"), in_order=True)) == [png(n) for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([png(0), None, png(2)], pa.large_binary()),
+        pa.array([{"bytes": png(0)}, None, {"bytes": png(2)}]),
+        pa.array([{"path": "a.png", "bytes": x} for x in (png(0), None, png(2))]),
+        pa.array([{"bytes": x, "name": "a"} for x in (png(0), None, png(2))]),
+    ],
+)
+def test_forms_of_a_column(tmp_path, column):
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    first, none, last = open_data(str(tmp_path / "a.parquet"), in_order=True).read(0)
+    assert (first.data, last.data) == (png(0), png(2))
+    assert none.problem == "no bytes in this row"
+
+
+def test_arrays_and_paths_in_a_table(tmp_path):
+    """As a hub's README may say that they are images."""
+
+    def read(column):
+        pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+        return list(Parquet("data", [str(tmp_path / "a.parquet")], "image").read(0))
+
+    three_axes = pa.list_(pa.list_(pa.list_(pa.uint8())))
+    arrays = read(pa.array([[[[n, 0, 0]] * 20] * 20 for n in (1, 2)], three_axes))
+    assert [open_entry(entry).size for entry in arrays] == [(20, 20)] * 2
+    for column in (["/etc/passwd"], [{"path": "/etc/passwd"}]):
+        assert [entry.problem for entry in read(column)] == ["no bytes in this row"]
+
+
+def test_a_large_image_in_a_table_is_passed_over(saved, monkeypatch):
+    monkeypatch.setattr("hpm.data.streams.row_entries.LARGEST", 10)
+    entries = list(open_data(str(saved / "parquet"), in_order=True).read(0))
+    assert {entry.problem for entry in entries} == {"more than 10 bytes"}
+
+
+def test_files_of_other_columns(saved, tmp_path):
+    for number, name in enumerate(("image", "photo")):
+        pq.write_table(pa.table({name: [png(number)]}), tmp_path / f"{number}.parquet")
+    stream = open_data(str(tmp_path), in_order=True)
+    assert [entry.data for entry in stream.read(0)] == [png(0)]
+    with pytest.raises(UserError, match="shard 1 of 2: no column image in .*1.parquet"):
+        list(stream.read(1))
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_damaged_parquet_is_one_line(tmp_path, monkeypatch, checksums):
+    monkeypatch.setattr("time.sleep", None)  # it is not read again
+    file = tmp_path / "a.parquet"
+    options = {"compression": "none" if checksums else "snappy", "row_group_size": 4}
+    pq.write_table(table(range(8)), file, write_page_checksum=checksums, **options)
+    whole = file.read_bytes()
+    stream = open_data(str(file), in_order=True)
+    at = whole.index(png(5)[-40:])
+    file.write_bytes(whole[:at] + b"\xff" * 16 + whole[at + 16 :])
+    assert [entry.data for entry in stream.read(0)] == [png(n) for n in range(4)]
+    if checksums:
+        with pytest.raises(UserError, match="shard 1 of 2: .*(CRC|checksum)"):
+            list(stream.read(1))
+    for length in (0, 3, 500, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="shard 1 of 2: ") as error:
+            list(stream.read(1))
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="not readable parquet"):
+            open_data(str(file), in_order=True)
+
+
+def test_a_table_that_is_stale_for_a_moment(saved, monkeypatch):
+    stream = open_data(str(saved / "parquet"), in_order=True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    opened, attempts = stream._opened, []
+
+    def stale(file):
+        attempts.append(file)
+        if len(attempts) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(file)
+
+    monkeypatch.setattr(stream, "_opened", stale)
+    assert [entry.data for entry in stream.read(0)] == [png(n) for n in range(8)]
+    assert len(attempts) == 3
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "parquet/train.parquet", "arrow/train"])

@@ -5,6 +5,7 @@ import io
 import itertools
 import shutil
 import tarfile
+import threading
 from collections import Counter
 from itertools import islice
 
@@ -15,7 +16,7 @@ from hpm.core.errors import UserError
 from hpm.data.sources import open_data, open_source
 from hpm.data.streams import transport
 from hpm.data.streams.archives import Archives, images_of
-from hpm.data.streams.lanes import Lane
+from hpm.data.streams.lanes import Lane, read_ahead
 from hpm.data.streams.loading import Sharing, share_workers
 from hpm.data.streams.shards import find_shards
 from hpm.data.streams.stream import Stream
@@ -56,15 +57,16 @@ def test_lanes_are_shuffled_by_seed_and_epoch(stream):
     assert first != second and first != sorted(first)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("block", [1, 7, 16, 200])
-def test_a_lane_goes_on_at_any_image(stream, block):
+def test_a_lane_goes_on_at_any_image(stream, block, ahead):
     whole = Lane(stream, 1, 2, seed=0, block=block)
     expected, cursors = [], []
     for read in islice(whole, 150):
         cursors.append(whole.cursor)
         expected.append((read.epoch, read.entry.name))
     for stop in (0, 1, 6, 15, 16, 17, 60, 110):
-        lane = Lane(stream, 1, 2, seed=0, block=block, cursor=cursors[stop])
+        lane = Lane(stream, 1, 2, seed=0, block=block, cursor=cursors[stop], ahead=ahead)
         assert take(lane, 30) == expected[stop + 1 : stop + 31]
 
 
@@ -84,6 +86,55 @@ def test_going_on_does_not_read_the_shards_before(stream):
     read.clear()
     next(Lane(watched, 0, 1, seed=0, block=4, cursor=cursor))
     assert len(read) <= 2
+
+
+def test_reading_ahead_is_one_item_ahead():
+    made, threads = [], []
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            threads.append(threading.current_thread())
+            yield number
+
+    ahead = read_ahead(items())
+    for number in range(5):
+        assert next(ahead) == number
+        while len(made) < min(number + 2, 5):  # the thread is at work
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.01)
+        assert len(made) == min(number + 2, 5)
+    assert list(ahead) == [] and threading.current_thread() not in threads
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+
+
+def test_a_thread_that_reads_ahead_ends_with_its_reader():
+    thread = None
+
+    def items():
+        nonlocal thread
+        thread = threading.current_thread()
+        yield from itertools.count()
+
+    ahead = read_ahead(items())
+    assert [next(ahead), next(ahead)] == [0, 1]
+    ahead.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_damage_in_a_lane_is_met_where_it_is(shards, tmp_path, ahead):
+    path = tmp_path / "s.tar"
+    path.write_bytes((shards / "s-4.tar").read_bytes()[:20000])
+    intact = []
+    with pytest.raises(UserError):
+        intact += (entry.name for entry in images_of(str(path)))
+    lane, used = Lane(Archives(str(path)), 0, 1, seed=0, block=2, ahead=ahead), []
+    with pytest.raises(UserError, match=f"cut off after {len(intact)} images"):
+        used += (read.entry.name for read in lane)
+    assert len(intact) > 4 and sorted(used) == intact[: len(intact) // 2 * 2]
 
 
 def test_images_that_are_held_out_are_left_out(stream):

@@ -15,7 +15,7 @@ from typing import Any
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.core.retries import may_pass
-from hpm.data.hugging_face import EXTRA, PREFIX
+from hpm.data.hugging_face import EXTRA, PREFIX, library_for
 from hpm.data.streams import transport
 from hpm.data.streams.row_entries import row_entry
 from hpm.data.streams.stream import Entry
@@ -40,10 +40,10 @@ class Parquet:
     repeatable = True
 
     def __init__(self, name: str, files: Sequence[str], column: str, remote: str | None = None):
-        self.name, self._files, self._column, self._remote = name, files, column, remote
+        self.name, self._column, self._remote = name, column, remote
         self._hub: Any = None
         if any(file.startswith(PREFIX) for file in files):
-            # One for all processes and threads: each further one would ask the hub who it is.
+            # One for all threads and workers: each further one would ask for the repository again.
             self._hub = need("huggingface_hub", EXTRA, name).HfFileSystem()
         # Of a file of the hub, which never changes, its end is read once.
         self._ends: dict[str, tuple[int, Any]] = {}
@@ -101,16 +101,15 @@ class Parquet:
 
 
 def _cells(column: Any) -> Iterator[tuple[bytes | None, str | None]]:
-    """(bytes, path) of the rows of a column, which has either or both."""
-    types = pyarrow_library().types
-    if not types.is_struct(column.type):
+    """(bytes, path) of the rows of a column."""
+    if str(column.type) in ("binary", "large_binary", "binary_view"):
         yield from ((value.as_py(), None) for value in column)
         return
+    is_struct = pyarrow_library().types.is_struct(column.type)
+    if not is_struct or column.type.get_field_index("bytes") < 0:  # rare: arrays, or paths only
+        column = library_for("images in a table").Image().cast_storage(column)
     fields = dict(zip((field.name for field in column.type), column.flatten(), strict=True))
     paths = fields["path"].to_pylist() if "path" in fields else [None] * len(column)
-    if "bytes" not in fields:
-        yield from ((None, path) for path in paths)
-        return
     for data, path in zip(fields["bytes"], paths, strict=True):
         yield data.as_py(), path
 
