@@ -290,8 +290,9 @@ def test_eval_and_show(finished_run, image_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo(tmp_path):
-    result = run_hpm("demo", "--out", tmp_path / "demo", timeout=400)
+    result = run_hpm("demo", "--out", tmp_path / "demo", timeout=800)
     assert result.returncode == 0, result.stderr
     best = {}
     for line in result.stdout.splitlines():
@@ -324,6 +325,7 @@ def test_demo_of_videos(tmp_path, monkeypatch):
     assert "one frame, repeated" in words and re.search(r"% lies on objects \(\d+ % by", words)
     assert "your videos: hpm pretrain FOLDER_OF_VIDEOS --frames 16" in words
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 20_000
+    assert "linear probe on demo-video" in (tmp_path / "demo" / "report.html").read_text()
 
 
 def test_the_verdict_of_the_demo():

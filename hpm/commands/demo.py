@@ -17,6 +17,7 @@ from hpm.evals.result import Result, print_hardness, print_result
 from hpm.pretraining import run_pretraining
 from hpm.show.command import show
 from hpm.show.options import ShowConfig
+from hpm.show.report import write_report
 from hpm.show.run import Run
 
 # What a sentence is said of. On images, the class token is good in some seeds only; on videos, the
@@ -41,6 +42,7 @@ def demo(config: DemoConfig) -> Run:
     run = run_pretraining(make_config(PretrainConfig, options))
     console = Console()
     figure = _measure_videos(run, console) if config.video else _measure_images(run, console)
+    write_report(run.folder)  # with the evaluations
     kind = "videos" if config.video else "images"
     clips = " --frames 16 --patch-size 2,16,16" if config.video else ""
     console.print(
