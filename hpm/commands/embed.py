@@ -23,6 +23,7 @@ from hpm.core.errors import UserError, counted
 from hpm.core.options import AnyPath, make_config
 from hpm.core.random_state import random_state_kept
 from hpm.core.version import __version__
+from hpm.core.wording import file_word
 from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
 from hpm.data.given import named
@@ -183,7 +184,7 @@ def _compute(config: EmbedConfig, shards: Shards, report: Report, compute: Compu
 def _check_unreadable(count: int, shards: Shards, share: float) -> None:
     if count > share * len(shards.source):
         shards.list_problems()
-        whole = counted(len(shards.source), _kind(shards.source))
+        whole = counted(len(shards.source), file_word(holds_videos(shards.source)))
         raise UserError(
             f"{count} of {whole} cannot be read, more than max_unreadable {share}: repair or "
             f"remove those in {shards.unreadable_file}, or pass a larger --max-unreadable"
@@ -203,18 +204,14 @@ def _check_any(images: int, problems: list[tuple[int, str]], source: Chain) -> N
     if len(problems) == images:
         index, problem = problems[0]
         first = f"the first, {source.path(index)}: {problem}"
-        raise UserError(f"{source.name}: no readable {_kind(source)} ({first})")
+        raise UserError(f"{source.name}: no readable {file_word(holds_videos(source))} ({first})")
 
 
 def _written(shards: Shards) -> Embedded:
     about = shards.format.read_about(shards.out)
     listed = shards.unreadable_file if about["unreadable"] else None
-    rows, dim, kind = about["rows"], about["features"][0], _kind(shards.source)
+    rows, dim, kind = about["rows"], about["features"][0], file_word(holds_videos(shards.source))
     return Embedded(shards.out, rows, dim, about["unreadable"], listed, kind)
-
-
-def _kind(source: Chain) -> str:
-    return "video" if holds_videos(source) else "image"
 
 
 def _embed_in_memory(config: EmbedConfig, report: Report) -> Embeddings:

@@ -16,6 +16,7 @@ from rich.text import Text
 from hpm.commands.plan_rules import ENOUGH, EPOCHS, Setting, training_images
 from hpm.core.durations import time_text
 from hpm.core.errors import counted
+from hpm.core.wording import file_word
 from hpm.data.survey import Survey
 from hpm.training.schedule import FEW_STEPS
 
@@ -156,7 +157,7 @@ def notes_on(plan: Plan) -> list[str]:
 
 
 def _kind(setting: Setting) -> str:
-    return "video" if setting.frames > 1 else "image"
+    return file_word(setting.frames > 1)
 
 
 def _continue_from(plan: Plan, count: int) -> str:

@@ -12,6 +12,11 @@ def sample_word(clips: bool) -> str:
     return "clip" if clips else "image"
 
 
+def file_word(videos: bool) -> str:
+    """`image` or `video`: what samples are read from."""
+    return "video" if videos else "image"
+
+
 def of_clips(options: Mapping[str, Any]) -> bool:
     """Whether a run with these options learns from clips."""
     return int(options.get("frames") or 1) > 1

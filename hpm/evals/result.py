@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hpm.core.errors import counted
 from hpm.core.files import write_text
-from hpm.core.wording import sample_word
+from hpm.core.wording import file_word, sample_word
 from hpm.evals.contract import Numbers
 
 TOP5 = "top-5"
@@ -128,7 +128,7 @@ def _heading(result: Result) -> str:
 
 def sample_kind(about: Mapping[str, Any]) -> str:
     """What was evaluated on: `image` or `video`."""
-    return "video" if about.get("of_clips") else "image"
+    return file_word(bool(about.get("of_clips")))
 
 
 def _table(result: Result) -> Table:

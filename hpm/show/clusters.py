@@ -12,7 +12,7 @@ import numpy as np
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
 from hpm.core.progress import track
-from hpm.core.wording import worded
+from hpm.core.wording import sample_word, worded
 from hpm.data.chain import Chain, chain
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import evaluation_batches
@@ -26,7 +26,7 @@ from hpm.show.clustering import (
     find_clusters,
     project,
 )
-from hpm.show.figures import CLIP, as_rgb
+from hpm.show.figures import as_rgb
 from hpm.show.options import ShowConfig
 from hpm.show.page import asset, by_device, data_block, image_uri, page
 
@@ -124,7 +124,7 @@ def _page(
     if labels is not None:
         classes, colourings["label"] = np.unique(labels[on_page], return_inverse=True)
     where = {int(row): place for place, row in enumerate(on_page)}
-    kind = kind_of(embeddings.about)
+    kind = kind_of(embeddings)
     cards = "".join(
         _card(embeddings, clusters, number, config.images, where)
         for number in range(clusters.count)
@@ -141,7 +141,7 @@ def _page(
     parts = [
         _head(config, embeddings, clusters),
         "<h2>Map</h2>",
-        _map(places, colourings, classes.tolist(), how, len(embeddings), kind == CLIP),
+        _map(places, colourings, classes.tolist(), how, len(embeddings), of_clips(embeddings)),
         f'<h2>Clusters</h2><p class="faint">By k-means on the centred features: the {kind}s '
         f'nearest to the centre of each.</p><div class="cards">{cards}</div>',
         data_block("images", values),
@@ -158,7 +158,7 @@ def _page(
 
 def _head(config: ShowConfig, embeddings: Embeddings, clusters: Clusters) -> str:
     about = embeddings.about
-    kind = kind_of(about)
+    kind = kind_of(embeddings)
     numbers = [
         (f"{len(embeddings):,}", f"{kind}s"),
         (f"{clusters.count}", "cluster" if clusters.count == 1 else "clusters"),
@@ -177,9 +177,13 @@ def _head(config: ShowConfig, embeddings: Embeddings, clusters: Clusters) -> str
     )
 
 
-def kind_of(about: dict[str, Any]) -> str:
+def of_clips(embeddings: Embeddings) -> bool:
+    return embeddings.about["clip"] is not None
+
+
+def kind_of(embeddings: Embeddings) -> str:
     """What was embedded: `image` or `clip`."""
-    return "image" if about["clip"] is None else CLIP
+    return sample_word(of_clips(embeddings))
 
 
 def _size(about: dict[str, Any]) -> str:
@@ -218,7 +222,7 @@ def _map(
         f'<span><i class="dot k{number % COLOURS}"></i>{escape(name or "no label")}</span>'
         for number, name in enumerate(classes[:COLOURS])
     )
-    article = "a clip" if clips else "an image"
+    article = worded("an image", clips)
     pointing = by_device(f"Point at {article}, or move with the arrow keys.", f"Touch {article}.")
     caption = worded(f"Similar images lie together. {how}.{some}", clips)
     legend = f'<div class="row legend" data-by="label" hidden>{keys}</div>' if keys else ""
@@ -245,7 +249,7 @@ def _card(
         for row in members[:count].tolist()
         if row in where
     )
-    about = counted(len(members), kind_of(embeddings.about))
+    about = counted(len(members), kind_of(embeddings))
     if embeddings.labels is not None:
         common = Counter(embeddings.labels[members].tolist()).most_common(LABELS_NAMED)
         shares = ", ".join(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.core.progress import track
+from hpm.core.wording import sample_word
 from hpm.data.loader import normalize
 from hpm.evals.loss_maps import loss_maps
 from hpm.mining.draw import Draw
@@ -39,7 +40,6 @@ TITLES: dict[Panel, str] = {
     "pca": "features (PCA)",
     "attention": "attention",
 }
-CLIP = "clip"  # the title of the panel `image` of a clip
 MASKED: tuple[Panel, ...] = ("actual", "predicted", "mask", "reconstruction")  # need the decoders
 TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # drawn during training
 BATCH_SIZE = 16
@@ -103,7 +103,7 @@ class Picture:
 
 def panel_title(panel: Panel, clips: bool) -> str:
     """The caption of a panel of an image or a clip."""
-    return CLIP if clips and panel == "image" else TITLES[panel]
+    return sample_word(clips) if panel == "image" else TITLES[panel]
 
 
 def unavailable_panels(trained: Trained) -> dict[Panel, str]:

@@ -101,7 +101,7 @@ class ImageClusters:
 
     @property
     def _kind(self) -> str:
-        return kind_of(self.features.about)
+        return kind_of(self.features)
 
     def _about(self, number: int) -> str:
         members = self.clusters.members(number)

@@ -16,7 +16,7 @@ import yaml
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.core.files import disk_error, write_text
-from hpm.core.wording import of_clips, worded
+from hpm.core.wording import file_word, of_clips, worded
 from hpm.evals.saved import Row, number_title, saved_evaluations
 from hpm.show.curves import number
 from hpm.show.evaluation_report import write_evaluation_report
@@ -143,7 +143,7 @@ def _problems(
     count = max([int(line["unreadable"]) for line in metrics if "unreadable" in line], default=0)
     count = max(count, len(unreadable))
     if count:
-        kind = "video" if clips else "image"
+        kind = file_word(clips)
         names = "".join(f"<li>{escape(line)}</li>" for line in unreadable[:MAX_LISTED])
         more = f"<li>and {len(unreadable) - MAX_LISTED} more, all in train.log</li>"
         found.append(

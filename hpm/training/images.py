@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpm.core.errors import counted
+from hpm.core.wording import file_word
 from hpm.data.fingerprint import Fingerprint
 from hpm.data.sources import Source
 from hpm.data.streams.stream import Stream, StreamNames
@@ -37,7 +38,7 @@ class TrainingImages:
     @property
     def kind(self) -> str:
         """What is counted: `image` or, also of a run on single frames, `video`."""
-        return "video" if holds_videos(self.source) else "image"
+        return file_word(holds_videos(self.source))
 
     @property
     def names(self) -> Named:

@@ -13,6 +13,7 @@ from hpm.core.choices import TIMM, PatchSize
 from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
+from hpm.core.wording import file_word
 from hpm.models.architecture import resolve_model
 from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
 
@@ -194,7 +195,7 @@ def few_for_random_weights(config: PretrainConfig, num_images: int | None) -> li
         return []
     start = "--init WEIGHTS" if config.frames > 1 else "--init WEIGHTS or --model timm/NAME"
     start += "" if config.frames > 1 else " --pretrained"
-    kind = "video" if config.frames > 1 else "image"
+    kind = file_word(config.frames > 1)
     return [
         f"warning: {counted(num_images, kind)} to train on from random weights: with fewer than "
         f"{FEW_FOR_RANDOM_WEIGHTS:,}, continue from pretrained weights instead ({start})"
@@ -242,7 +243,7 @@ def resolve(
     most = 256 if num_images is None else min(256, num_images)
     batch_size = config.batch_size or most // share * share
     if num_images is not None and not 0 < batch_size <= num_images:
-        kind = "video" if config.frames > 1 else "image"
+        kind = file_word(config.frames > 1)
         raise UserError(
             f"a batch of {batch_size or share} needs more than {counted(num_images, kind)} to "
             "train on: pass a smaller --batch-size"
