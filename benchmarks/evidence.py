@@ -468,7 +468,12 @@ def verdict(differences: dict[str, list[float]]) -> str:
         title = MEASURES[measure].split(",")[0]
         article = "the " if title.endswith("probe") else ""
         told[word].append(f"{article}{title} ({interval(values)})")
-    return "; it ".join(f"{word} {' and '.join(ms)}" for word, ms in told.items() if ms)
+    return "; it ".join(f"{word} {listed(ms)}" for word, ms in told.items() if ms)
+
+
+def listed(words: list[str]) -> str:
+    """`a, b and c`"""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def write_splits(data: Path, out: Path, rows: int, smoke: bool) -> Path:
