@@ -107,14 +107,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                value = json.loads(line, object_pairs_hook=_sharing_names)
+                if isinstance(value, dict):
+                    found.append(value)
     return found
+
+
+def _sharing_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The names are the same in each line, and take more memory than the numbers."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def _append(folder: Path, event: dict[str, Any]) -> None:

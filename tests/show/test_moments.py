@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from hpm.show.figures import picture
-from hpm.show.moments import keep_moment, read_moments
+from hpm.show.moments import keep_moment, measured_steps, read_moments
 from hpm.weights.resolve import load
 
 
@@ -28,6 +30,23 @@ def test_ten_are_read_the_first_and_last_among_them(shown, tmp_path):
     steps = [moment.step for moment in read_moments(tmp_path, set(range(45)))]
     assert len(steps) == 10 and steps == sorted(set(steps))
     assert (steps[0], steps[-1]) == (0, 44), "those after step 44 are of a training taken back"
+
+
+def test_the_work_does_not_grow_with_the_steps_that_were_logged(shown, tmp_path, monkeypatch):
+    """On a network file system, looking for a file takes as long as reading it."""
+    looked_for = []
+    stat = Path.stat
+
+    def counted(path, **options):
+        looked_for.append(path)
+        return stat(path, **options)
+
+    for step in (0, 50):
+        keep_moment(shown, tmp_path, step)
+    (tmp_path / "step_copy.safetensors").write_bytes(b"not ours")
+    monkeypatch.setattr(Path, "stat", counted)
+    assert measured_steps(tmp_path, set(range(0, 100_000, 50))) == [0, 50]
+    assert len(looked_for) < 20
 
 
 def test_a_damaged_one_is_left_out(shown, tmp_path):
