@@ -13,7 +13,8 @@ from hpm.core.errors import UserError
 from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, number_title, saved_evaluations
-from hpm.show.report import read_metrics, read_options
+from hpm.show.readings import read_metrics
+from hpm.show.report import read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.run_folder import RunFolder, latest_values, training_minutes
