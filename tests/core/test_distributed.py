@@ -169,7 +169,7 @@ def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
         (images / "class_0" / f"{number:03d}.png").write_bytes(b"broken")
     program = tmp_path / "program.py"
     program.write_text(ROWS)
-    result = torchrun(program, images, 5 - len(broken), timeout=120)
+    result = torchrun(program, images, 5 - len(broken))
     assert result.returncode == 0, result.stderr
 
 
@@ -214,9 +214,7 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_FAILS.format(error=error))
     options = tiny_arguments()
-    result = torchrun(
-        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
-    )
+    result = torchrun(program, "pretrain", image_folder, "--out", tmp_path / "run", *options)
     assert result.returncode != 0
     assert result.stderr.count(line) == 1, result.stderr
     assert "Connection closed" not in result.stderr and "connection" not in result.stderr.lower()
@@ -255,9 +253,7 @@ def test_a_main_process_that_dies_alone_ends_the_others(image_folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(MAIN_ALONE.format(function="evaluate", what="raise RuntimeError('a bug')"))
     options = tiny_arguments()
-    result = torchrun(
-        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
-    )
+    result = torchrun(program, "pretrain", image_folder, "--out", tmp_path / "run", *options)
     assert result.returncode != 0 and result.stderr.count("RuntimeError: a bug") == 1
 
 
