@@ -440,8 +440,8 @@ class Experiment:
         text = (
             f"Both methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
             f"ImageNet, each with its own tuned settings. After {self.epochs} epochs each ({pairs} "
-            f"of {planned} planned seeds), HPM {verdict(paired(found['HPM'], found['MAE']))}; "
-            "differences to MAE in points, with 95 % t-intervals."
+            f"of {planned} planned seeds), HPM {verdict(paired(found['HPM'], found['MAE']))} "
+            "(differences in points, with 95 % t-intervals)."
         )
         if ratio := self.known.get("ratio"):
             text += f" A step of HPM took {ratio:.1f} times as long as one of MAE."
