@@ -398,7 +398,7 @@ class Experiment:
             if pairs := pairs_of(found[method], found[base]):
                 differences = paired(found[method], found[base])
                 cells = [interval(differences.get(m, [])) for m in MEASURES]
-                title = f"{TITLES.get(method, method)} less {TITLES.get(base, base)}"
+                title = f"{TITLES.get(method, method)} minus {TITLES.get(base, base)}"
                 gains.append([title, str(len(pairs)), *cells])
         tuning = [
             [*key.split(" / ")[1:], f"{values['linear']:.1f}"]
@@ -434,8 +434,8 @@ class Experiment:
             parts.append("No arm has been run yet.")
         if gains:
             parts += [
-                "Paired differences in points, mean ± half of the 95 % t-interval, which is also "
-                "the smallest difference that this number of seeds could have told from none.",
+                "Paired differences in points, mean ± half of the 95 % t-interval. A difference "
+                "that is smaller than the number after ± is not significant.",
                 table(["", "pairs", *MEASURES.values()], gains),
             ]
         objects = [v["objects"] for v in found["HPM"].values() if "objects" in v]
@@ -456,20 +456,20 @@ class Experiment:
 
     def summary(self, found: dict[str, dict[int, dict]]) -> str:
         """The README's paragraph: how HPM compares with MAE so far."""
+        planned = len(self.seeds)
         pairs = len(pairs_of(found["HPM"], found["MAE"]))
-        of = "All" if pairs == len(self.seeds) else f"So far, {pairs} of"
         text = (
-            f"{of} {len(self.seeds)} planned pairs of seeds have finished. Compared with MAE after "
-            f"as many epochs, HPM {verdict(paired(found['HPM'], found['MAE']))} (points, with 95 % "
-            f"t-intervals). Both trained {self.chosen.model} for {self.epochs} epochs on "
-            f"{self.chosen.rows:,} images of Tiny ImageNet, each at its own best setting."
+            f"Both methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
+            f"ImageNet, each with its own tuned settings. After {self.epochs} epochs each ({pairs} "
+            f"of {planned} planned seeds), HPM {verdict(paired(found['HPM'], found['MAE']))} "
+            "(differences in points, with 95 % t-intervals)."
         )
         if ratio := self.known.get("ratio"):
-            text += f" A step of HPM took {ratio:.1f} times as long."
+            text += f" A step of HPM took {ratio:.1f} times as long as one of MAE."
         pairs = len(pairs_of(found["HPM"], found[EQUAL_TIME]))
         if pairs > 1:
             text += (
-                f" Compared with an MAE that trained for as long as HPM took ({pairs} pairs), HPM "
+                f" After the same time ({pairs} of {planned} seeds), HPM "
                 f"{verdict(paired(found['HPM'], found[EQUAL_TIME]))}."
             )
         if (pairs := len(pairs_of(found["memory"], found["MAE"]))) > 1:
@@ -492,13 +492,13 @@ def verdict(differences: dict[str, list[float]]) -> str:
     told: dict[str, list[str]] = {
         "is better on": [],
         "is worse on": [],
-        "cannot be told apart on": [],
+        "does not differ significantly on": [],
     }
     better, worse, same = told
     for measure, values in differences.items():
         mean, half = mean_and_half(values)
         word = same if abs(mean) < half else better if mean > 0 else worse
-        title = MEASURES[measure].split(",")[0]
+        title = MEASURES[measure].replace("CamVid, ", "CamVid ").split(",")[0]
         article = "the " if title.endswith("probe") else ""
         told[word].append(f"{article}{title} ({interval(values)})")
     return "; it ".join(f"{word} {listed(ms)}" for word, ms in told.items() if ms)

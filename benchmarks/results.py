@@ -12,8 +12,8 @@ import torch
 RESULTS = Path(__file__).parent / "RESULTS.md"
 HEAD = """# What was measured
 
-Every section is written by the script named in it, never by hand. What needs a GPU and had none
-when these scripts ran is missing, not estimated.
+The script that each section names has written it; no number was entered by hand. No script has run
+on a GPU yet, so numbers of GPUs are missing.
 """
 
 

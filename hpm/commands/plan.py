@@ -243,6 +243,7 @@ def _suggested(config: PlanConfig, found: Survey, choice: Choice, target: Target
         memory_gb=choice.memory_gb,
         memory_available_gb=target.memory / 1e9,
         machine=target.title,
+        on_gpu=target.on_gpu,
         estimated=target.gpu is not None,
         workers=num_workers(None),
         hours=config.hours,

@@ -147,7 +147,7 @@ def _differences(values: dict[str, dict[str, dict[str, float]]]) -> str:
     if not values:
         return ""
     return (
-        "<h3>Paired differences</h3>\n<p>This run less the one that it is compared with, on the "
+        "<h3>Paired differences</h3>\n<p>This run minus the one that it is compared with, on the "
         f"same images, with 95 % intervals.</p>{_numbers(values, 'features')}"
     )
 

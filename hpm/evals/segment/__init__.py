@@ -25,6 +25,10 @@ COLUMNS = {
 class Options(EvalOptions):
     """Semantic segmentation: a linear layer on frozen patch tokens, or UPerNet fine-tuned."""
 
+    data: str = option(may_change=True)
+    """Images with masks, whose pixels are numbers of classes: a folder of images/ with masks/
+    (also one for each split), ADE20K, Pascal VOC, or demo, the built-in images. Tests on the val or
+    test split if there is one, else on a fifth of the images."""
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
     chosen on a fifth of the training images. upernet: the whole encoder is fine-tuned (BEiT,
