@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-HEAD = """# What was measured
+HEAD = """# Results
 
-The script that each section names has written it; no number was entered by hand. No script has run
-on a GPU yet, so numbers of GPUs are missing.
+All measurements, with the commands that made them. A script has written each section; no number was
+entered by hand.
 """
 
 
