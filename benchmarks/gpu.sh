@@ -58,7 +58,7 @@ esac
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 echo "== a step never waits for the device"
-limited 90 "$PYTHON" -m pytest -q tests/test_compile.py
+limited 90 "$PYTHON" -m pytest -q tests/training/test_compile.py
 bench vit_base_compiled 140 --model vit_base --batch-size 256 --repeats 4
 real_run vit_base_compiled 180 --steps 200
 bench vit_base_eager 80 --model vit_base --batch-size 256 --repeats 4 --compile false
