@@ -63,7 +63,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError("device is cuda, but PyTorch sees no GPU: pass --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"process {number + 1} of this machine has no GPU, for PyTorch sees {count}: start as "
+            f"many processes as there are GPUs (--nproc-per-node {count}), or pass --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 @contextmanager

@@ -287,3 +287,14 @@ def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(hpm.UserError, match="one process only"):
         distributed.pick_device("mps")
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(process))
+        assert distributed.pick_device("auto") == torch.device("cuda", process)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(hpm.UserError, match="process 3 .* no GPU.*--nproc-per-node 2"):
+        distributed.pick_device("auto")
