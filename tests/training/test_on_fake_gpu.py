@@ -6,11 +6,14 @@ import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
 from helpers import TINY
+from segmentation import UPERNET
 
 import hpm
 from hpm.commands.bench_step import noise_batch
 from hpm.core.config import PretrainConfig
 from hpm.core.signals import Stop
+from hpm.evals.finetune.training import ClassifierTraining
+from hpm.evals.segment.upernet import UPerNetTraining
 from hpm.pretraining import train_step, training_parts
 from hpm.training.build import build_run
 from hpm.training.trial import trial_of
@@ -79,6 +82,35 @@ def test_a_step_mixes_no_devices_and_never_waits(way, tmp_path):
             result = train_step(run, batch, step, num_hard=2)
         assert devices.waits == []
         assert result.losses["reconstruction_loss"].device == GPU
+
+
+SEGMENT = {name: value for name, value in UPERNET.items() if name != "device"}
+
+
+@pytest.mark.parametrize(
+    ("training", "protocol", "data", "options"),
+    [
+        (ClassifierTraining, "finetune", "image_folder", {"epochs": 1, "batch_size": 8}),
+        (UPerNetTraining, "segment", "scenes", SEGMENT | {"steps": 2, "accumulate": 2}),
+    ],
+)
+def test_steps_with_labels_never_wait(
+    training, protocol, data, options, finished_run, request, tmp_path, monkeypatch
+):
+    waits, take_step = [], training.train_step
+    with fake_gpu() as devices:
+
+        def counted(*arguments):
+            devices.waits.clear()
+            result = take_step(*arguments)
+            waits.extend(devices.waits)
+            return result
+
+        monkeypatch.setattr(training, "train_step", counted)
+        data = str(request.getfixturevalue(data))
+        options = options | {"workers": 0, "device": "cuda", "out": str(tmp_path)}
+        hpm.evaluate(protocol, str(finished_run.folder), data, **options)
+    assert waits == []
 
 
 def test_each_trial_counts_its_own_memory(image_folder, tmp_path, monkeypatch):
