@@ -116,9 +116,9 @@ def test_steps_with_labels_never_wait(
 def test_each_trial_counts_its_own_memory(image_folder, tmp_path, monkeypatch):
     """`hpm plan` tries larger settings first, up to those that do not fit."""
     config = PretrainConfig(data=str(image_folder), out=str(tmp_path / "run"), **ON_GPU)
-    with fake_gpu():
+    with fake_gpu(), monkeypatch.context() as patch:
         counted = []
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", counted.append)
+        patch.setattr(torch.cuda, "reset_peak_memory_stats", counted.append)
         with trial_of(config, GPU, training_parts(None), Stop()):
             assert counted == [GPU]
 
