@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
-from helpers import TINY
+from helpers import TINY, run_here
 from segmentation import UPERNET
 
 import hpm
@@ -84,6 +84,7 @@ def test_a_step_mixes_no_devices_and_never_waits(way, tmp_path):
         assert result.losses["reconstruction_loss"].device == GPU
 
 
+FEW = ("--batch-size=2", "--channels=16", "--repeats=1", "--steps-each=1")
 SEGMENT = {name: value for name, value in UPERNET.items() if name != "device"}
 
 
@@ -144,3 +145,24 @@ def test_a_whole_run_with_all_that_follows(image_folder, tmp_path):
         encoder = hpm.load_encoder(out).to(GPU)
         pooled, _ = encoder(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
         assert pooled.device == GPU
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("embed", "RUN", "DATA", "--out=OUT/features", "--patches=true", "--dtype=float16"),
+        ("show", "RUN", "DATA", "--out=OUT/figure.png", "--images=2"),
+        ("tokenize", "DATA", "--out=OUT/codes.safetensors", "--codes=4", "--image-size=16"),
+        ("bench", "segment", "--model=vit_nano", "--image-size=32", "--patch-size=8", *FEW),
+    ],
+    ids=" ".join,
+)
+def test_commands(command, finished_run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hpm.commands.bench_dense.matrix_product_flops", lambda device: 2e11)
+    places = {"RUN": finished_run.folder, "DATA": image_folder, "OUT": tmp_path}
+    words = list(command)
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    with fake_gpu():
+        result = run_here(*words, "--device=cuda")
+    assert result.returncode == 0, result.stderr
