@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm.core.errors import UserError
+from hpm.core.signals import Interrupted
 
 Done = TypeVar("Done")
 
@@ -93,14 +94,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         device_id=device if on_gpu else None,
     )
     _main_group = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+    ends_with_others = True
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         reports_error()  # claim the report before the others lose their connections
+        ends_with_others = isinstance(error, Interrupted)
         raise
     finally:
         _main_group = None
-        dist.destroy_process_group()
+        # NCCL's connections are destroyed by all processes together: one that has failed would wait
+        # for others that wait for it. Without that it exits, and torchrun ends the others.
+        if ends_with_others or not on_gpu:
+            dist.destroy_process_group()
 
 
 @cache

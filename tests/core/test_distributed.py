@@ -11,6 +11,7 @@ from jobs import hpm_on, torchrun
 import hpm
 from hpm.core import distributed
 from hpm.core.files import read_tensors
+from hpm.core.signals import Interrupted
 from hpm.show.run import Run
 
 
@@ -277,6 +278,32 @@ def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
     assert joined["device_id"] == device and joined["timeout"] == distributed.TIMEOUT
     # What the main process does alone is waited for on the CPU, which has no watchdog.
     assert groups == [{"backend": "gloo", "timeout": distributed.MAIN_TIMEOUT}]
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "destroyed"),
+    [
+        (torch.device("cuda", 1), RuntimeError("out of memory"), False),
+        (torch.device("cuda", 1), Interrupted(15), True),  # of all processes
+        (torch.device("cpu"), RuntimeError("a bug"), True),
+    ],
+)
+def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
+    device, error, destroyed, monkeypatch
+):
+    """NCCL's connections end in all processes together, or not at all."""
+    ended = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed, "_store", None)
+    monkeypatch.setattr(distributed, "reports_error", lambda: True)
+    with pytest.raises(type(error)), distributed.process_group(device):
+        raise error
+    assert bool(ended) == destroyed
 
 
 def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
