@@ -137,8 +137,8 @@ class BenchDenseConfig:
     steps_each: int = option(3, at_least=1, main=True)
     """Number of steps of training and of testing per round."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
-    CPU."""
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU that has it
+    (NVIDIA's since Ampere), else float32."""
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""

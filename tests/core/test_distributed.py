@@ -11,6 +11,7 @@ from jobs import hpm_on, torchrun
 import hpm
 from hpm.core import distributed
 from hpm.core.files import read_tensors
+from hpm.core.signals import Interrupted
 from hpm.show.run import Run
 
 
@@ -275,6 +276,32 @@ def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
     assert groups == [{"backend": "gloo", "timeout": distributed.MAIN_TIMEOUT}]
 
 
+@pytest.mark.parametrize(
+    ("device", "error", "destroyed"),
+    [
+        (torch.device("cuda", 1), RuntimeError("out of memory"), False),
+        (torch.device("cuda", 1), Interrupted(15), True),  # of all processes
+        (torch.device("cpu"), RuntimeError("a bug"), True),
+    ],
+)
+def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
+    device, error, destroyed, monkeypatch
+):
+    """NCCL's connections end in all processes together, or not at all."""
+    ended = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed, "_store", None)
+    monkeypatch.setattr(distributed, "reports_error", lambda: True)
+    with pytest.raises(type(error)), distributed.process_group(device):
+        raise error
+    assert bool(ended) == destroyed
+
+
 def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
     with pytest.raises(hpm.UserError, match="pass --device cpu"):
         distributed.pick_device("mps")
@@ -283,3 +310,14 @@ def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(hpm.UserError, match="one process only"):
         distributed.pick_device("mps")
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(process))
+        assert distributed.pick_device("auto") == torch.device("cuda", process)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(hpm.UserError, match="process 3 .* no GPU.*--nproc-per-node 2"):
+        distributed.pick_device("auto")

@@ -201,3 +201,15 @@ def test_a_safetensors_file_of_something_else(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         load(path)
     assert load_file(path)["x"].shape == (2,)
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch, tmp_path):
+    """Its memory may be full: to ask for its generator would be an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked"))
+    model, optimizer = trained()
+    path = checkpoint.save_checkpoint(tmp_path, model, None, optimizer, {"step": 1}, keep=1)
+    found = checkpoint.load_checkpoint(path)
+    found.rng["cuda"] = torch.zeros(16, dtype=torch.uint8)  # as if it had begun on a GPU
+    checkpoint.restore(found, model, None, optimizer)

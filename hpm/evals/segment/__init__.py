@@ -101,7 +101,8 @@ class Options(EvalOptions):
     """(upernet) Number of gradient accumulation steps that each batch is split into. Batch norms
     see one part at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU that has it (NVIDIA's
+    since Ampere), else float32."""
     checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """(upernet) Interval between checkpoints. Run the same command again to resume from the latest
     one."""
