@@ -63,7 +63,7 @@ growth)
 esac
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-bench vit_base_compiled 140 --model vit_base --batch-size 256 --repeats 4
-real_run vit_base_compiled 180 --steps 200
-bench vit_base_eager 80 --model vit_base --batch-size 256 --repeats 4 --compile false
-bench vit_large_compiled 200 --model vit_large --batch-size 256 --repeats 3
+bench vit_base_compiled 120 --model vit_base --batch-size 256 --repeats 4
+real_run vit_base_compiled 150 --steps 200
+bench vit_base_eager 70 --model vit_base --batch-size 256 --repeats 4 --compile false
+bench vit_large_compiled 180 --model vit_large --batch-size 256 --repeats 3
