@@ -23,6 +23,7 @@ from hpm.data.folders import (
     find_images,
     images_of,
     labels_by_folder,
+    subfolders,
 )
 from hpm.data.given import given
 from hpm.data.hugging_face import is_hub, open_hub
@@ -257,7 +258,7 @@ def _open_folder(path: Path, clips: bool) -> Splits:
             ParquetSource(f"{path} (test)", test) if test else None,
         )
     path = images_of(path)
-    inside = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
+    inside = {p.name.lower(): p for p in subfolders(path)}
     if any((path / "annotations").glob("*.json")):  # COCO's names: train2017, val2017
         inside = {name.rstrip("0123456789"): p for name, p in inside.items()}
         inside.pop("annotations")
@@ -276,7 +277,7 @@ def _open_litdata(path: Path) -> Splits | None:
     """A folder of LitData, or splits of such; None if it is none."""
     if is_litdata(path):
         return Splits(LitDataSource(path))
-    below = sorted(p for p in path.iterdir() if is_litdata(p))
+    below = [p for p in subfolders(path) if is_litdata(p)]
     train, test = train_and_test(p.name for p in below)
     if train is None:
         return None

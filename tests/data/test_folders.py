@@ -1,6 +1,8 @@
 """A folder of an annotated data set: its images are taken, and not its masks."""
 
+import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -102,3 +104,31 @@ def test_pretrain_takes_the_images(tmp_path):
     assert result.returncode == 0, result.stderr
     log = (out / "train.log").read_text()
     assert "16 images of" in log, log  # not 32; and not "16 images/s"
+
+
+def test_images_are_not_asked_for_one_by_one(tmp_path, monkeypatch):
+    write(tmp_path, *(f"{number}.jpg" for number in range(30)))
+    asked = []
+
+    def noting(call):
+        def noted(path, *args, **options):
+            asked.append(str(path))
+            return call(path, *args, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "stat", noting(os.stat))
+    monkeypatch.setattr(io, "open", noting(io.open))
+    assert len(open_source(str(tmp_path)).train) == 30
+    assert asked and not [path for path in asked if ".jpg" in path]
+
+
+def test_links_to_folders(tmp_path):
+    write(tmp_path / "elsewhere" / "train", "a.jpg", "b.jpg")
+    write(tmp_path / "elsewhere" / "val", "c.jpg")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).symlink_to(tmp_path / "elsewhere" / split)
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data" / "round")
+    splits = open_source(str(tmp_path / "data"))
+    assert len(splits.train) == 2 and len(splits.test) == 1
