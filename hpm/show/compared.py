@@ -13,7 +13,9 @@ from hpm.core.errors import UserError
 from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, number_title, saved_evaluations
+from hpm.show.curves import Points, make_curve
 from hpm.show.report import read_metrics, read_options
+from hpm.show.report_figures import points_by_metric
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.run_folder import RunFolder, latest_values, training_minutes
@@ -71,12 +73,18 @@ Interval = tuple[float, float | None, float | None]  # a number, low and high
 
 @dataclass
 class ComparedRun:
-    """A run folder, read. `label`: the part of its path that tells it from the others."""
+    """A run folder, read.
+
+    label: the part of its path that tells it from the others. latest: the last value of each
+    metric. points: of its curves, reduced to those that are drawn. minutes: of training.
+    """
 
     folder: Path
     label: str
     options: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    latest: dict[str, Any]
+    points: dict[str, Points]
+    minutes: float
     progress: str
     evaluations: list[Row]
 
@@ -87,10 +95,9 @@ class ComparedRun:
     def numbers(self, clips: bool) -> dict[str, float]:
         """The latest value of each of NUMBERS, and the minutes of training, by title. clips: all
         that are compared are of clips."""
-        last = latest_values(self.metrics)
+        last = self.latest
         found = {worded(t, clips): last[name] for name, t in NUMBERS.items() if name in last}
-        minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
-        return found | ({"minutes of training": minutes} if minutes else {})
+        return found | ({"minutes of training": self.minutes} if self.minutes else {})
 
     def measures(self) -> dict[Measure, Interval]:
         """The numbers of the run's own features. Raw pixels are among them."""
@@ -141,4 +148,9 @@ def _read(folder: Path, label: str) -> ComparedRun:
     saved = [each for place in ("evals", "ablation") for each in saved_evaluations(folder, place)]
     rows = [row for each in saved if each.weights != "teacher" for row in each.rows or ()]
     words = read_status(folder, options, metrics, read_sessions(folder)).words
-    return ComparedRun(folder, label, options, metrics, words, rows)
+    # Not all metrics, which take a hundred times the memory of many long runs' curves.
+    curves = [make_curve(name, found) for name, found in points_by_metric(metrics).items()]
+    points = {c.name: list(zip(c.steps, c.values, strict=True)) for c in curves}
+    minutes = training_minutes(metrics, options.get("batch_size") or 0)
+    latest = latest_values(metrics)
+    return ComparedRun(folder, label, options, latest, points, minutes, words, rows)
