@@ -254,7 +254,11 @@ def channel_statistics(
         return trained_on.mean, trained_on.std
     height, width = architecture.image_size[-2:]
     min_side = min(architecture.patch_size[-2:])
-    return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
+    size = height, width
+    # A thousand processes would ask one file system for the same images.
+    return distributed.main_first(
+        lambda: measure_statistics(source, size, config.channels, config.seed, min_side)
+    )
 
 
 def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:

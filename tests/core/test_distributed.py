@@ -10,8 +10,12 @@ from jobs import hpm_on, torchrun
 
 import hpm
 from hpm.core import distributed
+from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors
+from hpm.data.sources import open_source
+from hpm.models.architecture import resolve_model
 from hpm.show.run import Run
+from hpm.training.build import channel_statistics
 
 
 def run_torchrun(*arguments, processes=2):
@@ -287,3 +291,14 @@ def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(hpm.UserError, match="one process only"):
         distributed.pick_device("mps")
+
+
+def test_one_process_measures_the_channels_for_all(monkeypatch, image_folder):
+    """The others would ask one file system for the same images."""
+    measured = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "from_main", lambda value: (measured, None))
+    source = open_source(str(image_folder)).train
+    config = PretrainConfig(data=str(image_folder), out="unused", normalize="measured")
+    monkeypatch.setattr(source, "open", lambda index: pytest.fail("it has read an image"))
+    assert channel_statistics(config, source, resolve_model(config)) == measured

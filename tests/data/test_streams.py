@@ -6,6 +6,7 @@ import itertools
 import shutil
 import tarfile
 import threading
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -20,6 +21,7 @@ from hpm.data.streams.lanes import Lane, read_ahead
 from hpm.data.streams.loading import Sharing, share_workers
 from hpm.data.streams.shards import find_shards
 from hpm.data.streams.stream import Stream
+from hpm.data.tars import TarSource
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +382,16 @@ def test_formats_of_headers(tmp_path):
             folder.type = tarfile.DIRTYPE
             archive.addfile(folder)
         assert [entry.data for entry in images_of(str(path))] == [png(n) for n in range(3)]
+
+
+def test_the_headers_of_archives_are_not_kept_while_they_are_listed(tmp_path):
+    files = {f"class_{number % 7}/{number:05d}.png": b"" for number in range(4000)}
+    archive = write_tar(tmp_path / "s.tar", files)
+    tracemalloc.start()
+    try:
+        source = TarSource("s", [str(archive)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 4000 and len(source.classes) == 7
+    assert peak < 500 * len(source), "bytes"
