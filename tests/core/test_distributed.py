@@ -1,6 +1,7 @@
 """Two processes at the same global batch are one process, but for rounding."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -302,3 +303,24 @@ def test_one_process_measures_the_channels_for_all(monkeypatch, image_folder):
     config = PretrainConfig(data=str(image_folder), out="unused", normalize="measured")
     monkeypatch.setattr(source, "open", lambda index: pytest.fail("it has read an image"))
     assert channel_statistics(config, source, resolve_model(config)) == measured
+
+
+def test_many_processes_may_open_a_connection_to_each_other_one(monkeypatch):
+    """The limit of many systems is 1024 open files."""
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1024)]))
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_store", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("the limit cannot be raised here")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        with distributed.process_group(torch.device("cpu")):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (4096, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
+        with distributed.process_group(torch.device("cpu")):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
