@@ -20,6 +20,7 @@ from hpm.data.folders import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     described,
+    files_below,
     find_images,
     images_of,
     labels_by_folder,
@@ -248,7 +249,7 @@ def _open_folder(path: Path, clips: bool) -> Splits:
         return Splits(ArrowSource(str(path), path))
     if splits := _open_litdata(path):
         return splits
-    files = sorted(path.rglob("*.parquet"))
+    files = files_below(path, ".parquet")
     if files:
         train, test = training_files(files), test_files(files)
         if not train:
@@ -308,7 +309,7 @@ def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:
         raise UserError(f"{root}: no images in this folder or below it{passed_over}")
     if others:
         say_once(f"{root}: passed over: {described(others)}")
-    paths = [os.path.join(root, f) for f in files]
+    paths = (os.path.join(root, file) for file in files)
     return FileSource(str(root), paths, *labels_by_folder(files), root)
 
 

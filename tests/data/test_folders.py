@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
 from helpers import run_here, tiny_arguments, write_images
 from PIL import Image
 
+from hpm.data.folders import files_below
 from hpm.data.sources import open_source
 
 
@@ -132,3 +134,27 @@ def test_links_to_folders(tmp_path):
     (tmp_path / "data" / "round").symlink_to(tmp_path / "data" / "round")
     splits = open_source(str(tmp_path / "data"))
     assert len(splits.train) == 2 and len(splits.test) == 1
+
+
+def test_little_memory_is_taken_for_each_image(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3000):
+        (tmp_path / "photos" / f"{number:05d}.jpg").touch()
+    open_source(str(tmp_path))  # once, for what is cached
+    tracemalloc.start()
+    try:
+        source = open_source(str(tmp_path)).train
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 3000
+    assert peak / 3000 < 170 + len(str(tmp_path)), "bytes"
+
+
+def test_tables_in_folders_are_found(tmp_path):
+    for name in ("b/part-0.parquet", "a.parquet", "b/c/d.parquet", "b/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    found = files_below(tmp_path, ".parquet")
+    assert found == sorted(tmp_path.rglob("*.parquet")) and len(found) == 3
