@@ -176,6 +176,16 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether the value is true in any process. Of a thousand on GPUs, this takes a fraction of a
+    millisecond, and `gather`, in which objects pass from CPU to CPU, two rounds of all of them."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(float(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
 def from_main(value: Any) -> Any:
     """Broadcast the main process's value."""
     if not dist.is_initialized():

@@ -62,12 +62,18 @@ class UnreadableImages:
         """Add (index, reason) of images that this process could not read."""
         self._found.update(problems)
 
-    def check(self, report: Callable[[str], None]) -> None:
+    @property
+    def has_news(self) -> bool:
+        """Whether this process has found any since the last check."""
+        return bool(self._found)
+
+    def check(self, report: Callable[[str], None], news: bool = True) -> None:
         """Report new problems. Raises UserError if there are too many.
 
-        All processes call it together, so that either all of them stop or none.
+        All processes call it together, so that either all of them stop or none. news: whether any
+        of them may have found some.
         """
-        for found in distributed.gather(self._found):
+        for found in distributed.gather(self._found) if news else ():
             for index, problem in found.items():
                 if index not in self.indices:
                     report(f"cannot read {self.source.path(index)} ({problem}), passed over")

@@ -161,9 +161,12 @@ def _train(training: Training, train_step: TrainStep, stop: Stop, events: Sequen
         stopping = stop.received > 0 and distributed.world_size() == 1
         if not (due or saving or logging or stopping):
             continue
-        log_losses(training, interval)
         # Several processes agree on stopping here, where they synchronise anyway.
-        stop_signal = max(distributed.gather(stop.received))
+        received = stop.received
+        news = received > 0 or training.unreadable.has_news
+        news = distributed.any_process(news, training.device)
+        log_losses(training, interval, news)
+        stop_signal = max(distributed.gather(received)) if news else 0
         for event in due:
             event.run()
             distributed.wait_for_main()
@@ -211,13 +214,16 @@ def check_losses(training: Training, interval: Interval) -> None:
     interval.steps = []
 
 
-def log_losses(training: Training, interval: Interval) -> None:
-    """Log the mean losses of the steps. Raises `not_finite` if one is not finite."""
+def log_losses(training: Training, interval: Interval, news: bool = True) -> None:
+    """Log the mean losses of the steps. Raises `not_finite` if one is not finite.
+
+    news: whether any process has found unreadable images, or may have.
+    """
     if interval.steps:
         check_losses(training, interval)
     rows = torch.cat(interval.rows)
     seconds = time.perf_counter() - interval.start
-    training.unreadable.check(training.log.info)
+    training.unreadable.check(training.log.info, news)
     means = dict(zip(interval.names, rows.mean(0).tolist(), strict=True))
     more, status = training.describe(means)
     speed = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hpm
-from hpm.core import lock
+from hpm.core import distributed, lock
 from hpm.core.phases import PhaseClock, phase
 from hpm.core.signals import Interrupted, Stop
 from hpm.data.sources import Source
@@ -198,6 +198,7 @@ def test_a_signal_in_the_last_step_does_not_interrupt(tmp_path):
 def test_all_processes_stop_with_the_signal_that_one_received(tmp_path, monkeypatch):
     training = Regression(tmp_path)
     other = int(signal.SIGTERM)  # of another process; this one received nothing
+    monkeypatch.setattr("hpm.training.loop.distributed.any_process", lambda *_: True)
     monkeypatch.setattr(
         "hpm.training.loop.distributed.gather",
         lambda value: [value, other] if isinstance(value, int) else [value],
@@ -332,3 +333,20 @@ def test_checkpoints_do_not_grow_with_the_reasons_of_unreadable_images(tmp_path)
     training.run()
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert b"a reason" not in checkpoint.read_bytes()
+
+
+def test_objects_pass_between_processes_only_if_there_is_news(tmp_path, monkeypatch):
+    """Between a thousand, they take longer than the steps of a log entry."""
+    gathered, real = [], distributed.gather
+
+    def gather(value):
+        gathered.append(value)
+        return real(value)
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    Regression(tmp_path / "none").run()
+    assert not gathered
+    training = Regression(tmp_path / "one")
+    training.problems = {5: [(7, "broken")]}
+    training.run()
+    assert {7: "broken"} in gathered and len(gathered) == 2
