@@ -19,8 +19,9 @@ test test-slow: export OMP_NUM_THREADS ?= $(THREADS)
 test: lint types
 	$(BIN)/python -m pytest
 
+# Some tests take minutes, and more on a busy machine.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 1800
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

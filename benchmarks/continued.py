@@ -27,10 +27,10 @@ PROTOCOL = """
   4e-3. Only the encoder is kept (`backbone.safetensors`).
 - **Own images.** The 3,457 training photographs of flowers, without their labels; plain MAE,
   {steps} steps in batches of 64, all other options at their defaults.
-- **Arms.** From nothing; the backbone as it is; the backbone, continued with the defaults
-  (`--init backbone.safetensors --init-partial`); the same with the options of a training from
-  nothing (`--freeze-encoder 0% --layer-decay 1`).
-- **Choice of the default base lr**: 1, 1/4 and 1/10 of that of a training from nothing, with the
+- **Arms.** From scratch (random weights); the backbone, unchanged; the backbone, continued with the
+  defaults (`--init backbone.safetensors --init-partial`); the same with the defaults of a run from
+  scratch (`--freeze-encoder 0% --layer-decay 1`).
+- **Choice of the default base lr**: 1, 1/4 and 1/10 of that of a run from scratch, with the
   backbone of seed 0, but another order and other crops; judged by the linear probe on a fifth of
   the labels of the training photographs, fitted on the others. The best, 1, became the default
   before the arms were trained.
@@ -42,7 +42,7 @@ PROTOCOL = """
 FOLDER = Path(__file__).parent
 DATA = FOLDER / ".." / ".." / "shared" / "data"
 TUNING_SEED = 100
-SHARES = (1.0, 0.25, 0.1)  # of the base lr of a training from nothing
+SHARES = (1.0, 0.25, 0.1)  # of the base lr of a run from scratch
 MODEL = {"model": "vit_nano", "image_size": 64, "patch_size": 8}
 RECORD = {"holdout": 0, "workers": 0, "keep_checkpoints": 1, "log_every": 50, "eval_every": "100%"}
 PLAIN_MAE: dict[str, Any] = {"mask": "random", "predictor_loss": "none"}
@@ -50,7 +50,13 @@ BACKBONE: dict[str, Any] = PLAIN_MAE | {"base_lr": 4e-3, "batch_size": 128}
 OWN: dict[str, Any] = PLAIN_MAE | {"batch_size": 64}
 SCRATCH, AS_IS = "from nothing", "backbone as it is"
 CONTINUED, UNSUITED = "continued", "continued as from nothing"
-ARMS = (SCRATCH, AS_IS, CONTINUED, UNSUITED)
+ARMS = (SCRATCH, AS_IS, CONTINUED, UNSUITED)  # as the results file names them
+TITLES = {
+    SCRATCH: "from scratch",
+    AS_IS: "backbone, unchanged",
+    CONTINUED: "continued",
+    UNSUITED: "continued, from-scratch defaults",
+}
 PAIRS = (
     (CONTINUED, SCRATCH),
     (CONTINUED, AS_IS),
@@ -218,25 +224,26 @@ def differences_of(known: dict[str, Any], measure: str, pair: tuple[str, str]) -
 def summary(known: dict[str, Any]) -> str:
     """What the linear probe says about continuing, in words."""
     against = {
-        (CONTINUED, SCRATCH): "a run from random weights of as many steps",
+        (CONTINUED, SCRATCH): "a run of as many steps from scratch",
         (CONTINUED, AS_IS): "the backbone that it starts from",
-        (CONTINUED, UNSUITED): "the same with the defaults of a run from random weights",
+        (CONTINUED, UNSUITED): "the same with the defaults of a run from scratch",
     }
     said = []
     for pair, name in against.items():
         values = differences_of(known, "linear", pair)
         if len(values) < 2:
-            return "The measurement is not complete yet, and tells nothing apart so far."
+            return "The measurement is not complete yet."
         mean, half = mean_and_half(values)
-        verdict = "cannot be told apart from" if abs(mean) <= half else "is "
-        verdict += "" if abs(mean) <= half else ("better than" if mean > 0 else "worse than")
+        verdict = "is better than" if mean > 0 else "is worse than"
+        if abs(mean) <= half:
+            verdict = "does not differ significantly from"
         said.append(f"{verdict} {name} ({mean:+.1f} ± {half:.1f} points)")
     settings = known["settings"]
     return (
         "Measured on 3,457 photographs of flowers, with a vit_nano of 64 px that plain MAE had "
         f"pre-trained on {settings['rows']:,} images of Tiny ImageNet, over {len(values)} seeds, "
-        f"by a linear probe (95 % t-intervals): continued training, of {settings['steps']} steps, "
-        f"{'; it '.join(said)}."
+        f"by a linear probe (with 95 % t-intervals): training continued for {settings['steps']} "
+        f"steps {'; it '.join(said)}."
     )
 
 
@@ -255,9 +262,9 @@ def report(experiment: Experiment) -> None:
     write_section(
         "continued",
         f"{summary(known)}\n\nTop-1 in %, mean ± standard deviation over the seeds:\n\n"
-        f"{table(['', 'seeds', *ARMS], rows)}\n\n"
-        "`benchmarks/continued.py` made these numbers; [RESULTS.md](../benchmarks/RESULTS.md) has "
-        "its protocol and the paired differences.",
+        f"{table(['', 'seeds', *TITLES.values()], rows)}\n\n"
+        "[RESULTS.md](../benchmarks/RESULTS.md#continued-training-on-ones-own-images) has the "
+        "protocol and the paired differences.",
         FOLDER.parent / "docs" / "recipes.md",
     )
     shares = [
@@ -273,10 +280,10 @@ def report(experiment: Experiment) -> None:
         f"`python benchmarks/continued.py` on {machine()}, one thread, beside other work.\n\n"
         f"{protocol}\n\n"
         "Top-1 in %, mean ± standard deviation over the seeds:\n\n"
-        f"{table(['', 'seeds', *ARMS], rows)}\n\n"
-        "Paired differences in points, with half of their 95 % t-interval:\n\n"
-        + table(["", *[f"{a} less {b}" for a, b in PAIRS]], differences)
-        + "\n\nThe choice of the default base lr, as a share of that of a training from nothing "
+        f"{table(['', 'seeds', *TITLES.values()], rows)}\n\n"
+        "Paired differences in points, mean ± half of the 95 % t-interval:\n\n"
+        + table(["", *[f"{TITLES[a]} minus {TITLES[b]}" for a, b in PAIRS]], differences)
+        + "\n\nThe choice of the default base lr, as a share of that of a run from scratch "
         "(linear probe on held-out training labels):\n\n" + table(["share", "top-1"], shares),
     )
 

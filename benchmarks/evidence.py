@@ -58,7 +58,11 @@ PROTOCOL = """
 # What was done otherwise, and when.
 DEPARTURES = """
 - **Order of work.** When all pairs of MAE and HPM were known (2026-11-26), equal time was moved
-  before the predictor's arm (`--first`), because it is what a user who must choose wants to know.
+  before the predictor's arm (`--first`), because it is what a user who must choose wants to know;
+  then, when four of its pairs were known, memory before the others, because it costs no time.
+- **Arms added** when two seeds of memory were known, both ahead of MAE by linear probe and kNN:
+  memory for as many steps as MAE for HPM's time has, to see whether longer training keeps what it
+  gains; and the three other ways to mine, by memory too.
 """
 
 FOLDER = Path(__file__).parent
@@ -66,46 +70,65 @@ DATA = FOLDER / ".." / ".." / "shared" / "data" / "tin100"
 CAMVID = DATA.with_name("camvid")
 SEEDS, TUNING_SEEDS = range(7), (100, 101)
 RATES, FACTOR, CLOSE = (2e-3, 4e-3, 8e-3), 2.0, 0.5
+# Ways to mine that may be better: one option changed, two seeds each. Temperature and unit were
+# chosen before the first run.
+WAYS: dict[str, dict[str, Any]] = {
+    "sampled": {"mining_temperature": 1.0},
+    "progress": {"mine_by": "progress"},
+    "units": {"mask_unit": 2},
+}
 MINED = {"mask": "easy_to_hard", "predictor_loss": "relative"}
 PLAIN = {"mask": "random", "predictor_loss": "none"}
+REMEMBERED = {"mask": "easy_to_hard", "mine_by": "memory", "predictor_loss": "none"}
 METHODS: dict[str, dict[str, Any]] = {
     "MAE": PLAIN,
     "HPM": MINED,
     "predictor": {"mask": "random", "predictor_loss": "relative"},
-    "memory": {"mask": "easy_to_hard", "mine_by": "memory", "predictor_loss": "none"},
+    "memory": REMEMBERED,
     "MAE, HPM's time": PLAIN,
+    "memory, HPM's time": REMEMBERED,
     "green noise": {"mask": "green_noise", "predictor_loss": "none"},
     "MAE, raw pixels": PLAIN | {"target": "pixels"},
     "HPM, raw pixels": MINED | {"target": "pixels"},
 }
-# Ways to mine that may be better than the paper's: HPM's setting with one option changed, two seeds
-# each. Temperature and unit were chosen before the first run.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "sampled": MINED | {"mining_temperature": 1.0},
-    "progress": MINED | {"mine_by": "progress"},
-    "units": MINED | {"mask_unit": 2},
+    **{f"memory, {way}": REMEMBERED | changed for way, changed in WAYS.items()},
+    **{f"HPM, {way}": MINED | changed for way, changed in WAYS.items()},
 }
 VARIANT_SEEDS = range(2)
-EQUAL_TIME = "MAE, HPM's time"
+PAIR = ("MAE", "HPM")  # whose seeds come first
+EQUAL_TIME, LONGER_MEMORY = "MAE, HPM's time", "memory, HPM's time"
+# Whose best setting an arm takes: that of the arm that it changes.
+TUNED_AS = {
+    EQUAL_TIME: "MAE",
+    LONGER_MEMORY: "memory",
+    **{name: name.split(",")[0] for name in VARIANTS},
+}
+LONGER = (EQUAL_TIME, LONGER_MEMORY)
 TITLES = {
     "predictor": "predictor's loss, random masks",
     "memory": "HPM by memory, no predictor",
     "green noise": "green noise (ColorMAE)",
     EQUAL_TIME: "MAE for as long as HPM takes",
-    "sampled": "HPM, mined patches sampled (temperature 1)",
-    "progress": "HPM by the progress of the loss",
-    "units": "HPM over units of 2 x 2 patches",
+    LONGER_MEMORY: "HPM by memory, as many steps as that",
+    "HPM, sampled": "HPM, mined patches sampled (temperature 1)",
+    "HPM, progress": "HPM by the progress of the loss",
+    "HPM, units": "HPM over units of 2 x 2 patches",
+    "memory, sampled": "HPM by memory, mined patches sampled (temperature 1)",
+    "memory, progress": "HPM by the progress of the loss, no predictor",
+    "memory, units": "HPM by memory, over units of 2 x 2 patches",
 }
 # (arm, what it is compared with)
 COMPARISONS = (
     *(
         (name, "MAE")
         for name in METHODS
-        if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels")
+        if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels", LONGER_MEMORY)
     ),
     ("HPM", EQUAL_TIME),
+    (LONGER_MEMORY, EQUAL_TIME),
     ("HPM, raw pixels", "MAE, raw pixels"),
-    *((name, "HPM") for name in VARIANTS),
+    *((name, TUNED_AS[name]) for name in VARIANTS),
 )
 ALSO_TUNED = {"MAE": ("mask_ratio", (0.65, 0.75, 0.85)), "HPM": ("hard_share_end", (0.25, 0.5))}
 DEFAULTS = {"mask_ratio": 0.75, "hard_share_end": 0.5}
@@ -196,31 +219,29 @@ class Experiment:
     def plan(self) -> list[Job]:
         """All open jobs that can be run now, most important first."""
         jobs: list[Job] = []
-        others = sorted(list(METHODS)[2:], key=lambda name: name != self.chosen.first)
-        for methods in (("MAE", "HPM"), *((name,) for name in others)):
+        others = dict.fromkeys([*(self.chosen.first or ()), *METHODS, *VARIANTS])
+        for method in PAIR:
+            del others[method]
+        for methods in (PAIR, *((name,) for name in others)):
             settings = {}
             for method in methods:
                 missing, settings[method] = self.tune(method)
                 jobs += missing
-            if EQUAL_TIME in methods and "ratio" not in self.known:
+            if methods[0] in LONGER and "ratio" not in self.known:
                 continue
-            for seed in self.seeds:
+            for seed in VARIANT_SEEDS if methods[0] in VARIANTS else self.seeds:
                 jobs += [
                     self.job(method, setting, seed)
                     for method in methods
                     if (setting := settings[method]) is not None
                 ]
-        setting = self.tune("HPM")[1]
-        if setting is not None:
-            jobs += [self.job(name, setting, seed) for name in VARIANTS for seed in VARIANT_SEEDS]
         if all(job.key in self.known for job in jobs):  # the costliest measure comes last
             jobs += [self.attentive_job(m, s) for m in METHODS for s in self.seeds]
         return [job for job in dict.fromkeys(jobs) if job.key not in self.known]
 
     def tune(self, method: str) -> tuple[list[Job], dict[str, Any] | None]:
         """(jobs that are still needed, the best setting once it is known)."""
-        if method == EQUAL_TIME:
-            return self.tune("MAE")
+        method = TUNED_AS.get(method, method)
         rates = list(RATES)
         while True:
             jobs = [self.tuning_job(method, {"base_lr": rate}) for rate in rates]
@@ -273,7 +294,7 @@ class Experiment:
         options = dict(self.options(method, setting, seed, self.epochs))
         measures = [(protocol, "test.parquet") for protocol in ("linear", "knn")]
         measures.append(("segment", str(self.chosen.camvid)))
-        if method == EQUAL_TIME:
+        if method in LONGER:
             steps_per_epoch = self.chosen.rows // options["batch_size"]
             options["steps"] = round(options.pop("epochs") * steps_per_epoch * self.known["ratio"])
         if method == "HPM":
@@ -368,7 +389,7 @@ class Experiment:
         for method, by_seed in found.items():
             if not by_seed:
                 continue
-            _, setting = self.tune("HPM" if method in VARIANTS else method)
+            _, setting = self.tune(method)
             chosen = ", ".join(f"{k} {v:g}" for k, v in (setting or {}).items())
             cells = [spread([v[m] for v in by_seed.values() if m in v]) for m in MEASURES]
             rows.append([TITLES.get(method, method), chosen, str(len(by_seed)), *cells])
@@ -377,7 +398,7 @@ class Experiment:
             if pairs := pairs_of(found[method], found[base]):
                 differences = paired(found[method], found[base])
                 cells = [interval(differences.get(m, [])) for m in MEASURES]
-                title = f"{TITLES.get(method, method)} less {TITLES.get(base, base)}"
+                title = f"{TITLES.get(method, method)} minus {TITLES.get(base, base)}"
                 gains.append([title, str(len(pairs)), *cells])
         tuning = [
             [*key.split(" / ")[1:], f"{values['linear']:.1f}"]
@@ -413,8 +434,8 @@ class Experiment:
             parts.append("No arm has been run yet.")
         if gains:
             parts += [
-                "Paired differences in points, mean ± half of the 95 % t-interval, which is also "
-                "the smallest difference that this number of seeds could have told from none.",
+                "Paired differences in points, mean ± half of the 95 % t-interval. A difference "
+                "that is smaller than the number after ± is not significant.",
                 table(["", "pairs", *MEASURES.values()], gains),
             ]
         objects = [v["objects"] for v in found["HPM"].values() if "objects" in v]
@@ -435,21 +456,33 @@ class Experiment:
 
     def summary(self, found: dict[str, dict[int, dict]]) -> str:
         """The README's paragraph: how HPM compares with MAE so far."""
+        planned = len(self.seeds)
         pairs = len(pairs_of(found["HPM"], found["MAE"]))
-        of = "All" if pairs == len(self.seeds) else f"So far, {pairs} of"
         text = (
-            f"{of} {len(self.seeds)} planned pairs of seeds have finished. Compared with MAE after "
-            f"as many epochs, HPM {verdict(paired(found['HPM'], found['MAE']))} (points, with 95 % "
-            f"t-intervals). Both trained {self.chosen.model} for {self.epochs} epochs on "
-            f"{self.chosen.rows:,} images of Tiny ImageNet, each at its own best setting."
+            f"Both methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
+            f"ImageNet, each with its own tuned settings. After {self.epochs} epochs each ({pairs} "
+            f"of {planned} planned seeds), HPM {verdict(paired(found['HPM'], found['MAE']))} "
+            "(differences in points, with 95 % t-intervals)."
         )
         if ratio := self.known.get("ratio"):
-            text += f" A step of HPM took {ratio:.1f} times as long."
+            text += f" A step of HPM took {ratio:.1f} times as long as one of MAE."
         pairs = len(pairs_of(found["HPM"], found[EQUAL_TIME]))
         if pairs > 1:
             text += (
-                f" Compared with an MAE that trained for as long as HPM took ({pairs} pairs), HPM "
+                f" After the same time ({pairs} of {planned} seeds), HPM "
                 f"{verdict(paired(found['HPM'], found[EQUAL_TIME]))}."
+            )
+        if (pairs := len(pairs_of(found["memory"], found["MAE"]))) > 1:
+            text += (
+                f" HPM by memory ({pairs} pairs), after as many epochs as MAE, "
+                f"{verdict(paired(found['memory'], found['MAE']))}."
+            )
+        if ratio := self.known.get("memory_ratio"):
+            text += f" Its step took {ratio:.2f} times as long as MAE's."
+        if (pairs := len(pairs_of(found[LONGER_MEMORY], found[EQUAL_TIME]))) > 1:
+            text += (
+                f" After as many steps as MAE for HPM's time ({pairs} pairs), it "
+                f"{verdict(paired(found[LONGER_MEMORY], found[EQUAL_TIME]))} compared with that."
             )
         return f"{textwrap.fill(text, 100)}\n\n![top-1 by method](benchmarks/evidence.png)"
 
@@ -459,13 +492,13 @@ def verdict(differences: dict[str, list[float]]) -> str:
     told: dict[str, list[str]] = {
         "is better on": [],
         "is worse on": [],
-        "cannot be told apart on": [],
+        "does not differ significantly on": [],
     }
     better, worse, same = told
     for measure, values in differences.items():
         mean, half = mean_and_half(values)
         word = same if abs(mean) < half else better if mean > 0 else worse
-        title = MEASURES[measure].split(",")[0]
+        title = MEASURES[measure].replace("CamVid, ", "CamVid ").split(",")[0]
         article = "the " if title.endswith("probe") else ""
         told[word].append(f"{article}{title} ({interval(values)})")
     return "; it ".join(f"{word} {listed(ms)}" for word, ms in told.items() if ms)
@@ -562,21 +595,21 @@ def object_rows(objects: list[dict]) -> list[list[str]]:
     ]
 
 
-def measure_ratio(experiment: Experiment) -> None:
-    """Ratio of step times, HPM to MAE, measured by `hpm bench step`."""
+def measure_ratios(experiment: Experiment) -> None:
+    """Ratios of step times to MAE's, of HPM and of memory, measured by `hpm bench step`."""
     file = experiment.out / "step.json"
-    options = {
-        "model": experiment.chosen.model,
-        "image_size": 64,
-        "patch_size": 8,
-        "batch_size": 128,
-        "repeats": 15,
-        "json": file,
-    }
-    subprocess.run(
-        [sys.executable, "-m", "hpm", "bench", "step", *as_arguments(options)], check=True
-    )
-    experiment.keep("ratio", json.loads(file.read_text())["hpm_to_mae"]["median"])
+    for name, arm in (("ratio", "HPM"), ("memory_ratio", "memory")):
+        options = {
+            "model": experiment.chosen.model,
+            "image_size": 64,
+            "patch_size": 8,
+            "batch_size": 128,
+            "repeats": 15,
+            "json": file,
+        }
+        command = ["-m", "hpm", "bench", "step", *as_arguments(options | METHODS[arm])]
+        subprocess.run([sys.executable, *command], check=True)
+        experiment.keep(name, json.loads(file.read_text())["hpm_to_mae"]["median"])
 
 
 def log_of(job: Job) -> Path:
@@ -655,8 +688,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--side-by-side", type=int, default=1)
-    parser.add_argument("--first", choices=list(METHODS)[2:], help="arm that follows MAE and HPM")
-    parser.add_argument("--timing", action="store_true", help="measure the ratio of step times")
+    parser.add_argument(
+        "--first",
+        action="append",
+        choices=[name for name in (*METHODS, *VARIANTS) if name not in PAIR],
+        help="arm that follows MAE and HPM; again for the one after that",
+    )
+    parser.add_argument("--timing", action="store_true", help="measure the ratios of step times")
     parser.add_argument("--report", action="store_true", help="write the report alone")
     parser.add_argument("--smoke", action="store_true", help="a few images: does it run through?")
     parser.add_argument("--objects", type=Path, help=argparse.SUPPRESS)
@@ -666,7 +704,7 @@ def main() -> None:
         return
     experiment = Experiment(chosen)
     if chosen.timing:
-        measure_ratio(experiment)
+        measure_ratios(experiment)
     elif not chosen.report:
         if "commit" not in experiment.known:
             commit = subprocess.run(

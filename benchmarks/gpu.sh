@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What waits for a GPU, each in one call of at most 9 minutes:
-#   OUT=results bash benchmarks/gpu.sh           # the tests that need a GPU, the training step
+#   OUT=results bash benchmarks/gpu.sh tests     # the tests that need a GPU
+#   OUT=results bash benchmarks/gpu.sh           # the training step
 #   OUT=results bash benchmarks/gpu.sh mining    # cheaper mining, beside MAE
 #   OUT=results bash benchmarks/gpu.sh growth    # growth and a profile, with their pictures
-# The first runs the tests that need a GPU, then times the step of ViT-B/16 and ViT-L/16 at 224 px,
-# compiled and eager, and trains ViT-B/16 for 200 steps (on $DATA, or the built-in images) to compare
-# its images per second with those of the benchmark. Tables go to the screen, numbers and pictures
-# into $OUT. On a CPU (to test the script itself):
+# The second times the step of ViT-B/16 and ViT-L/16 at 224 px, compiled and eager, and trains
+# ViT-B/16 for 200 steps (on $DATA, or the built-in images) to compare its images per second with
+# those of the benchmark. Tables go to the screen; numbers, pictures and messages (*.log) into $OUT.
+# On a CPU (to test the script itself):
 #   SMALL=1 OUT=results bash benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ bench() {  # name, seconds, options ...
     local name=$1 seconds=$2
     shift 2
     echo "== $name"
-    limited "$seconds" "$PYTHON" -m hpm bench step "$@" --json "$OUT/$name.json" 2>/dev/null
+    limited "$seconds" "$PYTHON" -m hpm bench step "$@" --json "$OUT/$name.json" 2>"$OUT/$name.log"
 }
 
 real_run() {  # name of its benchmark, seconds, options ...
@@ -44,6 +45,11 @@ if [ -n "${SMALL:-}" ]; then
 fi
 
 case "${1:-step}" in
+tests)
+    # Half of them compile, each in a process of its own.
+    limited 500 "$PYTHON" -m pytest -q tests/training/test_compile.py
+    exit
+    ;;
 mining)
     limited 500 "$PYTHON" benchmarks/mining.py speed --repeats 2 --out "$OUT/mining"
     exit
@@ -57,8 +63,6 @@ growth)
 esac
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-echo "== a step never waits for the device"
-limited 90 "$PYTHON" -m pytest -q tests/test_compile.py
 bench vit_base_compiled 140 --model vit_base --batch-size 256 --repeats 4
 real_run vit_base_compiled 180 --steps 200
 bench vit_base_eager 80 --model vit_base --batch-size 256 --repeats 4 --compile false

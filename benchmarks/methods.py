@@ -252,7 +252,7 @@ class Experiment:
         ]
         gains = [
             [
-                f"{one} less {other}",
+                f"{one} minus {other}",
                 *[gain(found[one][p], found[other].get(p, [])) for p in PROTOCOLS],
             ]
             for one, other in (

@@ -77,13 +77,14 @@ def main() -> None:
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     write_section(
         "The linear probe",
+        "## The linear probe\n\n"
         f"`OMP_NUM_THREADS=1 python benchmarks/probe.py`, {machine()}. {STEPS} steps of the grid "
         f"of `hpm eval linear` on features of {DIM} values and {CLASSES} classes, CPU time, in "
         f"turns, median of {ROUNDS}: "
         f"{statistics.median(seconds['recorded']):.2f} s with autograd and "
         f"torch.optim.SGD, {statistics.median(seconds['written down']):.2f} s with the gradient "
-        f"written down, {statistics.median(ratios):.2f} times as fast "
-        f"({min(ratios):.2f} to {max(ratios):.2f}).",
+        f"written down; within a round, {statistics.median(ratios):.2f} times as fast (median; "
+        f"{min(ratios):.2f} to {max(ratios):.2f}).",
     )
 
 

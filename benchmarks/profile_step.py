@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from results import machine, table, write_section
 from step import SIZES, as_options
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from hpm.commands.bench_step import PHASES, build_bench_run, noise_batch
@@ -49,7 +50,8 @@ def phases_of_step(step: Callable[[], object], on_gpu: bool) -> dict:
     device = torch.device("cuda" if on_gpu else "cpu")
     with profile(activities=activities) as recorded, PhaseClock(device):
         step()
-    events = recorded.events()
+    # An operator's time on a GPU is that of its kernels, which are events as well.
+    events = [event for event in recorded.events() if event.device_type == DeviceType.CPU]
     spans = [(e.time_range.start, e.time_range.end, e.name) for e in events if e.name in PHASES]
     for event in events:
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-HEAD = """# What was measured
+HEAD = """# Results
 
-Every section is written by the script named in it, never by hand. What needs a GPU and had none
-when these scripts ran is missing, not estimated.
+All measurements, with the commands that made them. A script has written each section; no number was
+entered by hand.
 """
 
 

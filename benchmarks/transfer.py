@@ -157,17 +157,17 @@ def report(chosen: argparse.Namespace) -> None:
             f"- {name}: `hpm eval {JOBS[name].protocol} HPM {JOBS[name].data} {options}`"
         )
     head = ["in %", "seeds", *FEATURES.values()]
-    head += ["HPM less random", "MAE less random", "HPM less MAE"]
+    head += ["HPM minus random", "MAE minus random", "HPM minus MAE"]
     write_section(
         "transfer",
         "## Segmentation and detection\n\n"
         f"`python benchmarks/transfer.py` on {machine()}, beside other work.\n\n"
-        "The encoders are those of [the experiment](#does-mining-help-1): vit_nano, 10 epochs on "
+        "The encoders are those of [the experiment](#does-mining-help): vit_nano, 10 epochs on "
         "20,000 images of 64 px. Each seed has encoders of its own, and another order, other "
         "crops and other initial heads. The trainings are short, because two cores made them.\n\n"
-        "Mean ± standard deviation over the seeds; differences with half of their 95 % t-interval, "
-        "which is also the smallest difference that this number of seeds could have told from "
-        f"none.\n\n{table(head, rows)}\n\n" + "\n".join(commands),
+        "Mean ± standard deviation over the seeds; differences as mean ± half of the 95 % "
+        "t-interval. A difference that is smaller than the number after ± is not significant.\n\n"
+        f"{table(head, rows)}\n\n" + "\n".join(commands),
     )
 
 

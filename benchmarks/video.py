@@ -238,7 +238,7 @@ def report(chosen: argparse.Namespace) -> None:
         ]
         pairs = [
             [
-                f"{first} less {second}",
+                f"{first} minus {second}",
                 *[
                     interval(
                         [a - b for a, b in zip(found[first, k], found[second, k], strict=True)]
@@ -258,9 +258,9 @@ def report(chosen: argparse.Namespace) -> None:
         + PROTOCOL.format(
             similar=SIMILAR, seeds=SEEDS, steps=STEPS, image_steps=IMAGE_STEPS, last=SEEDS - 1
         )
-        + "\nMean ± standard deviation over the seeds; differences with half of their 95 % "
-        "t-interval, which is also the smallest difference that this number of seeds could have "
-        f"told from none. Seeds: {len(seeds)}. Chance is 50 %.\n\n"
+        + "\nMean ± standard deviation over the seeds; differences as mean ± half of the 95 % "
+        "t-interval. A difference that is smaller than the number after ± is not significant. "
+        f"Seeds: {len(seeds)}. Chance is 50 %.\n\n"
         + "\n\n".join(sections)
         + "\n\nMinutes of training: "
         + ", ".join(f"{arm} {value}" for arm, value in minutes.items())

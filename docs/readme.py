@@ -22,7 +22,7 @@ lines = [
     ],
     "",
     f"Of the quarter of patches that the teacher predicts to be hardest, "
-    f"{100 * hard['hard_on_objects']:.0f} % lies on objects "
+    f"{100 * hard['hard_on_objects']:.0f} % are on objects "
     f"({100 * hard['chance_on_objects']:.0f} % by chance). The student's predictor puts "
     f"{100 * hard['ranking_accuracy']:.0f} % of the pairs of hidden patches in the right order, "
     f"the teacher, from whole images, {100 * hard['mining_accuracy']:.0f} % (50 is chance).",

@@ -56,11 +56,11 @@ def pretrain(
     """Pre-train a backbone: `hpm.pretrain("photos/", out="runs/first", model="vit_small")`.
 
     Args:
-        data: images: a folder, a list file, parquet, or `demo`; or a data set in memory, such as
-            torch's (see `hpm.data.given`).
-        out: run folder; the same call again continues an interrupted run.
-        config: name of a preset, or a YAML file, that the options are laid over.
-        options: fields of `config.PretrainConfig`.
+        data: what `hpm pretrain` takes as DATA, such as a folder; or a data set as an object, such
+            as torch's (see `hpm.data.given`).
+        out: run folder; the same call again resumes an interrupted run.
+        config: name of a preset, or a YAML file; the options override it.
+        options: those of `hpm pretrain`, the fields of `hpm.core.config.PretrainConfig`.
 
     Returns the run. Raises UserError on bad input, and Interrupted on a stop signal.
     """

@@ -13,6 +13,9 @@ from PIL import Image
 
 from hpm.models.architecture import Architecture
 
+# Seconds after which a command hangs, also on a busy machine. The timeout of most tests is shorter.
+HANGS = 1800
+
 # Options of a run that takes seconds.
 TINY = {
     "model": "vit_nano",
@@ -58,14 +61,16 @@ def write_images(folder: Path, classes: int = 3, per_class: int = 16, size: int 
     return folder
 
 
-def run_hpm(*arguments, cwd=None, timeout=120, env=None, **options) -> subprocess.CompletedProcess:
+def run_hpm(
+    *arguments, cwd=None, timeout=HANGS, env=None, **options
+) -> subprocess.CompletedProcess:
     """`hpm ARGUMENTS` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "hpm", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=timeout,
+        timeout=HANGS,
         env=os.environ | (env or {}),
         **options,
     )

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import torch.distributed as dist
+from helpers import HANGS
 
 MARK = "HPM_TEST_JOB"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -43,7 +44,7 @@ class Job:
                     found.append(pid)
         return found
 
-    def wait_until(self, condition, seconds=120, alive=True):
+    def wait_until(self, condition, seconds=HANGS, alive=True):
         """alive: the command itself has to go on until then; else what it has started."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -56,11 +57,11 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def errors(self, timeout=120) -> str:
+    def errors(self, timeout=HANGS) -> str:
         """What it wrote to stderr, once it has ended."""
         return self.process.communicate(timeout=timeout)[1]
 
-    def all_gone(self, seconds=20):
+    def all_gone(self, seconds=120):
         deadline = time.monotonic() + seconds
         while self.members() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -74,11 +75,11 @@ class Job:
         self.process.communicate(timeout=60)
 
 
-def torchrun(*command, processes=2, timeout=240) -> subprocess.CompletedProcess:
+def torchrun(*command, processes=2) -> subprocess.CompletedProcess:
     """A Python command (`-m hpm ...` or a file) in several processes; none of them is left."""
     job = Job(*TORCHRUN, processes, *command)
     try:
-        errors = job.errors(timeout)
+        errors = job.errors()
     finally:
         job.end()
     return subprocess.CompletedProcess(command, job.process.returncode, "", errors)
@@ -96,7 +97,7 @@ FORKS.set_forkserver_preload(
 )
 
 
-def hpm_on(count, *arguments, timeout=240) -> subprocess.CompletedProcess:
+def hpm_on(count, *arguments) -> subprocess.CompletedProcess:
     """`hpm ARGUMENTS` in processes that find each other as those of torchrun do, but start in a
     tenth of its time. What torchrun does when one of them fails is not done."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -118,7 +119,7 @@ def hpm_on(count, *arguments, timeout=240) -> subprocess.CompletedProcess:
                 process = FORKS.Process(target=_run_hpm, args=(words, environment, str(file)))
                 process.start()
                 processes.append(process)
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + HANGS
             for process in processes:
                 process.join(max(0, deadline - time.monotonic()))
             assert not any(process.is_alive() for process in processes), file.read_text()

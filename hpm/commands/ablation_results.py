@@ -119,7 +119,7 @@ class Results:
             for v in others
         ]
         first = self.variants[0]
-        title = f"less {first.columns.get('arm', first)}, seed by seed"
+        title = f"minus {first.columns.get('arm', first)}, seed by seed"
         head = [*columns, *[MEASURES[name].title for name in compared]]
         return [Table(title, head, rows, len(columns))]
 

@@ -32,7 +32,6 @@ from hpm.data.detection import Objects
 from hpm.data.loader import normalize
 from hpm.models.architecture import resolve_model
 from hpm.models.build import resized_encoder
-from hpm.models.seeds import seeded
 from hpm.models.segmenter import UPerNetSegmenter, segmentation_loss
 from hpm.training.log import memory_gb
 from hpm.training.loop import autocast, optimizer_step
@@ -178,7 +177,8 @@ def bench_dense(config: BenchSegmentConfig | BenchDetectConfig) -> dict[str, Any
     """Time steps of training and of testing in turns. Raises UserError on bad input."""
     check_rules(config)
     device = pick_device(config.device)
-    with random_state_kept(device), seeded(config.seed):
+    with random_state_kept(device):
+        torch.manual_seed(config.seed)  # the GPU's generator too: it draws proposals
         if isinstance(config, BenchDetectConfig):
             return _measured("detect", DetectBench(config, device))
         return _measured("segment", SegmentBench(config, device))
@@ -192,6 +192,8 @@ def _measured(head: str, bench: DenseBench) -> dict[str, Any]:
         bench.trained.train(name == "training")
         total, _ = count_multiply_adds(run)
         counts[name] = total / config.batch_size
+    if device.type == "cuda":  # counting computes attention in another way, of more memory
+        torch.cuda.reset_peak_memory_stats(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     phases: dict[str, list[float]] = {name: [] for name in PHASES}
     products = []

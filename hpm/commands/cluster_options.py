@@ -24,7 +24,7 @@ class RayOptions:
     cpus_per_process: int = option(1, at_least=1, main=True)
     """CPUs of a process: one computes, and the others load images unless --workers is given."""
     max_failures: int = option(3, at_least=0, main=True)
-    """How often the processes of a training are started again after a failure."""
+    """How often the processes of pretrain are started again after a failure."""
 
 
 @dataclass

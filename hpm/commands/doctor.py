@@ -92,6 +92,7 @@ def _versions() -> Iterator[Finding]:
 def _hardware() -> Iterator[Finding]:
     import torch
 
+    from hpm.core.precision import computes_in_bfloat16
     from hpm.data.workers import SHARED, usable_cores
 
     yield Finding("processor", "ok", f"{usable_cores()} cores for this process")
@@ -107,7 +108,8 @@ def _hardware() -> Iterator[Finding]:
         )
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
-        bfloat16 = "" if torch.cuda.is_bf16_supported() else ", no bfloat16"
+        device = torch.device("cuda", number)
+        bfloat16 = "" if computes_in_bfloat16(device) else ", no bfloat16"
         yield Finding(
             f"GPU {number}",
             "ok",

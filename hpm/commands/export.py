@@ -49,7 +49,7 @@ def export(run: AnyPath, to: str, out: AnyPath, report: Report = print, **option
         to: the format.
         out: file to write (of hf a folder), which must not be there yet.
         report: is called with the largest difference and with the lines that load it.
-        options: those of `ExportConfig` in `config.py`.
+        options: those of `hpm.commands.options.ExportConfig`.
 
     Returns what was written. Raises UserError where it cannot be expressed, or where the other
     library does not give the same outputs; nothing is then left behind.

@@ -24,7 +24,7 @@ TITLES = {
 PAIRS = (("predictor", "mae"), ("hpm", "mae"), ("hpm_memory", "mae"), ("hpm", "predictor"))
 MINED = ("hpm", "hpm_memory")
 PRIMARY = "linear"  # with labels: where pre-training shows first
-UNTUNED = "All used the same options otherwise; none was tuned."
+UNTUNED = "All other options were the same; no method was tuned."
 
 
 @dataclass
@@ -42,7 +42,7 @@ class MethodsResults(Results):
         compared = [name for name in self.measured() if MEASURES[name].compared]
         rows = [
             [
-                f"{TITLES[one]} less {TITLES[other]}",
+                f"{TITLES[one]} minus {TITLES[other]}",
                 *[_cell(self.between(one, other, name), name) for name in compared],
             ]
             for one, other in PAIRS
@@ -61,9 +61,9 @@ class MethodsResults(Results):
             return f"At equal time, over {counted(seeds, 'seed')}: {told}. {UNTUNED}"
         told = "; ".join(self._without_labels(name) for name in MINED)
         return (
-            f"Without labels, whether mining helps cannot be said. At equal time, over "
-            f"{counted(seeds, 'seed')}: {told}. These numbers show a collapse, but are no measure "
-            f"of use: pass labelled images with --labels. {UNTUNED}"
+            f"Without labels, this comparison cannot say whether mining helps. At equal time, over "
+            f"{counted(seeds, 'seed')}: {told}. These numbers detect a collapse, but do not tell "
+            f"which features are better: pass labelled images with --labels. {UNTUNED}"
         )
 
     def _without_labels(self, arm: str) -> str:
@@ -71,7 +71,7 @@ class MethodsResults(Results):
         for measure in ("rank", "patch_similarity"):
             if found := self.between(arm, "mae", measure):
                 parts.append(f"{MEASURES[measure].title} {_cell(found, measure)}")
-        return f"{TITLES[arm]} less MAE: {', '.join(parts)}"
+        return f"{TITLES[arm]} minus MAE: {', '.join(parts)}"
 
     def _variant(self, arm: str) -> Variant:
         return next(each for each in self.variants if each.columns["arm"] == arm)
@@ -126,15 +126,15 @@ def _verdict(title: str, found: Interval) -> str:
     """Whether a method is better than MAE by the linear probe."""
     if found.half is None:
         return (
-            f"{title} less MAE is {found.mean:+.1f} points of linear probe, but one seed cannot "
+            f"{title} minus MAE is {found.mean:+.1f} points of linear probe, but one seed cannot "
             "say whether that is chance"
         )
     numbers = f"{found.mean:+.1f} ± {found.half:.1f} points of linear probe, 95 % interval"
     if found.sign:
         return f"{title} is {'better' if found.sign > 0 else 'worse'} than MAE ({numbers})"
     return (
-        f"{title} cannot be told apart from MAE ({numbers}; a difference of about "
-        f"{found.visible:.1f} points would have been seen four times out of five)"
+        f"{title} does not differ significantly from MAE ({numbers}; a difference of about "
+        f"{found.visible:.1f} points would have been detected with a probability of 80 %)"
     )
 
 

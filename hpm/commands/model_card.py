@@ -111,7 +111,7 @@ def _method(source: ExportSource, config: ExportConfig) -> str:
     )
     if source.classifier is not None:
         classes = counted(len(source.classifier.classes), "class", "classes")
-        return f"{text}Fine-tuned to tell {classes} apart."
+        return f"{text}Fine-tuned to classify {classes}."
     if trained.notes:
         # The file name only, because its path may be private.
         found = trained.notes[0].removeprefix(f"{trained.name}: ")

@@ -57,9 +57,9 @@ class SeedOptions(PretrainConfig):
 
 @dataclass
 class MethodsConfig(SeedOptions):
-    """Does mining help on these images? Compare MAE, the predictor's loss with random masks, HPM
-    and HPM by memory at equal time, over several seeds. Takes all options of pretrain; --epochs and
-    --steps are those of HPM, --max-hours is the time of each run."""
+    """Test whether mining helps on your images: compare MAE, the predictor's loss with random
+    masks, HPM and HPM by memory at equal time, over several seeds. Takes all options of pretrain;
+    --epochs and --steps are those of HPM, --max-hours is the time of each run."""
 
 
 @dataclass
@@ -76,14 +76,14 @@ class AblateConfig(SeedOptions):
 
 @dataclass
 class PlanConfig:
-    """Look at the images and at the machine, and suggest a command that pre-trains on them."""
+    """Examine the images and the machine, and suggest a command for pre-training."""
 
     data: str
     """Images or videos (see pretrain)."""
     hours: float | None = option(None, above=0, main=True)
-    """Time that there is (default: as long as the training should take, at most a day)."""
+    """Hours available for the training (default: as many as a full training takes, at most 24)."""
     gpu: GpuName | None = option(None, main=True)
-    """Plan for this GPU instead of this machine, by counting operations: an estimate."""
+    """Plan for this GPU instead of this machine. Time and memory are then estimates."""
     out: str | None = option(None, main=True)
     """Run folder of the suggested command (default: runs/ and the name of the data)."""
     frames: int | None = option(None, at_least=1)
@@ -137,8 +137,8 @@ class BenchDenseConfig:
     steps_each: int = option(3, at_least=1, main=True)
     """Number of steps of training and of testing per round."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
-    CPU."""
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU that has it
+    (NVIDIA's since Ampere), else float32."""
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
@@ -309,11 +309,11 @@ class PredictConfig:
     model: str
     """Fine-tuned model: its file, or a folder that holds one, such as a run folder."""
     images: str
-    """Folder of images, searched recursively, or one image; of a classifier of clips, of videos."""
+    """Folder of images, searched recursively, or one image; videos for a classifier of clips."""
     out: str
-    """Folder to write: of a segmenter, PNG masks with a palette, named as the images, and
-    classes.txt; of a detector, results.json (or the .json file to write); of a classifier,
-    predictions.csv (or the .csv file). Existing files are not overwritten."""
+    """Folder to write. A segmenter writes PNG masks with a palette, named as the images, and
+    classes.txt; a detector results.json (or the .json file that you name); a classifier
+    predictions.csv (or the .csv file that you name). Existing files are not overwritten."""
     segments: int = option(1, at_least=1)
     """Clips per video, evenly spaced in time, whose probabilities a classifier averages."""
     crops: int = option(1, at_least=1)
@@ -321,7 +321,7 @@ class PredictConfig:
     frame_stride: int | None = option(None, at_least=1)
     """Frames of the video from one frame of a clip to the next (default: as in fine-tuning)."""
     crop_share: float = option(1.0, above=0, at_most=1)
-    """Of a classifier: fraction of the shorter side that the centre crop keeps (see eval)."""
+    """For a classifier: fraction of the shorter side that the centre crop keeps (see eval)."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1)
     """Stop if more than this fraction of the images cannot be read."""
     workers: int | None = option(None, at_least=0)

@@ -32,6 +32,7 @@ from hpm.commands.plan_words import Plan
 from hpm.commands.timing import matrix_product_flops
 from hpm.core.distributed import pick_device
 from hpm.core.errors import UserError, counted
+from hpm.core.precision import computes_in_bfloat16
 from hpm.core.progress import say, track
 from hpm.core.signals import stop_signals
 from hpm.data.cache import available_memory
@@ -57,7 +58,7 @@ ROUNDS = 2  # of choosing a setting and timing it
 # Assumptions about a device that has not been timed.
 SHARE_OF_PRODUCT, SHARE_OF_PEAK = 0.5, 0.3  # of a matrix product, and of a GPU's peak
 STARTUP = 90.0  # seconds, most of them of compilation
-SAVED_BYTES = {True: 3.0, False: 4.0}  # of a saved number: on a GPU, some are bfloat16
+SAVED_BYTES = {True: 3.0, False: 4.0}  # of a saved number: in bfloat16, some are float32
 FULL = 0.85  # of the memory, which the estimate may fill
 PARTS = (1, 2, 4, 8, 16, 32, 64)  # of a batch
 VIEW_SIZE = (224, 224)  # that images are decoded at to see whether they can be read
@@ -77,6 +78,10 @@ class Target:
     @property
     def on_gpu(self) -> bool:
         return self.gpu is not None or self.device.type == "cuda"
+
+    @property
+    def in_bfloat16(self) -> bool:
+        return self.gpu is not None or computes_in_bfloat16(self.device)
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -181,7 +186,7 @@ def _estimated(
 def _with_memory(choice: Choice, target: Target) -> Choice:
     """The same in so many parts of a batch that each fits into memory."""
     setting, config = choice.setting, choice.timed.config
-    memory = estimate_memory(resolve_model(config), config, SAVED_BYTES[target.on_gpu])
+    memory = estimate_memory(resolve_model(config), config, SAVED_BYTES[target.in_bfloat16])
     batch, room = setting.batch_size, FULL * target.memory
     possible = [parts for parts in PARTS if batch % parts == 0]
     parts = next((p for p in possible if memory.total(batch // p) <= room), possible[-1])
@@ -243,6 +248,7 @@ def _suggested(config: PlanConfig, found: Survey, choice: Choice, target: Target
         memory_gb=choice.memory_gb,
         memory_available_gb=target.memory / 1e9,
         machine=target.title,
+        on_gpu=target.on_gpu,
         estimated=target.gpu is not None,
         workers=num_workers(None),
         hours=config.hours,

@@ -45,6 +45,7 @@ class Plan:
     memory_gb: float
     memory_available_gb: float
     machine: str
+    on_gpu: bool
     estimated: bool
     workers: int
     hours: float | None
@@ -131,9 +132,11 @@ def notes_on(plan: Plan) -> list[str]:
     if count is not None and count < FEW_IMAGES:
         notes.append(_continue_from(plan, count))
     if plan.steps < ENOUGH * plan.recommended or plan.steps < FEW_STEPS:
+        more = f"more {_kind(setting)}s"  # what limits the training is their number, or the time
+        if plan.max_hours is not None:
+            more = "more time" if plan.on_gpu else "more time, or a GPU,"
         notes.append(
-            f"{plan.steps:,} steps are a short training: more time, or a GPU, would give better "
-            "features"
+            f"{plan.steps:,} steps are a short training: {more} would give better features"
         )
     needed = setting.batch_size / plan.step_seconds
     if plan.estimated and needed * found.decode_seconds > BUSY:
@@ -149,9 +152,9 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if plan.estimated:
         notes.append(
-            "time and memory are estimates: operations at 30 % of the GPU's peak, of which small "
-            "models reach less, without evaluations and loading. --max-hours measures the steps "
-            "where it runs"
+            "time and memory are estimates: they assume 30 % of the GPU's peak, of which small "
+            "models reach less, and leave out evaluations and loading. --max-hours measures the "
+            "steps on the machine that trains"
         )
     return notes
 

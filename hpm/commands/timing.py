@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpm.core.phases import PhaseClock
+from hpm.core.precision import auto_precision
 
 # Peak TFLOP/s of dense bfloat16 products, according to the vendor.
 PEAKS = {"H100": 990.0, "H200": 990.0, "A100": 312.0}
@@ -25,9 +26,9 @@ def wait(device: torch.device) -> None:
 
 
 def matrix_product_flops(device: torch.device) -> float:
-    """FLOP/s of a square matrix product: float32 on a CPU, bfloat16 on a GPU."""
-    on_gpu = device.type == "cuda"
-    size, kind = (FULL_SIZE, torch.bfloat16) if on_gpu else (CPU_SIZE, torch.float32)
+    """FLOP/s of a square matrix product, in the precision of `auto`."""
+    size = FULL_SIZE if device.type == "cuda" else CPU_SIZE
+    kind = getattr(torch, auto_precision(device))
     a, b = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     a @ b
     wait(device)

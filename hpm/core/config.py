@@ -1,7 +1,8 @@
-"""Every option on one page: one typed dataclass per verb, read by the command line and by Python.
+"""The options of `hpm pretrain`, read by the command line and by Python alike. `start_options.py`
+has those about the weights to start from, `run_options.py` those about the machine and the records.
 
 A duration is written as text with its unit, `40 epochs`, `500 steps` or `5%` (of the training), and
-is converted to steps once, by `schedule.py`."""
+is converted to steps once, by `hpm.training.schedule`."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ class DataOptions:
 
     data: str
     """Training images or videos: a folder (searched recursively), a list file (`path label` per
-    line), parquet (a file or folder), WebDataset archives (path, http:// or s3://), `demo` or
-    `demo-video`, or MODULE:FUNCTION of your own. If there is a train split, only that is used."""
+    line, csv or tsv), parquet, an Arrow or LitData folder, hf://user/name, WebDataset archives
+    (path, http:// or s3://), `demo` or `demo-video`, or MODULE:FUNCTION of your own; or several of
+    these, separated by commas. If there is a train split, only that is used."""
     out: str = option(may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
@@ -58,10 +60,10 @@ class ModelOptions:
     class_token: bool = True
     """Give the encoder a class token; VideoMAE has none."""
     class_tokens: int = option(1, at_least=1)
-    """Number of class tokens. As a feature, their mean is taken. Pixio has 8."""
+    """Number of class tokens; their mean is the feature of the image. Pixio has 8."""
     decoder: Literal["standard", "deep"] = "standard"
-    """Reconstructor: standard, of the blocks that suit the model, or deep, of four times as many,
-    as Pixio has. The loss predictor stays as it is."""
+    """Depth of the reconstructor: standard depends on the model, deep has four times as many
+    blocks, as Pixio. The loss predictor is the same for both."""
     decoder_dim: int | None = option(None, at_least=1)
     """Width of the reconstructor and the loss predictor (default: depends on the model)."""
     decoder_depth: int | None = option(None, at_least=1)
@@ -119,9 +121,9 @@ class MaskOptions:
     """Mine and hide units of so many patches along each axis instead of single patches. Pixio hides
     units of 4."""
     mine_by: Literal["teacher", "memory", "progress"] = "teacher"
-    """Source of the patch difficulty. teacher: the teacher's predicted loss. memory: the student's
-    actual losses on each image in earlier epochs; costs almost nothing and needs no predictor.
-    progress: as memory, but by how much the loss has fallen recently."""
+    """Source of the difficulty of patches. teacher: the teacher's predicted loss. memory: the
+    student's actual losses on each image in earlier epochs, which costs almost nothing and needs no
+    predictor. progress: as memory, but mines where the loss has fallen most recently."""
     mine_every: int = option(1, at_least=1)
     """Number of steps between teacher predictions. In between, masks use the latest prediction for
     each image; images without one are masked at random."""

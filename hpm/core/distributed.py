@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpm.core.errors import UserError
+from hpm.core.signals import Interrupted
 
 Done = TypeVar("Done")
 
@@ -67,7 +68,13 @@ def pick_device(name: str) -> torch.device:
         raise UserError("device is cuda, but PyTorch sees no GPU: pass --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise UserError(
+            f"process {number + 1} of this machine has no GPU, for PyTorch sees {count}: start as "
+            f"many processes as there are GPUs (--nproc-per-node {count}), or pass --device cpu"
+        )
+    return torch.device("cuda", number)
 
 
 @contextmanager
@@ -92,14 +99,19 @@ def process_group(device: torch.device) -> Iterator[None]:
         device_id=device if on_gpu else None,
     )
     _main_group = dist.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
+    ends_with_others = True
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         reports_error()  # claim the report before the others lose their connections
+        ends_with_others = isinstance(error, Interrupted)
         raise
     finally:
         _main_group = None
-        dist.destroy_process_group()
+        # NCCL's connections are destroyed by all processes together: one that has failed would wait
+        # for others that wait for it. Without that it exits, and torchrun ends the others.
+        if ends_with_others or not on_gpu:
+            dist.destroy_process_group()
 
 
 def _allow_open_files(count: int) -> None:

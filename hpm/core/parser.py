@@ -72,7 +72,11 @@ class Command:
                 name = word.removeprefix("--").replace("-", "_")
                 if name not in described and not (name == "config" and self.presets):
                     known = [self._spell(each, False) for each in described]
-                    raise UserError(f"unknown option '{word}'{nearest(word, known)}")
+                    switch = described.get(name.removeprefix("no_"))
+                    hint = nearest(word, known)
+                    if switch is not None and bool in (switch.hint, *typing.get_args(switch.hint)):
+                        hint = f": pass {self._spell(switch.name, False)} false"
+                    raise UserError(f"unknown option '{word}'{hint}")
                 if not equals:
                     is_flag = name in described and described[name].is_flag
                     if is_flag and waiting[:1] not in (["true"], ["false"]):
@@ -149,7 +153,9 @@ class Command:
             )
         else:
             head = self._spell(name)
-            if name not in self.positional and not each.is_flag:
+            if name in self.repeated:
+                head += " TEXT" * (name != self._rest)  # one value each time
+            elif name not in self.positional and not (each.is_flag and not each.default):
                 head += f" {_placeholder(each.hint)}"
             text = each.help.removesuffix(".") + ("" if each.required else _default_text(each))
             text += "." if text else ""
@@ -164,7 +170,7 @@ class Command:
 
 
 def _placeholder(hint: Any) -> str:
-    """Placeholder for the value of an option: N, X, {a,b}, TEXT, A,B."""
+    """Placeholder for the value of an option: N, X, {a,b}, {true,false}, TEXT, A,B."""
     kinds = [hint, *typing.get_args(hint)]
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
@@ -172,10 +178,10 @@ def _placeholder(hint: Any) -> str:
             return "{" + ",".join(choices) + "}" if len(",".join(choices)) < 40 else "NAME"
     if typing.get_origin(hint) is tuple:
         return "A,B"
-    for kind, word in ((int, "N"), (float, "X"), (str, "TEXT")):
+    for kind, word in ((int, "N"), (float, "X"), (str, "TEXT"), (bool, "{true,false}")):
         if kind in kinds:
             return word
-    return "VALUE"
+    return "A,B"  # a list, or none
 
 
 def _default_text(each: Described) -> str:

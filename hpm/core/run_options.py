@@ -17,7 +17,8 @@ class MachineOptions:
     """Device to train on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the passes; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of the passes; auto is bfloat16 on a GPU that has it (NVIDIA's since Ampere), else
+    float32."""
     compile: Literal["auto", "true", "false"] = option("auto", may_change=True)
     """Compile student and teacher with torch.compile; auto compiles on a GPU only."""
     checkpoint_activations: bool = option(False, may_change=True)

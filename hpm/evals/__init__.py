@@ -27,7 +27,8 @@ def evaluate(
         protocol: knn, linear, attentive, finetune, segment, detect, stats or hardness; or the
             dotted name of a module of your own (see `hpm.evals.contract`).
         run: run folder, checkpoint or backbone file.
-        data: images, labelled for the first four; what `hpm.pretrain` takes.
+        data: what `hpm.pretrain` takes, with labels for the first four; images with masks for
+            segment, with objects for detect.
         report: called with each message, such as an unreadable image.
         config: name of a preset, or a YAML file; `options` take precedence.
         options: fields of the protocol's `Options`.

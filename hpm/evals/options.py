@@ -27,11 +27,11 @@ class EvalOptions:
     teacher: bool = option(False, main=True, may_change=True)
     """Use the teacher's (EMA) weights (run folder or checkpoint only)."""
     frames: int | None = option(None, at_least=1)
-    """Frames of the clips to evaluate on (default: as in pre-training). Of a run on images, the
+    """Frames of the clips to evaluate on (default: as in pre-training). For a run on images, the
     features of the frames are averaged."""
     frame_stride: int | None = option(None, at_least=0)
     """Frames of the video from one frame of a clip to the next (default: as in pre-training). 0
-    repeats the middle frame: what the features tell without motion."""
+    repeats the middle frame, to evaluate without motion."""
     baselines: bool = option(True, may_change=True, testing_only=True)
     """Also measure random weights of the same architecture, and raw pixels."""
     out: str | None = option(None, may_change=True, changes_numbers=False)
@@ -89,7 +89,7 @@ class LabelledEvalOptions(EvalOptions):
 
 @dataclass
 class ClassificationOptions(LabelledEvalOptions):
-    """Options of classification, by scores that can be averaged over views."""
+    """Options of classification."""
 
     segments: int = option(1, at_least=1, may_change=True, testing_only=True)
     """Clips per test video, evenly spaced in time, whose scores are averaged."""

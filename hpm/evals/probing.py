@@ -29,6 +29,7 @@ from hpm.data.workers import num_workers
 from hpm.evals.contract import RAW_PIXELS, Measured
 from hpm.evals.features import Embed, Features, ImageReader, check_finite, no_features
 from hpm.evals.metrics import TrueClassRanks, join, mean_probabilities, rank
+from hpm.models.seeds import seeded
 from hpm.training.optim import learning_rate
 
 SMALLEST_BATCH = 32
@@ -243,8 +244,7 @@ def _train(bank: Bank, held: np.ndarray, num_classes: int, recipe: Recipe) -> di
 def _new_heads(
     rows: dict[str, Tensor], num_classes: int, recipe: Recipe, batch_size: int
 ) -> dict[str, Heads]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed):
         return {
             name: recipe.heads(f.shape[1:], num_classes, recipe.grid, batch_size).to(recipe.device)
             for name, f in rows.items()

@@ -106,7 +106,7 @@ def _print_below(result: Result, console: Console) -> None:
     for name, settings in result.differences.items():
         for setting, numbers in settings.items():
             at = f" at {setting}" if setting != result.protocol else ""
-            runs = f"{result.about['run']} less {result.about['compare']}"
+            runs = f"{result.about['run']} minus {result.about['compare']}"
             line = f"{runs}, {name}{at}: {_difference(numbers)}"
             console.print(line, soft_wrap=True, highlight=False)
     print_hardness(result.hardness, console, bool(result.about.get("of_clips")))

@@ -115,7 +115,9 @@ class Miner:
                 features, predicted = self.signal(images, draw)
             if features is None and self.needs_features:
                 features = self._features(images)
-        with phase("mining"):
+        device_type = "cpu" if images.is_meta else images.device.type  # meta: no autocast
+        # In float32, so that a sample's mask is the same in each precision.
+        with phase("mining"), torch.autocast(device_type, enabled=False):
             signal = predicted
             if mines and signal is None and self.memory is not None:
                 assert seen is not None, "a memory needs to know which images these are"

@@ -17,9 +17,10 @@ def part_seed(seed: int, part: str) -> int:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed PyTorch inside the context, and restore the global random state afterwards. With None,
-    do nothing."""
+    """Seed PyTorch's generator of the CPU inside the context, and restore its state afterwards.
+    With None, do nothing."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            # torch.manual_seed would also seed those of GPUs, whose states are not restored.
+            torch.random.default_generator.manual_seed(seed)
         yield

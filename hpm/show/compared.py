@@ -13,9 +13,8 @@ from hpm.core.errors import UserError
 from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, number_title, saved_evaluations
-from hpm.show.curves import Points, make_curve
-from hpm.show.report import read_metrics, read_options
-from hpm.show.report_figures import points_by_metric
+from hpm.show.readings import read_metrics
+from hpm.show.report import read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.run_folder import RunFolder, latest_values, training_minutes
@@ -73,18 +72,12 @@ Interval = tuple[float, float | None, float | None]  # a number, low and high
 
 @dataclass
 class ComparedRun:
-    """A run folder, read.
-
-    label: the part of its path that tells it from the others. latest: the last value of each
-    metric. points: of its curves, reduced to those that are drawn. minutes: of training.
-    """
+    """A run folder, read. `label`: the part of its path that tells it from the others."""
 
     folder: Path
     label: str
     options: dict[str, Any]
-    latest: dict[str, Any]
-    points: dict[str, Points]
-    minutes: float
+    metrics: list[dict[str, Any]]
     progress: str
     evaluations: list[Row]
 
@@ -95,9 +88,10 @@ class ComparedRun:
     def numbers(self, clips: bool) -> dict[str, float]:
         """The latest value of each of NUMBERS, and the minutes of training, by title. clips: all
         that are compared are of clips."""
-        last = self.latest
+        last = latest_values(self.metrics)
         found = {worded(t, clips): last[name] for name, t in NUMBERS.items() if name in last}
-        return found | ({"minutes of training": self.minutes} if self.minutes else {})
+        minutes = training_minutes(self.metrics, self.options.get("batch_size") or 0)
+        return found | ({"minutes of training": minutes} if minutes else {})
 
     def measures(self) -> dict[Measure, Interval]:
         """The numbers of the run's own features. Raw pixels are among them."""
@@ -148,9 +142,4 @@ def _read(folder: Path, label: str) -> ComparedRun:
     saved = [each for place in ("evals", "ablation") for each in saved_evaluations(folder, place)]
     rows = [row for each in saved if each.weights != "teacher" for row in each.rows or ()]
     words = read_status(folder, options, metrics, read_sessions(folder)).words
-    # Not all metrics, which take a hundred times the memory of many long runs' curves.
-    curves = [make_curve(name, found) for name, found in points_by_metric(metrics).items()]
-    points = {c.name: list(zip(c.steps, c.values, strict=True)) for c in curves}
-    minutes = training_minutes(metrics, options.get("batch_size") or 0)
-    latest = latest_values(metrics)
-    return ComparedRun(folder, label, options, latest, points, minutes, words, rows)
+    return ComparedRun(folder, label, options, metrics, words, rows)

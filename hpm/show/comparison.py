@@ -32,7 +32,7 @@ from hpm.show.moments import Moment, moment_of
 from hpm.show.moments_table import ABOUT_ACTUAL, ABOUT_SCALE, panels_table
 from hpm.show.options import CompareConfig
 from hpm.show.page import asset, breakable, data_block, page
-from hpm.show.report_figures import CHARTS
+from hpm.show.report_figures import CHARTS, LEFT_OUT
 from hpm.show.strips import as_strips
 from hpm.weights.resolve import load
 
@@ -203,8 +203,11 @@ def _curves(runs: list[ComparedRun], clips: bool) -> tuple[str, list[dict[str, A
     """(HTML of a chart per metric with a curve per run, their values for the script)."""
     found: dict[str, dict[str, Points]] = {}
     for run in runs:
-        for name, points in run.points.items():
-            found.setdefault(name, {})[run.label] = points
+        for line in run.metrics:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name not in LEFT_OUT:
+                    points = found.setdefault(name, {}).setdefault(run.label, [])
+                    points.append((line["step"], float(value)))
     shared = _shared_references(runs)
     known = [
         (
@@ -215,7 +218,7 @@ def _curves(runs: list[ComparedRun], clips: bool) -> tuple[str, list[dict[str, A
         for name, label in chart.names.items()
     ]
     others = [(Chart(_words(name), "", {}), points) for name, points in sorted(found.items())]
-    last_step = max((run.latest.get("step", 0) for run in runs), default=0)
+    last_step = max((line["step"] for run in runs for line in run.metrics), default=0)
     places = {run.label: place for place, run in enumerate(runs)}
     html, values = draw_charts([*known[:1], *others, *known[1:]], last_step, places)
     return html or "<p>No measurements yet.</p>", values
@@ -226,7 +229,7 @@ def _shared_references(runs: list[ComparedRun]) -> dict[str, Reference]:
     each: dict[str, list[Reference | None]] = {}
     for run in runs:
         own = references(run.options)
-        for name in run.points:
+        for name in {name for line in run.metrics for name in line}:
             each.setdefault(name, []).append(own.get(name))
     return {
         name: found[0]

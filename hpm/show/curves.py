@@ -58,9 +58,9 @@ class Curve:
 
 
 def make_curve(name: str, points: Points, place: int = 0) -> Curve:
-    """Reduce points (step, value) to at most 2 * BINS + 2, keeping spikes."""
+    """Reduce points (step, value) to at most about 2 * BINS, keeping spikes."""
     points = sorted((step, value) for step, value in points if math.isfinite(value))
-    if len(points) > 2 * BINS + 2:
+    if len(points) > 2 * BINS:
         inner, kept = points[1:-1], [points[0]]
         for number in range(BINS):
             binned = inner[number * len(inner) // BINS : (number + 1) * len(inner) // BINS]

@@ -48,7 +48,7 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
         result["values"] = _without_top5(result["values"])
     training = file.parent / about["training"] if about.get("training") else None
     logs = {
-        log.parent.name.replace("_", " "): read_lines(log)
+        log.parent.name.replace("_", " "): list(read_lines(log))
         for log in sorted(
             training.glob("*/metrics.jsonl") if training else (),
             key=lambda log: (log.parent.name != TRAINED, log),
@@ -147,7 +147,7 @@ def _differences(values: dict[str, dict[str, dict[str, float]]]) -> str:
     if not values:
         return ""
     return (
-        "<h3>Paired differences</h3>\n<p>This run less the one that it is compared with, on the "
+        "<h3>Paired differences</h3>\n<p>This run minus the one that it is compared with, on the "
         f"same images, with 95 % intervals.</p>{_numbers(values, 'features')}"
     )
 

@@ -16,7 +16,8 @@ from hpm.core.wording import of_clips, sample_word
 from hpm.show.drawing import Drawing, drawing
 from hpm.show.moments import latest_moment
 from hpm.show.plots import plot_metrics
-from hpm.show.report import read_metrics, read_options
+from hpm.show.readings import read_metrics
+from hpm.show.report import read_options
 from hpm.training.log import RunLog
 from hpm.weights.run_folder import RunFolder
 
@@ -84,7 +85,7 @@ class LiveDisplay:
         metrics = read_metrics(self.files.folder)
         if metrics:
             _show_drawing(self.curves, "curves", plot_metrics(metrics, self.options))
-        moment = latest_moment(self.files.moments, {line["step"] for line in metrics} | {0})
+        moment = latest_moment(self.files.moments, self.step)
         if moment is not None and moment.step != self.moment:
             self.moment = moment.step
             kind = sample_word(of_clips(self.options))

@@ -116,8 +116,8 @@ class Animations:
     scale: Scale | None
 
 
-def read_animations(folder: Path, steps: set[int]) -> Animations | None:
-    """None for images, a damaged file, or a step that is not among these."""
+def read_animations(folder: Path, last_step: int) -> Animations | None:
+    """None for images, a damaged file, or a step after the last one."""
     if not (folder / ANIMATIONS).exists():
         return None
     try:
@@ -129,32 +129,30 @@ def read_animations(folder: Path, steps: set[int]) -> Animations | None:
         row, _, panel = name.partition(".")
         rows.setdefault(row, {})[panel] = tensor.numpy()
     step, scale = about.get("step", 0), about.get("scale")
-    if step not in steps:
+    if step > last_step:
         return None
     return Animations(step, [rows[row] for row in sorted(rows)], Scale(*scale) if scale else None)
 
 
-def measured_steps(folder: Path, steps: set[int]) -> list[int]:
-    """Those of these steps that a moment was kept of."""
+def measured_steps(folder: Path, last_step: int) -> list[int]:
+    """The steps that a moment was kept of. Those after the last step are left out: they are of a
+    training that was taken back."""
     # One listing: a long run logs too many steps to look for a file of each.
     named = [file.stem.removeprefix("step_") for file in folder.glob("step_*.safetensors")]
-    return sorted({int(name) for name in named if name.isdigit()} & steps)
+    return sorted(int(step) for step in named if step.isdigit() and int(step) <= last_step)
 
 
-def latest_moment(folder: Path, steps: set[int]) -> Moment | None:
-    """The moment of the last of these steps; None without any that can be read."""
-    for step in reversed(measured_steps(folder, steps)):
+def latest_moment(folder: Path, last_step: int) -> Moment | None:
+    """The latest moment until this step; None without any that can be read."""
+    for step in reversed(measured_steps(folder, last_step)):
         with contextlib.suppress(UserError, KeyError):
             return _moment(step, read_tensors(_file(folder, step))[0])
     return None
 
 
-def read_moments(folder: Path, steps: set[int]) -> list[Moment]:
-    """Read at most ten moments at these steps, including the first and the last.
-
-    Files of other steps are ignored: a resumed run may have discarded those steps.
-    """
-    found = measured_steps(folder, steps)
+def read_moments(folder: Path, last_step: int) -> list[Moment]:
+    """Read at most ten moments until this step, including the first and the last."""
+    found = measured_steps(folder, last_step)
     if len(found) > MAX_MOMENTS:
         places = np.linspace(0, len(found) - 1, MAX_MOMENTS).round().astype(int)
         found = [found[place] for place in places]

@@ -47,25 +47,25 @@ class CompareConfig:
 
 @dataclass
 class ShowConfig:
-    """Draw what a model makes of images: losses, mask, reconstruction, features, attention. Or
-    draw the clusters of features that hpm embed wrote."""
+    """Draw a model's losses, mask, reconstruction, features and attention on images; or clusters of
+    the features that hpm embed wrote."""
 
     run: str
     """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME; or
     features of hpm embed."""
     data: str | None = option(None, main=True)
-    """Images (see pretrain), or one image file. Features know their images; name them where they
-    have moved."""
+    """Images (see pretrain), or one image file. For features, only needed if the images have
+    moved."""
     out: str = option("show.png", main=True)
     """File to write: a figure (.png, .pdf, .svg, .jpg) or a page to browse (.html)."""
     panels: tuple[Panel, ...] | None = option(None, main=True)
     """Comma-separated panels: image, actual (loss), predicted (loss), mask, reconstruction, pca (of
     the features), attention (of the class token) (default: all that the weights allow)."""
     images: int = option(8, at_least=1, main=True)
-    """Number of images: at most 100 in a figure, 2000 in a page. Of features: images shown of each
+    """Number of images: at most 100 in a figure, 2000 in a page. For features: images shown per
     cluster."""
     clusters: int | None = option(None, at_least=1)
-    """Of features: number of clusters (default: by the number of images, at most 20)."""
+    """For features: number of clusters (default: depends on the number of images, at most 20)."""
     hard_share: float | None = option(None, at_least=0, at_most=1)
     """Fraction of the hidden patches that are mined (default: as at the end of training)."""
     mask_ratio: float | None = option(None, above=0, below=1)

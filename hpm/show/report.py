@@ -24,9 +24,10 @@ from hpm.show.judgement import judge
 from hpm.show.moments import measured_steps, read_animations, read_moments
 from hpm.show.options import ReportConfig
 from hpm.show.page import asset, data_block, names_table, page, table
+from hpm.show.readings import read_metrics
 from hpm.show.report_figures import animations_section, charts_section, moments_section
 from hpm.show.status import Status, read_status
-from hpm.training.sessions import FINISHED, Session, read_lines, read_sessions
+from hpm.training.sessions import FINISHED, Session, read_sessions
 from hpm.weights.own import encoder_call
 from hpm.weights.run_folder import RunFolder, latest_values
 
@@ -77,9 +78,9 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     metrics = read_metrics(folder)
     sessions = read_sessions(folder)
     options = read_options(run.config_file)
-    steps = {line["step"] for line in metrics}
-    moments = read_moments(run.moments, steps | {0})
-    measured = measured_steps(run.moments, steps | {0})
+    last_step = max((line["step"] for line in metrics), default=0)
+    moments = read_moments(run.moments, last_step)
+    measured = measured_steps(run.moments, last_step)
     charts, values = charts_section(metrics, options)
     clips = of_clips(options)
     parts = [
@@ -87,7 +88,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         _problems(folder, metrics, sessions, clips),
         "<h2>Predicted difficulty during training</h2>",
         moments_section(moments, options, measured),
-        animations_section(read_animations(run.moments, steps | {0})),
+        animations_section(read_animations(run.moments, last_step)),
         "<h2>Curves</h2>",
         charts,
         _evaluations(folder),
@@ -280,12 +281,6 @@ def _size(options: dict[str, Any]) -> str:
     size = options.get("image_size")
     frames = f"{options['frames']} frames of " if of_clips(options) else ""
     return frames + (" x ".join(map(str, size)) if isinstance(size, list) else f"{size} x {size}")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, each of which has a step."""
-    lines = read_lines(folder / "metrics.jsonl")
-    return [line for line in lines if isinstance(line.get("step"), int)]
 
 
 def read_options(path: Path) -> dict[str, Any]:

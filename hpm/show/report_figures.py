@@ -64,7 +64,12 @@ CHARTS = (
         {"hard_share": "mined"},
         from_zero=True,
     ),
-    Chart("Learning rate", "Warm-up, then half a cosine.", {"learning_rate": "AdamW"}, True),
+    Chart(
+        "Learning rate",
+        "Warm-up, then half a cosine, or constant with a cooldown (--schedule).",
+        {"learning_rate": "AdamW"},
+        True,
+    ),
     Chart(
         "EMA decay", "Weight of the old teacher weights in each update.", {"ema_decay": "teacher"}
     ),

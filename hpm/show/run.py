@@ -17,7 +17,8 @@ from hpm.show.judgement import judge
 from hpm.show.options import Panel
 from hpm.show.pictures import Pictures, picture_of
 from hpm.show.plots import plot_metrics
-from hpm.show.report import TILES, read_metrics, read_options
+from hpm.show.readings import read_metrics
+from hpm.show.report import TILES, read_options
 from hpm.show.status import Status, read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.backbone import Backbone

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.phases import phase
+from hpm.core.precision import auto_precision
 from hpm.core.shards import whole
 from hpm.core.signals import Interrupted, Stop
 from hpm.data.unreadable import UnreadableImages
@@ -301,7 +302,8 @@ def optimizer_step(
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast context for a forward pass.
 
-    precision: `float32`, `bfloat16`, or `auto`, which is bfloat16 on a GPU and float32 on a CPU.
+    precision: `float32`, `bfloat16`, or `auto`, see `auto_precision`.
     """
-    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    if precision == "auto":
+        precision = auto_precision(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

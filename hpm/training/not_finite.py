@@ -28,7 +28,7 @@ def not_finite_error(
     file = files.folder / f"not_finite_step_{step:08d}_rank_{distributed.rank()}.safetensors"
     write_tensors(file, tensors, {"batch_of_step": step})
     checkpoints = list_checkpoints(files.checkpoints)
-    judged = judge_checkpoints(checkpoints, read_lines(files.folder / "metrics.jsonl"))
+    judged = judge_checkpoints(checkpoints, list(read_lines(files.folder / "metrics.jsonl")))
     return UserError(
         f"the loss is not finite at step {step}; {judged}; its batch: {file}; {advice(config)}"
     )

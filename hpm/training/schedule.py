@@ -13,6 +13,7 @@ from hpm.core.choices import TIMM, PatchSize
 from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError, counted
+from hpm.core.precision import auto_precision
 from hpm.core.wording import file_word
 from hpm.models.architecture import resolve_model
 from hpm.training.optim import constant_learning_rate, ema_decay, learning_rate
@@ -272,7 +273,7 @@ def resolve(
         layer_decay = CONTINUED_LAYER_DECAY if continued else 1.0
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+        precision = auto_precision(device)
     normalize = config.normalize
     if normalize == "auto":
         normalize = "timm" if config.pretrained and _has_timm_channels(config) else "measured"

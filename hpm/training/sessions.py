@@ -12,6 +12,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,18 +103,16 @@ def read_sessions(folder: Path) -> list[Session]:
     return sessions
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file, skipping lines that a killed process left incomplete."""
     if not path.exists():
-        return []
-    found = []
+        return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 value = json.loads(line, object_pairs_hook=_sharing_names)
                 if isinstance(value, dict):
-                    found.append(value)
-    return found
+                    yield value
 
 
 def _sharing_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

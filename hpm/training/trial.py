@@ -141,18 +141,23 @@ def trial_of(
     config = dataclasses.replace(
         config, out=str(folder), steps=config.steps or 1000, base_lr=0.0, max_hours=None
     )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of a trial before this one
     with random_state_kept(device):
         distributed.main_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        run = None
+        run = trial = None
         try:
             run = build_run(config, device, quiet=True)
-            yield Trial(run, parts, stop, began)
+            trial = Trial(run, parts, stop, began)
+            yield trial
         finally:
             if run is not None:
                 run.log.close()
             lock.release(folder)
             if distributed.is_main():
                 shutil.rmtree(folder, ignore_errors=True)
+            if trial is not None:
+                del trial.run  # the caller still has the trial
             del run
             gc.collect()  # before the training allocates as much
             if device.type == "cuda":

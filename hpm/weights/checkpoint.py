@@ -89,7 +89,7 @@ def checkpoint_tensors(
     if memory is not None:
         tensors |= {f"memory.{name}": t for name, t in memory.state_dict().items()}
     tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # else no GPU was used; to ask it would start its driver
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         tensors["rng.mps"] = torch.mps.get_rng_state()
@@ -201,7 +201,7 @@ def restore(
 
 def _restore_generators(states: StateDict) -> None:
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
     if "mps" in states and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])

@@ -97,7 +97,7 @@ def about_input(source: ExportSource) -> str:
     )
     return (
         f"# images: float32 [{shape}], pixels on a scale of 0 to 1 (8 bits divided by 255),\n"
-        f"# less the mean [{mean}], divided by the deviation [{std}]\n"
+        f"# minus the mean [{mean}], divided by the standard deviation [{std}]\n"
     )
 
 

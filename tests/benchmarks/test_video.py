@@ -57,8 +57,8 @@ def test_the_report(video, tmp_path, monkeypatch):
     video.report(argparse.Namespace())
     rows = [line.split(" | ") for line in written["video"].splitlines() if line.startswith("| ")]
     rows = {row[0].strip("| "): [cell.strip(" |") for cell in row[1:]] for row in rows}
-    assert rows["HPM less random tubes"] == ["+2.0 ± 0.0"]  # of the last table, attentive
-    assert rows["HPM less frames, pooled"] == ["-5.0 ± 0.0"]
+    assert rows["HPM minus random tubes"] == ["+2.0 ± 0.0"]  # of the last table, attentive
+    assert rows["HPM minus frames, pooled"] == ["-5.0 ± 0.0"]
     assert rows["raw pixels"] == ["50.0 ± 0.0"]
     text = written["video"]
     assert "| linear probe, top-1 in % | class token | patch mean |" in text

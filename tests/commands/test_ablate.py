@@ -92,7 +92,7 @@ def test_differences_are_paired_over_the_seeds(tmp_path):
         "1.0 ± 0.0",
     ]
     # Within a mask ratio, and with the deviation of the differences: 1 and 3, -10 and -15.
-    assert less.title.startswith("less mae") and less.head == ["arm", "mask_ratio", "kNN"]
+    assert less.title.startswith("minus mae") and less.head == ["arm", "mask_ratio", "kNN"]
     assert less.rows == [["hpm", "0.5", "+2.0 ± 1.4"], ["hpm", "0.75", "-12.5 ± 3.5"]]
     # A seed that only one of them has is in neither difference.
     results.add(results.variants[0], 2, {"knn": 99.0})
@@ -142,7 +142,7 @@ def test_arms_without_labels(image_folder, tmp_path):
     assert "has no labels" in result.stderr and "kNN" not in result.stdout
     # A table for the terminal, not the Markdown of the file.
     assert "|" not in result.stdout and "effective rank" in result.stdout
-    assert "less mae, seed by seed" in result.stdout
+    assert "minus mae, seed by seed" in result.stdout
     rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "a" / "ablation.csv").open())}
     assert set(rows) == {"mae", "hpm"}
     for row in rows.values():

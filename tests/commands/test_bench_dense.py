@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from fake_gpu import fake_gpu
 from helpers import assert_refused, run_here
 from torch import nn
 
@@ -45,6 +46,24 @@ def test_the_command_line(kind, tmp_path, monkeypatch):
         assert found["share_of_matrix_product"] == pytest.approx(share)
     training, testing = (report["measured"][name] for name in ("training", "testing"))
     assert training["multiply_adds_per_image"] > 1.5 * testing["multiply_adds_per_image"]
+
+
+def test_the_peak_memory_of_a_gpu_is_not_that_of_counting(monkeypatch):
+    """Operations are counted with attention written out, which needs far more memory."""
+    monkeypatch.setattr(bench, "matrix_product_flops", lambda device: 2e11)
+    peak = [0.0]
+
+    def count(run):
+        peak[0] = 9e9
+        return count_multiply_adds(run)
+
+    monkeypatch.setattr(bench, "count_multiply_adds", count)
+    with fake_gpu(), monkeypatch.context() as patch:
+        reset = torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 1e9)
+        patch.setattr(*reset)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+        report = bench.bench_dense(BenchSegmentConfig(**SMALL | {"device": "cuda"}))
+    assert report["memory_gb"] == 1
 
 
 def test_a_step_trains_everything_at_a_rate_of_zero():

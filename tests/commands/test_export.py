@@ -170,7 +170,7 @@ def test_torchvision(finished_run, ours, tmp_path, suffix):
 def test_onnx_in_a_process_of_its_own(finished_run, ours, tmp_path):
     pytest.importorskip("onnxruntime")
     out = tmp_path / "x.onnx"
-    result = run_hpm("export", finished_run.folder, "--to", "onnx", "--out", out, timeout=300)
+    result = run_hpm("export", finished_run.folder, "--to", "onnx", "--out", out)
     assert result.returncode == 0, result.stderr
     assert os.listdir(tmp_path) == ["x.onnx"]
     trained = load(finished_run.folder)

@@ -70,14 +70,14 @@ def test_a_clear_difference(tmp_path):
     results = results_of(tmp_path, mae=base, predictor=base, hpm=better, hpm_memory=noise)
     text = results.summary()
     assert text.startswith("At equal time, over 3 seeds: HPM is better than MAE (+2.0 ± 0.4 points")
-    assert "HPM by memory cannot be told apart from MAE (-0.1 ± 3.2 points" in text
-    assert "a difference of about 4.0 points would have been seen four times out of five" in text
+    assert "HPM by memory does not differ significantly from MAE (-0.1 ± 3.2 points" in text
+    assert "of about 4.0 points would have been detected with a probability of 80 %" in text
     worse = results_of(tmp_path, mae=better, predictor=base, hpm=base, hpm_memory=base)
     assert "HPM is worse than MAE (-2.0 ± 0.4" in worse.summary()
     means, less = results.tables()
     assert [row[0] for row in means.rows] == list(ARMS)
-    assert less.rows[1][0] == "HPM less MAE" and "+2.0 ± 0.4" in less.rows[1]
-    assert less.rows[3][0] == "HPM less predictor's loss"
+    assert less.rows[1][0] == "HPM minus MAE" and "+2.0 ± 0.4" in less.rows[1]
+    assert less.rows[3][0] == "HPM minus predictor's loss"
     results.write()
     assert (tmp_path / "methods.md").read_text().startswith(text)
     assert (tmp_path / "methods.png").stat().st_size > 5000
@@ -93,12 +93,12 @@ def test_a_narrow_screen(tmp_path):
     cells = [cell for table in results.tables() for row in table.rows for cell in row if cell]
     assert all(any(cell in line for line in lines) for cell in cells)
     assert max(map(len, lines)) <= 60
-    assert sum("predictor's loss less MAE" in line for line in lines) >= 2
+    assert sum("predictor's loss minus MAE" in line for line in lines) >= 2
 
 
 def test_one_seed_says_nothing(tmp_path):
     one = results_of(tmp_path, mae=[30], predictor=[31], hpm=[32], hpm_memory=[29])
-    assert "HPM less MAE is +2.0 points of linear probe, but one seed cannot say" in one.summary()
+    assert "HPM minus MAE is +2.0 points of linear probe, but one seed cannot say" in one.summary()
     one.write()  # with a figure without intervals
 
 
@@ -156,4 +156,4 @@ def test_without_labels(image_folder, tmp_path, timed_briefly):
     arguments = ["methods", image_folder / "class_0", "--seeds=1", "--out", tmp_path / "m"]
     result = run_here(*arguments, *tiny_arguments(steps=3))
     assert result.returncode == 0, result.stderr
-    assert "Without labels, whether mining helps cannot be said." in result.stdout
+    assert "Without labels, this comparison cannot say whether mining helps." in result.stdout

@@ -13,6 +13,7 @@ import hpm
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors
+from hpm.core.signals import Interrupted
 from hpm.data.sources import open_source
 from hpm.models.architecture import resolve_model
 from hpm.show.run import Run
@@ -174,7 +175,7 @@ def test_features_travel_as_tensors_and_are_kept_once(tmp_path, broken):
         (images / "class_0" / f"{number:03d}.png").write_bytes(b"broken")
     program = tmp_path / "program.py"
     program.write_text(ROWS)
-    result = torchrun(program, images, 5 - len(broken), timeout=120)
+    result = torchrun(program, images, 5 - len(broken))
     assert result.returncode == 0, result.stderr
 
 
@@ -219,9 +220,7 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(ONE_RANK_FAILS.format(error=error))
     options = tiny_arguments()
-    result = torchrun(
-        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
-    )
+    result = torchrun(program, "pretrain", image_folder, "--out", tmp_path / "run", *options)
     assert result.returncode != 0
     assert result.stderr.count(line) == 1, result.stderr
     assert "Connection closed" not in result.stderr and "connection" not in result.stderr.lower()
@@ -260,9 +259,7 @@ def test_a_main_process_that_dies_alone_ends_the_others(image_folder, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(MAIN_ALONE.format(function="evaluate", what="raise RuntimeError('a bug')"))
     options = tiny_arguments()
-    result = torchrun(
-        program, "pretrain", image_folder, "--out", tmp_path / "run", *options, timeout=120
-    )
+    result = torchrun(program, "pretrain", image_folder, "--out", tmp_path / "run", *options)
     assert result.returncode != 0 and result.stderr.count("RuntimeError: a bug") == 1
 
 
@@ -282,6 +279,32 @@ def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
     assert joined["device_id"] == device and joined["timeout"] == distributed.TIMEOUT
     # What the main process does alone is waited for on the CPU, which has no watchdog.
     assert groups == [{"backend": "gloo", "timeout": distributed.MAIN_TIMEOUT}]
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "destroyed"),
+    [
+        (torch.device("cuda", 1), RuntimeError("out of memory"), False),
+        (torch.device("cuda", 1), Interrupted(15), True),  # of all processes
+        (torch.device("cpu"), RuntimeError("a bug"), True),
+    ],
+)
+def test_a_process_that_fails_on_a_gpu_does_not_wait_for_the_others(
+    device, error, destroyed, monkeypatch
+):
+    """NCCL's connections end in all processes together, or not at all."""
+    ended = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed, "_store", None)
+    monkeypatch.setattr(distributed, "reports_error", lambda: True)
+    with pytest.raises(type(error)), distributed.process_group(device):
+        raise error
+    assert bool(ended) == destroyed
 
 
 def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
@@ -324,3 +347,14 @@ def test_many_processes_may_open_a_connection_to_each_other_one(monkeypatch):
             assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for process in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(process))
+        assert distributed.pick_device("auto") == torch.device("cuda", process)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(hpm.UserError, match="process 3 .* no GPU.*--nproc-per-node 2"):
+        distributed.pick_device("auto")

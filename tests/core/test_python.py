@@ -112,7 +112,6 @@ def test_the_random_state_of_the_caller_is_left_alone(finished_run, image_folder
         [sys.executable, "-c", RANDOM_STATE, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -274,7 +274,6 @@ def test_two_processes_share_the_work(finished_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_eight_photographs_are_learned_by_heart(shared_data, tmp_path):
     """From hardly trained weights: that the whole is right, from annotations to AP."""
     pennfudan, data = shared_data / "pennfudan", tmp_path / "data"

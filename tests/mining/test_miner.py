@@ -5,11 +5,14 @@ import torch
 from helpers import TINY
 
 import hpm
+from hpm.core.config import PretrainConfig
 from hpm.data.loader import evaluation_batches, normalize
 from hpm.data.sources import open_source
 from hpm.evals.loss_maps import loss_maps
 from hpm.mining.draw import Draw
+from hpm.mining.miner import Seen
 from hpm.show.figures import picture
+from hpm.training.build import build_run
 from hpm.weights.resolve import load
 
 WAYS = [{}, {"teacher_view": "masked"}, {"teacher_scale": 0.5}]
@@ -39,3 +42,26 @@ def test_figures_and_measures_show_what_is_mined_by(way, image_folder, tmp_path)
         trained.model, miner, images, draw, trained.find_target(torch.device("cpu")), 0.75
     )
     torch.testing.assert_close(maps.predicted, mined.signal)
+
+
+@pytest.mark.parametrize("way", [{"mask": "green_noise"}, {"mine_by": "memory"}])
+def test_masks_are_the_same_in_each_precision(way, tmp_path):
+    options = TINY | {"image_size": 64, "normalize": "imagenet"} | way
+    config = PretrainConfig(data="demo", out=str(tmp_path), **options)
+    run = build_run(config, torch.device("cpu"), quiet=True)
+    ids, images = torch.arange(256), torch.zeros(256, 3, 64, 64)
+    seen = None
+    if run.memory is not None:
+        generator = torch.Generator().manual_seed(0)
+        run.memory.found.copy_(torch.rand(run.memory.found.shape, generator=generator))
+        seen = Seen(ids, torch.tensor([0.1, 0.9, 0.2, 0.7]).expand(256, 4))
+    exact, rounded = (
+        autocast_and_mine(run.miner, images, Draw(0, 1, ids), seen, enabled)
+        for enabled in (False, True)
+    )
+    assert torch.equal(rounded.hidden_ids, exact.hidden_ids)
+
+
+def autocast_and_mine(miner, images, draw, seen, enabled):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        return miner.mine(images, draw, num_hard=0 if seen is None else 90, seen=seen)

@@ -82,3 +82,12 @@ def test_encoders_of_timm_are_built_whole():
     assert drawn.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.equal(drawn[name], tensor), name
+
+
+def test_the_generators_of_gpus_stay_as_they_are(monkeypatch):
+    """A program that trains on one may load an encoder meanwhile."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    build_model(architecture_of(IMAGES), seed=3)
+    assert seeded == [] and torch.equal(torch.get_rng_state(), before)

@@ -170,15 +170,15 @@ def test_the_report(clip_run, shown, tmp_path):
     assert len(URI.findall(text)) == 2 * 5
     assert "# uint8 [B C T H W]" in text
     keep_animations(shown, tmp_path, 7)
-    kept = read_animations(tmp_path, {7})
+    kept = read_animations(tmp_path, 7)
     step, clips, scale = kept.step, kept.clips, kept.scale
     assert scale == all_frames(shown).scale
     assert step == 7 and [sorted(clip) for clip in clips] == [["image", "mask", "predicted"]] * 2
     assert np.array_equal(clips[1]["image"], shown.images[1].permute(1, 2, 3, 0).numpy())
-    assert read_animations(tmp_path, {6}) is None  # of a training taken back
+    assert read_animations(tmp_path, 6) is None  # of a training taken back
     path = next(tmp_path.iterdir())
     path.write_bytes(path.read_bytes()[:50])
-    assert read_animations(tmp_path, {7}) is None
+    assert read_animations(tmp_path, 7) is None
 
 
 def test_a_strip_says_which_frames_it_shows():

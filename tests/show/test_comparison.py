@@ -1,17 +1,14 @@
 """The page of a comparison: which runs it reads, what it says of them, and that it sorts."""
 
 import json
-import pickle
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
 from helpers import TINY, assert_refused, run_here
 
 import hpm
-from hpm.show.compared import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +104,3 @@ def test_refusals(runs, image_folder, tmp_path):
     ):
         assert_refused(run_here("compare", *arguments), words)
     assert "RUNS ..." in run_here("compare", "--help").stdout
-
-
-def test_memory_does_not_grow_with_the_length_of_the_runs(tmp_path):
-    folders = [str(tmp_path / name) for name in ("a", "b")]
-    sizes = []
-    for lines in (1_000, 4_000):
-        for folder in map(Path, folders):
-            folder.mkdir(exist_ok=True)
-            (folder / "config.yaml").write_text("batch_size: 8\n")
-            log = [{"step": n, "images_per_second": 8.0 + n % 7} for n in range(1, lines + 1)]
-            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-        runs = read_runs(folders)
-        assert [run.latest["step"] for run in runs] == [lines] * 2 and runs[0].minutes > 1
-        sizes.append(len(pickle.dumps(runs)))
-    assert sizes[1] < 1.2 * sizes[0]

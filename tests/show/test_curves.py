@@ -62,10 +62,3 @@ def test_a_reference_lies_on_the_axis():
 )
 def test_numbers_have_three_digits_and_more_only_just_below_one(value, text):
     assert number(value) == text
-
-
-def test_a_reduced_curve_stays_as_it_is():
-    points = [(step, float((step * 37) % 101)) for step in range(5000)]
-    once = make_curve("x", points)
-    again = make_curve("x", list(zip(once.steps, once.values)))
-    assert once == again and len(once.steps) < 310

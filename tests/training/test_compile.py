@@ -55,7 +55,7 @@ WAYS = [{}, {"teacher_scale": 0.5}, {"mine_by": "memory", "predictor_loss": "non
 
 def run_python(code, *arguments):
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -67,7 +67,7 @@ def test_compiled_equals_eager_over_300_steps(image_folder, tmp_path):
         options = tiny_arguments(
             steps=300, log_every=10, checkpoint_every="100%", base_lr=1e-3, compile=mode
         )
-        result = run_hpm("pretrain", image_folder, "--out", tmp_path / mode, *options, timeout=400)
+        result = run_hpm("pretrain", image_folder, "--out", tmp_path / mode, *options)
         assert result.returncode == 0, result.stderr
         lines = (tmp_path / mode / "metrics.jsonl").read_text().splitlines()
         read = [json.loads(line).get("reconstruction_loss") for line in lines]

@@ -43,3 +43,7 @@ def test_with_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "my-cc -m64")
     assert compiles(config("auto"), GPU) and not describe_uncompiled(config("auto"), GPU)
     assert not compiles(config("auto"), CPU)
+    # Triton compiles a program that includes Python.h, a package of its own in most systems.
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert not compiles(config("auto"), GPU)
+    assert "python3-dev" in describe_uncompiled(config("auto"), GPU)[0]

@@ -13,7 +13,6 @@ EPOCHS = 2000
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_thousands_of_small_epochs(workers, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Trainings of a given time: some steps are timed first, which fixes the number of steps."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -113,6 +114,15 @@ def test_the_time_is_measured(image_folder, tmp_path, monkeypatch):
     assert min(pace.startup, pace.step, pace.evaluation, pace.save) > 0
     assert pace.first_visit >= 0 and pace.probe == 0
     assert timed.schedule_of(7).total == 7 and list(tmp_path.iterdir()) == []
+
+
+def test_the_memory_of_the_trial_is_free_when_it_ends(image_folder, tmp_path):
+    """Also while its caller still has its times: a training allocates as much."""
+    config = PretrainConfig(data=str(image_folder), out=str(tmp_path / "run"), **TINY)
+    parts, cpu = pretraining.training_parts(None), torch.device("cpu")
+    with trial.trial_of(config, cpu, parts, Stop()) as timed:
+        model = weakref.ref(timed.run.model)
+    assert model() is None and timed.rough_step > 0
 
 
 def test_mistakes(image_folder, tmp_path):

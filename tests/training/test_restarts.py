@@ -58,7 +58,7 @@ def test_a_process_of_two_nodes_is_killed(killed, shard, image_folder, tmp_path)
         nodes[0].wait_until(lambda: len(list_checkpoints(out / "checkpoints")) > 0)
         (victim,) = [pid for each in nodes for pid in each.members() if rank_of(pid) == killed]
         os.kill(victim, signal.SIGKILL)
-        errors = [each.errors(timeout=240) for each in nodes]
+        errors = [each.errors() for each in nodes]
         assert [each.process.returncode for each in nodes] == [0, 0], errors
         assert all(each.all_gone() for each in nodes)
     finally:

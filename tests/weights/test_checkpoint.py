@@ -238,3 +238,15 @@ def test_shapes_are_read_without_the_tensors(tmp_path, monkeypatch):
         n: (t.shape, t.dtype) for n, t in tensors.items()
     }
     assert read == ["step"] and all(t.is_meta for t in found.values())
+
+
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch, tmp_path):
+    """Its memory may be full: to ask for its generator would be an error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked"))
+    model, optimizer = trained()
+    path = checkpoint.save_checkpoint(tmp_path, model, None, optimizer, {"step": 1}, keep=1)
+    found = checkpoint.load_checkpoint(path)
+    found.rng["cuda"] = torch.zeros(16, dtype=torch.uint8)  # as if it had begun on a GPU
+    checkpoint.restore(found, model, None, optimizer)

@@ -91,8 +91,8 @@ class Options(EvalOptions):
     )
     """Number of test images to draw with their detections, in a PNG file beside the numbers."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
-    CPU."""
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU that has it
+    (NVIDIA's since Ampere), else float32."""
     max_unreadable: float = option(
         0.1, at_least=0, at_most=1, may_change=True, changes_numbers=False
     )

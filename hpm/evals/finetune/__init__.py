@@ -72,8 +72,8 @@ class Options(ClassificationOptions):
     """Flip images at random, with probability 0.5 per axis: horizontal (the default; also true),
     vertical, both, or none (also false). Use both for aerial or microscope images."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the forward and backward pass; auto is bfloat16 on a GPU and float32 on a
-    CPU."""
+    """Precision of the forward and backward pass; auto is bfloat16 on a GPU that has it
+    (NVIDIA's since Ampere), else float32."""
     checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 

@@ -155,8 +155,9 @@ class ClassifierTraining(SupervisedTraining):
         seed_everything(config.seed, step, distributed.rank(), 1)
         losses = []
         for part in accumulated(self.parallel, batch.parts(config.accumulate)):
-            images = normalize(part.images.to(self.device), self.mean, self.std)
-            labels = self.labels[part.indices].to(self.device)
+            images = part.images.to(self.device, non_blocking=True)
+            images = normalize(images, self.mean, self.std)
+            labels = self.labels[part.indices].to(self.device, non_blocking=True)
             loss = self.augmentation.loss(self.parallel, images, labels, self.autocast)
             (loss / config.accumulate).backward()
             losses.append(loss.detach())

@@ -25,6 +25,10 @@ COLUMNS = {
 class Options(EvalOptions):
     """Semantic segmentation: a linear layer on frozen patch tokens, or UPerNet fine-tuned."""
 
+    data: str = option(may_change=True)
+    """Images with masks, whose pixels are numbers of classes: a folder of images/ with masks/
+    (also one for each split), ADE20K, Pascal VOC, or demo, the built-in images. Tests on the val or
+    test split if there is one, else on a fifth of the images."""
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
     chosen on a fifth of the training images. upernet: the whole encoder is fine-tuned (BEiT,
@@ -97,7 +101,8 @@ class Options(EvalOptions):
     """(upernet) Number of gradient accumulation steps that each batch is split into. Batch norms
     see one part at a time."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU that has it (NVIDIA's
+    since Ampere), else float32."""
     checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
     """(upernet) Interval between checkpoints. Run the same command again to resume from the latest
     one."""

@@ -103,12 +103,14 @@ class UPerNetTraining(SupervisedTraining):
         options = self.options
         _seed_dropout(options.seed, step, distributed.rank())
         parts = batch.parts(options.accumulate)
-        labelled = torch.stack([_labelled(part).sum() for part in parts]).float().to(self.device)
+        labelled = torch.stack([_labelled(part).sum() for part in parts]).float()
+        labelled = labelled.to(self.device, non_blocking=True)
         mean_labelled = distributed.mean(labelled.sum()).clamp(min=1)  # of a process
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(accumulated(self.parallel, parts)):
-            images = normalize(_tensor(part.images).to(self.device), self.mean, self.std)
-            targets = _tensor(part.targets).to(self.device)
+            images = _tensor(part.images).to(self.device, non_blocking=True)
+            images = normalize(images, self.mean, self.std)
+            targets = _tensor(part.targets).to(self.device, non_blocking=True)
             with self.autocast():
                 logits, auxiliary = self.parallel(images)
             loss = segmentation_loss(logits, auxiliary, targets)
