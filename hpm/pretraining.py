@@ -27,7 +27,14 @@ from hpm.mining.losses import absolute_loss, ranking_accuracy, relative_loss
 from hpm.mining.miner import Mined
 from hpm.models.patches import gather_patches
 from hpm.show.live import live_display
-from hpm.show.monitor import evaluate, picture_held_out, probe, refresh_report, session_recorded
+from hpm.show.monitor import (
+    evaluate,
+    picture_held_out,
+    probe,
+    refresh_report,
+    seldom,
+    session_recorded,
+)
 from hpm.show.run import Run
 from hpm.targets.base import Target
 from hpm.training.build import build_run
@@ -148,7 +155,7 @@ def _train(run: PretrainingRun, ongoing: OngoingProbe | None, stop: Stop) -> Non
     def reports(step: int) -> bool:
         return schedule.evaluates(step) or probes(step) or schedule.saves(step)
 
-    events.append(Event(reports, partial(refresh_report, run)))
+    events.append(Event(reports, seldom(partial(refresh_report, run))))
     train(
         run,
         lambda batch, step: train_step(run, batch, step, run.num_hard(step)),

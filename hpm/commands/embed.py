@@ -174,7 +174,7 @@ def _compute(config: EmbedConfig, shards: Shards, report: Report, compute: Compu
     if distributed.is_main() and len(missing) < count:
         report(f"going on: {count - len(missing)} of {count} shards are there")
     own = [shards.all[number] for number in missing[distributed.rank() :: distributed.world_size()]]
-    known = len(distributed.main_first(shards.problems))
+    known = distributed.main_first(lambda: len(shards.problems()))
     _check_unreadable(known, shards, config.max_unreadable)
     for problems in compute(config, shards, own):
         known += len(problems)

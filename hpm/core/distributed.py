@@ -7,6 +7,7 @@ use torch.distributed, for runs whose models are sharded.
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -28,6 +29,9 @@ Done = TypeVar("Done")
 TIMEOUT = timedelta(minutes=30)
 # Timeout of waiting for the main process, which also trains the probes of frozen features.
 MAIN_TIMEOUT = timedelta(days=7)
+# Each process is connected to each other one in each group: two, and one of `--shard`.
+GROUPS = 3
+OPEN_FILES = 1024  # beside connections; the limit of many systems, for all of them
 _store: dist.Store | None = None
 _main_group: dist.ProcessGroup | None = None
 
@@ -84,6 +88,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     _store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    _allow_open_files(OPEN_FILES + GROUPS * count)
     # Objects are exchanged between CPUs; NCCL would copy those of all processes to every GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -107,6 +112,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         # for others that wait for it. Without that it exits, and torchrun ends the others.
         if ends_with_others or not on_gpu:
             dist.destroy_process_group()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, if it is lower and as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < count:
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 @cache
@@ -173,6 +186,16 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether the value is true in any process. Of a thousand on GPUs, this takes a fraction of a
+    millisecond, and `gather`, in which objects pass from CPU to CPU, two rounds of all of them."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(float(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
 
 
 def from_main(value: Any) -> Any:

@@ -15,6 +15,7 @@ from hpm.data.arrays import UnreadableImage
 from hpm.data.detection import Objects
 from hpm.data.loader import Key
 from hpm.data.sources import Source
+from hpm.data.unreadable import stand_ins
 from hpm.data.workers import batch_loader
 
 # (source, (epoch, index)) -> image [C H W], and labels [H W] or objects; see hpm.data.joint.
@@ -80,8 +81,8 @@ class DenseSample:
 
 
 class DenseSamples(Dataset):
-    """Samples by (epoch, index). With `stand_in`, the next readable image replaces an unreadable
-    one, so that batches keep their size; otherwise the sample is empty."""
+    """Samples by (epoch, index). With `stand_in`, another image replaces an unreadable one (see
+    `stand_ins`), so that batches keep their size; otherwise the sample is empty."""
 
     def __init__(self, source: Source, make_sample: MakeSample, stand_in: bool):
         self.source, self.make_sample, self.stand_in = source, make_sample, stand_in
@@ -89,8 +90,7 @@ class DenseSamples(Dataset):
     def __getitem__(self, key: Key) -> DenseSample:
         epoch, index = key
         unreadable: list[tuple[int, str]] = []
-        for offset in range(len(self.source) if self.stand_in else 1):
-            candidate = (index + offset) % len(self.source)
+        for candidate in stand_ins(index, len(self.source)) if self.stand_in else [index]:
             try:
                 pair = self.make_sample(self.source, (epoch, candidate))
                 return DenseSample(pair, candidate, unreadable)

@@ -17,6 +17,7 @@ from torch import Tensor
 from hpm.core.errors import UserError, counted
 from hpm.data import demo
 from hpm.data.coco import CocoFile, read_coco
+from hpm.data.folders import subfolders
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
 from hpm.data.rle import decode_masks, encode_masks, mask_library
@@ -277,7 +278,7 @@ def _find_files(root: Path) -> tuple[_Part, _Part | None]:
         if folder is None:
             raise UserError(f"{file}: no folder {root / split} of its images")
         parts[split] = _Part(f"{root} ({split})", file, folder)
-    inside = sorted(p.name for p in root.iterdir() if p.is_dir())
+    inside = [p.name for p in subfolders(root)]
     for split in inside:
         file = root / split / "_annotations.coco.json"
         if split not in parts and file.is_file():

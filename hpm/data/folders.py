@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ ANNOTATION_NAMES = (
 def images_of(folder: Path) -> Path:
     """The image folder of an annotated data set, so that masks are not used as training images;
     otherwise `folder` itself."""
-    inside = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+    inside = {p.name.lower(): p for p in subfolders(folder)}
     images = next((inside[name] for name in ANNOTATED_NAMES if name in inside), None)
     beside = [inside[name].name for name in ANNOTATION_NAMES if name in inside]
     if images is None or not beside:
@@ -80,12 +81,36 @@ def images_of(folder: Path) -> Path:
     return images
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted. Raises OSError."""
+    # A listing tells what is a file. To ask for each of millions would take minutes on a network
+    # file system.
+    with os.scandir(folder) as entries:
+        found = [
+            folder / entry.name
+            for entry in entries
+            if entry.is_dir(follow_symlinks=False) or entry.is_symlink()
+        ]
+    return sorted(path for path in found if path.is_dir())
+
+
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """All files with this suffix in a folder and its subfolders, sorted."""
+    # `Path.rglob` lists each folder twice, into objects of 200 bytes for each of millions of files.
+    return sorted(
+        Path(inside, name)
+        for inside, _, names in os.walk(folder)
+        for name in names
+        if name.endswith(suffix)
+    )
+
+
 def labels_by_folder(
     files: Sequence[str], separator: str = os.sep
 ) -> tuple[np.ndarray | None, list[str]]:
     """(labels, classes) from the first-level folders of relative paths; (None, []) unless every
     file is in one."""
-    tops = [file.split(separator)[0] for file in files if separator in file]
+    tops = [sys.intern(file.split(separator, 1)[0]) for file in files if separator in file]
     if not tops or len(tops) < len(files):
         return None, []
     classes = sorted(set(tops))
@@ -130,11 +155,12 @@ def find_files(
             for s in subfolders
             if not s.startswith(".") and not (annotated and s.lower() in ANNOTATION_NAMES)
         )
+        below = os.path.relpath(folder, root)
         for file in files:
             if file.startswith("."):
                 continue
             if file.lower().endswith(suffixes):
-                found.append(os.path.relpath(os.path.join(folder, file), root))
+                found.append(file if below == os.curdir else os.path.join(below, file))
             elif (suffix := os.path.splitext(file)[1].lower()) in other_suffixes:
                 others[suffix] += 1
     return sorted(found), others

@@ -22,6 +22,7 @@ from hpm.data.notes import say_once
 from hpm.data.sources import Source
 from hpm.data.streams.lanes import Cursor
 from hpm.data.transforms import Crop, View, decode, evaluation_view, least_size, training_view
+from hpm.data.unreadable import stand_ins
 from hpm.data.video.clips import ClipEvaluationViews, ClipViews, Key, view_keys
 from hpm.data.video.sampling import ONE_VIEW, ClipSampling, Times, ViewGrid
 from hpm.data.video.sources import holds_videos
@@ -157,8 +158,8 @@ class Sample:
 
 
 class Views(Dataset):
-    """Views by (epoch, index). With `stand_in`, the next readable image replaces an unreadable one,
-    so that batches keep their size; otherwise the sample is empty."""
+    """Views by (epoch, index). With `stand_in`, another image replaces an unreadable one (see
+    `stand_ins`), so that batches keep their size; otherwise the sample is empty."""
 
     def __init__(self, source: Source, make_view: MakeView, stand_in: bool):
         self.source = source
@@ -175,8 +176,7 @@ class Views(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         epoch, index, *number = key
         unreadable: list[tuple[int, str]] = []
-        for offset in range(len(self.source) if self.stand_in else 1):
-            candidate = (index + offset) % len(self.source)
+        for candidate in stand_ins(index, len(self.source)) if self.stand_in else [index]:
             try:
                 made = partial(self.make_view, self.source, (epoch, candidate, *number))
                 view, crop, *rest = retried(made)

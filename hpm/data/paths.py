@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -17,9 +18,12 @@ class Paths(Sequence[str]):
     page by page, as reference counts are written."""
 
     def __init__(self, paths: Iterable[Path | str]):
-        encoded = [os.fsencode(path) + b"\0" for path in paths]
-        self._names = np.frombuffer(b"".join(encoded), np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        names, ends = bytearray(), array("q")
+        for path in paths:
+            names += os.fsencode(path)
+            names.append(0)
+            ends.append(len(names))
+        self._names, self._ends = np.frombuffer(names, np.uint8), np.array(ends, np.int64)
         self._root = ""
 
     @classmethod

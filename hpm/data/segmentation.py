@@ -15,6 +15,7 @@ from PIL import Image
 from hpm.core.errors import UserError
 from hpm.data import demo
 from hpm.data.arrays import UnreadableImage
+from hpm.data.folders import subfolders
 from hpm.data.inspection import spaced
 from hpm.data.mask_files import Labels, highest_label, pair_by_name, read_mask
 from hpm.data.notes import say_once
@@ -173,10 +174,10 @@ def _open_folders(root: Path) -> tuple[_Part, _Part | None]:
     """Folders of images beside folders of masks."""
     pairs: dict[str, tuple[Path, Path]] = {}
     bare: list[str] = []
-    splits = sorted(p.name for p in root.iterdir() if p.is_dir() and (p / "images").is_dir())
+    splits = [p.name for p in subfolders(root) if (p / "images").is_dir()]
     forms = [(name, root / name / "images", root / name, "") for name in splits]
     if (root / "images").is_dir():
-        inside = sorted(p.name for p in (root / "images").iterdir() if p.is_dir())
+        inside = [p.name for p in subfolders(root / "images")]
         names = [name for name in inside if is_split(name)]
         forms += [(name, root / "images" / name, root, name) for name in names]
         if not names:

@@ -20,9 +20,11 @@ from hpm.data.folders import (
     IMAGE_SUFFIXES,
     VIDEO_SUFFIXES,
     described,
+    files_below,
     find_images,
     images_of,
     labels_by_folder,
+    subfolders,
 )
 from hpm.data.given import given
 from hpm.data.hugging_face import is_hub, open_hub
@@ -247,7 +249,7 @@ def _open_folder(path: Path, clips: bool) -> Splits:
         return Splits(ArrowSource(str(path), path))
     if splits := _open_litdata(path):
         return splits
-    files = sorted(path.rglob("*.parquet"))
+    files = files_below(path, ".parquet")
     if files:
         train, test = training_files(files), test_files(files)
         if not train:
@@ -257,7 +259,7 @@ def _open_folder(path: Path, clips: bool) -> Splits:
             ParquetSource(f"{path} (test)", test) if test else None,
         )
     path = images_of(path)
-    inside = {p.name.lower(): p for p in sorted(path.iterdir()) if p.is_dir()}
+    inside = {p.name.lower(): p for p in subfolders(path)}
     if any((path / "annotations").glob("*.json")):  # COCO's names: train2017, val2017
         inside = {name.rstrip("0123456789"): p for name, p in inside.items()}
         inside.pop("annotations")
@@ -276,7 +278,7 @@ def _open_litdata(path: Path) -> Splits | None:
     """A folder of LitData, or splits of such; None if it is none."""
     if is_litdata(path):
         return Splits(LitDataSource(path))
-    below = sorted(p for p in path.iterdir() if is_litdata(p))
+    below = [p for p in subfolders(path) if is_litdata(p)]
     train, test = train_and_test(p.name for p in below)
     if train is None:
         return None
@@ -307,7 +309,7 @@ def _files_below(root: Path, clips: bool) -> FileSource | VideoFiles:
         raise UserError(f"{root}: no images in this folder or below it{passed_over}")
     if others:
         say_once(f"{root}: passed over: {described(others)}")
-    paths = [os.path.join(root, f) for f in files]
+    paths = (os.path.join(root, file) for file in files)
     return FileSource(str(root), paths, *labels_by_folder(files), root)
 
 

@@ -8,6 +8,8 @@ from hpm.core.errors import UserError
 from hpm.data.loader import EvaluationViews, Views
 from hpm.data.sources import Source
 
+MOST_TRIED = 20  # times as many images as are measured, if most of them cannot be read
+
 
 def measure_statistics(
     source: Source,
@@ -24,7 +26,8 @@ def measure_statistics(
     """
     views = Views(source, EvaluationViews(size, channels, min_side), stand_in=False)
     sums, squares, images, problem = np.zeros(channels), np.zeros(channels), 0, "it is empty"
-    for index in np.random.default_rng([seed, 1]).permutation(len(source)):
+    order = np.random.default_rng([seed, 1]).permutation(len(source))[: MOST_TRIED * count]
+    for index in order:
         sample = views[0, int(index)]
         if sample.view is None:
             problem = sample.unreadable[0][1]
@@ -36,7 +39,7 @@ def measure_statistics(
         if images == count:
             break
     if images == 0:
-        raise UserError(f"{source.name}: no readable image among {len(source)} ({problem})")
+        raise UserError(f"{source.name}: no readable image among {len(order)} ({problem})")
     mean, mean_square = sums / images, squares / images
     # Avoid division by zero for a constant channel, yet keep the small std of small values.
     scale = np.where(mean_square > 0, np.minimum(mean_square, 1), 1)

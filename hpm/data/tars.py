@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import posixpath
 import tarfile
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,13 +27,14 @@ class TarSource:
     def __init__(self, name: str, archives: Sequence[str]):
         self.name = name
         self.archives = list(archives)
-        found = [(n, each) for n, path in enumerate(archives) for each in _members(path)]
-        if not found:
+        places, names = array("q"), []  # the headers themselves take ten times the memory
+        for number, path in enumerate(archives):
+            for member in _members(path):
+                places.extend((number, member.offset_data, member.size))
+                names.append(posixpath.normpath(member.name))
+        if not names:
             raise UserError(f"{name}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
-        self._archive = np.array([number for number, _ in found], np.int32)
-        self._start = np.array([member.offset_data for _, member in found], np.int64)
-        self._size = np.array([member.size for _, member in found], np.int64)
-        names = [posixpath.normpath(member.name) for _, member in found]
+        self._archive, self._start, self._size = np.array(places).reshape(-1, 3).T
         self.members = Paths(names)
         self.labels, self.classes = labels_by_folder(names, "/")
 
@@ -60,7 +62,8 @@ def _members(path: str) -> Iterator[tarfile.TarInfo]:
     """The headers of the images of an archive, in order."""
     try:
         with tarfile.open(path, "r:", tarinfo=Member) as archive:
-            for member in archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it keeps all it reads
                 if image_kind(path, member) in IMAGE_SUFFIXES and not member.issparse():
                     yield member
     except DAMAGED as error:

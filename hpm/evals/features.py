@@ -19,6 +19,7 @@ from hpm.data.sources import Source, Splits, Subset
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sampling import ONE_VIEW, ClipSampling, ViewGrid
 from hpm.data.workers import num_workers
+from hpm.evals.classes import by_class
 from hpm.evals.contract import OVER_FRAMES, RAW_PIXELS
 from hpm.models.architecture import Architecture
 from hpm.models.patches import patchify
@@ -319,9 +320,8 @@ def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labe
 def _fewer_labels(data: Labelled, share: float, seed: int) -> Labelled:
     rng = np.random.default_rng([seed, len(data.train), 1])
     kept = []
-    for label in np.unique(data.train_labels):
-        members = rng.permutation(np.flatnonzero(data.train_labels == label))
-        kept.append(members[: max(1, round(share * len(members)))])
+    for _, ids in by_class(data.train_labels):
+        kept.append(rng.permutation(ids)[: max(1, round(share * len(ids)))])
     ids = np.sort(np.concatenate(kept))
     return replace(data, train=Subset(data.train, ids), train_labels=data.train_labels[ids])
 
@@ -338,13 +338,12 @@ def split_by_class(
     """Indices of (the rest, a fifth of each class). Raises UserError for a class of one image."""
     rng = np.random.default_rng([seed, len(labels)])
     held = []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        if len(members) < 2:
+    for label, ids in by_class(labels):
+        if len(ids) < 2:
             raise UserError(
                 f"{name}: class '{classes[label]}' has one image only, and a part of each class "
                 "has to be held out: add images of it, or leave the class out"
             )
-        held.append(members[: max(1, len(members) // 5)])
+        held.append(rng.permutation(ids)[: max(1, len(ids) // 5)])
     test = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), test), test

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from hpm.evals.features import Features
 from hpm.evals.metrics import TrueClassRanks, mean_scores, rank
 
-QUERIES = 512
+QUERIES = 512  # at once, at most
+MOST_SIMILARITIES = 1 << 28  # at once: 1 GB, however many training images there are
 
 
 def nearest_neighbours(
@@ -30,7 +31,8 @@ def nearest_neighbours(
     bank = F.normalize(train.features.to(device), dim=1)
     labels = train.labels.to(device)
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for ids in torch.arange(len(test.labels)).split(max(1, QUERIES // test.views)):
+    at_once = min(QUERIES, MOST_SIMILARITIES // max(1, len(bank)))
+    for ids in torch.arange(len(test.labels)).split(max(1, at_once // test.views)):
         queries = F.normalize(test.rows(ids).to(device), dim=1)
         votes = neighbour_votes(queries, bank, labels, num_classes, ks, temperature)
         for k in ks:

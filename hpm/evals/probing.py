@@ -93,7 +93,7 @@ class Computed:
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
         own = slice(distributed.rank(), None, distributed.world_size())
-        keys = [view_keys(epoch, ids[own].tolist(), self.views) for ids in steps]
+        keys = (view_keys(epoch, ids[own].tolist(), self.views) for ids in steps)
         workers = num_workers(self.reader.workers)
         for batch in training_loader(
             self.source, self.make_view, keys, workers, False, self.stand_in

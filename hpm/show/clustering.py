@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from hpm.core.extras import need
-from hpm.evals.similarity import Bank
+from hpm.evals.similarity import BLOCK, Bank
 
 MANY = 20_000  # rows beyond which k-means works on batches
 MOST_BY_DEFAULT = 20
@@ -63,8 +63,11 @@ def find_clusters(features: Features, count: int, seed: int) -> Clusters:
     rank = np.zeros(count, np.int64)
     rank[order] = np.arange(len(order))
     centres = unit(found.cluster_centers_)
-    closeness = (features * centres[found.labels_]).sum(1)
-    return Clusters(len(order), rank[found.labels_], closeness.astype(np.float32))
+    closeness = np.empty(len(features), np.float32)
+    for start in range(0, len(features), BLOCK):
+        rows = slice(start, start + BLOCK)
+        closeness[rows] = (features[rows] * centres[found.labels_[rows]]).sum(1)
+    return Clusters(len(order), rank[found.labels_], closeness)
 
 
 def unit(rows: Float[np.ndarray, "rows dim"]) -> Float[np.ndarray, "rows dim"]:

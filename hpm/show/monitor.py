@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from hpm.training import sessions
 from hpm.training.run import PretrainingRun
 
 FIGURE_IMAGES = 8
+# A report that takes longer than this, because it reads a long log, is written so rarely that it
+# takes a small share of the time: all processes wait for it.
+QUICK_REPORT, REPORT_SHARE = 1.0, 0.02  # seconds, share
 
 
 def evaluate(run: PretrainingRun) -> None:
@@ -142,6 +146,22 @@ def refresh_report(run: PretrainingRun) -> None:
     if distributed.is_main():
         with run.log.never_fail("writing the report"):
             write_report(run.files.folder)
+
+
+def seldom(report: Callable[[], object]) -> Callable[[], None]:
+    """Calls `report`, unless it is slow and was called a short time before."""
+    ended, took = -math.inf, 0.0
+
+    def call() -> None:
+        nonlocal ended, took
+        start = time.monotonic()
+        if took > QUICK_REPORT and start - ended < took / REPORT_SHARE:
+            return
+        report()
+        ended = time.monotonic()
+        took = ended - start
+
+    return call
 
 
 def _reason(stopped: BaseException) -> str:

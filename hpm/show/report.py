@@ -53,7 +53,7 @@ TILES = {
     "probe/linear": "linear probe, %",
     "images_per_second": "images per second",
 }
-MAX_LISTED = 20  # unreadable images
+MAX_LISTED = 20  # unreadable images, and ends of sessions
 
 
 def run_report(config: ReportConfig) -> Path:
@@ -152,16 +152,20 @@ def _problems(
             f"{'were' if count > 1 else 'was'} passed over</summary>"
             f"<ul>{names}{more * (len(unreadable) > MAX_LISTED)}</ul></details>"
         )
+    ends = []
     for place, session in enumerate(sessions):
         latest = place == len(sessions) - 1
         where = f"at step {session.last_step:,}" if session.last_step is not None else ""
         if session.reason is None and not latest:
-            found.append(f"The session that began {escape(session.began)} was killed.")
+            ends.append(f"The session that began {escape(session.began)} was killed.")
         elif session.reason not in (None, FINISHED):
             ended, resumed = "Failed" if session.failed else "Stopped", ""
             if not latest:
                 resumed = f"; resumed from step {sessions[place + 1].first_step:,}"
-            found.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
+            ends.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
+    if len(ends) > MAX_LISTED:
+        found.append(f"{len(ends) - MAX_LISTED} earlier sessions ended early, listed below.")
+    found += ends[-MAX_LISTED:]
     if not found:
         return ""
     items = "".join(f"<li>{item}</li>" for item in found)

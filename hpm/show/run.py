@@ -47,19 +47,19 @@ class Run(RunFolder, os.PathLike[str]):
     def status(self) -> Status:
         """State, steps, and seconds elapsed and left. Raises UserError if the folder holds no
         run."""
-        return read_status(
-            self.folder, self._options(), read_metrics(self.folder), read_sessions(self.folder)
-        )
+        return self._status(read_metrics(self.folder))
+
+    def _status(self, metrics: list[dict[str, Any]]) -> Status:
+        return read_status(self.folder, self._options(), metrics, read_sessions(self.folder))
 
     @property
     def judgement(self) -> str:
         """One sentence on what the run has learned. Raises UserError if the folder holds no run."""
-        return judge(
-            self._options(),
-            read_metrics(self.folder),
-            saved_evaluations(self.folder),
-            self.status.total,
-        )
+        return self._judgement(read_metrics(self.folder))
+
+    def _judgement(self, metrics: list[dict[str, Any]]) -> str:
+        evaluations, total = saved_evaluations(self.folder), self._status(metrics).total
+        return judge(self._options(), metrics, evaluations, total)
 
     def plot(self, *metrics: str) -> Drawing:
         """Curves of the run: its losses and ranking accuracies, or these metrics.
@@ -97,8 +97,8 @@ class Run(RunFolder, os.PathLike[str]):
         """A summary; None, so that a notebook shows text, if there is no run yet."""
         if not self.config_file.is_file():
             return None
-        status = self.status
-        last = latest_values(read_metrics(self.folder))
+        metrics = read_metrics(self.folder)  # once: of a long run, it takes seconds
+        status, last = self._status(metrics), latest_values(metrics)
         rows = {"progress": f"{status.words}; {status.times}".rstrip("; ")}
         rows |= {title: number(last[name]) for name, title in TILES.items() if name in last}
         rows |= {"report": str(self.report)}
@@ -108,6 +108,6 @@ class Run(RunFolder, os.PathLike[str]):
             for name, value in rows.items()
         )
         return (
-            f"<p><b>{escape(str(self.folder))}</b>: {escape(self.judgement)}</p>"
+            f"<p><b>{escape(str(self.folder))}</b>: {escape(self._judgement(metrics))}</p>"
             f"<table>{cells}</table>"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,17 @@ def read_status(
     state = _state(folder, step, total, last)
     ends = [*[session.first_step for session in sessions[1:]], step]
     elapsed = 0.0
+    in_order = sorted(metrics, key=_step)  # a search, not a pass, for each of many sessions
     for session, end in zip(sessions, ends, strict=False):
         running = state == "running" and session is last
         if running or session.ended:
             end_time = now if running else _seconds(session.ended, now)
             elapsed += max(0.0, end_time - _seconds(session.began, now))
         else:  # killed: what its readings tell
-            own = [line for line in metrics if session.first_step < line["step"] <= end]
+            first, behind = (
+                bisect_right(in_order, at, key=_step) for at in (session.first_step, end)
+            )
+            own = in_order[first:behind]
             batch = options.get("batch_size") or 0
             elapsed += 60 * training_minutes(own, batch, session.first_step)
     left = None
@@ -84,6 +89,10 @@ def read_status(
         pace = (now - _seconds(last.began, now)) / (step - last.first_step)
         left = max(0.0, pace * (total - step))
     return Status(state, step, total, elapsed, left)
+
+
+def _step(line: dict[str, Any]) -> int:
+    return line["step"]
 
 
 def _state(folder: Path, step: int, total: int | None, last: Session | None) -> State:

@@ -6,6 +6,7 @@ Each step takes the results of the previous ones, which fixes their order.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.data.sources import Source, Splits, hold_out, open_data
 from hpm.data.statistics import measure_statistics
+from hpm.data.streams.shards import names_archives
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.video.sources import holds_videos
 from hpm.mining.memory import HardnessMemory
@@ -131,7 +133,7 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
     step = meta.get("step", 0)
     reading, lines = begin_reading(config, images, meta.get("stream"))
     notes += lines
-    known = {int(index): text for index, text in meta.get("unreadable", {}).items()}
+    known = map(int, meta.get("unreadable", ()))  # older versions: texts, with reasons
     unreadable = UnreadableImages(images.names, config.max_unreadable, known)
     run = PretrainingRun(
         config=config,
@@ -171,7 +173,10 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
 
 def open_images(config: PretrainConfig) -> TrainingImages:
     """Open the data, and hold out images for evaluation."""
-    splits = open_data(config.data, clips=config.frames > 1, in_order=config.stream)
+    opened = partial(open_data, config.data, clips=config.frames > 1, in_order=config.stream)
+    # A thousand processes would each ask a server for the list of shards, and for their headers.
+    is_stream = config.stream or names_archives(config.data)
+    splits = distributed.main_first(opened) if is_stream else opened()
     if not isinstance(splits, Splits):
         return open_stream_images(config, splits)
     train, held_out = splits.train, None
@@ -254,7 +259,11 @@ def channel_statistics(
         return trained_on.mean, trained_on.std
     height, width = architecture.image_size[-2:]
     min_side = min(architecture.patch_size[-2:])
-    return measure_statistics(source, (height, width), config.channels, config.seed, min_side)
+    size = height, width
+    # A thousand processes would ask one file system for the same images.
+    return distributed.main_first(
+        lambda: measure_statistics(source, size, config.channels, config.seed, min_side)
+    )
 
 
 def first_weights(config: PretrainConfig, model: MaskedImageModel) -> list[str]:

@@ -66,8 +66,7 @@ class TrainingFolder:
                     f"{before.get(name)}, here {now[name]}; choose another --out"
                 )
         restore(checkpoint, model, None, optimizer)
-        problems = checkpoint.meta.get("unreadable", {})
-        unreadable.problems = {int(index): text for index, text in problems.items()}
+        unreadable.indices = set(map(int, checkpoint.meta.get("unreadable", ())))
         return checkpoint.meta["step"]
 
     def save(
@@ -78,7 +77,8 @@ class TrainingFolder:
         unreadable: UnreadableImages,
     ) -> None:
         """Write a checkpoint, which replaces the previous one."""
-        meta = {"step": step, "identity": self.identity, "unreadable": unreadable.problems}
+        found = sorted(unreadable.indices)
+        meta = {"step": step, "identity": self.identity, "unreadable": found}
         distributed.main_first(
             lambda: save_checkpoint(self.checkpoints, model, None, optimizer, meta, keep=1)
         )

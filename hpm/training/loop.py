@@ -44,6 +44,7 @@ from hpm.data.workers import worker_errors
 from hpm.training.log import RunLog, memory_gb
 
 Part = TypeVar("Part")
+MOST_KEPT = 20  # batches that are kept, for a replay, until the losses are known to be finite
 
 
 @dataclass
@@ -152,6 +153,8 @@ def _train(training: Training, train_step: TrainStep, stop: Stop, events: Sequen
         batch = interval.next_batch(batches)
         interval.steps.append((batch, train_step(batch, step)))
         training.step = step + 1
+        if len(interval.steps) == MOST_KEPT:
+            check_losses(training, interval)
 
         due = [event for event in events if event.due(training.step)]
         saving = training.saves(training.step)
@@ -159,9 +162,12 @@ def _train(training: Training, train_step: TrainStep, stop: Stop, events: Sequen
         stopping = stop.received > 0 and distributed.world_size() == 1
         if not (due or saving or logging or stopping):
             continue
-        log_losses(training, interval)
         # Several processes agree on stopping here, where they synchronise anyway.
-        stop_signal = max(distributed.gather(stop.received))
+        received = stop.received
+        news = received > 0 or training.unreadable.has_news
+        news = distributed.any_process(news, training.device)
+        log_losses(training, interval, news)
+        stop_signal = max(distributed.gather(received)) if news else 0
         for event in due:
             event.run()
             distributed.wait_for_main()
@@ -176,7 +182,9 @@ class Interval:
     """The steps since the last log entry, and their time."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[Any, StepResult]] = []  # (batch, result)
+        self.steps: list[tuple[Any, StepResult]] = []  # (batch, result) of those to be checked
+        self.names: list[str] = []  # of losses and measures
+        self.rows: list[Tensor] = []  # [steps names], of the others, on the CPU
         self.data_wait = 0.0  # seconds
         self.start = time.perf_counter()
 
@@ -188,22 +196,36 @@ class Interval:
         return batch
 
 
-def log_losses(training: Training, interval: Interval) -> None:
-    """Log the mean losses of the steps. Raises `not_finite` if one is not finite.
+def check_losses(training: Training, interval: Interval) -> None:
+    """Fetch the losses of the steps that are to be checked, and drop their batches. Raises
+    `not_finite` if one is not finite.
 
     This is the only place where the loop synchronises with the device.
     """
     results = [result for _, result in interval.steps]
     rows = torch.stack([torch.stack(list(result.scalars.values())) for result in results])
     rows = distributed.mean(rows).cpu()
-    seconds = time.perf_counter() - interval.start
     finite = rows[:, : len(results[0].losses)].isfinite().all(1)
     if not finite.all():
         first = int((~finite).nonzero()[0])
         training.step += first + 1 - len(rows)  # messages name the failed step
         raise training.not_finite(*interval.steps[first])
-    training.unreadable.check(training.log.info)
-    means = dict(zip(results[0].scalars, rows.mean(0).tolist(), strict=True))
+    interval.names = list(results[0].scalars)
+    interval.rows.append(rows)
+    interval.steps = []
+
+
+def log_losses(training: Training, interval: Interval, news: bool = True) -> None:
+    """Log the mean losses of the steps. Raises `not_finite` if one is not finite.
+
+    news: whether any process has found unreadable images, or may have.
+    """
+    if interval.steps:
+        check_losses(training, interval)
+    rows = torch.cat(interval.rows)
+    seconds = time.perf_counter() - interval.start
+    training.unreadable.check(training.log.info, news)
+    means = dict(zip(interval.names, rows.mean(0).tolist(), strict=True))
     more, status = training.describe(means)
     speed = {
         "images_per_second": len(rows) * training.images_per_step / seconds,
@@ -233,7 +255,7 @@ def counted_batches(
     """The batches of a loader, adding unreadable images to `unreadable`.
 
     batch_size: samples in each batch of this process. Raises UserError for a smaller batch, which
-    means that no readable image is left.
+    means that no readable image was found.
     """
     for batch in loader:
         indices: Tensor = batch.indices  # type: ignore[attr-defined]

@@ -331,7 +331,7 @@ class PretrainingRun:
             "std": self.std,
             "num_images": self.images.count,
             "fingerprint": self.images.fingerprint,
-            "unreadable": self.unreadable.problems,
+            "unreadable": sorted(self.unreadable.indices),
             "schedule_start": self.schedule.start,
             "freeze": self.schedule.freeze,
             "best_probe": self.best_probe,

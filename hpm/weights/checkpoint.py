@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.files import StateDict, check_meta, read_meta, read_tensors, remove, write_tensors
 from hpm.weights.sharded import read_into, read_sharded, tensor_shapes
@@ -128,8 +129,11 @@ def restore_sharded(
     optimizer: torch.optim.Optimizer,
     memory: nn.Module | None = None,
 ) -> None:
-    """Restore what `restore` does in models that are sharded, whatever wrote the checkpoint."""
-    path, found = checkpoint.path, tensor_shapes(checkpoint.path)
+    """Restore what `restore` does in models that are sharded, whatever wrote the checkpoint. All
+    processes call it."""
+    path = checkpoint.path
+    # A thousand processes would open a thousand shards each.
+    found = distributed.main_first(lambda: tensor_shapes(path))
     modules = {"model": model, "teacher": teacher} | ({"memory": memory} if memory else {})
     into: StateDict = {}
     for part, module in modules.items():

@@ -47,7 +47,9 @@ def tensor_shapes(path: Path) -> StateDict:
     found = {}
     with _readable(path), safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            found[name] = file.get_tensor(name).to("meta")
+            shape = file.get_slice(name).get_shape()
+            some = file.get_slice(name)[:0] if shape else file.get_tensor(name)  # has the dtype
+            found[name] = torch.empty(shape, dtype=some.dtype, device="meta")
     return found
 
 

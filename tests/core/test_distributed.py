@@ -1,6 +1,7 @@
 """Two processes at the same global batch are one process, but for rounding."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from jobs import hpm_on, torchrun
 
 import hpm
 from hpm.core import distributed
+from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors
 from hpm.core.signals import Interrupted
+from hpm.data.sources import open_source
+from hpm.models.architecture import resolve_model
 from hpm.show.run import Run
+from hpm.training.build import channel_statistics
 
 
 def run_torchrun(*arguments, processes=2):
@@ -310,6 +315,38 @@ def test_apples_gpu_is_one_line_where_it_cannot_work(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(hpm.UserError, match="one process only"):
         distributed.pick_device("mps")
+
+
+def test_one_process_measures_the_channels_for_all(monkeypatch, image_folder):
+    """The others would ask one file system for the same images."""
+    measured = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "from_main", lambda value: (measured, None))
+    source = open_source(str(image_folder)).train
+    config = PretrainConfig(data=str(image_folder), out="unused", normalize="measured")
+    monkeypatch.setattr(source, "open", lambda index: pytest.fail("it has read an image"))
+    assert channel_statistics(config, source, resolve_model(config)) == measured
+
+
+def test_many_processes_may_open_a_connection_to_each_other_one(monkeypatch):
+    """The limit of many systems is 1024 open files."""
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1024)]))
+    for name in ("init_process_group", "new_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "_store", None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("the limit cannot be raised here")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        with distributed.process_group(torch.device("cpu")):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (4096, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard), hard))
+        with distributed.process_group(torch.device("cpu")):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch):

@@ -1,6 +1,7 @@
 import copy
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from faster_coco_eval.core import mask as coco_masks
 from PIL import Image
 
 from hpm.core.errors import UserError
+from hpm.data import coco
 from hpm.data.demo import render
 from hpm.data.detection import ground_truth, has_masks, objects, open_detection
 from hpm.data.rle import decode_masks, encode_masks
@@ -269,3 +271,17 @@ def test_real_folders(shared_data):
         assert len(splits.train.classes) == classes and has_masks(splits.train)
         found = objects(splits.test, 0)
         assert len(found) and found.masks.flatten(1).any(1).all()
+
+
+def test_of_many_images_only_some_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco, "MOST_CHECKED", 10)
+    images = [
+        {"id": number, "file_name": f"{number}.jpg", "height": 8, "width": 8}
+        for number in range(100)
+    ]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    asked = []
+    monkeypatch.setattr(Path, "is_file", lambda path: asked.append(path) or True)
+    assert len(coco.read_coco(tmp_path / "a.json", tmp_path).files) == 100
+    assert len(asked) == 10

@@ -1,12 +1,16 @@
 """A folder of an annotated data set: its images are taken, and not its masks."""
 
+import io
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 from helpers import run_here, tiny_arguments, write_images
 from PIL import Image
 
+from hpm.data.folders import files_below
 from hpm.data.sources import open_source
 
 
@@ -102,3 +106,55 @@ def test_pretrain_takes_the_images(tmp_path):
     assert result.returncode == 0, result.stderr
     log = (out / "train.log").read_text()
     assert "16 images of" in log, log  # not 32; and not "16 images/s"
+
+
+def test_images_are_not_asked_for_one_by_one(tmp_path, monkeypatch):
+    write(tmp_path, *(f"{number}.jpg" for number in range(30)))
+    asked = []
+
+    def noting(call):
+        def noted(path, *args, **options):
+            asked.append(str(path))
+            return call(path, *args, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "stat", noting(os.stat))
+    monkeypatch.setattr(io, "open", noting(io.open))
+    assert len(open_source(str(tmp_path)).train) == 30
+    assert asked and not [path for path in asked if ".jpg" in path]
+
+
+def test_links_to_folders(tmp_path):
+    write(tmp_path / "elsewhere" / "train", "a.jpg", "b.jpg")
+    write(tmp_path / "elsewhere" / "val", "c.jpg")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).symlink_to(tmp_path / "elsewhere" / split)
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data" / "round")
+    splits = open_source(str(tmp_path / "data"))
+    assert len(splits.train) == 2 and len(splits.test) == 1
+
+
+def test_little_memory_is_taken_for_each_image(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3000):
+        (tmp_path / "photos" / f"{number:05d}.jpg").touch()
+    open_source(str(tmp_path))  # once, for what is cached
+    tracemalloc.start()
+    try:
+        source = open_source(str(tmp_path)).train
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 3000
+    assert peak / 3000 < 170 + len(str(tmp_path)), "bytes"
+
+
+def test_tables_in_folders_are_found(tmp_path):
+    for name in ("b/part-0.parquet", "a.parquet", "b/c/d.parquet", "b/e.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    found = files_below(tmp_path, ".parquet")
+    assert found == sorted(tmp_path.rglob("*.parquet")) and len(found) == 3

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import struct
 
@@ -238,3 +239,12 @@ def test_what_the_library_writes(folders, tmp_path, kind):
         mine = json.loads((folders[kind] / "index.json").read_text())
         assert index["config"]["data_format"] == mine["config"]["data_format"]
         assert index["config"]["data_spec"] == mine["config"]["data_spec"]
+
+
+def test_chunks_are_not_asked_for_one_by_one(folders, monkeypatch):
+    asked, real = [], os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda path, **how: asked.append(str(path)) or real(path, **how)
+    )
+    assert len(LitDataSource(folders["plain"])) == COUNT
+    assert not [path for path in asked if path.endswith(".bin")]

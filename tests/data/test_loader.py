@@ -184,3 +184,55 @@ def test_parts_of_a_batch_keep_their_views_apart(image_folder):
     one, two = batch.parts(2)
     assert torch.equal(torch.cat([one.view_ids, two.view_ids]), batch.view_ids)
     assert torch.equal(one.view_ids % len(source), one.indices) and len(set(one.view_ids)) == 4
+
+
+class Damaged:
+    """Many images, of which only some can be read; counts how many were tried."""
+
+    name, labels, classes = "damaged", None, []
+
+    def __init__(self, count, readable=()):
+        self.count, self.readable, self.tried = count, set(readable), 0
+
+    def __len__(self):
+        return self.count
+
+    def path(self, index):
+        return f"{index}.png"
+
+    def is_deep(self):
+        return False
+
+    def read(self, index):
+        return None
+
+    def open(self, index):
+        self.tried += 1
+        if index not in self.readable:
+            raise OSError("gone")
+        return Image.new("RGB", (8, 8))
+
+
+def test_few_of_a_million_damaged_images_are_tried():
+    source = Damaged(1_000_000)
+    views = Views(source, VIEWS, stand_in=True)
+    source.tried = 0
+    assert views[0, 5].view is None and source.tried <= 1000
+    source.tried = 0
+    with pytest.raises(UserError, match="damaged: no readable image among 10240 "):
+        measure_statistics(source, (8, 8), 3, seed=0)
+    assert source.tried < 20_000
+
+
+def test_an_image_of_another_place_stands_in_for_one_of_many_damaged_in_a_row():
+    source = Damaged(1_000_000, readable=range(500_000, 1_000_000))
+    views = Views(source, VIEWS, stand_in=True)
+    source.tried = 0
+    first, again = views[0, 5], views[0, 5]
+    assert first.view is not None and first.index == again.index >= 500_000
+    assert source.tried < 2 * 200
+
+
+def test_every_one_of_few_images_may_stand_in():
+    for last in (4, 6):
+        assert Views(Damaged(900, readable=[last]), VIEWS, stand_in=True)[0, 5].index == last

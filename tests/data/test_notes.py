@@ -142,7 +142,7 @@ def test_unreadable_images_are_counted_once():
         "cannot read 3.png (broken), passed over",
         "cannot read 4.png (gone), passed over",
     ]
-    again = UnreadableImages(unreadable.source, 0.2, unreadable.problems)
+    again = UnreadableImages(unreadable.source, 0.2, unreadable.indices)
     again.add([(4, "gone"), (5, "broken")])
     with pytest.raises(hpm.UserError, match="3 of 10 images.*more than max_unreadable 0.2.*--max-"):
         again.check(reported.append)

@@ -3,23 +3,30 @@
 import errno
 import io
 import itertools
+import pickle
 import shutil
 import tarfile
 import threading
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
 import pytest
 from shards import no_waiting, png, serving, write_shards, write_tar
 
+from hpm.core import distributed
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.data.sources import open_data, open_source
 from hpm.data.streams import transport
 from hpm.data.streams.archives import Archives, images_of
+from hpm.data.streams.head import first_images
 from hpm.data.streams.lanes import Lane, read_ahead
 from hpm.data.streams.loading import Sharing, share_workers
 from hpm.data.streams.shards import find_shards
 from hpm.data.streams.stream import Stream
+from hpm.data.tars import TarSource
+from hpm.training import build
 
 
 @pytest.fixture(scope="module")
@@ -380,3 +387,29 @@ def test_formats_of_headers(tmp_path):
             folder.type = tarfile.DIRTYPE
             archive.addfile(folder)
         assert [entry.data for entry in images_of(str(path))] == [png(n) for n in range(3)]
+
+
+def test_the_headers_of_archives_are_not_kept_while_they_are_listed(tmp_path):
+    files = {f"class_{number % 7}/{number:05d}.png": b"" for number in range(4000)}
+    archive = write_tar(tmp_path / "s.tar", files)
+    tracemalloc.start()
+    try:
+        source = TarSource("s", [str(archive)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 4000 and len(source.classes) == 7
+    assert peak < 500 * len(source), "bytes"
+
+
+def test_one_process_opens_a_stream_for_all(shards, monkeypatch):
+    """Servers are asked once for what all processes have to know."""
+    data = f"{shards}/s-*.tar"
+    stream = open_data(data)
+    sent = [pickle.dumps((each, None)) for each in (stream, first_images(stream, 20))]
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "from_main", lambda _: pickle.loads(sent.pop(0)))
+    monkeypatch.setattr(build, "open_data", lambda *_, **__: pytest.fail("it has opened the data"))
+    images = build.open_images(PretrainConfig(data=data, out="unused", steps=10, holdout=2))
+    assert images.stream is not stream and images.stream.shards == stream.shards
+    assert len(images.held_out) == 2

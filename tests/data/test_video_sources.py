@@ -1,6 +1,7 @@
 """Videos are found where people keep them, with their splits and labels."""
 
 import json
+import os
 import sys
 from contextlib import closing
 
@@ -15,6 +16,7 @@ from hpm.data import notes
 from hpm.data.fingerprint import differing, fingerprint
 from hpm.data.sources import Subset, clip_mask, hold_out, object_mask, open_source
 from hpm.data.unreadable import UnreadableImages
+from hpm.data.video import lists
 from hpm.data.video.sampling import ClipSampling
 
 
@@ -219,3 +221,23 @@ def test_the_masks_of_demo_video_are_those_of_its_frames():
     assert masks.shape == (3, 64, 64) and masks.any((1, 2)).all()
     assert (object_mask(source, 7) == clip_mask(source, 7, ClipSampling(1, 1))[0]).all()
     assert clip_mask(open_source("demo").train, 0, sampling) is None
+
+
+def test_videos_of_a_long_list_are_not_asked_for_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "MOST_CHECKED", 10)
+    for number in range(50):
+        (tmp_path / f"a video {number}.mp4").touch()
+    (tmp_path / "frames").mkdir()
+    rows = [f"a video {number}.mp4 {number % 3}" for number in range(50)]
+    (tmp_path / "list.txt").write_text("\n".join([*rows, "frames 12 2"]))
+    asked, exists = [], os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
+    files, labels = lists.read_video_list(tmp_path / "list.txt")
+    assert len(asked) < 20
+    assert files == [str(tmp_path / row[: row.rindex(" ")]) for row in rows] + [
+        str(tmp_path / "frames")
+    ]
+    assert labels == [str(number % 3) for number in range(50)] + ["2"]
+    (tmp_path / "list.txt").write_text("\n".join(f"gone_{number}.mp4" for number in range(50)))
+    with pytest.raises(UserError, match="no such video: gone_0.mp4"):
+        lists.read_video_list(tmp_path / "list.txt")

@@ -8,6 +8,7 @@ from helpers import write_images
 import hpm
 from hpm.core.files import read_tensors, write_tensors
 from hpm.data.sources import Splits, open_source
+from hpm.evals import neighbours
 from hpm.evals.features import (
     EvaluatedBackbone,
     Features,
@@ -313,3 +314,19 @@ def test_precision_of_the_backbone(finished_run):
         )
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded, dim=-1).min() > 0.99
+
+
+def test_the_similarities_at_once_do_not_grow_with_the_training_images(monkeypatch):
+    train, test = random_features(200), random_features(60, seed=1)
+    expected = dict(nearest_neighbours(train, test, 4, (5,)))[5]
+    seen = []
+
+    def noted(queries, bank, *args):
+        seen.append(len(queries) * len(bank))
+        return votes(queries, bank, *args)
+
+    votes = neighbours.neighbour_votes
+    monkeypatch.setattr(neighbours, "neighbour_votes", noted)
+    monkeypatch.setattr(neighbours, "MOST_SIMILARITIES", 2000)
+    assert torch.equal(dict(nearest_neighbours(train, test, 4, (5,)))[5].ranks, expected.ranks)
+    assert max(seen) <= 2000 and len(seen) == 6

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpm.evals.classes import by_class
 from hpm.evals.metrics import TrueClassRanks, accuracies, bootstrap_interval, difference, join, rank
 
 
@@ -58,3 +59,17 @@ def test_a_difference_is_taken_in_pairs():
 def test_join():
     whole = join([ranked([0, 1], [1, 2]), ranked([2], [0])])
     assert whole.ranks.tolist() == [0, 1, 2] and whole.labels.tolist() == [1, 2, 0]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_images_by_class(seed, classes):
+    rng = np.random.default_rng(seed)
+    labels = 3 * rng.integers(0, classes, 50)  # some labels do not occur
+    found = list(by_class(labels))
+    assert [label for label, _ in found] == np.unique(labels).tolist()
+    for label, members in found:
+        assert members.tolist() == np.flatnonzero(labels == label).tolist()
+    right = rng.integers(0, 2, 50)
+    values = accuracies(TrueClassRanks(torch.from_numpy(right), torch.from_numpy(labels)))
+    means = [(right[members] == 0).mean() for _, members in found]
+    assert values["mean_per_class"] == pytest.approx(100 * np.mean(means))

@@ -306,3 +306,13 @@ def test_it_lists_all_evaluations(run_folder, image_folder):
     assert text.count("<td>trained, class token</td>") == text.count("patch mean</td>") == 3
     assert "crop_share 0.5; student, step 8" in text and text.count("teacher, step 8") == 2
     assert "odd&lt;.json cannot be read" in text
+
+
+def test_the_ends_of_many_sessions_do_not_fill_the_page(run_folder):
+    lines = (run_folder / "sessions.jsonl").read_text().splitlines()
+    begin = json.loads(lines[0])
+    killed = [json.dumps(begin | {"step": step}) for step in range(200)]
+    (run_folder / "sessions.jsonl").write_text("\n".join([*killed, *lines, ""]))
+    text = write_report(run_folder).read_text()
+    assert text.count(" was killed.") == 20
+    assert "180 earlier sessions ended early, listed below." in text

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import hpm
+from hpm.show import run as shown
 
 
 def size_of(drawing):
@@ -101,3 +102,11 @@ def test_a_result_is_a_table_without_control_characters(run, image_folder, monke
     assert "ranking accuracy" in html and "0.5 is chance" in html
     assert "\x1b" not in html + str(result)
     json.dumps(html)
+
+
+def test_a_notebook_reads_the_log_once(run, monkeypatch):
+    """That of a long run takes seconds."""
+    read, real = [], shown.read_metrics
+    monkeypatch.setattr(shown, "read_metrics", lambda folder: read.append(folder) or real(folder))
+    assert "Loss 1." in run._repr_html_() and len(read) == 1
+    assert run.judgement and len(read) == 2

@@ -67,3 +67,18 @@ def test_runs_of_versions_without_sessions(tmp_path):
     found = read_status(tmp_path, {"steps": 100}, [{"step": 100}], [])
     assert (found.state, found.times) == ("finished", "")
     assert read_status(tmp_path, {}, [], []).words == "step 0, stopped"
+
+
+def test_many_killed_sessions_do_not_each_read_the_whole_log(tmp_path):
+    class Line(dict):
+        read = 0
+
+        def __getitem__(self, name):
+            Line.read += name == "step"
+            return super().__getitem__(name)
+
+    lines = [Line(step=step, images_per_second=10.0) for step in range(1, 1001)]
+    killed = [session(9000, first) for first in range(0, 1000, 20)]
+    last = session(100, 1000, 90, 1000, "finished")
+    found = read_status(tmp_path, {"batch_size": 10}, lines, [*killed, last], NOW)
+    assert found.elapsed == pytest.approx(1000 + 10) and Line.read < 10 * len(lines)

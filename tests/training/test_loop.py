@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import weakref
 from types import SimpleNamespace as Batch
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import hpm
-from hpm.core import lock
+from hpm.core import distributed, lock
 from hpm.core.phases import PhaseClock, phase
 from hpm.core.signals import Interrupted, Stop
 from hpm.data.sources import Source
@@ -197,6 +198,7 @@ def test_a_signal_in_the_last_step_does_not_interrupt(tmp_path):
 def test_all_processes_stop_with_the_signal_that_one_received(tmp_path, monkeypatch):
     training = Regression(tmp_path)
     other = int(signal.SIGTERM)  # of another process; this one received nothing
+    monkeypatch.setattr("hpm.training.loop.distributed.any_process", lambda *_: True)
     monkeypatch.setattr(
         "hpm.training.loop.distributed.gather",
         lambda value: [value, other] if isinstance(value, int) else [value],
@@ -289,3 +291,62 @@ def test_phases_are_timed_and_in_a_trace():
     with phase("forward"):
         pass
     assert set(clock.seconds) == {"forward", "EMA"}  # the clock has stopped
+
+
+def test_few_batches_are_kept_however_rarely_losses_are_logged(tmp_path):
+    training = Regression(tmp_path, total_steps=90)
+    training.log_every, training.save_every = 80, 90
+    step, kept, alive = training.train_step, weakref.WeakSet(), []
+
+    def noted(batch, number):
+        kept.add(batch.inputs)
+        alive.append(len(kept))
+        return step(batch, number)
+
+    training.train_step = noted
+    training.run()
+    assert max(alive) <= 25
+    first, last = metrics(tmp_path)
+    often = metrics_of_a_log_of_every_step(tmp_path / "often")
+    for logged, losses in ((first, often[:80]), (last, often[80:])):
+        assert logged["loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def metrics_of_a_log_of_every_step(folder):
+    training = Regression(folder, total_steps=90)
+    training.log_every = 1
+    training.run()
+    return [line["loss"] for line in metrics(folder)]
+
+
+def test_a_loss_that_is_not_finite_stops_long_before_it_is_logged(tmp_path):
+    training = Regression(tmp_path, total_steps=90)
+    training.log_every, training.save_every, training.broken_step = 80, 90, 33
+    with pytest.raises(hpm.UserError, match="broken at step 34, 33"):
+        training.run()
+    assert training.step == 34
+
+
+def test_checkpoints_do_not_grow_with_the_reasons_of_unreadable_images(tmp_path):
+    training = Regression(tmp_path, total_steps=4)
+    training.problems = {1: [(7, "a reason with a long path, a hundred thousand times over")]}
+    training.run()
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert b"a reason" not in checkpoint.read_bytes()
+
+
+def test_objects_pass_between_processes_only_if_there_is_news(tmp_path, monkeypatch):
+    """Between a thousand, they take longer than the steps of a log entry."""
+    gathered, real = [], distributed.gather
+
+    def gather(value):
+        gathered.append(value)
+        return real(value)
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    Regression(tmp_path / "none").run()
+    assert not gathered
+    training = Regression(tmp_path / "one")
+    training.problems = {5: [(7, "broken")]}
+    training.run()
+    assert {7: "broken"} in gathered and len(gathered) == 2

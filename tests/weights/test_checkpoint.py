@@ -15,7 +15,7 @@ from hpm.core.errors import UserError
 from hpm.core.files import write_atomically, write_tensors
 from hpm.models.build import build_model
 from hpm.training.optim import adamw
-from hpm.weights import checkpoint
+from hpm.weights import checkpoint, sharded
 from hpm.weights.initialise import load_initial
 from hpm.weights.resolve import load
 
@@ -201,6 +201,43 @@ def test_a_safetensors_file_of_something_else(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         load(path)
     assert load_file(path)["x"].shape == (2,)
+
+
+def test_shapes_are_read_without_the_tensors(tmp_path, monkeypatch):
+    class Opened:
+        """Notes which tensors are read whole."""
+
+        def __init__(self, path, framework):
+            self.file = real(path, framework)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    read, real = [], sharded.safe_open
+    monkeypatch.setattr(sharded, "safe_open", Opened)
+    tensors = {
+        "a": torch.zeros(3, 4, dtype=torch.bfloat16),
+        "bytes": torch.zeros(5, dtype=torch.uint8),
+        "step": torch.tensor(7.0),
+        "none": torch.zeros(0, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = sharded.tensor_shapes(tmp_path / "a.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors.items()
+    }
+    assert read == ["step"] and all(t.is_meta for t in found.values())
 
 
 def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from hpm.core.errors import UserError
+from hpm.data.folders import subfolders
 from hpm.data.hugging_face import is_hub
 from hpm.data.litdata import INDEX, is_litdata
 from hpm.data.split_names import train_and_test
@@ -49,8 +50,8 @@ def _in_order(data: str, path: Path) -> Stream:
         return hub_rows(data)
     if is_litdata(path):
         return Chunks(data)
-    below = [p.name for p in path.iterdir() if is_litdata(p)] if path.is_dir() else []
-    if train := train_and_test(sorted(below))[0]:
+    below = [p.name for p in subfolders(path) if is_litdata(p)] if path.is_dir() else []
+    if train := train_and_test(below)[0]:
         return Chunks(str(path / train))
     if path.exists() and (rows := local_rows(path)):
         return rows

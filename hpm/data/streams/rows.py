@@ -15,6 +15,7 @@ from typing import Any
 from hpm.core.errors import UserError, one_line
 from hpm.core.extras import need
 from hpm.data.columns import find_columns
+from hpm.data.folders import files_below
 from hpm.data.hugging_face import (
     EXTRA,
     PREFIX,
@@ -120,5 +121,5 @@ def _tables(path: Path) -> tuple[str, list[Path]]:
         path = path / saved_splits(path)[0]
     if (path / "state.json").exists():
         return "arrow", arrow_files(path)
-    files = sorted(path.rglob("*.parquet"))
+    files = files_below(path, ".parquet")
     return "parquet", training_files(files) or files

@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import os
 import re
+from collections import Counter
 from itertools import islice
 
 from hpm.core.errors import UserError, counted, one_line
@@ -34,7 +35,7 @@ def find_shards(data: str) -> list[str]:
     if not shards:
         raise UserError(f"{data}: no shard matches")
     if len(set(shards)) < len(shards):
-        twice = next(shard for shard in shards if shards.count(shard) > 1)
+        twice, _ = Counter(shards).most_common(1)[0]
         raise UserError(f"{data}: {twice} is named twice")
     return shards
 

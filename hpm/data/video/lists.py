@@ -10,6 +10,8 @@ from pathlib import Path
 
 from hpm.core.errors import UserError, counted, one_line
 from hpm.data.folders import VIDEO_SUFFIXES, find_files
+from hpm.data.inspection import spaced
+from hpm.data.list_tables import MOST_CHECKED
 from hpm.data.notes import say_once
 
 SEPARATORS = ("\t", ",", ";")
@@ -59,35 +61,50 @@ def read_video_list(path: Path) -> tuple[list[str], list[str | None]]:
 
 
 def _lines(path: Path, text: str) -> list[Row]:
+    """Of more than MOST_CHECKED videos, it is checked of as many files whether they exist: to ask
+    for each of millions would take minutes on a network file system."""
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = text.splitlines()
+    is_long = len(lines) > MOST_CHECKED
+
+    def exists(name: str) -> bool:
+        return os.path.exists(path.parent / name)
+
+    for number, line in enumerate(lines, 1):
         line = line.strip()
         if not line:
             continue
-        row = _row(path.parent, line)
+        row = (_row(line, _is_named_video) if is_long else None) or _row(line, exists)
         if row is not None:
             rows.append(row)
         elif number > 1 or not _is_header(line):
             raise UserError(f"{path}, line {number}: no such video: {line}")
+    for index in spaced(len(rows), MOST_CHECKED) if is_long else ():
+        if not exists(rows[index][0]):
+            raise UserError(f"{path}: no such video: {rows[index][0]}")
     return rows
 
 
-def _row(folder: Path, line: str) -> Row | None:
-    """None if there is no such video. A path may contain spaces."""
-    if os.path.exists(folder / line):
+def _row(line: str, is_video: Callable[[str], bool]) -> Row | None:
+    """None if no part of the line is a video. A path may contain spaces."""
+    if is_video(line):
         return line, None
     for separator in SEPARATORS:
         if separator in line:
             first, *_, last = next(csv.reader([line], delimiter=separator))
-            if os.path.exists(folder / first.strip()):
+            if is_video(first.strip()):
                 return first.strip(), last.strip()
     file, _, label = line.rpartition(" ")
-    if file and os.path.exists(folder / file.strip()):
+    if file and is_video(file.strip()):
         return file.strip(), label
     file, _, frames = file.strip().rpartition(" ")
-    if file and frames.isdigit() and os.path.exists(folder / file.strip()):
+    if file and frames.isdigit() and is_video(file.strip()):
         return file.strip(), label
     return None
+
+
+def _is_named_video(name: str) -> bool:
+    return name.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _is_header(line: str) -> bool:
