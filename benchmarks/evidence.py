@@ -126,6 +126,7 @@ COMPARISONS = (
         if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels", LONGER_MEMORY)
     ),
     ("HPM", EQUAL_TIME),
+    ("memory", "HPM"),
     (LONGER_MEMORY, EQUAL_TIME),
     ("HPM, raw pixels", "MAE, raw pixels"),
     *((name, TUNED_AS[name]) for name in VARIANTS),
