@@ -23,9 +23,12 @@ from pathlib import Path
 from hpm.core import lock
 
 lock.acquire(Path(sys.argv[1]))
+running, begun = os.pipe()
 if os.fork() == 0:
+    os.write(begun, b"1")
     time.sleep(100)
     os._exit(0)
+os.read(running, 1)
 print("held", flush=True)
 time.sleep(100)
 """

@@ -111,8 +111,9 @@ def test_the_time_is_measured(image_folder, tmp_path, monkeypatch):
     parts = pretraining.training_parts(None)
     timed = trial.time_parts(config, torch.device("cpu"), parts, Stop(), 100)
     pace = timed.pace
-    assert min(pace.startup, pace.step, pace.evaluation, pace.save) > 0
-    assert pace.first_visit >= 0 and pace.probe == 0
+    assert min(pace.step, pace.evaluation, pace.save) > 0
+    # Differences of times, which other work on the machine may hide.
+    assert min(pace.startup, pace.first_visit) >= 0 and pace.probe == 0
     assert timed.schedule_of(7).total == 7 and list(tmp_path.iterdir()) == []
 
 
