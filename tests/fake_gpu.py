@@ -12,6 +12,7 @@ It does not see CUDA's kernels, streams or memory, compiled code, or devices tha
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -197,6 +198,8 @@ def fake_gpu() -> Iterator[Devices]:
         ),
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "'pin_memory' argument")
         for name, value in replaced.items():
             stack.enter_context(mock.patch(name, value))
         stack.enter_context(devices)

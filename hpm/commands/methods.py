@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpm.commands.ablate import train_and_measure
 from hpm.commands.ablation_plan import ARMS, PlannedRun, Variant, plan_runs
 from hpm.commands.methods_results import MethodsResults
@@ -67,7 +69,7 @@ def _steps_of_each(
     file, options = Path(config.out) / "times.json", _options(config)
     if found := distributed.main_first(lambda: _kept(file, options)):
         return found
-    say(f"timing {counted(len(runs), 'method')} in turns")
+    say(f"timing {counted(len(runs), 'method')}")
     times = time_methods({name: run.config for name, run in runs.items()}, stop)
     steps = distributed.from_main(equal_time(times, config))
     paces = {name: dataclasses.asdict(timed.pace) for name, timed in times.items()}
@@ -105,22 +107,37 @@ def equal_time(times: dict[str, Timed], config: PretrainConfig) -> dict[str, int
 def time_methods(configs: dict[str, PretrainConfig], stop: Stop) -> dict[str, Timed]:
     """Time the parts of a training with each method.
 
-    The steps are timed in turns, so that a change of the machine's speed meets all methods. What
-    does not depend on the method, such as an evaluation, is the median of all.
+    The steps are timed in turns, so that a change of the machine's speed meets all methods; on a
+    GPU, whose memory may hold one training only, one method after the other. What does not depend
+    on the method, such as an evaluation, is the median of all.
     """
     device = distributed.pick_device(next(iter(configs.values())).device)
+    at_once = [configs] if device.type == "cpu" else [{n: c} for n, c in configs.items()]
+    found: dict[str, tuple[Timed, list[float]]] = {}
+    for some in at_once:
+        found |= _in_turns(some, device, stop)
+    paces = [timed.pace for timed, _ in found.values()]
+    return {
+        name: timed._replace(pace=_pace(paces, seconds)) for name, (timed, seconds) in found.items()
+    }
+
+
+def _in_turns(
+    configs: dict[str, PretrainConfig], device: torch.device, stop: Stop
+) -> dict[str, tuple[Timed, list[float]]]:
+    """(times of its parts, times of its steps in each round) of each method."""
     with ExitStack() as stack:
         trials = {
             name: stack.enter_context(trial_of(config, device, training_parts(None), stop))
             for name, config in configs.items()
         }
-        paces = [measure_pace(trial, 20 * ROUND_SECONDS) for trial in trials.values()]
+        paces = {name: measure_pace(trial, 20 * ROUND_SECONDS) for name, trial in trials.items()}
         seconds: dict[str, list[float]] = {name: [] for name in trials}
         for _ in range(ROUNDS):
             for name, trial in trials.items():
                 seconds[name].append(_round(trial))
         return {
-            name: Timed.of(trial, _pace(paces, seconds[name]), configs[name])
+            name: (Timed.of(trial, paces[name], configs[name]), seconds[name])
             for name, trial in trials.items()
         }
 

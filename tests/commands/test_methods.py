@@ -1,11 +1,13 @@
 """Does mining help? Four methods at equal time."""
 
+import contextlib
 import csv
 import io
 import json
 import re
 
 import pytest
+from fake_gpu import fake_gpu
 from helpers import TINY, assert_refused, run_here, tiny_arguments
 from rich.console import Console
 
@@ -18,6 +20,7 @@ from hpm.commands.methods_results import MethodsResults
 from hpm.commands.options import MethodsConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import make_config
+from hpm.core.signals import Stop
 from hpm.training import trial
 from hpm.training.length import RESERVE
 from hpm.training.pace import Pace
@@ -123,6 +126,34 @@ def test_the_steps_are_kept(tmp_path, monkeypatch):
     assert len(ran[1]) == 12
     with pytest.raises(hpm.UserError, match="another comparison: there steps is 50, here 60"):
         methods(config_of("photos", tmp_path / "m", **options | {"steps": 60}))
+
+
+@pytest.mark.parametrize(("machine", "at_once"), [("cpu", 2), ("cuda", 1)])
+def test_a_gpu_holds_one_method_at_a_time(machine, at_once, image_folder, tmp_path, monkeypatch):
+    held, most = 0, 0
+
+    @contextlib.contextmanager
+    def counted(*arguments):
+        nonlocal held, most
+        with trial.trial_of(*arguments) as timed_trial:
+            held += 1
+            most = max(most, held)
+            yield timed_trial
+            held -= 1
+
+    monkeypatch.setattr(module, "trial_of", counted)
+    monkeypatch.setattr(module, "ROUND_SECONDS", 0.01)
+    monkeypatch.setattr(trial, "MOST", trial.FEWEST)
+    options = TINY | {"device": machine, "compile": "false", "holdout": 4}
+    configs = {
+        name: PretrainConfig(str(image_folder), str(tmp_path / name), **options)
+        for name in ("mae", "hpm")
+    }
+    with fake_gpu() if machine == "cuda" else contextlib.nullcontext():
+        times = module.time_methods(configs, Stop())
+    assert most == at_once
+    assert list(times) == ["mae", "hpm"] and times["mae"].pace.evaluation > 0
+    assert times["mae"].pace.evaluation == times["hpm"].pace.evaluation  # the median of both
 
 
 def test_mistakes(image_folder, tmp_path):

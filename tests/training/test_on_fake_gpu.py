@@ -19,8 +19,6 @@ from hpm.training.build import build_run
 from hpm.training.trial import trial_of
 from hpm.weights.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-
 ON_GPU = {name: value for name, value in TINY.items() if name != "data"} | {
     "device": "cuda",
     "compile": "false",
