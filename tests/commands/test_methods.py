@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -142,8 +143,14 @@ def test_a_gpu_holds_one_method_at_a_time(machine, at_once, image_folder, tmp_pa
             held -= 1
 
     monkeypatch.setattr(module, "trial_of", counted)
-    monkeypatch.setattr(module, "ROUND_SECONDS", 0.01)
-    monkeypatch.setattr(trial, "MOST", trial.FEWEST)
+    evaluations = iter((3.0, 5.0))
+    pace = Pace(startup=1, step=1)
+    monkeypatch.setattr(
+        module,
+        "measure_pace",
+        lambda *_: dataclasses.replace(pace, evaluation=next(evaluations)),
+    )
+    monkeypatch.setattr(module, "_round", lambda timed_trial: 0.5)
     options = TINY | {"device": machine, "compile": "false", "holdout": 4}
     configs = {
         name: PretrainConfig(str(image_folder), str(tmp_path / name), **options)
@@ -152,8 +159,8 @@ def test_a_gpu_holds_one_method_at_a_time(machine, at_once, image_folder, tmp_pa
     with fake_gpu() if machine == "cuda" else contextlib.nullcontext():
         times = module.time_methods(configs, Stop())
     assert most == at_once
-    assert list(times) == ["mae", "hpm"] and times["mae"].pace.evaluation > 0
-    assert times["mae"].pace.evaluation == times["hpm"].pace.evaluation  # the median of both
+    assert [timed.pace.step for timed in times.values()] == [0.5, 0.5]
+    assert times["mae"].pace.evaluation == times["hpm"].pace.evaluation == 4  # the median of both
 
 
 def test_mistakes(image_folder, tmp_path):
