@@ -55,6 +55,15 @@ def test_help_fits_the_terminal(monkeypatch, arguments):
     assert max(map(len, str(wanted.value).splitlines())) <= 80
 
 
+@pytest.mark.parametrize("protocol", ["segment", "detect"])
+def test_help_leaves_out_what_is_refused(protocol):
+    shown = run_here("eval", protocol, "--help").stdout
+    assert "--crop-share" not in shown and "--frames" not in shown
+    assert "--crop-share" in run_here("eval", "linear", "--help").stdout
+    result = run_here("eval", protocol, "run", "photos", "--crop-share=0.5")
+    assert_refused(result, "reads whole images: leave --crop-share out")
+
+
 def test_help_shows_that_a_switch_is_on():
     from hpm.cli import understand
     from hpm.core.parser import HelpWanted

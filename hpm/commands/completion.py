@@ -46,7 +46,8 @@ def _complete_option(command: Command, typed: list[str], word: str) -> list[str]
         name, _, value = word.partition("=")
         return [f"{name}={found}" for found in _starting(value, _values(command, options, name))]
     if word.startswith("-"):
-        names = [name for name in options if name not in command.positional]
+        shown = [name for name, each in options.items() if not each.rules.refused]
+        names = [name for name in shown if name not in command.positional]
         names += ["config", "help"] if command.presets else ["help"]
         return _starting(word, [f"--{name.replace('_', '-')}" for name in names])
     return _starting(word, _values(command, options, typed[-1])) if typed else []

@@ -46,6 +46,7 @@ class Rules:
     may_change: bool = False  # when an interrupted run is resumed
     changes_numbers: bool = True  # of an evaluation
     testing_only: bool = False
+    refused: str = ""  # why this evaluation has no use for an option that others share
 
 
 def option(default: Any = MISSING, **rules: Any) -> Any:
@@ -62,6 +63,14 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
         testing_only: of an evaluation that trains: the trained model does not depend on the value.
     """
     return dataclasses.field(default=default, metadata={"rules": Rules(**rules)})
+
+
+def refused(base: type, name: str, reason: str) -> Any:
+    """A field of the base class again, whose option is refused and not in the help. reason: one
+    sentence, such as `segmentation reads whole images`."""
+    inherited = describe(base)[name]
+    rules = dataclasses.replace(inherited.rules, refused=reason)
+    return dataclasses.field(default=inherited.default, metadata={"rules": rules})
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,8 @@ def check_rules(options: Any, spell: Callable[[str], str] = str) -> None:
     """Raise UserError for the first option whose value breaks its own rules."""
     for option, each in describe(type(options)).items():
         value, name = getattr(options, option), spell(option)
+        if each.rules.refused and value != each.default:
+            raise UserError(f"{each.rules.refused}: leave {name} out")
         if value is None:
             continue
         if each.rules.duration:

@@ -131,6 +131,8 @@ class Command:
         lines = [f"usage: {usage}", "", *textwrap.wrap(" ".join(about.split()), width)]
         groups: dict[str, list[str]] = {MAIN_OPTIONS: []}
         for name, each in described.items():
+            if each.rules.refused:
+                continue
             first = each.required or each.rules.main or name in self.positional
             own = inspect.cleandoc(self.options.__doc__ or "").splitlines()[0].rstrip(".")
             group = MAIN_OPTIONS if first else each.group

@@ -249,7 +249,8 @@ def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
     [
         ({"image_size": 18}, "image_size 18 is not a multiple of this backbone's patch_size 4"),
         ({"stride": 33}, "leaves gaps between windows"),
-        ({"crop_share": 0.5}, "leave --crop-share out"),
+        ({"crop_share": 0.5}, "segmentation reads whole images: leave --crop-share out"),
+        ({"frames": 4}, "segmentation is for images: leave --frames out"),
         ({"head": "upernet", "accumulate": 30}, "60 or more can"),
         ({"head": "upernet", "layer_decay": 2}, "--layer-decay is 2"),
         ({"scale": "2,1"}, "the second must not be below the first"),

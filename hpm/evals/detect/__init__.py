@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from hpm.core.errors import UserError
-from hpm.core.options import option
+from hpm.core.options import option, refused
 from hpm.evals.contract import RANDOM, Measured
 from hpm.evals.options import EvalOptions
 
@@ -24,6 +24,7 @@ COLUMNS = {
     "medium": "{AP_medium:.1f}",
     "large": "{AP_large:.1f}",
 }
+CLIPS = "detection is for images"
 
 
 @dataclass
@@ -35,6 +36,9 @@ class Options(EvalOptions):
     (annotations/instances_SPLIT.json, SPLIT/_annotations.coco.json or annotations.json), or demo,
     the built-in images. Tests on the val or test split if there is one, else on a fifth of the
     images. Without masks, boxes alone are learned."""
+    frames: int | None = refused(EvalOptions, "frames", CLIPS)
+    frame_stride: int | None = refused(EvalOptions, "frame_stride", CLIPS)
+    crop_share: float = refused(EvalOptions, "crop_share", "detection reads whole images")
     baselines: bool = option(False, may_change=True, testing_only=True)
     """Also fine-tune random weights of the same architecture (a second full training)."""
     image_size: int | None = option(None, at_least=32, main=True)

@@ -33,8 +33,6 @@ from hpm.weights.detection import DetectionModel, DetectorShape
 
 def check_options(options: Options) -> None:
     """Raise UserError for the first invalid option."""
-    if options.crop_share != 1:
-        raise UserError("detection sees whole images: leave --crop-share out")
     for text in options.milestones:
         check_duration("milestones", text)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hpm.core.options import option
+from hpm.core.options import option, refused
 from hpm.evals.contract import RANDOM, TRAINED, Measured
 from hpm.evals.options import EvalOptions
 
@@ -19,6 +19,7 @@ COLUMNS = {
     "mean accuracy": "{mean_accuracy:.1f}",
     "pixel accuracy": "{pixel_accuracy:.1f}",
 }
+CLIPS = "segmentation is for images"
 
 
 @dataclass
@@ -29,6 +30,9 @@ class Options(EvalOptions):
     """Images with masks, whose pixels are numbers of classes: a folder of images/ with masks/
     (also one for each split), ADE20K, Pascal VOC, or demo, the built-in images. Tests on the val or
     test split if there is one, else on a fifth of the images."""
+    frames: int | None = refused(EvalOptions, "frames", CLIPS)
+    frame_stride: int | None = refused(EvalOptions, "frame_stride", CLIPS)
+    crop_share: float = refused(EvalOptions, "crop_share", "segmentation reads whole images")
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
     chosen on a fifth of the training images. upernet: the whole encoder is fine-tuned (BEiT,

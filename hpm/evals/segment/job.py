@@ -38,8 +38,6 @@ class SegmentationJob:
 
     def __init__(self, task: Task, options: Options):
         self.task, self.options = task, options
-        if options.crop_share != 1:
-            raise UserError("segment reads whole images: leave --crop-share out")
         encoder: Encoder = task.backbones[0].backbone.encoder
         self.image_size = options.image_size or default_size(encoder)
         for each in task.backbones:
