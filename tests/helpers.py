@@ -61,9 +61,7 @@ def write_images(folder: Path, classes: int = 3, per_class: int = 16, size: int 
     return folder
 
 
-def run_hpm(
-    *arguments, cwd=None, timeout=HANGS, env=None, **options
-) -> subprocess.CompletedProcess:
+def run_hpm(*arguments, cwd=None, env=None, **options) -> subprocess.CompletedProcess:
     """`hpm ARGUMENTS` in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "hpm", *map(str, arguments)],

@@ -108,8 +108,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise
     finally:
         _main_group = None
-        # NCCL's connections are destroyed by all processes together: one that has failed would wait
-        # for others that wait for it. Without that it exits, and torchrun ends the others.
+        # NCCL's connections are destroyed by all processes together. A process that has failed
+        # would wait for others that wait for it, so it exits without, and torchrun ends the others.
         if ends_with_others or not on_gpu:
             dist.destroy_process_group()
 

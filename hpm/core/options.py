@@ -66,8 +66,8 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
 
 def refused(base: type, name: str, reason: str) -> Any:
-    """A field of the base class again, whose option is refused and not in the help. reason: one
-    sentence, such as `segmentation reads whole images`."""
+    """Redefine a field of the base class as an option that is refused, and left out of the help.
+    reason: one sentence, such as `segmentation reads whole images`."""
     inherited = describe(base)[name]
     rules = dataclasses.replace(inherited.rules, refused=reason)
     return dataclasses.field(default=inherited.default, metadata={"rules": rules})

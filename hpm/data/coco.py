@@ -125,7 +125,8 @@ def _check_files(file: Path, folder: Path, names: list[str]) -> None:
     checked = [names[place] for place in spaced(len(names), MOST_CHECKED)]
     missing = [name for name in checked if not (folder / name).is_file()]
     if missing:
-        more = f" (and {counted(len(missing) - 1, 'other')})" if len(missing) > 1 else ""
+        of = f" of {len(checked):,} checked" if len(checked) < len(names) else ""
+        more = f" (and {counted(len(missing) - 1, 'other')}{of})" if len(missing) > 1 else ""
         raise UserError(f"{file} names {missing[0]}{more}, which {folder} lacks")
 
 

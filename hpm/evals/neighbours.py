@@ -13,7 +13,7 @@ from hpm.evals.features import Features
 from hpm.evals.metrics import TrueClassRanks, mean_scores, rank
 
 QUERIES = 512  # at once, at most
-MOST_SIMILARITIES = 1 << 28  # at once: 1 GB, however many training images there are
+MOST_SIMILARITIES = 1 << 28  # at once: 1 GB, unless the views of one image need more
 
 
 def nearest_neighbours(

@@ -164,7 +164,8 @@ def _problems(
                 resumed = f"; resumed from step {sessions[place + 1].first_step:,}"
             ends.append(f"{ended} {where}: {escape(str(session.reason))}{resumed}.")
     if len(ends) > MAX_LISTED:
-        found.append(f"{len(ends) - MAX_LISTED} earlier sessions ended early, listed below.")
+        earlier = counted(len(ends) - MAX_LISTED, "earlier session")
+        found.append(f"{earlier} ended early, listed below.")
     found += ends[-MAX_LISTED:]
     if not found:
         return ""

@@ -200,7 +200,8 @@ def check_losses(training: Training, interval: Interval) -> None:
     """Fetch the losses of the steps that are to be checked, and drop their batches. Raises
     `not_finite` if one is not finite.
 
-    This is the only place where the loop synchronises with the device.
+    The loop synchronises with the device only here and, with several processes, at a log entry
+    (`any_process`).
     """
     results = [result for _, result in interval.steps]
     rows = torch.stack([torch.stack(list(result.scalars.values())) for result in results])
