@@ -11,8 +11,8 @@ The slope of each number is fitted to the means of blocks of the second half, wh
 allocator's free lists are full; its interval is that of the t-distribution. Means of long blocks
 are close to independent, as the samples themselves are not.
 
-Two things are known to grow. The report reads the log of the run, 1.5 kB for each of 10,000 lines; and
-safetensors 0.8.0 keeps 64 bytes of each tensor that it reads from an open file.
+Two things are known to grow. The report reads the log of the run, 1.5 kB for each of its first
+10,000 lines; and safetensors 0.8.0 keeps 64 bytes of each tensor that it reads from an open file.
 """
 
 from __future__ import annotations
