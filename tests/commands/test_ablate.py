@@ -99,16 +99,16 @@ def test_differences_are_paired_over_the_seeds(tmp_path):
     assert results.tables()[1].rows[0] == ["hpm", "0.5", "+2.0 ± 1.4"]
 
 
-@pytest.mark.slow
-def test_a_grid_over_seeds(image_folder, tmp_path, capsys):
+def test_a_grid_over_seeds(image_folder, tmp_path):
     options = {"vary": ("mask=random,easy_to_hard", "target=hog"), "seeds": 2, "steps": 4}
+    options |= {"holdout": 8}
     results = ablate(config_of(image_folder, tmp_path / "ablation", **options))
     table = results.file.read_text()
     lines = table.splitlines()
     assert lines[2].startswith("| mask | target | seeds | kNN | linear probe | ranking accuracy")
     assert lines[4].startswith("| random | hog | 2 |")
     assert lines[5].startswith("| easy_to_hard | hog | 2 |") and "±" in lines[5]
-    assert "Less mask=random, target=hog, seed by seed" in table
+    assert "Minus mask=random, target=hog, seed by seed" in table
     rows = list(csv.DictReader((tmp_path / "ablation" / "ablation.csv").open()))
     assert len(rows) == 4 and {row["seed"] for row in rows} == {"0", "1"}
     mean = sum(float(r["knn"]) for r in rows if (r["mask"], r["target"]) == ("random", "hog")) / 2
@@ -124,7 +124,6 @@ def test_a_grid_over_seeds(image_folder, tmp_path, capsys):
         ablate(config_of(image_folder, tmp_path / "ablation", **options, base_lr=1e-4))
 
 
-@pytest.mark.slow
 def test_arms_without_labels(image_folder, tmp_path):
     result = run_here(
         "ablate",
@@ -136,12 +135,12 @@ def test_arms_without_labels(image_folder, tmp_path):
         "--seeds=1",
         "--out",
         tmp_path / "a",
-        *tiny_arguments(steps=2, eval_every="100%"),
+        *tiny_arguments(steps=2, eval_every="100%", holdout=4),
     )
     assert result.returncode == 0, result.stderr
     assert "has no labels" in result.stderr and "kNN" not in result.stdout
     # A table for the terminal, not the Markdown of the file.
-    assert "|" not in result.stdout and "effective rank" in result.stdout
+    assert "|" not in result.stdout and "effective" in result.stdout  # its heading may wrap
     assert "minus mae, seed by seed" in result.stdout
     rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "a" / "ablation.csv").open())}
     assert set(rows) == {"mae", "hpm"}
