@@ -1,5 +1,5 @@
 import sys
 
-from hpm.cli import main
+from hpm.commands.cli import main
 
 sys.exit(main())

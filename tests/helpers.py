@@ -76,7 +76,7 @@ def run_hpm(*arguments, cwd=None, env=None, **options) -> subprocess.CompletedPr
 
 def run_here(*arguments) -> subprocess.CompletedProcess:
     """The same in this process, seconds sooner: unless a process is what is tested."""
-    from hpm.cli import main
+    from hpm.commands.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

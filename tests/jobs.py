@@ -136,6 +136,6 @@ def _run_hpm(arguments, environment, stderr):
     os.environ.update(environment)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    from hpm.cli import main
+    from hpm.commands.cli import main
 
     sys.exit(main(arguments))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import hpm
-from hpm import cli
+from hpm.commands import cli
 from hpm.commands.options import AblateConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import check_rules, describe, make_config

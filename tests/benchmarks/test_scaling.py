@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_arguments
 from jobs import torchrun
 
-from hpm.cli import understand
+from hpm.commands.cli import understand
 from hpm.core.config import PretrainConfig
 from hpm.models.architecture import resolve_model
 
@@ -130,7 +130,8 @@ def test_more_gpus_need_faster_links():
 COUNTING = """
 import json, sys
 import torch.distributed as dist
-from hpm import cli, pretraining
+from hpm import pretraining
+from hpm.commands import cli
 sent, steps = [0], []
 
 def counted(name):

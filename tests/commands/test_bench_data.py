@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpm.cli import main
 from hpm.commands.bench_data import _limit, bench_data
+from hpm.commands.cli import main
 from hpm.commands.options import BenchDataConfig
 from hpm.core.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_refused, run_here
 
 import hpm
-from hpm.cli import understand
+from hpm.commands.cli import understand
 from hpm.commands.cluster_options import of_verb, pairs
 from hpm.commands.embedding_options import EmbedConfig
 from hpm.commands.options import PrepareConfig

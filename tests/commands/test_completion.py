@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpm.cli import main
+from hpm.commands.cli import main
 from hpm.commands.completion import complete
 from hpm.commands.completion_scripts import SCRIPTS
 

@@ -10,8 +10,8 @@ from helpers import TINY, write_images
 from PIL import Image
 
 import hpm
-from hpm.cli import main
 from hpm.commands import prepare as preparing
+from hpm.commands.cli import main
 from hpm.commands.options import PrepareConfig
 from hpm.commands.prepare import prepare
 from hpm.core.errors import UserError

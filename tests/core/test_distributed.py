@@ -189,7 +189,8 @@ def test_a_mistake_is_told_once(image_folder, tmp_path):
 
 ONE_RANK_FAILS = """
 import sys
-from hpm import cli, pretraining as module
+from hpm import pretraining as module
+from hpm.commands import cli
 from hpm.core import distributed
 from hpm.core.errors import UserError
 
@@ -229,7 +230,8 @@ def test_an_error_on_another_rank_is_seen(error, line, image_folder, tmp_path):
 MAIN_ALONE = """
 import sys, time
 from datetime import timedelta
-from hpm import cli, pretraining as module
+from hpm import pretraining as module
+from hpm.commands import cli
 from hpm.core import distributed
 
 distributed.TIMEOUT = timedelta(seconds=20)

@@ -164,7 +164,7 @@ def test_two_runs_where_no_lock_holds(image_folder, tmp_path):
     neither, although either may find that its temporary files are gone."""
     out, program = tmp_path / "run", tmp_path / "program.py"
     program.write_text(
-        "import fcntl, sys\nfrom hpm import cli\nfcntl.flock = lambda *a: None\n"
+        "import fcntl, sys\nfrom hpm.commands import cli\nfcntl.flock = lambda *a: None\n"
         "sys.exit(cli.main())\n"
     )
     arguments = tiny_arguments(steps=40, checkpoint_every="1 step")

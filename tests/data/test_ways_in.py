@@ -10,7 +10,7 @@ from helpers import TINY, write_images
 from PIL import Image
 
 import hpm
-from hpm.cli import main
+from hpm.commands.cli import main
 from hpm.data.fingerprint import fingerprint
 from hpm.data.given import named
 from hpm.data.joined import several

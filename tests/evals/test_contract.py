@@ -102,7 +102,7 @@ def test_the_built_in_evaluations_are_found_by_their_modules():
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in BUILT_IN)])
 def test_help_does_not_import_torch(arguments):
     program = (
-        "import sys; from hpm import cli; code = cli.main(sys.argv[1:]); "
+        "import sys; from hpm.commands import cli; code = cli.main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     command = [sys.executable, "-c", program, "eval", *arguments]

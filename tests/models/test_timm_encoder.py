@@ -449,7 +449,7 @@ def test_from_end_to_end(name, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_loss_falls(name, tmp_path):
-    options = run_options(name, steps=100, batch_size=8, log_every=10, base_lr=8e-3)
+    options = run_options(name, steps=150, batch_size=8, log_every=10, base_lr=8e-3)
     run = hpm.pretrain(data="demo", out=str(tmp_path / "run"), **options)
     losses = [m["reconstruction_loss"] for m in run.metrics() if "reconstruction_loss" in m]
-    assert sum(losses[-5:]) / 5 < 0.97 * sum(losses[:3]) / 3
+    assert sum(losses[-5:]) / 5 < 0.95 * sum(losses[:3]) / 3

@@ -13,7 +13,7 @@ from helpers import TINY, stop_after
 from safetensors.torch import save_file
 
 import hpm
-from hpm.cli import main
+from hpm.commands.cli import main
 from hpm.show import moments_table
 from hpm.show import monitor as watch
 from hpm.show.options import ReportConfig

@@ -114,7 +114,7 @@ def test_one_process_goes_on(whole, sharded, image_folder, tmp_path):
 
 KILLED = """
 import os, signal, sys, time
-from hpm import cli
+from hpm.commands import cli
 from hpm.weights import shard_writer
 
 replace = shard_writer.replace_folder
@@ -148,7 +148,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_only_that(whole, image_folde
 
 FULL = """
 import resource, sys
-from hpm import cli
+from hpm.commands import cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # stands in for a full disk
 sys.exit(cli.main())
 """
@@ -226,7 +226,7 @@ def test_shards_within_a_node(whole, image_folder, tmp_path, monkeypatch):
     program.write_text(
         "import os, sys\n"
         "os.environ['LOCAL_WORLD_SIZE'] = '2'  # as on two nodes\n"
-        "from hpm import cli\n"
+        "from hpm.commands import cli\n"
         "sys.exit(cli.main())\n"
     )
     out = tmp_path / "run"

@@ -34,7 +34,7 @@ def test_help():
 
 @pytest.mark.parametrize("verb", ["eval", "bench"])
 def test_help_of_a_verb_of_several_kinds(verb):
-    from hpm.cli import GROUPS
+    from hpm.commands.cli import GROUPS
 
     result = run_here(verb, "--help")
     assert result.returncode == 0 and not result.stderr
@@ -46,7 +46,7 @@ def test_help_of_a_verb_of_several_kinds(verb):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["bench", "--help"]])
 def test_help_fits_the_terminal(monkeypatch, arguments):
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
     from hpm.core.parser import HelpWanted
 
     monkeypatch.setenv("COLUMNS", "80")
@@ -65,7 +65,7 @@ def test_help_leaves_out_what_is_refused(protocol):
 
 
 def test_help_shows_that_a_switch_is_on():
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
     from hpm.core.parser import HelpWanted
 
     with pytest.raises(HelpWanted) as wanted:
@@ -86,7 +86,7 @@ def test_help_shows_that_a_switch_is_on():
     ],
 )
 def test_help_shows_what_an_option_takes(words, shown):
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
     from hpm.core.parser import HelpWanted
 
     with pytest.raises(HelpWanted) as wanted:
@@ -97,7 +97,7 @@ def test_help_shows_what_an_option_takes(words, shown):
 
 
 def test_a_switch_is_turned_off_with_false():
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
 
     with pytest.raises(hpm.UserError, match="'--no-baselines': pass --baselines false"):
         understand(["eval", "knn", "run", "data", "--no-baselines"])
@@ -120,14 +120,14 @@ def test_no_line_of_the_help_breaks_off():
     ],
 )
 def test_a_list_needs_no_brackets(words, option, value):
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
 
     config = understand(["pretrain", "photos", "--out", "run", *words])[1]
     assert getattr(config, option) == value
 
 
 def test_what_bench_data_reads_is_named_as_elsewhere():
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
 
     assert understand(["bench", "data", "photos"])[1].data == "photos"
     assert understand(["bench", "data", "--data", "photos"])[1].data == "photos"
@@ -166,7 +166,7 @@ def test_a_pattern_that_the_shell_has_expanded(tmp_path):
 )
 def test_options_that_cannot_work(image_folder, tmp_path, monkeypatch, capsys, changes, words):
     """In this process, for speed: what `hpm` prints and returns is the same."""
-    from hpm.cli import main
+    from hpm.commands.cli import main
 
     code = main(
         ["pretrain", str(image_folder), "--out", str(tmp_path / "run"), *tiny_arguments(**changes)]
@@ -203,7 +203,7 @@ def test_unknown_option_verb_and_preset(image_folder, tmp_path):
 def test_steps_or_epochs(tmp_path):
     """Either gives the length: of two that are typed none is preferred; one that is typed replaces
     whatever a preset has."""
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
 
     both = run_here("pretrain", "photos", "--out", tmp_path / "run", "--steps=5", "--epochs=2")
     assert_refused(both, "steps is 5 and epochs is 2: pass only one of them")
@@ -226,7 +226,7 @@ def test_steps_or_epochs(tmp_path):
 @pytest.mark.parametrize("place", [0, 1, 3, 5])
 def test_a_config_never_overrides_what_is_typed(place, tmp_path):
     """Wherever it stands: neither the data nor the folder of an old run."""
-    from hpm.cli import understand
+    from hpm.commands.cli import understand
 
     old = tmp_path / "config.yaml"
     old.write_text("data: old\nout: runs/old\nseed: 3\nepochs: 7\nmask_ratio: 0.5\n")
@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up_while_training(image_folder, tmp_path):
 def test_a_full_gpu_is_one_line(monkeypatch, capsys):
     import torch
 
-    from hpm import cli
+    from hpm.commands import cli
 
     def too_much(arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
