@@ -11,9 +11,8 @@ import torch
 from helpers import assert_refused, run_here, write_images
 from PIL import Image
 
-from hpm import cli
+from hpm.commands import cli, plan_rules
 from hpm.commands import plan as module
-from hpm.commands import plan_rules
 from hpm.commands.options import PlanConfig
 from hpm.commands.plan import plan, run_name
 from hpm.commands.plan_memory import estimate_memory
