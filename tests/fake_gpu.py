@@ -1,12 +1,12 @@
-"""A fake GPU: tensors that claim to be on `cuda:0`, computed on the CPU.
+"""A fake GPU: tensors that claim to be on `cuda:0` (or `mps:0`), computed on the CPU.
 
 PyTorch raises an error if an operation mixes devices, if a tensor on a GPU is read as a NumPy
 array, or if a generator belongs to another device. Without a GPU, no test sees such mistakes.
 Inside `fake_gpu()`, each tensor's storage has a device, and every operation is checked before it
 runs on the CPU. The numbers are real, so whole commands can run. It also records where the CPU
-would wait for the GPU.
+would wait for the GPU, and Apple's has no float64.
 
-It does not see CUDA's kernels, streams or memory, compiled code, or devices that C++ code compares.
+It does not see kernels, streams or memory, compiled code, or devices that C++ code compares.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
+APPLE_GPU = torch.device("mps", 0)
 DEVICE: Any = Tensor.device.__get__  # type: ignore[attr-defined]
 IS_CUDA: Any = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
@@ -38,14 +39,43 @@ WAITS |= {aten._unique2.default, aten.repeat_interleave.Tensor, aten.bincount.de
 WAITS |= {aten.equal.default, aten.is_nonzero.default}
 
 
-class Devices(TorchDispatchMode):
-    """Knows which tensors are on the GPU. Raises RuntimeError where an operation mixes devices.
+# What PyTorch asks of a GPU that is there.
+CUDA = {
+    "torch.cuda.is_available": lambda: True,
+    "torch.cuda.set_device": lambda device: None,
+    "torch.cuda.synchronize": lambda *device: None,
+    "torch.cuda.empty_cache": lambda: None,
+    "torch.cuda.get_device_name": lambda *device: "a GPU that is none",
+    "torch.cuda.get_rng_state": lambda *device: torch.zeros(16, dtype=torch.uint8),
+    "torch.cuda.set_rng_state": lambda *state: None,
+    "torch.cuda.current_stream": mock.MagicMock(),
+    "torch.cuda.max_memory_allocated": lambda *device: 0,
+    "torch.cuda.reset_peak_memory_stats": lambda *device: None,
+    "torch.cuda.is_initialized": lambda: True,
+    "torch.cuda.device_count": lambda: 1,
+    "torch.cuda.get_device_properties": lambda *device: mock.Mock(major=8, total_memory=80 * 10**9),
+}
+MPS = {
+    "torch.backends.mps.is_available": lambda: True,
+    "torch.mps.synchronize": lambda: None,
+    "torch.mps.empty_cache": lambda: None,
+    "torch.mps.get_rng_state": lambda: torch.zeros(16, dtype=torch.uint8),
+    "torch.mps.set_rng_state": lambda state: None,
+    "torch.mps.driver_allocated_memory": lambda: 0,
+}
 
+
+class Devices(TorchDispatchMode):
+    """Knows which tensors are on the GPU. Raises RuntimeError where an operation mixes devices, and
+    TypeError for a type that the GPU does not have.
+
+    gpu: the device.
     waits: operations so far in which the CPU waits for the GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: torch.device) -> None:
         super().__init__()
+        self.gpu = gpu
         # References that do not keep what they refer to, but its address.
         self.on_gpu: dict[int, StorageWeakRef] = {}
         self.waits: list[str] = []
@@ -62,6 +92,8 @@ class Devices(TorchDispatchMode):
                 if tensor.is_meta:
                     continue
                 storage = tensor.untyped_storage()
+                if to_gpu and self.gpu.type == "mps" and tensor.dtype == torch.float64:
+                    raise TypeError("the MPS framework doesn't support float64")
                 if to_gpu:
                     self.on_gpu[storage._cdata] = StorageWeakRef(storage)
                 else:
@@ -84,7 +116,7 @@ class Devices(TorchDispatchMode):
 
     def _check(self, func: Any, given: list[Tensor], here: list[Tensor], generator: Any) -> None:
         if generator is not None:
-            raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator, found 'cpu'")
+            raise RuntimeError(f"{func}: Expected a '{self.gpu}' generator, found 'cpu'")
         others = [tensor for tensor in given if not self.has(tensor)]
         if not others or func is COPY:
             return
@@ -94,7 +126,7 @@ class Devices(TorchDispatchMode):
         if func in MIXED and self.has(given[0]):
             return
         shapes = [list(tensor.shape) for tensor in given]
-        raise RuntimeError(f"{func}: tensors on cuda:0 and on the CPU, of shapes {shapes}")
+        raise RuntimeError(f"{func}: tensors on {self.gpu} and on the CPU, of shapes {shapes}")
 
 
 def _by_mask(args: Any) -> bool:
@@ -114,11 +146,11 @@ class Calls(TorchFunctionMode):
         if isinstance(first, Tensor):
             here = devices.has(first)
             if here and func == DEVICE:
-                return GPU
+                return devices.gpu
             if func == IS_CUDA:
-                return here
+                return here and devices.gpu.type == "cuda"
             if func in (Tensor.numpy, Tensor.__array__) and here:
-                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+                raise TypeError(f"can't convert {devices.gpu} device type tensor to numpy")
             if func is Tensor.pin_memory:
                 return first
             if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
@@ -126,30 +158,30 @@ class Calls(TorchFunctionMode):
             if func in (Tensor.__deepcopy__, Tensor.new_tensor) and here:
                 return devices.move(func(*args, **kwargs), True)
         if named := kwargs.get("device"):
-            to_gpu = torch.device(named).type == "cuda"
+            to_gpu = torch.device(named).type == devices.gpu.type
             if to_gpu:
                 kwargs["device"] = torch.device("cpu")
             if kwargs.get("generator") is not None and to_gpu:
-                raise RuntimeError(f"{func}: Expected a 'cuda' device type for generator")
+                raise RuntimeError(f"{func}: Expected a '{devices.gpu}' generator")
             return devices.move(func(*args, **kwargs), to_gpu)
         return func(*args, **kwargs)
 
     def _to(self, func: Any, here: bool, args: Any, kwargs: dict[str, Any]) -> Any:
         """`Tensor.to`, `cpu` and `cuda`."""
-        wanted, rest = None, []
+        wanted, rest, gpu = None, [], self.devices.gpu
         for value in args[1:]:
             if isinstance(value, (torch.device, str)):
                 wanted = torch.device(value)
             elif isinstance(value, Tensor):
-                wanted, rest = (GPU if self.devices.has(value) else value.device), [value.dtype]
+                wanted, rest = (gpu if self.devices.has(value) else value.device), [value.dtype]
             else:
                 rest.append(value)
-        wanted = torch.device(kwargs.pop("device", None) or wanted or (GPU if here else "cpu"))
+        wanted = torch.device(kwargs.pop("device", None) or wanted or (gpu if here else "cpu"))
         if func is not Tensor.to:
-            wanted, rest = (GPU if func is Tensor.cuda else torch.device("cpu")), []
+            wanted, rest = (gpu if func is Tensor.cuda else torch.device("cpu")), []
         if wanted.type == "meta":
             return args[0].to("meta")
-        to_gpu = wanted.type == "cuda"
+        to_gpu = wanted.type == gpu.type
         if to_gpu != here:
             kwargs["copy"] = True
             if not kwargs.get("non_blocking"):
@@ -166,37 +198,22 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[Devices]:
+def fake_gpu(gpu: torch.device = GPU) -> Iterator[Devices]:
     """A machine with one GPU, inside the context."""
-    devices, autocast = Devices(), torch.autocast.__init__
+    devices, autocast = Devices(gpu), torch.autocast.__init__
     grouped = torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
 
     def autocast_here(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        autocast(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        autocast(self, "cpu" if device_type == gpu.type else device_type, *args, **kwargs)
 
     def grouped_here(tensors: Any, *args: Any) -> Any:
-        device = GPU if devices.has(tensors[0][0]) else torch.device("cpu")
+        device = gpu if devices.has(tensors[0][0]) else torch.device("cpu")
         return {(device, kind): v for (_, kind), v in grouped(tensors, *args).items()}
 
     replaced = {
         "torch.autocast.__init__": autocast_here,
         "torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype": grouped_here,
-        "torch.cuda.is_available": lambda: True,
-        "torch.cuda.set_device": lambda device: None,
-        "torch.cuda.synchronize": lambda *device: None,
-        "torch.cuda.empty_cache": lambda: None,
-        "torch.cuda.get_device_name": lambda *device: "a GPU that is none",
-        "torch.cuda.get_rng_state": lambda *device: torch.zeros(16, dtype=torch.uint8),
-        "torch.cuda.set_rng_state": lambda *state: None,
-        "torch.cuda.current_stream": mock.MagicMock(),
-        "torch.cuda.max_memory_allocated": lambda *device: 0,
-        "torch.cuda.reset_peak_memory_stats": lambda *device: None,
-        "torch.cuda.is_initialized": lambda: True,
-        "torch.cuda.device_count": lambda: 1,
-        "torch.cuda.get_device_properties": lambda *device: mock.Mock(
-            major=8, total_memory=80 * 10**9
-        ),
-    }
+    } | (CUDA if gpu.type == "cuda" else MPS)
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "'pin_memory' argument")

@@ -26,6 +26,9 @@ class Options(FrozenEvalOptions, ClassificationOptions):
     """Number of passes over the training images."""
     probe_batch_size: int = option(256, at_least=2)
     """Images per optimiser step, at most a sixteenth of the training set or 32."""
+    heads_gb: float = option(8.0, above=0, may_change=True, changes_numbers=False)
+    """Maximum memory in GB for the probe's heads. If those of all learning rates and weight decays
+    need more, as with many classes, they are trained in several passes over the features."""
     cache_gb: float = option(8.0, above=0)
     """Maximum memory in GB for cached patch features. If they need more, they are recomputed in
     every epoch."""
@@ -47,6 +50,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         options.probe_batch_size,
         options.seed,
         task.device,
+        options.heads_gb,
     )
     found: dict[str, Probed] = {}
     task.about |= {"train_images": len(data.train), "test_images": len(data.test)}

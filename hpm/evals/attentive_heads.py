@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hpm.evals.probing import CHOOSING, TESTED, Heads, HyperParameters
+from hpm.evals.probing import CHOOSING, FLOAT32, TESTED, Heads, HyperParameters
 
 
 class AttentiveHeads(Heads):
@@ -51,6 +51,18 @@ class AttentiveHeads(Heads):
         )
         self.grid = grid
         self._optimizer: torch.optim.Optimizer | None = None
+
+    @staticmethod
+    def memory(feature_shape: torch.Size, num_classes: int, batch_size: int) -> int:
+        """See `Heads.memory`."""
+        patches, dim = feature_shape
+        heads = max(1, dim // 64)
+        weights = dim * (2 * dim + num_classes)
+        logits = batch_size * num_classes
+        attention = batch_size * heads * (patches + dim)
+        # Weights: they, their gradient and AdamW's two moments, and the stack with its gradient.
+        # The rest: themselves, what the next function keeps of them, and the gradients of both.
+        return FLOAT32 * 2 * (6 * weights + 4 * (logits + attention))
 
     def forward(
         self, features: Float[Tensor, "batch patches dim"]

@@ -33,6 +33,9 @@ class Options(FrozenEvalOptions, ClassificationOptions):
     """Number of passes over the training features."""
     probe_batch_size: int = option(1024, at_least=2)
     """Features per optimiser step, at most a sixteenth of the training set or 32."""
+    heads_gb: float = option(8.0, above=0, may_change=True, changes_numbers=False)
+    """Maximum memory in GB for the probe's heads. If those of all learning rates and weight decays
+    need more, as with many classes, they are trained in several passes over the features."""
     crop_scale: tuple[float, float] = option((0.2, 1.0), above=0, at_most=1, rising=True)
     """Smallest and largest area of a random crop with --augment, as a fraction of the image."""
     flip: bool | Flip = True
@@ -62,6 +65,7 @@ def recipe(task: Task, options: Options) -> Recipe:
         options.probe_batch_size,
         options.seed,
         task.device,
+        options.heads_gb,
     )
 
 

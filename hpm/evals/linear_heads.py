@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hpm.evals.probing import CHOOSING, TESTED, Heads, HyperParameters
+from hpm.evals.probing import CHOOSING, FLOAT32, TESTED, Heads, HyperParameters
 from hpm.models.linear import linear
 
 
@@ -58,6 +58,14 @@ class LinearHeads(Heads):
         self.register_buffer("peak", per_output([point.lr * batch_size / 256 for point in grid]))
         self.register_buffer("weight_decay", per_output([point.weight_decay for point in grid]))
         self._probabilities = torch.empty(0)
+
+    @staticmethod
+    def memory(feature_shape: torch.Size, num_classes: int, batch_size: int) -> int:
+        """See `Heads.memory`."""
+        (dim,) = feature_shape
+        weights = 4 * dim  # weight, velocity, and for one copy at a time gradient and step
+        logits = 2 * batch_size  # and their softmax
+        return FLOAT32 * 2 * num_classes * (weights + logits)
 
     def forward(
         self, features: Float[Tensor, "batch dim"]

@@ -33,7 +33,7 @@ from hpm.weights.resolve import Trained
 MAX_IMAGES = 20_000
 NAME, POOLED = "trained", "trained, patch mean"
 K = 20
-LEARNING_RATES, EPOCHS, BATCH_SIZE = (0.01, 0.1, 1.0), 30, 1024
+LEARNING_RATES, EPOCHS, BATCH_SIZE, HEADS_GB = (0.01, 0.1, 1.0), 30, 1024, 2.0
 
 
 class OngoingProbe:
@@ -81,7 +81,7 @@ class OngoingProbe:
         bank = Cached({POOLED: train})
         held = split_by_class(bank.labels.numpy(), data.classes, data.train.name, self.seed)[1]
         points = grid(LEARNING_RATES, (0.0,))
-        recipe = Recipe(LinearHeads, points, EPOCHS, BATCH_SIZE, self.seed, device)
+        recipe = Recipe(LinearHeads, points, EPOCHS, BATCH_SIZE, self.seed, device, HEADS_GB)
         probed = probe(bank, bank, Cached({POOLED: test}), held, classes, recipe)[POOLED]
         return {"knn": _top1(nearest[K]), "linear": _top1(probed.ranks)}
 

@@ -2,7 +2,8 @@
 
 Two copies of every head are trained in the same pass over the features. One is trained without a
 fifth of each class, on which the hyper-parameters are then chosen; the other is trained on all
-images and tested. Only the chosen heads are tested.
+images and tested. Only the chosen heads are tested. A grid that needs too much memory is trained
+in several passes, with the same result.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from hpm.core import distributed
 from hpm.core.errors import UserError
+from hpm.core.precision import to_float64
 from hpm.core.progress import track
 from hpm.data.loader import MakeView, evaluation_views, training_loader, view_keys
 from hpm.data.sources import Source
@@ -34,6 +36,7 @@ from hpm.training.optim import learning_rate
 
 SMALLEST_BATCH = 32
 CHOOSING, TESTED = 0, 1  # the two copies of every head
+FLOAT32 = 4  # bytes
 Rows = tuple[dict[str, Tensor], Tensor, Tensor]  # features of each kind, labels, ids
 
 
@@ -138,6 +141,11 @@ class Heads(nn.Module):
     Maps features [B ...] to logits [grid 2 B C].
     """
 
+    @staticmethod
+    def memory(feature_shape: torch.Size, num_classes: int, batch_size: int) -> int:
+        """Bytes that one point of the grid needs while it is trained."""
+        raise NotImplementedError
+
     def learn(self, features: Tensor, labels: Tensor, seen: Tensor, rate: float) -> None:
         """One step at `rate` times each head's learning rate. The CHOOSING copies learn only from
         the images in `seen`."""
@@ -167,7 +175,11 @@ def rows(found: dict[str, Probed]) -> Iterator[Measured]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads are trained. Learning rates start at the grid's and follow a cosine decay."""
+    """How heads are trained. Learning rates start at the grid's and follow a cosine decay.
+
+    heads_gb: memory for the heads that are trained together. With many classes, the grid is
+        trained in several passes.
+    """
 
     heads: type[Heads]
     grid: list[HyperParameters]
@@ -175,6 +187,7 @@ class Recipe:
     batch_size: int
     seed: int
     device: torch.device
+    heads_gb: float
 
 
 def probe(
@@ -190,64 +203,114 @@ def probe(
     held: ids of the training images on which hyper-parameters are chosen. held_out: bank of their
     features (`train`, or one without augmentation).
     """
-    heads = _train(train, held, num_classes, recipe)
-    count = len(recipe.grid)
-    right = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
-    losses = {name: torch.zeros(count, dtype=torch.float64) for name in heads}
+    best: dict[str, _Scored] = {}
+    left = recipe.grid
+    while left:
+        count, found = _probe_some(train, held_out, test, held, num_classes, left, recipe)
+        left = left[count:]
+        for name, scored in found.items():
+            if name not in best or scored.score > best[name].score:
+                best[name] = scored
+    return {name: scored.probed for name, scored in best.items()}
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The best of some points of the grid, and the score by which points are compared."""
+
+    probed: Probed
+    score: float
+
+
+def _probe_some(
+    train: Bank,
+    held_out: Bank,
+    test: Bank,
+    held: np.ndarray,
+    num_classes: int,
+    points: Sequence[HyperParameters],
+    recipe: Recipe,
+) -> tuple[int, dict[str, _Scored]]:
+    """Probe the first of the points, as many as there is memory for: (their number, the best of
+    them for each kind of features)."""
+    heads, points = _train(train, held, num_classes, points, recipe)
+    right = {name: torch.zeros(len(points), dtype=torch.float64) for name in heads}
+    losses = {name: torch.zeros(len(points), dtype=torch.float64) for name in heads}
     for name, logits, labels in _logits(heads, held_out, torch.from_numpy(held), recipe):
         chosen_by = logits[:, CHOOSING]
         right[name] += (chosen_by.argmax(-1) == labels).sum(1).cpu()
-        expected = labels.expand(count, -1).flatten()
-        entropy = F.cross_entropy(chosen_by.flatten(0, 1), expected, reduction="none").double()
-        losses[name] += entropy.view(count, -1).sum(1).cpu()
-    best = {}
-    for name in heads:
-        # Break ties of accuracy, which are common on small data, by the loss.
-        order = torch.where(losses[name].isfinite(), right[name] - losses[name] / 1e9, -torch.inf)
-        best[name] = int(order.argmax())
-    ranks: dict[str, list[TrueClassRanks]] = {name: [] for name in heads}
-    for name, logits, labels in _logits(heads, test, torch.arange(len(test.labels)), recipe):
-        scores = mean_probabilities(logits[best[name], TESTED], test.views)
-        ranks[name].append(rank(scores, labels))
-    return {
-        name: Probed(
-            join(ranks[name]),
-            recipe.grid[best[name]],
-            100 * float(right[name][best[name]]) / len(held),
-        )
+        expected = labels.expand(len(points), -1).flatten()
+        entropy = F.cross_entropy(chosen_by.flatten(0, 1), expected, reduction="none")
+        losses[name] += to_float64(entropy).view(len(points), -1).sum(1).cpu()
+    # Break ties of accuracy, which are common on small data, by the loss.
+    scores = {
+        name: torch.where(losses[name].isfinite(), right[name] - losses[name] / 1e9, -torch.inf)
         for name in heads
     }
+    best = {name: int(scores[name].argmax()) for name in heads}
+    ranks: dict[str, list[TrueClassRanks]] = {name: [] for name in heads}
+    for name, logits, labels in _logits(heads, test, torch.arange(len(test.labels)), recipe):
+        ranks[name].append(rank(mean_probabilities(logits[best[name], TESTED], test.views), labels))
+    found = {}
+    for name, index in best.items():
+        held_out_top1 = 100 * float(right[name][index]) / len(held)
+        probed = Probed(join(ranks[name]), points[index], held_out_top1)
+        found[name] = _Scored(probed, float(scores[name][index]))
+    return len(points), found
 
 
-def _train(bank: Bank, held: np.ndarray, num_classes: int, recipe: Recipe) -> dict[str, Heads]:
+def _train(
+    bank: Bank,
+    held: np.ndarray,
+    num_classes: int,
+    points: Sequence[HyperParameters],
+    recipe: Recipe,
+) -> tuple[dict[str, Heads], Sequence[HyperParameters]]:
+    """Heads by kind of features, for as many of the points as there is memory for, and these."""
     count = len(bank.labels)
     batch_size = min(recipe.batch_size, max(SMALLEST_BATCH, count // 16), count)
     steps_per_epoch = count // batch_size
     is_held = torch.zeros(count, dtype=torch.bool)
     is_held[torch.from_numpy(held)] = True
     total = recipe.epochs * steps_per_epoch
+    done = len(recipe.grid) - len(points)
+    title = f"probes ({done} of {len(recipe.grid)} done)" if done else "probes"
     heads: dict[str, Heads] = {}
-    for epoch in track(range(recipe.epochs), "probes"):
+    for epoch in track(range(recipe.epochs), title):
         order = np.random.default_rng([recipe.seed, epoch]).permutation(count)
         steps = torch.from_numpy(order).split(batch_size)[:steps_per_epoch]
         for step, (rows, labels, ids) in enumerate(bank.batches(steps, epoch)):
             if not heads:
-                heads = _new_heads(rows, num_classes, recipe, batch_size)
+                shapes = {name: features.shape[1:] for name, features in rows.items()}
+                points = points[: _how_many(shapes, num_classes, batch_size, recipe)]
+                heads = _new_heads(shapes, num_classes, points, recipe, batch_size)
             rate = learning_rate(epoch * steps_per_epoch + step, total, 0, 1.0)
             labels = labels.to(recipe.device)
             seen = (~is_held[ids]).to(recipe.device)
             for name, head in heads.items():
                 head.learn(rows[name].to(recipe.device), labels, seen, rate)
-    return heads
+    return heads, points
+
+
+def _how_many(
+    shapes: dict[str, torch.Size], num_classes: int, batch_size: int, recipe: Recipe
+) -> int:
+    """Points of the grid that are trained together: as many as there is memory for."""
+    memory = (recipe.heads.memory(shape, num_classes, batch_size) for shape in shapes.values())
+    return max(1, int(recipe.heads_gb * 1e9 / sum(memory)))
 
 
 def _new_heads(
-    rows: dict[str, Tensor], num_classes: int, recipe: Recipe, batch_size: int
+    shapes: dict[str, torch.Size],
+    num_classes: int,
+    points: Sequence[HyperParameters],
+    recipe: Recipe,
+    batch_size: int,
 ) -> dict[str, Heads]:
     with seeded(recipe.seed):
         return {
-            name: recipe.heads(f.shape[1:], num_classes, recipe.grid, batch_size).to(recipe.device)
-            for name, f in rows.items()
+            name: recipe.heads(shape, num_classes, points, batch_size).to(recipe.device)
+            for name, shape in shapes.items()
         }
 
 

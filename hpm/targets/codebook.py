@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpm.core.errors import UserError
 from hpm.core.files import read_tensors, write_tensors
+from hpm.core.precision import to_float64
 from hpm.core.progress import track
 from hpm.models.patches import patchify
 from hpm.targets.frozen_model import FrozenModel, load_frozen
@@ -82,7 +83,7 @@ def kmeans(
     before = math.inf
     for _ in track(range(rounds), "k-means"):
         nearest, distances = nearest_code(vectors, codes)
-        inertia = distances.double().sum().item()
+        inertia = to_float64(distances).sum().item()
         if inertia > before * (1 - CONVERGED):
             break
         before = inertia
@@ -91,7 +92,7 @@ def kmeans(
         codes = sums / counts.clamp(min=1)[:, None]
         empty = (counts == 0).nonzero().flatten()
         codes[empty] = vectors[distances.topk(len(empty)).indices]
-    return codes, nearest_code(vectors, codes)[1].double().sum().item()
+    return codes, to_float64(nearest_code(vectors, codes)[1]).sum().item()
 
 
 def _kmeans_plus_plus(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -101,7 +102,7 @@ def _kmeans_plus_plus(vectors: Tensor, k: int, generator: torch.Generator) -> Te
     codes = [vectors[first]]
     distances = (vectors - codes[0]).square().sum(1)
     for _ in range(k - 1):
-        cumulative = distances.double().cumsum(0)
+        cumulative = to_float64(distances).cumsum(0)
         drawn = float(torch.rand(1, generator=generator)) * cumulative[-1]
         codes.append(vectors[torch.searchsorted(cumulative, drawn).clamp(max=len(vectors) - 1)])
         distances = torch.minimum(distances, (vectors - codes[-1]).square().sum(1))

@@ -21,9 +21,9 @@ from hpm.evals.probing import (
 CPU = torch.device("cpu")
 
 
-def recipe(heads=LinearHeads, settings=None, epochs=20, seed=0):
+def recipe(heads=LinearHeads, settings=None, epochs=20, seed=0, heads_gb=1.0):
     settings = settings or grid((1e-4, 1e-2, 0.1, 1.0), (0.0, 1e-2))
-    return Recipe(heads, settings, epochs, 64, seed, CPU)
+    return Recipe(heads, settings, epochs, 64, seed, CPU, heads_gb)
 
 
 def blobs(count, seed, noise=0.3, classes=4, dim=8):
@@ -78,6 +78,46 @@ def test_a_grid_gives_what_each_setting_gives_alone(heads):
         assert whole.held_out_top1 == pytest.approx(max(a.held_out_top1 for a in alone))
         assert torch.equal(best.ranks.ranks, whole.ranks.ranks)
     assert whole.held_out_top1 >= 25
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])
+def test_a_grid_without_enough_memory_is_trained_in_passes(heads, at_once):
+    train, test = blobs(200, 0, noise=1.0), blobs(100, 1, noise=1.0)
+    if heads is AttentiveHeads:
+        train = Features(train.features[:, None].repeat(1, 3, 1), train.labels)
+        test = Features(test.features[:, None].repeat(1, 3, 1), test.labels)
+    train_bank, test_bank = (
+        Cached({"x": side, "half": Features(side.features[..., :4], side.labels)})
+        for side in (train, test)
+    )
+    sizes = []
+
+    class Counted(heads):
+        def __init__(self, shape, num_classes, points, batch_size):
+            sizes.append(len(points))
+            super().__init__(shape, num_classes, points, batch_size)
+
+    settings = [HyperParameters(lr, 0.0) for lr in (1e-5, 1e-2, 1e-1, 1e-6, 3e-2)]
+    shapes = [features.features.shape[1:] for features in train_bank.found.values()]
+    room = sum(heads.memory(shape, 4, 32) for shape in shapes) * at_once / 1e9
+    whole, parts = (
+        probe(
+            train_bank,
+            train_bank,
+            test_bank,
+            np.arange(0, 200, 5),
+            4,
+            recipe(Counted, settings, heads_gb=heads_gb),
+        )
+        for heads_gb in (1, room)
+    )
+    assert sizes[:2] == [5, 5]
+    assert max(sizes[2:]) == at_once and sum(sizes[2:]) == 10
+    for name in ("x", "half"):
+        assert parts[name].hyper_parameters == whole[name].hyper_parameters
+        assert parts[name].held_out_top1 == whole[name].held_out_top1
+        assert torch.equal(parts[name].ranks.ranks, whole[name].ranks.ranks)
 
 
 @pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fake_gpu import GPU, fake_gpu
+from fake_gpu import APPLE_GPU, GPU, fake_gpu
 from helpers import TINY, run_here
 from segmentation import UPERNET
 
@@ -124,29 +124,31 @@ def test_each_trial_counts_its_own_memory(image_folder, tmp_path, monkeypatch):
             assert counted == [GPU]
 
 
-def test_a_whole_run_with_all_that_follows(image_folder, tmp_path):
+@pytest.mark.parametrize("gpu", [GPU, APPLE_GPU], ids=str)
+def test_a_whole_run_with_all_that_follows(gpu, image_folder, tmp_path):
     """Trained, drawn, resumed and evaluated."""
-    data, out = str(image_folder), str(tmp_path / "run")
-    options = ON_GPU | {"holdout": 8, "probe": data, "probe_every": "100%"}
-    with fake_gpu():
+    data, out, device = str(image_folder), str(tmp_path / "run"), gpu.type
+    options = ON_GPU | {"holdout": 8, "probe": data, "probe_every": "100%", "device": device}
+    with fake_gpu(gpu):
         run = hpm.pretrain(data, out=out, **options)
         saved = load_checkpoint(max((run.folder / "checkpoints").glob("step_*")))
-        assert "cuda" in saved.rng
+        assert device in saved.rng
         saved.path.unlink()
         run.backbone.unlink()
         run = hpm.pretrain(data, out=out, **options)  # from the checkpoint before
         metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
         assert metrics[-1]["step"] == TINY["steps"]
-        few = {"workers": 0, "device": "cuda"}
+        few = {"workers": 0, "device": device}
         for protocol in ("knn", "hardness"):
             hpm.evaluate(protocol, out, data, **few)
         for protocol in ("linear", "attentive", "finetune"):
             hpm.evaluate(protocol, out, data, epochs=1, **few)
-        encoder = hpm.load_encoder(out).to(GPU)
+        encoder = hpm.load_encoder(out).to(gpu)
         pooled, _ = encoder(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-        assert pooled.device == GPU
+        assert pooled.device == gpu
 
 
+@pytest.mark.parametrize("gpu", [GPU, APPLE_GPU], ids=str)
 @pytest.mark.parametrize(
     "command",
     [
@@ -157,12 +159,12 @@ def test_a_whole_run_with_all_that_follows(image_folder, tmp_path):
     ],
     ids=" ".join,
 )
-def test_commands(command, finished_run, image_folder, tmp_path, monkeypatch):
+def test_commands(command, gpu, finished_run, image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hpm.commands.bench_dense.matrix_product_flops", lambda device: 2e11)
     places = {"RUN": finished_run.folder, "DATA": image_folder, "OUT": tmp_path}
     words = list(command)
     for name, place in places.items():
         words = [word.replace(name, str(place)) for word in words]
-    with fake_gpu():
-        result = run_here(*words, "--device=cuda")
+    with fake_gpu(gpu):
+        result = run_here(*words, f"--device={gpu.type}")
     assert result.returncode == 0, result.stderr
