@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import random
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError("hpm runs on Linux and macOS: on Windows, install it in WSL 2")
 
 from hpm.core.errors import UserError
 from hpm.core.signals import Interrupted

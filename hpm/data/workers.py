@@ -99,8 +99,8 @@ def batch_loader(
 
     Workers are forks: they start quickly, and share source and cache instead of copying them. No
     other thread may draw from PyTorch's global generator while they start: a fork would copy the
-    locked generator, and hang. A worker that yields no batch within `distributed.TIMEOUT` is an
-    error.
+    locked generator, and hang. On macOS, whose libraries do not survive a fork, they are spawned. A
+    worker that yields no batch within `distributed.TIMEOUT` is an error.
     """
     return WorkerLoader(
         samples,
@@ -108,7 +108,7 @@ def batch_loader(
         collate_fn=collate,
         num_workers=workers,
         worker_init_fn=ignore_stop_signals,
-        multiprocessing_context="fork" if workers and FORKS else None,
+        multiprocessing_context=("fork" if FORKS else "spawn") if workers else None,
         timeout=distributed.TIMEOUT.total_seconds() if workers else 0,
         # A separate generator: DataLoader would otherwise draw from the global one at every start,
         # and a resumed run would differ.

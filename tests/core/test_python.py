@@ -163,3 +163,9 @@ def test_errors_give_their_reasons(finished_run, tmp_path):
         from hpm.commands.ablation_plan import _read_yaml
 
         _read_yaml("--vary", "[1, 2")
+
+
+def test_a_system_that_it_does_not_run_on():
+    program = "import sys; sys.platform = 'win32'; import hpm"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].endswith("on Windows, install it in WSL 2")

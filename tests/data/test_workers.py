@@ -9,11 +9,13 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 from helpers import TINY, assert_refused, run_here, tiny_arguments
 
 import hpm
 from hpm.core import distributed
-from hpm.data.loader import EvaluationViews, training_loader
+from hpm.data import workers
+from hpm.data.loader import EvaluationViews, TrainingViews, training_loader
 from hpm.data.sources import open_source
 from hpm.training.run import PretrainingRun
 from hpm.weights.checkpoint import load_checkpoint
@@ -65,3 +67,15 @@ def test_a_file_system_that_stalls(image_folder, monkeypatch):
         with contextlib.suppress(RuntimeError):  # PyTorch's, wherever the program is by then
             worker.kill()
             worker.join()
+
+
+def test_workers_that_are_no_forks(image_folder, monkeypatch):
+    """As on macOS: what they need is sent to them, and their views are the same."""
+    source = open_source(str(image_folder)).train
+    make_view = TrainingViews((8, 8), 3, 0, (0.2, 1.0), True, 1)
+    keys = [[(0, 0), (0, 1)], [(1, 0), (1, 5)]]
+    forked = list(training_loader(source, make_view, keys, 1, False))
+    monkeypatch.setattr(workers, "FORKS", False)
+    spawned = list(training_loader(source, make_view, keys, 1, False))
+    for one, other in zip(forked, spawned, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.indices, other.indices)
