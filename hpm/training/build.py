@@ -166,7 +166,10 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
     if checkpoint:
         notes.append(f"resuming from {checkpoint.path}, step {step}")
     if step and step == schedule.start < schedule.total:
-        notes.append(f"prolonged to {schedule.total} steps, with another warm-up and cosine")
+        notes.append(
+            f"prolonged to {schedule.total} steps, with another warm-up "
+            f"({schedule.warmup:.0f} of the {schedule.total - step} added steps) and cosine"
+        )
     _introduce(run, notes, resumed=checkpoint is not None)
     return run
 
@@ -308,7 +311,7 @@ def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
         [] if resumed else few_for_random_weights(config, count)
     )
     lines += [] if resumed else continued_training(config, run.schedule)
-    lines += long_warmup(config.warmup, run.schedule.warmup, total)
+    lines += long_warmup(config.warmup, run.schedule.warmup, total - run.schedule.start)
     lines += notes
     for line in lines:
         run.log.info(line)

@@ -106,7 +106,8 @@ def make_schedule(
     """The schedule of a resolved config for `num_images` training images, None for a stream.
 
     Args:
-        start: of a prolonged run, the step at which it had ended.
+        start: of a prolonged run, the step at which it had ended. It warms up again, for at most
+            half of the added steps.
         freeze: of a resumed run, the steps for which its encoder is frozen, which do not change
             when it is prolonged. Default: those of the config.
     """
@@ -118,10 +119,15 @@ def make_schedule(
 
     if freeze is None:
         freeze = round(steps(config.freeze_encoder or "0%"))
+    added = total - start
+    warmup = duration_steps(config.warmup, added, per_epoch)
+    if start:
+        # A warm-up in steps or epochs fits the first length. The cosine has to reach 0 again.
+        warmup = min(warmup, added / 2)
     return Schedule(
         total=total,
         steps_per_epoch=per_epoch,
-        warmup=steps(config.warmup),
+        warmup=warmup,
         peak_lr=config.peak_lr,
         ema_horizon_start=steps(config.ema_horizon_start),
         ema_horizon_end=steps(config.ema_horizon_end),
@@ -215,8 +221,8 @@ def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
 
 
 def long_warmup(text: str, warmup: float, total: int) -> list[str]:
-    """A warning for the log if the warm-up is longer than the training."""
-    if warmup <= total:
+    """A warning for the log if the warm-up takes the whole training."""
+    if warmup < total:
         return []
     return [
         f"warning: the warm-up of {text} takes {warmup:.0f} steps, but the training has {total}: "

@@ -150,8 +150,23 @@ def test_the_papers_hard_share_moves_once_an_epoch():
         assert paper.hard_share_progress(first) == pytest.approx((epoch + 1) / 200)
 
 
-def test_a_warm_up_that_is_longer_than_the_training_is_said():
-    assert long_warmup("10%", 10, 100) == long_warmup("5 epochs", 100, 100) == []
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "expected"),
+    [("10%", 105, 50), ("10%", 110, 100), ("40 epochs", 130, 1500), ("2 steps", 101, 2)],
+)
+def test_a_prolonged_run_warms_up_within_the_added_steps(warmup, epochs, expected):
+    """And then its rate falls to 0 again, however few steps are added."""
+    config = PretrainConfig("demo", "out", batch_size=64, warmup=warmup, epochs=epochs)
+    prolonged = make_schedule(resolve(config, 6400, CPU, 1), 6400, start=10_000)
+    assert prolonged.warmup == expected
+    rates = [prolonged.learning_rate(step) for step in range(10_000, prolonged.total)]
+    assert rates[0] == 0 and max(rates) == pytest.approx(prolonged.peak_lr)
+    assert rates[-1] < 0.01 * prolonged.peak_lr
+
+
+def test_a_warm_up_that_takes_the_whole_training_is_said():
+    assert long_warmup("10%", 10, 100) == long_warmup("5 epochs", 99, 100) == []
+    assert long_warmup("100%", 100, 100)
     (line,) = long_warmup("40 epochs", 400, 100)
     assert "of 40 epochs takes 400 steps, but the training has 100" in line
 
