@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hpm.core.errors import UserError, one_line
-from hpm.core.files import read_meta
+from hpm.core.files import read_meta, remove
 from hpm.weights.checkpoint import FILE, FOLDER, list_checkpoints, step_of
 
 # Options whose defaults depend on the data or the initial weights, with the values of runs of older
@@ -69,17 +69,24 @@ class RunFolder:
         return found[-1] if found else None
 
     def set_aside_cooldown(self) -> None:
-        """Make the checkpoint before the cooldown the latest one. Later ones are renamed."""
+        """Make the checkpoint before the cooldown the latest one. Later ones are renamed.
+
+        Afterwards there is no `before_cooldown`: the prolonged run writes its own.
+        """
         if not self.before_cooldown.exists():
             return
         before = self.before_cooldown
         start = read_meta(before)["step"]
         for path in list_checkpoints(self.checkpoints):
             if step_of(path) > start:
-                path.rename(path.with_name(f"cooled_{path.name}"))
+                aside = path.with_name(f"cooled_{path.name}")
+                remove(aside)  # of an earlier cooldown
+                path.rename(aside)
         latest = self.latest_checkpoint()
         if latest is None or step_of(latest) != start:
             before.rename(before.with_name(f"step_{start:08d}{before.suffix}"))
+        else:
+            remove(before)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""

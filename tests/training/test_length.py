@@ -11,9 +11,11 @@ from helpers import TINY, assert_refused, run_here, stop_after, tiny_arguments
 import hpm
 from hpm import pretraining
 from hpm.core.durations import seconds, time_text
+from hpm.core.files import write_tensors
 from hpm.core.signals import stop_signals
 from hpm.training.optim import constant_learning_rate
 from hpm.weights.checkpoint import load_checkpoint
+from hpm.weights.run_folder import RunFolder
 
 # Nothing here depends on the length of the run, so that a prolonged run equals a long one.
 CONSTANT = TINY | {
@@ -107,6 +109,42 @@ def test_a_prolonged_constant_run_equals_a_long_one(
     assert steps == sorted(set(steps)) and steps[-1] == 12
     aside = list(prolonged.checkpoints.glob("cooled_step_00000008.safetensors"))
     assert len(aside) == (stopped_at == 8)
+
+
+def test_a_constant_run_is_prolonged_twice(image_folder, tmp_path, monkeypatch):
+    """The second time, it goes on from where it was stopped, not from before its first cooldown."""
+    options = CONSTANT | {"data": str(image_folder), "checkpoint_every": "2 steps"}
+    out = str(tmp_path / "run")
+    run = hpm.pretrain(out=out, **options)
+    assert run.before_cooldown.exists() and (run.checkpoints / "step_00000006.safetensors").exists()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(KeyboardInterrupt):
+            hpm.pretrain(out=out, **options | {"steps": 20})
+    assert not run.before_cooldown.exists()
+    hpm.pretrain(out=out, **options | {"steps": 24})
+    assert not (run.checkpoints / "cooled_step_00000010.safetensors").exists()
+    steps = [line["step"] for line in run.metrics()]
+    assert steps == sorted(set(steps)) and steps[-1] == 24
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".sharded"])
+def test_a_second_cooldown_replaces_the_first_one(suffix, tmp_path):
+    """Where both end at the same step. A folder cannot be renamed to one that holds something."""
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    write_tensors(run.before_cooldown, {}, {"step": 6})
+    for name in ("cooled_step_00000008", "step_00000008"):
+        path = run.checkpoints / f"{name}{suffix}"
+        if suffix == ".sharded":
+            path.mkdir()
+            path /= "shard"
+        path.write_text(name)
+    run.set_aside_cooldown()
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == [f"cooled_step_00000008{suffix}", "step_00000006.safetensors"]
+    aside = run.checkpoints / names[0]
+    assert (aside / "shard" if aside.is_dir() else aside).read_text() == "step_00000008"
 
 
 def test_a_finished_cosine_run_warms_up_again(image_folder, tmp_path, monkeypatch):
