@@ -213,7 +213,7 @@ class TrainingOptions:
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
     clip_grad: float = option(5.0, at_least=0)
-    """Maximum norm of the gradient."""
+    """Maximum norm of the gradient; 0 clips nothing."""
     ema_horizon_start: str = option("0.8%", duration=True)
     """Averaging horizon of the EMA teacher at the start of training; decay = 1 - 1 / (horizon in
     steps). The defaults correspond to the paper's 0.999 and 0.9999 on ImageNet."""

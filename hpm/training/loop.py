@@ -25,6 +25,7 @@ building blocks for it:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -286,15 +287,19 @@ def optimizer_step(
 ) -> Tensor | None:
     """Clip the gradients to the norm `clip_grad`, update the weights, and clear the gradients.
 
-    learning_rate: multiplied by the `lr_scale` of parameter groups that have one. Returns the
-    gradient norm before clipping, or None without clipping.
+    Args:
+        learning_rate: multiplied by the `lr_scale` of parameter groups that have one.
+        clip_grad: 0 clips nothing, but measures the norm; None does neither.
+
+    Returns the gradient norm before clipping, or None.
     """
     with phase("optimiser"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         norm = None
         if clip_grad is not None:
-            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip_grad).detach())
+            most = clip_grad or math.inf
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), most).detach())
         optimizer.step()
         optimizer.zero_grad()
     return norm

@@ -265,6 +265,10 @@ def test_a_step_scales_clips_and_clears():
     assert model.weight.grad is None
     model.weight.grad = torch.full((1, 3), 1e3)
     assert optimizer_step(model, optimizer, 0.2) is None
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.full((1, 3), 1e3)
+    assert optimizer_step(model, optimizer, 0.2, clip_grad=0.0).item() > 1e3
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * 1e3)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Options(EvalOptions):
     betas: tuple[float, float] = (0.9, 0.999)
     """Betas of AdamW."""
     clip_grad: float | None = option(None, at_least=0)
-    """Maximum norm of the gradient (default: no clipping)."""
+    """Maximum norm of the gradient; 0 clips nothing (default: no clipping)."""
     drop_path: float = option(0.1, at_least=0, below=1)
     """Stochastic depth rate of the last block; earlier blocks have linearly lower rates."""
     scale: tuple[float, float] = option((0.5, 2.0), above=0, rising=True)

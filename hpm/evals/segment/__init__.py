@@ -99,8 +99,8 @@ class Options(EvalOptions):
     """(upernet) Dropout rate of whole channels before the classifiers."""
     channels: int | None = option(None, at_least=1)
     """(upernet) Channels of the head (default: the encoder's width)."""
-    clip_grad: float | None = option(None, above=0)
-    """(upernet) Maximum norm of the gradient (default: no clipping)."""
+    clip_grad: float | None = option(None, at_least=0)
+    """(upernet) Maximum norm of the gradient; 0 clips nothing (default: no clipping)."""
     accumulate: int = option(1, at_least=1)
     """(upernet) Number of gradient accumulation steps that each batch is split into. Batch norms
     see one part at a time."""
