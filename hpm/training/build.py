@@ -73,8 +73,8 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
     """
     images = open_images(config)
     files = RunFolder(Path(config.out))
-    config = settle(config, images, files, device)
-    checkpoint, notes = claim_folder(files, config, images)
+    given_options, config = config, settle(config, images, files, device)
+    checkpoint, notes = claim_folder(files, given_options, config, images)
     schedule = make_schedule(
         config,
         images.count,
@@ -217,10 +217,14 @@ def continues(config: PretrainConfig) -> bool:
 
 
 def claim_folder(
-    files: RunFolder, config: PretrainConfig, images: TrainingImages
+    files: RunFolder, given: PretrainConfig, config: PretrainConfig, images: TrainingImages
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Lock the folder. Returns (its latest checkpoint, lines for the log)."""
-    note = distributed.main_first(lambda: claim(files, config, images.count, images.fingerprint))
+    """Lock the folder. Returns (its latest checkpoint, lines for the log).
+
+    given: the options as the user set them. config: the same, resolved.
+    """
+    count, found = images.count, images.fingerprint
+    note = distributed.main_first(lambda: claim(files, given, config, count, found))
     latest = distributed.from_main(files.latest_checkpoint())
     load = open_checkpoint if is_sharded(config) else load_checkpoint
     return load(latest) if latest else None, [note] if note else []

@@ -37,16 +37,34 @@ DURATIONS = (
     "ema_horizon_end",
     "ema_ramp",
 )
+# Options whose defaults follow from other options (mask; model and decoder; init and pretrained).
+# config.yaml leaves them out unless they were given, so that, as --config of another run, it does
+# not carry the defaults of one mask or model over to another.
+FOLLOWING = (
+    "hard_share_start",
+    "hard_share_end",
+    "secondary_mask_ratio",
+    "decoder_dim",
+    "decoder_depth",
+    "decoder_heads",
+    "freeze_encoder",
+    "layer_decay",
+)
 
 
 def claim(
-    run: RunFolder, config: PretrainConfig, count: int | None, found: Fingerprint
+    run: RunFolder,
+    given: PretrainConfig,
+    config: PretrainConfig,
+    count: int | None,
+    found: Fingerprint,
 ) -> str | None:
     """Lock a run folder (see `hpm.core.lock`), remove stale temporary files, and write config.yaml
     or check it.
 
     Args:
-        config: resolved.
+        given: the options as the user set them.
+        config: the same, resolved.
         count: number of training images; None for a stream.
         found: their fingerprint.
 
@@ -58,7 +76,8 @@ def claim(
     remove_stale(run.folder, run.checkpoints, run.figures, run.moments)
     latest = run.latest_checkpoint()
     if run.config_file.exists() and latest is not None:
-        before, meta = read_config(run.config_file), read_meta(latest)
+        meta = read_meta(latest)
+        before = run.options(meta)
         check_data(run.folder, meta, config.data, count, found)
         prolonged = check_options(run.folder, before, config, count, meta["step"])
         if not prolonged:
@@ -68,15 +87,28 @@ def claim(
             longer = "prolonged, at the constant learning rate"
             note = f"{note}; {longer}" if note else longer
     # A run without a checkpoint has nothing to lose, so its config may be overwritten.
-    header = (
+    write_text(run.config_file, config_text(given, config))
+    return note
+
+
+def config_text(given: PretrainConfig, config: PretrainConfig) -> str:
+    """The content of config.yaml. Options that follow from others are comments.
+
+    given: the options as the user set them. config: the same, resolved.
+    """
+    options = json.loads(json.dumps(dataclasses.asdict(config)))
+    follow = {name: options.pop(name) for name in FOLLOWING if getattr(given, name) is None}
+    text = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
         f"{platform.python_version()}, {platform.platform()}\n"
         f"# command: {' '.join(sys.argv)}\n"
     )
-    options = json.loads(json.dumps(dataclasses.asdict(config)))
-    text = yaml.safe_dump(options, sort_keys=False)
-    write_text(run.config_file, header + text)
-    return note
+    text += yaml.safe_dump(options, sort_keys=False)
+    if follow:
+        lines = yaml.safe_dump(follow, sort_keys=False).splitlines()
+        text += "# Not given; these defaults follow from the options above:\n"
+        text += "".join(f"# {line}\n" for line in lines)
+    return text
 
 
 class Begun(NamedTuple):
@@ -124,8 +156,8 @@ def check_options(
     """Raise UserError for the first option whose meaning has changed. Returns whether the run is
     prolonged.
 
-    before: the options of config.yaml; options that it lacks were added in a later version, and are
-    not compared. count: number of training images. step: of the latest checkpoint. See `check_data`
+    before: the options of the run; options that it lacks were added in a later version, and are not
+    compared. count: number of training images. step: of the latest checkpoint. See `check_data`
     for the data.
     """
     now = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -93,16 +93,19 @@ class RunFolder:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
+    def options(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """All options of a run that is resumed: those of config.yaml, and from the metadata of its
+        latest checkpoint those that config.yaml leaves out because they follow from others."""
+        return meta["config"] | read_config(self.config_file)
+
     def kept_options(self) -> dict[str, Any]:
         """Options of a run that it keeps when it is resumed, whatever their defaults are by then;
         empty if there is no run to resume."""
-        if not self.config_file.exists() or self.latest_checkpoint() is None:
+        latest = self.latest_checkpoint()
+        if not self.config_file.exists() or latest is None:
             return {}
-        return KEPT_OPTIONS | {
-            name: value
-            for name, value in read_config(self.config_file).items()
-            if name in KEPT_OPTIONS
-        }
+        options = self.options(read_meta(latest))
+        return KEPT_OPTIONS | {n: value for n, value in options.items() if n in KEPT_OPTIONS}
 
 
 def training_minutes(metrics: list[dict[str, Any]], batch_size: int, first_step: int = 0) -> float:

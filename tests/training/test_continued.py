@@ -7,13 +7,12 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from helpers import TINY, assert_refused, run_here, stop_after, tiny_arguments
 from jobs import torchrun
 
 import hpm
 from hpm.core.config import PretrainConfig
-from hpm.core.files import read_meta, read_tensors
+from hpm.core.files import read_meta, read_tensors, write_tensors
 from hpm.core.options import make_config
 from hpm.models.mim import MaskedImageModel
 from hpm.models.vit import VisionTransformer
@@ -191,7 +190,7 @@ def test_the_defaults():
 
 def test_a_run_from_nothing_is_as_before(finished_run, image_folder, tmp_path):
     """Bit by bit as with the optimiser of runs that have neither freeze nor layer decay."""
-    config = yaml.safe_load((finished_run.folder / "config.yaml").read_text())
+    config = read_meta(finished_run.latest_checkpoint())["config"]
     assert (config["freeze_encoder"], config["layer_decay"]) == ("0%", 1.0)
     given = {"freeze_encoder": "0 steps", "layer_decay": 1, "holdout": 8}
     run = hpm.pretrain(str(image_folder), str(tmp_path / "run"), **TINY | given)
@@ -205,9 +204,11 @@ def test_a_run_from_nothing_is_as_before(finished_run, image_folder, tmp_path):
 def test_a_run_of_an_older_version_goes_on_as_it_began(continued, tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.kept_options() == {}
-    path = folder.checkpoints / "step_00000004.safetensors"
-    path.parent.mkdir()
-    path.write_bytes(list_checkpoints(continued.checkpoints)[0].read_bytes())
+    tensors, meta = read_tensors(list_checkpoints(continued.checkpoints)[0])
+    for name in KEPT_OPTIONS:
+        del meta["config"][name]
+    folder.checkpoints.mkdir()
+    write_tensors(folder.checkpoints / "step_00000004.safetensors", tensors, meta)
     folder.config_file.write_text("base_lr: 0.003\nlayer_decay: 0.9\n")
     assert folder.kept_options() == {"base_lr": 0.003, "freeze_encoder": "0%", "layer_decay": 0.9}
     assert KEPT_OPTIONS["layer_decay"] == 1

@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from helpers import TINY, stop_after, write_images
 
 import hpm
-from hpm.core.config import PretrainConfig
+from hpm.core.config import PretrainConfig, secondary_mask_ratio
 from hpm.core.files import read_tensors, write_tensors
-from hpm.core.options import make_config
+from hpm.core.options import lay_over, make_config, read_preset
+from hpm.models.architecture import resolve_model
 from hpm.show.run import Run
 from hpm.training.build import build_run
 
@@ -76,6 +78,43 @@ def test_the_same_in_other_words_goes_on(here, changes):
 def test_something_else_does_not(here, changes, words):
     with pytest.raises(hpm.UserError, match=f"holds another run: {words}.*--init run"):
         go_on(**changes)
+
+
+def test_a_default_that_has_changed_is_noticed(here):
+    """Of options that config.yaml shows in comments: the checkpoint has them."""
+    assert "decoder_heads" not in yaml.safe_load((here / "run" / "config.yaml").read_text())
+    with pytest.raises(hpm.UserError, match="holds another run: there decoder_heads is 2, here 4"):
+        go_on(decoder_heads=4)
+
+
+def test_a_run_whose_config_has_all_defaults_goes_on(here):
+    """Older versions wrote them."""
+    path = Run(here / "run").latest_checkpoint()
+    (here / "run" / "config.yaml").write_text(yaml.safe_dump(read_tensors(path)[1]["config"]))
+    assert go_on() == 4
+    with pytest.raises(hpm.UserError, match="there decoder_heads is 2, here 4"):
+        go_on(decoder_heads=4)
+
+
+def test_the_config_of_a_run_as_that_of_another(finished_run, here):
+    """Defaults that follow from mask, model and first weights follow what is changed."""
+    file = finished_run.config_file
+    assert "\n# hard_share_end: 0.5\n" in file.read_text()
+    assert yaml.safe_load(file.read_text())["hard_share_start"] == TINY["hard_share_start"]
+
+    def other(**options):
+        return make_config(PretrainConfig, lay_over(read_preset(file), options))
+
+    assert other(mask="hardest").hard_shares[1] == 1
+    assert secondary_mask_ratio(other(mask="uniform")) == 0.25
+    heads = resolve_model(PretrainConfig("x", "y", model="vit_base")).decoders.decoder_heads
+    assert resolve_model(other(model="vit_base", decoder_dim=512)).decoders.decoder_heads == heads
+    backbone = str(here / "first" / "backbone.safetensors")
+    config = other(init=backbone, init_partial=True, out=str(here / "other"))
+    config = build_run(config, torch.device("cpu")).config
+    assert (config.freeze_encoder, config.layer_decay) == ("10%", 0.75)
+    again = build_run(other(data="photos", out=str(here / "same")), torch.device("cpu")).config
+    assert again.hard_shares == (0.25, 0.5) and again.decoder_heads == 2
 
 
 def test_epochs_that_are_as_many_steps(tmp_path, monkeypatch):
