@@ -210,7 +210,7 @@ class TrainingOptions:
     """Length of the linear learning rate warm-up."""
     weight_decay: float = option(0.05, at_least=0)
     """Weight decay of AdamW. 1-D parameters are excluded."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = option((0.9, 0.95), at_least=0, below=1)
     """Betas of AdamW."""
     clip_grad: float = option(5.0, at_least=0)
     """Maximum norm of the gradient; 0 clips nothing."""

@@ -135,7 +135,7 @@ def trial_of(
     """A trial of a training, in a folder beside its own, which is removed. The length of the
     training does not matter. Raises UserError as the training does."""
     began = time.monotonic()
-    out = Path(config.out)
+    out = Path(config.out).resolve()  # `.` has no name
     folder = out.with_name(f".{out.name}.trial")
     # At a rate of 0 the weights stay as they are, and the losses finite.
     config = dataclasses.replace(

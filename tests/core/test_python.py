@@ -14,7 +14,7 @@ import hpm
 from hpm.core.config import PretrainConfig
 from hpm.core.files import read_tensors
 from hpm.core.options import make_config
-from hpm.evals import knn
+from hpm.evals import detect, finetune, knn, segment
 
 
 def test_pretrain_takes_the_data_first(image_folder, tmp_path):
@@ -131,6 +131,21 @@ def test_the_random_state_of_the_caller_is_left_alone(finished_run, image_folder
 def test_an_option_of_another_type_is_told_which_it_must_be(option, value, reason):
     with pytest.raises(hpm.UserError, match=f"{option} cannot be .*: {reason}"):
         make_config(PretrainConfig, {"data": "x", "out": "y", option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (PretrainConfig, {"out": "y"}),
+        (finetune.Options, {"run": "x"}),
+        (detect.Options, {"run": "x"}),
+        (segment.Options, {"run": "x"}),
+    ],
+)
+def test_betas_that_the_optimiser_refuses(options, given):
+    for betas in ("0.9,1.0", "-0.1,0.9"):
+        with pytest.raises(hpm.UserError, match=r"betas is .*; it must lie between 0 and 1"):
+            make_config(options, {"data": "x", "betas": betas} | given)
 
 
 def test_a_list_of_any_length():

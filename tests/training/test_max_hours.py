@@ -83,6 +83,16 @@ def test_a_run_of_hours_is_one_of_steps(image_folder, tmp_path, eight_steps_fit)
     assert {path.name for path in tmp_path.iterdir()} == {"timed", "whole"}
 
 
+def test_a_run_of_hours_into_the_present_folder(
+    image_folder, tmp_path, monkeypatch, eight_steps_fit
+):
+    out = tmp_path / "here"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    hpm.pretrain(out=".", data=str(image_folder), **TIMED)
+    assert (out / "backbone.safetensors").exists() and list(tmp_path.iterdir()) == [out]
+
+
 def test_a_resumed_run_keeps_its_steps(image_folder, tmp_path, monkeypatch, eight_steps_fit):
     options = TIMED | {"data": str(image_folder), "out": str(tmp_path / "run")}
     with monkeypatch.context() as patch:

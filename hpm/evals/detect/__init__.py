@@ -64,7 +64,7 @@ class Options(EvalOptions):
     """Factor by which the learning rate shrinks from each layer to the one below it."""
     weight_decay: float = option(0.1, at_least=0)
     """Weight decay of AdamW. 1-D parameters, tokens and positions are excluded."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = option((0.9, 0.999), at_least=0, below=1)
     """Betas of AdamW."""
     clip_grad: float | None = option(None, at_least=0)
     """Maximum norm of the gradient; 0 clips nothing (default: no clipping)."""

@@ -88,7 +88,7 @@ class Options(EvalOptions):
     """(upernet) Power of the polynomial decay; 1 is linear."""
     weight_decay: float = option(0.05, at_least=0)
     """(upernet) Weight decay of AdamW. 1-D parameters and tokens are excluded."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = option((0.9, 0.999), at_least=0, below=1)
     """(upernet) Betas of AdamW."""
     layer_decay: float = option(0.65, above=0, at_most=1)
     """(upernet) Factor by which the learning rate shrinks from each layer to the one below it."""
