@@ -22,7 +22,7 @@ from hpm.training.checks import check_pretrain
 PretrainOptions = dict[str, Any]
 
 # Without a teacher pass, its options take their neutral values ...
-NO_TEACHER: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1}
+NO_TEACHER: PretrainOptions = {"teacher_scale": 1.0, "mine_every": 1, "teacher_view": "full"}
 # ... and without mining, so do those of mining.
 NO_MINING = NO_TEACHER | {"mine_by": "teacher", "mining_temperature": 0.0}
 ARMS: dict[str, PretrainOptions] = {

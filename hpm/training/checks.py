@@ -85,6 +85,11 @@ def _check_model(config: PretrainConfig) -> None:
             f"freeze_encoder is {freeze}, but the encoder starts from random weights: leave it "
             f"out, or pass --init, or --model {TIMM}NAME --pretrained"
         )
+    for option in ("init_partial", "init_teacher"):
+        if getattr(config, option) and not config.init:
+            raise UserError(
+                f"{option} is true, but init is not given: pass --init, or leave it out"
+            )
     if not config.pretrained:
         return
     if not config.model.startswith(TIMM):
@@ -196,6 +201,7 @@ def _check_mask(config: PretrainConfig, architecture: Architecture) -> None:
             "nothing: leave it out, or pass --mask easy_to_hard"
         )
     _check_mask_unit(config, grid)
+    _check_teacher_pass(config)
     _check_small_teacher(config, architecture)
     if config.mask == "attention" and not config.class_token:
         raise UserError(
@@ -249,6 +255,25 @@ def _check_mask_unit(config: PretrainConfig, grid: tuple[int, ...]) -> None:
     if unit > 1 and all(size == unit for size in grid):
         raise UserError(
             f"mask_unit {unit} makes one unit of all {shape} patches: pass a smaller one"
+        )
+
+
+def _check_teacher_pass(config: PretrainConfig) -> None:
+    """Masks by a memory need no pass of the teacher, and its attention is that of whole images."""
+    if config.mine_every > 1 and config.mines_by_memory:
+        raise UserError(
+            f"mine_every is {config.mine_every}, but mine_by is {config.mine_by}: pass "
+            "--mine-every 1, or --mine-by teacher"
+        )
+    if config.teacher_view == "masked" and config.mines_by_memory:
+        raise UserError(
+            f"teacher_view is masked, but mine_by is {config.mine_by}: pass --teacher-view full, "
+            "or --mine-by teacher"
+        )
+    if config.teacher_view == "masked" and config.mask == "attention":
+        raise UserError(
+            "teacher_view is masked, but mask is attention: pass --teacher-view full, or another "
+            "--mask"
         )
 
 

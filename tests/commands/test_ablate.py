@@ -38,7 +38,11 @@ def test_every_arm_with_every_combination():
     assert own["mae"] == ARMS["mae"]
 
 
-@pytest.mark.parametrize("options", [{}, {"teacher_scale": 0.5}, {"mine_by": "memory"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"teacher_scale": 0.5}, {"teacher_view": "masked"}, {"mine_by": "memory"}],
+    ids=str,
+)
 def test_the_arms_are_valid_whatever_else_is_asked_of_the_teacher(tmp_path, options):
     config = config_of("photos", tmp_path / "a", arm=tuple(ARMS), seeds=2, **options)
     runs = make_plan(config)[1]

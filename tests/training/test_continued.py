@@ -223,6 +223,8 @@ def test_a_run_of_an_older_version_goes_on_as_it_began(continued, tmp_path):
         ({"layer_decay": 0}, "--layer-decay is 0; it must lie between 0 and 1"),
         ({"freeze_encoder": "8 steps", "init": "RUN"}, "leaves no step of 8 that trains the"),
         ({"freeze_encoder": "100%", "init": "RUN"}, "pass a shorter one"),
+        ({"init_partial": True}, "init_partial is true, but init is not given: pass --init"),
+        ({"init_teacher": True}, "init_teacher is true, but init is not given: pass --init"),
         ({"init": "nowhere.pth"}, "nowhere.pth: no such file"),
     ],
 )
