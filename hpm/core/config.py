@@ -125,8 +125,8 @@ class MaskOptions:
     student's actual losses on each image in earlier epochs, which costs almost nothing and needs no
     predictor. progress: as memory, but mines where the loss has fallen most recently."""
     mine_every: int = option(1, at_least=1)
-    """Number of steps between teacher predictions. In between, masks use the latest prediction for
-    each image; images without one are masked at random."""
+    """Number of steps between teacher predictions. In between, masks use a moving average of the
+    predictions for each image; images without one are masked at random."""
     teacher_view: Literal["full", "masked"] = "full"
     """Images the teacher sees when it predicts losses: full images (as in the paper), or a few
     masked views that together hide every patch once (matches the predictor's training)."""
