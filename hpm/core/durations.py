@@ -41,9 +41,14 @@ def time_text(duration: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def check_duration(name: str, text: str) -> None:
-    """Raise UserError, with the option's name, if the text is not a duration."""
+def check_duration(name: str, text: str, is_interval: bool = False) -> None:
+    """Raise UserError, with the option's name, if the text is not a duration.
+
+    is_interval: 0 is refused, because it might mean always or never.
+    """
     try:
-        duration_steps(text, 1, 1)
+        steps = duration_steps(text, 1, 1)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+    if is_interval and steps == 0:
+        raise UserError(f"{name} is {text}; pass '1 step' for every step, or 100% for the end only")

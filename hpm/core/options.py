@@ -54,7 +54,8 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
 
     Args:
         default: its default; without one the option is required.
-        at_least, above, at_most, below: bounds of its value, or of each value of a list.
+        at_least, above, at_most, below: bounds of its value, or of each value of a list. Of a
+            duration, only above=0.
         rising: of a pair, the second value is not below the first.
         duration: its text is `40 epochs`, `500 steps` or `5%`.
         main: it is among the few that the help shows first.
@@ -163,7 +164,7 @@ def check_rules(options: Any, spell: Callable[[str], str] = str) -> None:
         if value is None:
             continue
         if each.rules.duration:
-            check_duration(name, value)
+            check_duration(name, value, is_interval=each.rules.above == 0)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 _check_bounds(name, number, each.rules)

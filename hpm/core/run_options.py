@@ -46,14 +46,14 @@ class RecordOptions:
     tracker: TrackerName = option("none", may_change=True)
     """Also log to Weights & Biases or MLflow (`pip install 'hpm-vision[wandb]'` or
     `'hpm-vision[mlflow]'`), configured by their environment variables."""
-    eval_every: str = option("10%", duration=True, may_change=True)
+    eval_every: str = option("10%", duration=True, above=0, may_change=True)
     """Interval between measurements and figures on the held-out images."""
     probe: str | None = option(None, may_change=True)
     """Labelled images (see eval) to probe the features on during training, by kNN and a linear
     probe. A fifth of the training split is used for scoring; the best checkpoint is kept."""
-    probe_every: str = option("20%", duration=True, may_change=True)
+    probe_every: str = option("20%", duration=True, above=0, may_change=True)
     """Interval between probes."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True)
+    checkpoint_every: str = option("5%", duration=True, above=0, may_change=True)
     """Interval between checkpoints."""
     keep_checkpoints: int = option(2, at_least=1, may_change=True)
     """Number of latest checkpoints to keep."""

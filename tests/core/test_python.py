@@ -148,6 +148,15 @@ def test_betas_that_the_optimiser_refuses(options, given):
             make_config(options, {"data": "x", "betas": betas} | given)
 
 
+@pytest.mark.parametrize("name", ["eval_every", "probe_every", "checkpoint_every"])
+def test_an_interval_of_zero_is_refused(name):
+    """It would be every step, where a user may mean never."""
+    for zero in ("0%", "0 steps", "0.0 epochs"):
+        with pytest.raises(hpm.UserError, match=f"{name} is {zero}; pass '1 step' for every"):
+            make_config(PretrainConfig, {"data": "x", "out": "y", name: zero})
+    assert make_config(PretrainConfig, {"data": "x", "out": "y", "warmup": "0 steps"})
+
+
 def test_a_list_of_any_length():
     with pytest.raises(hpm.UserError, match="k cannot be '5': it must be a list"):
         make_config(knn.Options, {"run": "x", "data": "y", "k": 5})

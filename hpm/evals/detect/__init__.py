@@ -101,7 +101,9 @@ class Options(EvalOptions):
         0.1, at_least=0, at_most=1, may_change=True, changes_numbers=False
     )
     """Stop if more than this fraction of the images cannot be read."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
+    checkpoint_every: str = option(
+        "5%", duration=True, above=0, may_change=True, changes_numbers=False
+    )
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
     @property

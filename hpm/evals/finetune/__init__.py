@@ -74,7 +74,9 @@ class Options(ClassificationOptions):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward and backward pass; auto is bfloat16 on a GPU that has it
     (NVIDIA's since Ampere), else float32."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
+    checkpoint_every: str = option(
+        "5%", duration=True, above=0, may_change=True, changes_numbers=False
+    )
     """Interval between checkpoints. Run the same command again to resume from the latest one."""
 
 

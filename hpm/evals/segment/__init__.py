@@ -107,7 +107,9 @@ class Options(EvalOptions):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the encoder and of UPerNet; auto is bfloat16 on a GPU that has it (NVIDIA's
     since Ampere), else float32."""
-    checkpoint_every: str = option("5%", duration=True, may_change=True, changes_numbers=False)
+    checkpoint_every: str = option(
+        "5%", duration=True, above=0, may_change=True, changes_numbers=False
+    )
     """(upernet) Interval between checkpoints. Run the same command again to resume from the latest
     one."""
 
