@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from hpm.data.mask_files import IGNORED
-from hpm.evals.bootstrap import drawn_images, in_percent
+from hpm.evals.bootstrap import centred, drawn_images, in_percent
 
 RESAMPLES = 2000
 MEASURES = ("mean_iou", "mean_accuracy", "pixel_accuracy")
@@ -65,9 +65,14 @@ def segmentation_scores(counts: PixelCounts, seed: int = 0) -> dict[str, float]:
 
     A class that is neither labelled nor predicted has no IoU, one that is not labelled no accuracy;
     means are taken over the others. They are NaN where no pixel is labelled.
+
+    A resample without the images of a class often has an IoU of 0 for it, because the class is
+    still predicted elsewhere. So resamples lie too low, and are centred on the value. (Of 40
+    simulated test sets of 100 images and 80 classes, the interval held the expected mean IoU in 36,
+    percentiles as they are in 29.)
     """
     values = _measures(*_totals(counts, np.ones((1, len(counts.hits)))))[:, 0]
-    return in_percent(MEASURES, values, _resampled(counts, seed))
+    return in_percent(MEASURES, values, centred(_resampled(counts, seed), values, 0, 1))
 
 
 def mean_iou(counts: PixelCounts) -> Float[np.ndarray, " images"]:
@@ -93,9 +98,10 @@ def segmentation_difference(
     if not np.array_equal(first.truth, second.truth):
         raise ValueError("the two were not measured on the same images")
     one = np.ones((1, len(first.hits)))
-    values = [_measures(*_totals(counts, one))[:, 0] for counts in (first, second)]
-    resampled = [_resampled(counts, seed) for counts in (first, second)]
-    return in_percent(MEASURES, values[0] - values[1], resampled[0] - resampled[1])
+    measures = [_measures(*_totals(counts, one))[:, 0] for counts in (first, second)]
+    values = measures[0] - measures[1]
+    resampled = _resampled(first, seed) - _resampled(second, seed)
+    return in_percent(MEASURES, values, centred(resampled, values, -1, 1))
 
 
 def _resampled(counts: PixelCounts, seed: int) -> Float[np.ndarray, "measures resamples"]:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpm.evals.segmentation_metrics import (
+    PixelCounts,
     confusion_matrices,
     count_pixels,
     iou_per_class,
@@ -130,3 +131,40 @@ def test_a_difference_is_taken_in_pairs():
     assert set(segmentation_difference(first, first).values()) == {0}
     with pytest.raises(ValueError, match="not measured on the same images"):
         segmentation_difference(first, counted(*draw(4, images=40)))
+
+
+def rare_classes(seed, images, classes):
+    """Counts of simulated images, each with four classes of which some are rare; most mistakes are
+    for another class of the image."""
+    rng = np.random.default_rng(seed)
+    share = 1 / np.arange(1, classes + 1)
+    share /= share.sum()
+    hits, truth, predicted = np.zeros((3, images, classes), dtype=np.int64)
+    for image in range(images):
+        present = rng.choice(classes, 4, replace=False, p=share)
+        truth[image, present] = rng.integers(200, 3000, 4)
+        hits[image, present] = truth[image, present] * rng.beta(4, 2, 4)
+        predicted[image] += hits[image]
+        for missed in np.repeat((truth - hits)[image, present] // 3, 3):
+            near = rng.random() < 0.7
+            other = rng.choice(present) if near else rng.choice(classes, p=share)
+            predicted[image, other] += missed
+    return PixelCounts(hits, truth, predicted)
+
+
+def test_intervals_hold_the_expected_value_where_classes_are_rare():
+    """A resample misses all images of some classes, which are predicted all the same."""
+    found = [segmentation_scores(rare_classes(seed, 100, 80)) for seed in range(40)]
+    expected = np.mean([scores["mean_iou"] for scores in found])
+    held = [s["mean_iou_low"] <= expected <= s["mean_iou_high"] for s in found]
+    assert np.mean(held) > 0.85
+    assert all(s["mean_iou_low"] < s["mean_iou"] < s["mean_iou_high"] for s in found)
+
+
+def test_differences_are_centred_where_classes_are_rare():
+    counts = rare_classes(0, 200, 150)
+    first_alone = np.zeros_like(counts.predicted)  # the first class, predicted everywhere
+    first_alone[:, 0] = counts.truth.sum(1)
+    other = PixelCounts(np.minimum(counts.truth, first_alone), counts.truth, first_alone)
+    found = segmentation_difference(counts, other)
+    assert found["mean_iou_low"] < found["mean_iou"] < found["mean_iou_high"]
