@@ -56,3 +56,8 @@ class Splits:
 
     train: Source
     test: Source | None = None
+
+    @property
+    def test_or_all(self) -> Source:
+        """The images to test on, or all images if there are no such."""
+        return self.test or self.train

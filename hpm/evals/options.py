@@ -21,7 +21,8 @@ class EvalOptions:
     """Images, with labels except for hardness and stats (see pretrain). Tests on the val or test
     split if there is one, else on a fifth of the images."""
     test: str | None = option(None, main=True, may_change=True)
-    """Test images, if they are not a split of the data."""
+    """Test images, if they are not a split of the data: the val or test split of these images if
+    there is one, else all."""
     compare: str | None = option(None, main=True, may_change=True)
     """Second run to compare with; reports paired differences and their confidence intervals."""
     teacher: bool = option(False, main=True, may_change=True)

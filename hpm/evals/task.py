@@ -82,7 +82,7 @@ class Task:
         clips = self.reader.sampling is not None
         splits = open_source(self.options.data, clips=clips)
         if self.options.test:
-            return Splits(splits.train, open_source(self.options.test, clips=clips).train)
+            return Splits(splits.train, open_source(self.options.test, clips=clips).test_or_all)
         return splits
 
     def need_images(self, protocol: str) -> None:
@@ -140,7 +140,7 @@ class Task:
 
     def some_images(self, count: int) -> Source:
         """At most `count` random images of the test split, if there is one, or of all."""
-        source = self.splits.test or self.splits.train
+        source = self.splits.test_or_all
         if len(source) <= count:
             return source
         rng = np.random.default_rng([self.options.seed, len(source)])

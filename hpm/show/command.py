@@ -91,7 +91,7 @@ def some_images(data: str, count: int, seed: int, trained: Trained, trusted: boo
     trusted: whether the user named the data. Raises UserError if there are none.
     """
     splits = open_source(data, trusted, clips=trained.sampling() is not None)
-    source: Source = splits.test or splits.train
+    source: Source = splits.test_or_all
     order = np.random.default_rng([seed, len(source)]).permutation(len(source))
     return Subset(source, np.sort(order[:count]))
 

@@ -317,7 +317,7 @@ def _examples(data: str | None, trained: Trained) -> tuple[Tensor, list[str]]:
             if data is not None:
                 raise
             continue
-        source = splits.test or splits.train
+        source = splits.test_or_all
         some = Subset(source, np.unique(np.linspace(0, len(source) - 1, EXAMPLES).astype(int)))
         size, channels = (height, width), trained.encoder.channels
         (batch,) = evaluation_batches(some, size, channels, EXAMPLES, sampling=sampling)

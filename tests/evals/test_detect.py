@@ -17,6 +17,7 @@ import hpm
 from hpm.core.options import make_config, read_preset
 from hpm.data.detection import Detections, objects, open_detection, to_results
 from hpm.evals.detect import Options
+from hpm.evals.detect.data import open_data
 from hpm.evals.detect.figure import as_rgb, draw_objects
 from hpm.evals.detect.testing import DetectionScores, Found
 from hpm.evals.detect.training import DetectorTraining
@@ -171,6 +172,15 @@ def test_a_fifth_is_held_out_where_there_is_one_split(finished_run, tmp_path):
         "detect", str(finished_run.folder), data, out=str(tmp_path / "out"), **options
     )
     assert result.about["train_images"] == 8 and result.about["test_images"] == 2
+
+
+def test_other_test_images_are_those_of_their_test_split(tmp_path):
+    data, other = (str(write_coco(tmp_path / name)) for name in ("data", "other"))
+    opened = open_data(make_config(Options, {"run": "run", "data": data, "test": other}))
+    assert opened.test.path(0).startswith(str(tmp_path / "other" / "val"))
+    alone = str(write_coco(tmp_path / "alone", splits=["train"]))
+    opened = open_data(make_config(Options, {"run": "run", "data": data, "test": alone}))
+    assert opened.test.path(0).startswith(str(tmp_path / "alone" / "train"))
 
 
 def test_average_precision_of_perfect_detections():

@@ -164,6 +164,19 @@ def test_evaluate(finished_run, image_folder):
     assert alone.values == result.values and not alone.hardness and alone.file is None
 
 
+@pytest.mark.parametrize(("splits", "tested"), [({"train": 4, "val": 2}, 6), ({"all": 4}, 12)])
+def test_other_test_images_are_those_of_their_test_split(
+    finished_run, image_folder, tmp_path, splits, tested
+):
+    for split, per_class in splits.items():
+        write_images(tmp_path / "other" / split, per_class=per_class)
+    other = tmp_path / "other" / ("all" if "all" in splits else "")
+    options = {"k": (5,), "baselines": False, "workers": 0, "out": str(tmp_path / "out")}
+    run, data = str(finished_run.folder), str(image_folder)
+    about = hpm.evaluate("knn", run, data, test=str(other), **options).about
+    assert (about["train_images"], about["test_images"]) == (48, tested)
+
+
 def test_bad_evaluations(finished_run, image_folder, tmp_path):
     run, data = str(finished_run.folder), str(image_folder)
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'; did you mean 'knn'"):

@@ -73,6 +73,13 @@ def test_compared_with_another(finished_run, scenes, tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_other_test_images_are_those_of_their_test_split(finished_run, scenes, tmp_path):
+    run, data = str(finished_run.folder), str(scenes)
+    options = LINEAR | {"steps": 1, "baselines": False, "figure_images": 0}
+    result = hpm.evaluate("segment", run, data, test=data, out=str(tmp_path), **options)
+    assert (result.about["train_images"], result.about["test_images"]) == (24, 6)
+
+
 def test_pixel_features_are_those_of_enlarged_maps():
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(2, 5, 3, 4, generator=generator)

@@ -30,7 +30,7 @@ def open_data(options: Options) -> DetectionData:
     missing."""
     splits = open_detection(options.data)
     if options.test:
-        splits = Splits(splits.train, open_detection(options.test).train)
+        splits = Splits(splits.train, open_detection(options.test).test_or_all)
         _check_classes(splits.train, splits.test)
     rng = np.random.default_rng([options.seed, len(splits.train)])
     train, test = splits.train, splits.test

@@ -97,7 +97,8 @@ class SegmentationJob:
         splits = open_segmentation(options.data, options.ignored, options.one_class)
         train, test = splits.train, splits.test
         if options.test:
-            test = open_segmentation(options.test, options.ignored, options.one_class).train
+            others = open_segmentation(options.test, options.ignored, options.one_class)
+            test = others.test_or_all
             if test.classes != train.classes:
                 raise UserError(
                     f"{options.test} has other classes than {options.data}: give both the same "
