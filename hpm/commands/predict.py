@@ -61,6 +61,7 @@ def predict(
 
 def run_predict(config: PredictConfig, report: Report = print) -> Path:
     """Predict as configured."""
+    distributed.need_one_process("predict")
     with random_state_kept():
         model = load_model(config.model).to(distributed.pick_device(config.device))
         out = Path(config.out).expanduser()

@@ -42,8 +42,7 @@ def tokenize(config: TokenizeConfig) -> tuple[Path, float]:
             f"{config.of} takes grey or RGB images, but channels is {config.channels}: pass "
             "--of pixels"
         )
-    if distributed.world_size() > 1:
-        raise UserError("tokenize runs in one process: do not use torchrun")
+    distributed.need_one_process("tokenize")
     device = pick_device(config.device)
     frozen = load_frozen(config.of) if config.of != "pixels" else None
     codebook = Codebook(torch.empty(0, 1), config.of, patch, config.channels, frozen).to(device)

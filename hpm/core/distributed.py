@@ -56,6 +56,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def need_one_process(verb: str) -> None:
+    """Raise UserError where there are several processes, and the verb does not share its work."""
+    if world_size() > 1:
+        raise UserError(f"{verb} runs in one process: do not use torchrun")
+
+
 def pick_device(name: str) -> torch.device:
     """This process's device for `auto`, `cpu`, `cuda` or `mps`."""
     if name == "mps":

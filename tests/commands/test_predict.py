@@ -75,6 +75,17 @@ def test_onnx_gives_the_same(head, request, tmp_path):
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_several_processes_are_refused(linear_segmenter, scenes, tmp_path, monkeypatch):
+    """Each would read its share of the images, and one file would be written of that."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    images = scenes / "val" / "images"
+    done = run_here("predict", model_in(linear_segmenter[0]), images, "--out", tmp_path / "masks")
+    assert_refused(done, "predict runs in one process: do not use torchrun")
+    assert not (tmp_path / "masks").exists()
+    done = run_here("tokenize", images, "--out", tmp_path / "tokens.safetensors")
+    assert_refused(done, "tokenize runs in one process: do not use torchrun")
+
+
 def test_what_cannot_be_taken_away(linear_segmenter, scenes, finished_run, tmp_path):
     out, _ = linear_segmenter
     file = model_in(out)
