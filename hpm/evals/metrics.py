@@ -31,10 +31,13 @@ class TrueClassRanks:
 
 
 def rank(scores: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> TrueClassRanks:
-    """The rank of the true class. Among equal scores the first class wins, as in argmax."""
+    """The rank of the true class. Among equal scores the first class wins, as in argmax. A score
+    that is not a number is the last."""
     true = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     ranks = ((scores > true) | ((scores == true) & before)).sum(1)
+    # Nothing is greater than NaN, which would win by that.
+    ranks = torch.where(true[:, 0].isnan(), scores.shape[1] - 1, ranks)
     return TrueClassRanks(ranks.cpu(), labels.cpu())
 
 

@@ -202,6 +202,8 @@ def probe(
 
     held: ids of the training images on which hyper-parameters are chosen. held_out: bank of their
     features (`train`, or one without augmentation).
+
+    Raises UserError if no head of the grid has a finite loss on these images.
     """
     best: dict[str, _Scored] = {}
     left = recipe.grid
@@ -211,6 +213,9 @@ def probe(
         for name, scored in found.items():
             if name not in best or scored.score > best[name].score:
                 best[name] = scored
+    for name, scored in best.items():
+        if scored.score == -torch.inf:
+            raise UserError(f"the probe of {name} diverges at every learning rate: lower --lr")
     return {name: scored.probed for name, scored in best.items()}
 
 

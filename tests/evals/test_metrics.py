@@ -25,6 +25,12 @@ def test_rank_zero_is_argmax(seed, classes):
     assert ((found.ranks >= 0) & (found.ranks < classes)).all()
 
 
+def test_a_score_that_is_no_number_is_never_right():
+    nan = float("nan")
+    scores = torch.tensor([[nan, nan, nan], [nan, 0.0, 1.0], [nan, 0.0, 1.0], [1.0, nan, 2.0]])
+    assert rank(scores, torch.tensor([0, 0, 2, 0])).ranks.tolist() == [2, 2, 0, 1]
+
+
 def test_known_accuracies():
     values = accuracies(ranked([0, 0, 1, 5, 0, 9], [0, 0, 0, 0, 1, 1]))
     assert values["top1"] == pytest.approx(50)

@@ -46,6 +46,15 @@ def test_separable_features_are_learned():
     assert found.held_out_top1 > 95
 
 
+@pytest.mark.parametrize("heads_gb", [1.0, 1e-9])
+def test_heads_that_diverge_are_not_chosen(heads_gb):
+    train, test = blobs(400, 0), blobs(200, 1)
+    found = probed(train, test, settings=grid((1e4, 0.1), (1.0,)), heads_gb=heads_gb)
+    assert found.hyper_parameters.lr == 0.1
+    with pytest.raises(hpm.UserError, match="probe of x diverges at every learning rate: lower --"):
+        probed(train, test, settings=grid((1e4, 1e5), (1.0,)), heads_gb=heads_gb)
+
+
 def test_random_labels_give_chance():
     train, test = blobs(400, 0), blobs(400, 1)
     shuffled = Features(train.features, train.labels[torch.randperm(400)])
