@@ -15,6 +15,7 @@ from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError, counted
 from hpm.data.sources import Source, Splits, Subset, open_source
+from hpm.evals.classes import by_class
 from hpm.evals.features import (
     EvaluatedBackbone,
     Features,
@@ -31,6 +32,7 @@ from hpm.evals.probing import Cached, Recipe, grid, probe
 from hpm.weights.resolve import Trained
 
 MAX_IMAGES = 20_000
+OF_CLASS = 3  # images, at least: to learn from, to choose hyper-parameters on, and to test on
 NAME, POOLED = "trained", "trained, patch mean"
 K = 20
 LEARNING_RATES, EPOCHS, BATCH_SIZE, HEADS_GB = (0.01, 0.1, 1.0), 30, 1024, 2.0
@@ -51,8 +53,6 @@ class OngoingProbe:
         # Without a test split, `hpm eval` holds out a fifth, which must not be used here either.
         whole = splits.train if splits.test else labelled_splits(splits, EvalOptions.seed).train
         self.data = labelled_splits(Splits(_some(whole, seed)), seed)
-        # Each class needs images to learn from, to choose hyper-parameters on, and to test on.
-        split_by_class(self.data.train_labels, self.data.classes, self.data.train.name, seed)
         count = len(self.data.train)
         if count < K:
             raise UserError(
@@ -94,11 +94,32 @@ def make_probe(config: PretrainConfig) -> OngoingProbe | None:
 
 
 def _some(source: Source, seed: int) -> Source:
-    """A random subset of at most MAX_IMAGES images."""
+    """A random subset of at most MAX_IMAGES images, OF_CLASS or more of each class. Raises
+    UserError if there are no such."""
+    if source.labels is None:
+        return source  # `labelled_splits` says so
+    rng = np.random.default_rng([seed, len(source), 2])
+    order = rng.permutation(len(source))
+    classes = list(by_class(source.labels[order]))
+    for label, ids in classes:
+        if len(ids) < OF_CLASS:
+            raise UserError(
+                f"probe: {source.name} leaves {counted(len(ids), 'image')} of class "
+                f"'{source.classes[label]}', and each class takes {OF_CLASS}: to learn from, to "
+                "choose hyper-parameters on and to test on; add images of it, or leave the class "
+                "out"
+            )
+    if OF_CLASS * len(classes) > MAX_IMAGES:
+        raise UserError(
+            f"probe: {source.name} has {len(classes):,} classes, and {OF_CLASS} images of each are "
+            f"more than {MAX_IMAGES:,}, which a probe takes at most: name images of fewer classes"
+        )
     if len(source) <= MAX_IMAGES:
         return source
-    rng = np.random.default_rng([seed, len(source), 2])
-    return Subset(source, np.sort(rng.permutation(len(source))[:MAX_IMAGES]))
+    first = np.zeros(len(source), dtype=bool)
+    first[np.concatenate([ids[:OF_CLASS] for _, ids in classes])] = True
+    chosen = np.concatenate([order[first], order[~first]])[:MAX_IMAGES]
+    return Subset(source, np.sort(chosen))
 
 
 def _top1(ranked: TrueClassRanks) -> float:
