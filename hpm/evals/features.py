@@ -312,7 +312,8 @@ def labelled_splits(splits: Splits, seed: int, train_share: float = 1.0) -> Labe
             f"{test.name} has not, the first '{untested[0]}': give both splits the same classes"
         )
     numbers = {name: i for i, name in enumerate(train.classes)}
-    renumber = np.array([numbers[name] for name in test.classes])
+    # A list of classes may hold some of which there are no images, in either split.
+    renumber = np.array([numbers.get(name, -1) for name in test.classes])
     labelled = Labelled(train, train.labels, test, renumber[test.labels], train.classes)
     return labelled if train_share == 1 else _fewer_labels(labelled, train_share, seed)
 

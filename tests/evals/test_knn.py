@@ -114,6 +114,16 @@ def test_labels_of_two_splits_are_numbered_alike(tmp_path):
     assert data.test_labels.tolist() == [2, 0, 1]
 
 
+def test_a_test_split_with_a_class_of_no_image(tmp_path):
+    """Such as a list of classes in a table, of which some do not occur."""
+    train = open_source(str(write_images(tmp_path / "train", classes=2, per_class=2))).train
+    test = open_source(str(write_images(tmp_path / "test", classes=2, per_class=2))).train
+    test.classes = ["none", *test.classes]
+    test.labels = test.labels + 1
+    data = labelled_splits(Splits(train, test), seed=0)
+    assert data.test_labels.tolist() == [0, 0, 1, 1] and data.classes == train.classes
+
+
 def splits_of(tmp_path, train, test):
     write_images(tmp_path / "train", classes=train, per_class=2)
     write_images(tmp_path / "val", classes=test, per_class=2)
