@@ -145,8 +145,9 @@ def _value(value: Any) -> str:
 
 def _words(numbers: dict[str, float]) -> str:
     if "top1" in numbers:
-        low, high = numbers["top1_low"], numbers["top1_high"]
-        return f"top-1 {numbers['top1']:.1f} ({low:.1f} to {high:.1f})"
+        low, high = numbers.get("top1_low"), numbers.get("top1_high")
+        ends = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
+        return f"top-1 {numbers['top1']:.1f}{ends}"
     return ", ".join(f"{number_title(name)} {value:.3g}" for name, value in numbers.items())
 
 

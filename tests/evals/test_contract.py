@@ -11,6 +11,7 @@ import hpm
 from hpm.evals.contract import Evaluation, Measured, find, installed
 from hpm.evals.options import EvalOptions
 from hpm.evals.running import make_result
+from hpm.evals.saved import saved_evaluations
 
 BUILT_IN = [
     "attentive",
@@ -187,6 +188,16 @@ def test_what_is_no_evaluation(own_folder):
     assert_refused(run_here("eval", "no.such", "run", "data"), "no evaluation 'no.such'")
     with pytest.raises(hpm.UserError, match="no evaluation 'kn'; did you mean 'knn'.*finetune, "):
         hpm.evaluate("kn", "run", "data")
+
+
+def test_an_accuracy_without_an_interval_is_read_again(tmp_path):
+    evaluation = Evaluation("mine", EvalOptions, lambda task, options: [], {})
+    about = {"run": "r", "data": "d", "weights": "student", "seconds": 1.0, "seed": 0}
+    result = make_result(evaluation, about, [Measured("trained", numbers={"top1": 50.0})])
+    result.save(tmp_path / "evals" / "mine.json")
+    (saved,) = saved_evaluations(tmp_path)
+    assert saved.words == [["mine", "d", "trained", "top-1 50.0"]]
+    assert "50.0" in str(result)
 
 
 def test_numbers_of_another_kind():
