@@ -18,6 +18,7 @@ T_800: tuple[float, ...] = (
     0.876, 0.873, 0.870, 0.868, 0.866, 0.865, 0.863, 0.862, 0.861, 0.860,
 )
 # fmt: on
+ROUNDING = 1e-9  # equal differences of accuracies in percent vary by less
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Interval:
     """A mean difference over some pairs.
 
     half: of the 95 % t-interval. visible: a difference that would have been told from zero with a
-    probability of about 80 %, at the spread of these pairs. Both are None of a single pair.
+    probability of about 80 %, at the spread of these pairs. Both are None of a single pair, and 0
+    of pairs that are all alike, whose spread is not known.
     """
 
     mean: float
@@ -34,8 +36,8 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 if the interval is above or below zero, else 0."""
-        if self.half is None or abs(self.mean) <= self.half:
+        """1 or -1 if the interval is above or below zero, else 0. Always 0 without a spread."""
+        if not self.half or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
 
@@ -48,6 +50,8 @@ def interval(differences: Sequence[float]) -> Interval | None:
     mean = statistics.mean(differences)
     if count == 1:
         return Interval(mean, None, None)
+    if max(differences) - min(differences) < ROUNDING:
+        return Interval(mean, 0.0, 0.0)
     error = statistics.stdev(differences) / count**0.5
     free = min(count - 1, len(T_975)) - 1
     return Interval(mean, T_975[free] * error, (T_975[free] + T_800[free]) * error)

@@ -129,6 +129,12 @@ def _verdict(title: str, found: Interval) -> str:
             f"{title} minus MAE is {found.mean:+.1f} points of linear probe, but one seed cannot "
             "say whether that is chance"
         )
+    if found.half == 0:
+        return (
+            f"{title} minus MAE is {found.mean:+.1f} points of linear probe with each seed; "
+            "differences that are all alike cannot say whether that is chance (more seeds or more "
+            "labelled images may)"
+        )
     numbers = f"{found.mean:+.1f} ± {found.half:.1f} points of linear probe, 95 % interval"
     if found.sign:
         return f"{title} is {'better' if found.sign > 0 else 'worse'} than MAE ({numbers})"

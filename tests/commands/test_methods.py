@@ -106,6 +106,14 @@ def test_one_seed_says_nothing(tmp_path):
     one.write()  # with a figure without intervals
 
 
+def test_seeds_that_differ_alike(tmp_path):
+    base, better = (30.0, 35.0), (35.0, 40.0)
+    text = results_of(tmp_path, mae=base, predictor=base, hpm=better, hpm_memory=base).summary()
+    assert "HPM minus MAE is +5.0 points of linear probe with each seed; differences that" in text
+    assert "HPM by memory minus MAE is +0.0 points" in text
+    assert "better than" not in text and "80 %" not in text
+
+
 def test_the_steps_are_kept(tmp_path, monkeypatch):
     """A comparison that goes on does not time again, and refuses other options."""
     ran = []
