@@ -9,9 +9,9 @@ in several passes, with the same result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +24,7 @@ from hpm.core import distributed
 from hpm.core.errors import UserError
 from hpm.core.precision import to_float64
 from hpm.core.progress import track
-from hpm.data.loader import MakeView, evaluation_views, training_loader, view_keys
+from hpm.data.loader import Batch, MakeView, evaluation_views, training_loader, view_keys
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
 from hpm.data.workers import num_workers
@@ -68,9 +68,10 @@ class Cached:
 class Computed:
     """Features computed on the fly, for augmented views or to save memory.
 
-    Processes share the work of each batch, and all receive the whole batch. Unreadable images are
-    dropped or, with `stand_in` (for training), replaced. The view is one of evaluation, of which
-    the reader's grid has several, unless `make_view` is another.
+    A batch is loaded and embedded in pieces of the reader's batch size. Processes share the work of
+    each batch, and all receive the whole batch. Unreadable images are dropped or, with `stand_in`
+    (for training), replaced. The view is one of evaluation, of which the reader's grid has several,
+    unless `make_view` is another.
     """
 
     def __init__(
@@ -96,17 +97,15 @@ class Computed:
 
     def batches(self, steps: Sequence[Tensor], epoch: int = 0) -> Iterator[Rows]:
         own = slice(distributed.rank(), None, distributed.world_size())
-        keys = (view_keys(epoch, ids[own].tolist(), self.views) for ids in steps)
+        at_once = max(1, self.reader.batch_size // self.views)
+        pieces = [ids[own].split(at_once) for ids in steps]
+        keys = (view_keys(epoch, ids.tolist(), self.views) for step in pieces for ids in step)
         workers = num_workers(self.reader.workers)
-        for batch in training_loader(
-            self.source, self.make_view, keys, workers, False, self.stand_in
-        ):
-            images, indices = batch.complete(self.views)
-            if len(images):
-                rows = {name: f.float().cpu() for name, f in self.embed(images).items()}
-            else:
-                rows = no_features(self.embed, self.shape, self.channels)
-            self.unreadable.add(batch.unreadable)
+        loaded = iter(
+            training_loader(self.source, self.make_view, keys, workers, False, self.stand_in)
+        )
+        for step in pieces:
+            rows, indices = self._embedded(islice(loaded, len(step)))
             ids = distributed.rows_of_all(indices)
             if not len(ids):
                 raise UserError(f"{self.source.name}: no readable image")
@@ -115,6 +114,19 @@ class Computed:
             check_finite({n: Features(f, labels, self.views) for n, f in whole.items()})
             yield whole, labels, ids
         self.unreadable.check(self.reader.report)
+
+    def _embedded(self, pieces: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+        """(features of each kind, ids) of the readable images of all pieces."""
+        found, indices = [], []
+        for piece in pieces:
+            images, readable = piece.complete(self.views)
+            if len(images):
+                found.append({name: f.float().cpu() for name, f in self.embed(images).items()})
+            indices.append(readable)
+            self.unreadable.add(piece.unreadable)
+        found = found or [no_features(self.embed, self.shape, self.channels)]
+        rows = {name: torch.cat([each[name] for each in found]) for name in found[0]}
+        return rows, torch.cat(indices)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ import torch
 from helpers import write_images
 
 import hpm
+from hpm.data.sources import open_source
+from hpm.data.unreadable import UnreadableImages
 from hpm.evals.attentive_heads import AttentiveHeads
-from hpm.evals.features import Features
+from hpm.evals.features import EvaluatedBackbone, Features, ImageReader
 from hpm.evals.linear_heads import LinearHeads
 from hpm.evals.metrics import accuracies
 from hpm.evals.probing import (
     CHOOSING,
     TESTED,
     Cached,
+    Computed,
     HyperParameters,
     Recipe,
     grid,
@@ -208,6 +211,49 @@ def test_probes_from_end_to_end(finished_run, image_folder, protocol, options):
         assert values[protocol]["top1"] >= 60, (name, values)
         assert set(result.chosen[name]) == {"lr", "weight_decay", "held_out_top1"}
     assert result.about["train_images"] == 39 and result.about["test_images"] == 9
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options"), [("linear", {"augment": True}), ("attentive", {"cache_gb": 1e-9})]
+)
+def test_images_per_forward_pass(finished_run, image_folder, monkeypatch, protocol, options):
+    sizes = []
+    parts = EvaluatedBackbone.parts
+
+    def counted(self, images):
+        sizes.append(len(images))
+        return parts(self, images)
+
+    monkeypatch.setattr(EvaluatedBackbone, "parts", counted)
+    options = options | {"epochs": 1, "workers": 0, "batch_size": 4, "baselines": False}
+    hpm.evaluate(protocol, str(finished_run.folder), str(image_folder), **options)
+    assert set(sizes) <= {1, 2, 3, 4} and sizes.count(4) > len(sizes) / 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_computed_in_pieces_are_the_same(tmp_path, workers):
+    images = write_images(tmp_path, classes=2, per_class=10)
+    for number in (2, 3, 4):
+        (images / "class_0" / f"{number:03d}.png").write_bytes(b"broken")
+    source = open_source(str(images)).train
+    steps = torch.tensor([2, 3, 19, 0, 4, 7, 1]), torch.tensor([11, 5]), torch.tensor([6])
+
+    def embed(views):
+        return {"mean": views.float().mean((2, 3)), "first": views[:, :1, 0, 0]}
+
+    def computed(batch_size):
+        reader = ImageReader(batch_size, workers, lambda text: None)
+        unreadable = UnreadableImages(source, 1.0)
+        bank = Computed(source, source.labels, (20, 20), 3, embed, reader, unreadable)
+        found = list(bank.batches(steps))
+        assert unreadable.indices == {2, 3, 4}
+        return found
+
+    whole = computed(100)
+    assert [ids.tolist() for _, _, ids in whole] == [[19, 0, 7, 1], [11, 5], [6]]
+    for batch_size in (1, 2, 3):
+        for one, other in zip(computed(batch_size), whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_compare_gives_the_difference(finished_run, image_folder):
