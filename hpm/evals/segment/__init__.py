@@ -35,8 +35,8 @@ class Options(EvalOptions):
     crop_share: float = refused(EvalOptions, "crop_share", "segmentation reads whole images")
     head: Literal["linear", "upernet"] = option("linear", main=True)
     """linear: frozen features and one linear layer on the patch tokens, whose learning rate is
-    chosen on a fifth of the training images. upernet: the whole encoder is fine-tuned (BEiT,
-    MAE)."""
+    chosen on a held-out fifth of the training images (on 200 of these if there are more). upernet:
+    the whole encoder is fine-tuned (BEiT, MAE)."""
     image_size: int | None = option(None, at_least=1, main=True)
     """Side in pixels of crops and windows, and shorter side of the images that are tested (default:
     twice that of pre-training). Positions are interpolated."""

@@ -88,7 +88,7 @@ class SegmentationJob:
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """Ids of the training images (a fifth) that hyper-parameters are chosen on."""
+        """Ids of the training images (a fifth) that are held out to choose hyper-parameters on."""
         return _fifth(self.train, self.options.seed)
 
     def _splits(self) -> tuple[Source, Source]:
