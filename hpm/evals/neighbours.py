@@ -28,7 +28,8 @@ def nearest_neighbours(
     set. The votes of several views of a test image are averaged."""
     device = device or torch.device("cpu")
     ks = [k for k in ks if k <= len(train.features)]
-    bank = F.normalize(train.features.to(device), dim=1)
+    bank = train.features.to(device, copy=True)
+    F.normalize(bank, dim=1, out=bank)  # in place: raw pixels of ImageNet are 16 GB
     labels = train.labels.to(device)
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}
     at_once = min(QUERIES, MOST_SIMILARITIES // max(1, len(bank)))

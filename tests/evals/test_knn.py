@@ -56,6 +56,25 @@ def test_knn_equals_a_naive_version(temperature):
         assert top1(ours[k]) == pytest.approx(naive_knn(train, test, 4, k, temperature))
 
 
+def test_features_stay_as_they_are():
+    train, test = random_features(50), random_features(10, seed=1)
+    before = train.features.clone(), test.features.clone()
+    list(nearest_neighbours(train, test, 4, (5,)))
+    assert torch.equal(train.features, before[0]) and torch.equal(test.features, before[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_holds_the_features_once():
+    train, test = random_features(200_000, dim=128), random_features(4, dim=128)
+    device = torch.device("cuda")
+    list(nearest_neighbours(train, test, 4, (5,), device=device))  # the library's own memory
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    list(nearest_neighbours(train, test, 4, (5,), device=device))
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 1.5 * train.features.numel() * 4
+
+
 def test_known_answers():
     corners = torch.eye(3)
     train = Features(corners.repeat(5, 1), torch.arange(3).repeat(5))
