@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from hpm.commands.ablation_plan import PlannedRun, make_plan
@@ -14,7 +16,8 @@ from hpm.commands.options import AblateConfig, SeedOptions
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.progress import say
-from hpm.data.sources import open_source
+from hpm.data.fingerprint import Fingerprint, digest, fingerprint
+from hpm.data.sources import Source, open_source
 from hpm.evals import evaluate
 from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
@@ -27,6 +30,18 @@ from hpm.weights.run_folder import RunFolder, training_minutes
 
 K = 20
 FEATURES = "trained, patch mean"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labelled data to evaluate on, and the number of neighbours.
+
+    fingerprints: of its splits and their labels, by which changed data is noticed.
+    """
+
+    data: str
+    k: int
+    fingerprints: list[Fingerprint]
 
 
 def ablate(config: AblateConfig) -> Results:
@@ -47,12 +62,12 @@ def ablate(config: AblateConfig) -> Results:
 def train_and_measure(config: SeedOptions, runs: list[PlannedRun], results: Results) -> None:
     """Run the plan as far as it has not been run yet. Writes the results after each run, and the
     page of the comparison at the end. All processes call it."""
-    labels, k = _labels(config)
+    labels = _labels(config)
     with_loss = losses_compare([run.config for run in runs])
     for number, run in enumerate(runs, 1):
         say(f"run {number} of {len(runs)}: {run.variant}, seed {run.config.seed}")
         run_pretraining(run.config)  # returns at once if finished; raises if its options differ
-        values = measure(run, labels, k)
+        values = measure(run, labels)
         if not with_loss:
             values.pop("held_out_loss", None)
         results.add(run.variant, run.config.seed, values)
@@ -73,19 +88,20 @@ def losses_compare(runs: list[PretrainConfig]) -> bool:
     return len(kinds) == 1 and not find_target(runs[0].target).needs_teacher
 
 
-def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
+def measure(run: PlannedRun, labels: Labels | None) -> dict[str, float]:
     """The numbers of a finished run, which is evaluated unless it already has been.
 
     Without labels: effective rank of the features, and similarity of an image's patches.
     """
     folder, values = Path(run.config.out), {}
     if labels is None:
-        found = _evaluation(run, "stats", run.config.data, {})[FEATURES]["stats"]
+        found = _evaluation(run, "stats", run.config.data)[FEATURES]["stats"]
         values = {name: found[name] for name in ("rank", "patch_similarity")}
     else:
-        found = _evaluation(run, "knn", labels, {"k": (k,)})[FEATURES]
-        values["knn"] = found[f"k = {k}"]["top1"]
-        values["linear"] = _evaluation(run, "linear", labels, {})[FEATURES]["linear"]["top1"]
+        data, prints = labels.data, labels.fingerprints
+        found = _evaluation(run, "knn", data, prints, k=(labels.k,))[FEATURES]
+        values["knn"] = found[f"k = {labels.k}"]["top1"]
+        values["linear"] = _evaluation(run, "linear", data, prints)[FEATURES]["linear"]["top1"]
     lines = RunFolder(folder).metrics()
     last = {name: value for line in lines for name, value in line.items()}
     for name, measured in (
@@ -100,21 +116,31 @@ def measure(run: PlannedRun, labels: str | None, k: int) -> dict[str, float]:
     return values
 
 
-def _evaluation(run: PlannedRun, protocol: str, data: str, options: dict[str, Any]) -> Any:
+def _evaluation(
+    run: PlannedRun,
+    protocol: str,
+    data: str,
+    fingerprints: list[Fingerprint] | None = None,
+    **options: Any,
+) -> Any:
     """The values of an evaluation of the run: read from its file, or computed now."""
     folder = Path(run.config.out)
     settings: dict[str, Any] = {"baselines": False, "out": str(folder / "ablation")} | options
-    wanted = json.loads(json.dumps(settings)) | {"data": data}
+    wanted = json.loads(json.dumps(settings)) | {"data": data, "fingerprints": fingerprints}
     for file in (folder / "ablation").glob(f"{protocol}_*.json"):
         saved = json.loads(file.read_text())
         if all(saved["about"].get(name) == value for name, value in wanted.items()):
             return saved["values"]
     settings |= {"workers": run.config.workers, "device": run.config.device}
-    return evaluate(protocol, str(folder), data, report=say, **settings).values
+    result = evaluate(protocol, str(folder), data, report=say, **settings)
+    if result.file and distributed.is_main():
+        result.about["fingerprints"] = fingerprints
+        result.save(result.file)
+    return result.values
 
 
-def _labels(config: SeedOptions) -> tuple[str | None, int]:
-    """(labelled data to evaluate on, number of neighbours); checks them before training."""
+def _labels(config: SeedOptions) -> Labels | None:
+    """The labelled data, if there is any; checked before training."""
     data = config.labels or config.data
     splits = open_source(data)
     if splits.train.labels is None and config.labels is None:
@@ -122,6 +148,15 @@ def _labels(config: SeedOptions) -> tuple[str | None, int]:
             f"{data} has no labels: comparing effective rank and similarity of patches instead of "
             "accuracy; pass labelled images with --labels"
         )
-        return None, 0
-    labelled = labelled_splits(splits, config.seed)
-    return data, min(K, len(labelled.train))
+        return None
+    count = len(labelled_splits(splits, config.seed).train)
+    parts = [part for part in (splits.train, splits.test) if part]
+    prints = distributed.main_first(lambda: [_with_labels(part) for part in parts])
+    return Labels(data, min(K, count), prints)
+
+
+def _with_labels(source: Source) -> Fingerprint:
+    """The fingerprint of images with their labels."""
+    assert source.labels is not None
+    names = np.asarray(source.classes)[source.labels]
+    return fingerprint(source) | {"labels": digest(names.tolist())}

@@ -128,6 +128,24 @@ def test_a_grid_over_seeds(image_folder, tmp_path):
         ablate(config_of(image_folder, tmp_path / "ablation", **options, base_lr=1e-4))
 
 
+def test_changed_labels_are_measured_anew(image_folder, tmp_path):
+    names = [(path, path.parent.name) for path in sorted(image_folder.glob("*/*.png"))]
+    listed = tmp_path / "labels.txt"
+
+    def measured():
+        listed.write_text("".join(f"{path} {name}\n" for path, name in names))
+        options = {"arm": ("mae",), "seeds": 1, "steps": 2, "labels": str(listed)}
+        ablate(config_of(image_folder, tmp_path / "ablation", **options))
+        files = sorted((tmp_path / "ablation").rglob("ablation/*.json"))
+        assert [file.name.split("_")[0] for file in files] == ["knn", "linear"]
+        return [file.stat().st_mtime_ns for file in files]
+
+    first = measured()
+    assert measured() == first
+    names[0], names[-1] = (names[0][0], names[-1][1]), (names[-1][0], names[0][1])
+    assert all(now > before for now, before in zip(measured(), first, strict=True))
+
+
 def test_arms_without_labels(image_folder, tmp_path):
     result = run_here(
         "ablate",
