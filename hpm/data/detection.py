@@ -17,6 +17,7 @@ from torch import Tensor
 from hpm.core.errors import UserError, counted
 from hpm.data import demo
 from hpm.data.coco import CocoFile, read_coco
+from hpm.data.fingerprint import digest
 from hpm.data.folders import subfolders
 from hpm.data.notes import say_once
 from hpm.data.paths import Paths
@@ -102,7 +103,8 @@ class CocoImages(FileSource):
     """
 
     def __init__(self, name: str, folder: Path, content: CocoFile, has_masks: bool):
-        super().__init__(name, [folder / f for f in content.files], classes=content.classes)
+        files = [folder / file for file in content.files]
+        super().__init__(name, files, classes=content.classes, root=folder)
         self.has_masks = has_masks
         self.sizes = content.sizes
         # JSON text in one array, which workers share; they would copy nested lists.
@@ -115,6 +117,9 @@ class CocoImages(FileSource):
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """Checked annotations in COCO's format, with an added key `class`, the class index."""
         return json.loads(self._objects[index])
+
+    def annotations_digest(self) -> str:
+        return digest(self._objects)
 
     def objects(self, index: int) -> Objects:
         found, (height, width) = self.annotations(index), self.size(index)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from hpm.data.chain import Chain
 from hpm.data.demo_sources import DemoSource, DemoVideos
@@ -19,8 +21,18 @@ from hpm.data.video.sources import VideoFiles
 # At most this many file sizes are read, evenly spaced. Each takes 6 microseconds on a local disk,
 # and up to a millisecond over a network.
 MAX_SIZES = 20_000
+MAX_ENDS, END = 2_000, 64  # files of which this many last bytes are read
 
 Fingerprint = dict[str, str]
+
+
+@runtime_checkable
+class Annotated(Protocol):
+    """A source with masks or objects."""
+
+    def annotations_digest(self) -> str:
+        """A hash of all annotations."""
+        ...
 
 
 def fingerprint(source: Source) -> Fingerprint:
@@ -46,9 +58,36 @@ def fingerprint(source: Source) -> Fingerprint:
     return {}
 
 
+def annotated(source: Source) -> Fingerprint:
+    """The same for a training with annotations, which also depends on which images of the source
+    it takes, and on their labels, masks or objects."""
+    found = dict(fingerprint(source))
+    while isinstance(source, Subset):
+        found["images"] = digest([found.get("images", ""), *map(str, source.indices.tolist())])
+        source = source.source
+    if source.labels is not None:
+        found["labels"] = digest(map(str, source.labels.tolist()))
+    elif isinstance(source, Annotated):
+        found["annotations"] = source.annotations_digest()
+    return found
+
+
 def differing(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """Which of names, rows and sizes differ."""
+    """Which of names, rows, sizes and so on differ."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def contents_digest(files: Sequence[str | Path]) -> str:
+    """A hash of the sizes and ends of files: that of a PNG holds a checksum of its pixels."""
+    ends = (_end(files[index]) for index in spaced(len(files), MAX_ENDS))
+    return _digest([digest(_sizes(files)).encode(), *ends])
+
+
+def _end(file: str | Path) -> bytes:
+    with contextlib.suppress(OSError), open(file, "rb") as opened:  # reading it will report why
+        opened.seek(max(0, os.fstat(opened.fileno()).st_size - END))
+        return opened.read()
+    return b""
 
 
 def _sizes(files: Sequence[str | Path]) -> Iterable[str]:

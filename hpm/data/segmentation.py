@@ -15,6 +15,7 @@ from PIL import Image
 from hpm.core.errors import UserError
 from hpm.data import demo
 from hpm.data.arrays import UnreadableImage
+from hpm.data.fingerprint import contents_digest
 from hpm.data.folders import subfolders
 from hpm.data.inspection import spaced
 from hpm.data.mask_files import Labels, highest_label, pair_by_name, read_mask
@@ -62,15 +63,23 @@ class MaskedImages(FileSource):
     """Image files, each with a mask file. `classes` are those of the pixels."""
 
     def __init__(
-        self, name: str, images: Iterable[Path], masks: Iterable[Path | str], numbers: Labels
+        self,
+        name: str,
+        images: Iterable[Path],
+        masks: Iterable[Path | str],
+        numbers: Labels,
+        root: Path,
     ):
-        super().__init__(name, images, classes=numbers.names)
+        super().__init__(name, images, classes=numbers.names, root=root)
         self.masks = Paths(masks)
         self.numbers = numbers
 
     def label_map(self, index: int) -> UInt8[np.ndarray, "height width"]:
         file = self.masks[index]
         return self.numbers.apply(read_mask(file), file)
+
+    def annotations_digest(self) -> str:
+        return contents_digest(self.masks)
 
 
 class DemoLabels(DemoSource):
@@ -141,7 +150,7 @@ def open_segmentation(
         raise UserError(f"{data}: no such folder; name a folder of images and masks, or demo")
     train, test = _open_voc(root) or _open_folders(root)
     numbers = _labels(root, train, ignored, one_class)
-    splits = Splits(train.source(numbers), test.source(numbers) if test else None)
+    splits = Splits(train.source(numbers, root), test.source(numbers, root) if test else None)
     for source in filter(None, (splits.train, splits.test)):
         check_masks(source)
     return splits
@@ -166,8 +175,8 @@ class _Part:
     ade20k: bool = False
     voc: bool = False
 
-    def source(self, numbers: Labels) -> MaskedImages:
-        return MaskedImages(self.name, self.images, self.masks, numbers)
+    def source(self, numbers: Labels, root: Path) -> MaskedImages:
+        return MaskedImages(self.name, self.images, self.masks, numbers, root)
 
 
 def _open_folders(root: Path) -> tuple[_Part, _Part | None]:

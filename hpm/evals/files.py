@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm.core.options import describe
+from hpm.evals.contract import COMPARED
 from hpm.evals.options import EvalOptions
 
 # Options with a place of their own in file names and tables.
@@ -45,12 +46,20 @@ def result_file(protocol: str, options: EvalOptions, folder: Path) -> Path:
     return file
 
 
-def training_folder(protocol: str, options: EvalOptions, folder: Path) -> Path:
-    """The folder of an evaluation that trains. Its name does not depend on options that only affect
-    testing, so that with other such options the model is tested again without retraining."""
+def training_folder(protocol: str, options: EvalOptions, folder: Path, backbone: str) -> Path:
+    """The folder of the model that an evaluation trains from a backbone. It does not depend on
+    options that only affect testing, so that with other such options, and beside another run, the
+    model is tested again without retraining."""
     kind = type(options)
     defaults = {n: each.default for n, each in describe(kind).items() if each.rules.testing_only}
-    return folder / _stem(protocol, kind, dataclasses.asdict(options) | defaults)
+    about = dataclasses.asdict(options) | defaults | {"compare": None}
+    return folder / _stem(protocol, kind, about) / model_name(backbone, options.compare)
+
+
+def model_name(backbone: str, compare: str | None) -> str:
+    """The name of a backbone's folder; the compared one is named after its run."""
+    name = backbone.replace(" ", "_")
+    return f"{name}_{_name(compare)}" if backbone == COMPARED and compare else name
 
 
 def _stem(protocol: str, options: type[EvalOptions], about: Mapping[str, Any]) -> str:

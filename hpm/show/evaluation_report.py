@@ -11,8 +11,8 @@ from typing import Any
 
 from hpm.core.errors import UserError, counted
 from hpm.core.files import write_text
-from hpm.evals.contract import TRAINED, Numbers, installed_options
-from hpm.evals.files import changed_options
+from hpm.evals.contract import COMPARED, RANDOM, TRAINED, Numbers, installed_options
+from hpm.evals.files import changed_options, model_name
 from hpm.evals.result import has_few_classes, sample_kind
 from hpm.evals.saved import evaluation_title, number_title
 from hpm.show.curves import Chart, Points, draw_charts
@@ -47,12 +47,14 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
     if has_few_classes(about):
         result["values"] = _without_top5(result["values"])
     training = file.parent / about["training"] if about.get("training") else None
+    own = {model_name(backbone, about.get("compare")) for backbone in (TRAINED, COMPARED, RANDOM)}
     logs = {
         log.parent.name.replace("_", " "): list(read_lines(log))
         for log in sorted(
             training.glob("*/metrics.jsonl") if training else (),
             key=lambda log: (log.parent.name != TRAINED, log),
         )
+        if log.parent.name in own
     }
     charts, values = _charts(logs, bool(about.get("of_clips")))
     name = evaluation_title(result["protocol"])

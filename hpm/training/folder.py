@@ -14,6 +14,7 @@ from torch import nn
 from hpm.core import distributed, lock
 from hpm.core.errors import UserError
 from hpm.core.files import remove_stale
+from hpm.data.fingerprint import differing
 from hpm.data.unreadable import UnreadableImages
 from hpm.weights.checkpoint import list_checkpoints, load_checkpoint, restore, save_checkpoint
 
@@ -59,6 +60,11 @@ class TrainingFolder:
             return 0
         checkpoint = load_checkpoint(found[-1])
         before, now = checkpoint.meta.get("identity", {}), self.identity
+        if changed := differing(before.get("data", {}), now.get("data", {})):
+            raise UserError(
+                f"{self.folder} holds a {self.kind} on other data ({' and '.join(changed)} "
+                "differ): choose another --out, or delete the folder to train again"
+            )
         for name in now:
             if before.get(name) != now[name]:
                 raise UserError(

@@ -23,6 +23,7 @@ from hpm.core.errors import UserError, counted
 from hpm.core.options import describe
 from hpm.core.progress import say
 from hpm.core.signals import stop_signals
+from hpm.data.fingerprint import annotated
 from hpm.data.loader import StepSampler
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
@@ -81,6 +82,7 @@ class SupervisedTraining(ABC):
             "images": len(source),
             "images_per_step": images_per_step,
             "weights": weights_fingerprint(model),
+            "data": distributed.main_first(lambda: annotated(source)),
         }
         self.files = TrainingFolder(folder, self.kind, identity)
         self.step = 0

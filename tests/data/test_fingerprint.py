@@ -5,10 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+from detecting import write_coco
 from helpers import write_images
+from PIL import Image
+from segmentation import write_scenes
 
 from hpm.data import fingerprint as module
-from hpm.data.fingerprint import differing, fingerprint
+from hpm.data.detection import open_detection
+from hpm.data.fingerprint import annotated, differing, fingerprint
+from hpm.data.segmentation import open_segmentation
 from hpm.data.sources import Subset, hold_out, open_source
 
 
@@ -97,3 +102,43 @@ def test_the_sizes_of_many_files_are_looked_up_of_some(photos, monkeypatch):
 def test_the_demo():
     splits = open_source("demo")
     assert fingerprint(splits.train) == fingerprint(splits.train) != fingerprint(splits.test)
+
+
+def test_labels_that_were_corrected(photos):
+    rows = sorted(str(file.relative_to(photos)) for file in photos.rglob("*.png"))
+    found = []
+    for first, others in ("ab", "ab", "ba"):
+        labels = [first] + [others] * (len(rows) - 1)
+        lines = [f"{row},{label}" for row, label in zip(rows, labels, strict=True)]
+        (photos / "list.csv").write_text("\n".join(["path,label", *lines]))
+        found.append(annotated(open_source(str(photos / "list.csv")).train))
+    assert found[0] == found[1] and differing(found[0], found[2]) == ["labels"]
+
+
+def test_other_images_of_the_same_source(photos):
+    source = open_source(str(photos)).train
+    parts = [hold_out(source, 2, seed)[0] for seed in (0, 0, 1)]
+    assert annotated(parts[0]) == annotated(parts[1])
+    assert "images" in differing(annotated(parts[0]), annotated(parts[2]))
+    assert "images" in differing(annotated(parts[0]), annotated(source))
+
+
+def test_masks_of_the_same_size_that_were_corrected(tmp_path):
+    scenes = write_scenes(tmp_path / "scenes", train=4, val=2)
+    before = annotated(open_segmentation(str(scenes)).train)
+    moved = shutil.copytree(scenes, tmp_path / "elsewhere")
+    assert annotated(open_segmentation(str(moved)).train) == before
+    file = scenes / "train" / "masks" / "00.png"
+    Image.fromarray(np.asarray(Image.open(file))[:, ::-1].copy()).save(file)
+    assert differing(before, annotated(open_segmentation(str(scenes)).train)) == ["annotations"]
+
+
+def test_objects_that_were_corrected(tmp_path):
+    def moved(table):
+        table["annotations"][0]["bbox"][0] += 1
+
+    before, same, after = (
+        annotated(open_detection(str(write_coco(tmp_path / name, change=change))).train)
+        for name, change in (("a", None), ("b", None), ("c", moved))
+    )
+    assert before == same and differing(before, after) == ["annotations"]

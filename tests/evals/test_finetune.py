@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,18 @@ def test_other_weights_in_the_same_folder_are_refused(
             baselines=True,
             **OPTIONS,
         )
+
+
+def test_corrected_labels_are_not_tested_with_the_model_of_the_old_ones(
+    finished_run, image_folder, tmp_path
+):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    options = OPTIONS | {"epochs": 1, "out": str(tmp_path / "out")}
+    hpm.evaluate("finetune", str(finished_run.folder), str(data), **options)
+    for before, after in (("class_0", "x"), ("class_1", "class_0"), ("x", "class_1")):
+        (data / before).rename(data / after)
+    with pytest.raises(hpm.UserError, match=r"on other data \(.*\): choose another --out"):
+        hpm.evaluate("finetune", str(finished_run.folder), str(data), **options)
 
 
 def test_random_weights_are_not_trained_unless_asked_for(finished_run, image_folder, tmp_path):

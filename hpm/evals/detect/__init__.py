@@ -127,13 +127,12 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
     data = open_data(options)
     check_images(data.test, task.trained.architecture.channels, task)
-    folder = training_folder("detect", options, task.folder)
     task.about |= {"train_images": len(data.train), "classes": len(data.classes)}
-    task.about["training"] = folder.name
     for backbone in task.backbones:
         name = backbone.name
-        below = folder / name.replace(" ", "_")
-        model = fine_tune(options, backbone, name == RANDOM, data, below)
+        folder = training_folder("detect", options, task.folder, name)
+        task.about["training"] = folder.parent.name
+        model = fine_tune(options, backbone, name == RANDOM, data, folder)
         found = find_objects(model, data.test, options, task)
         task.about["test_images"] = len(found.truth["images"])
         figures = {}

@@ -90,7 +90,6 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     _check_clips(task)
     if task.folder is None:
         raise UserError(f"{options.run} is no run folder: pass --out FOLDER for the fine-tuning")
-    folder = training_folder("finetune", options, task.folder)
     for backbone in task.backbones:
         check_finetune(options, backbone.architecture)
     data = task.labelled(options.train_share)
@@ -103,14 +102,14 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     for backbone in task.backbones:
         random = backbone.name == RANDOM
         weights = None if random else backbone.backbone.encoder.state_dict()
-        below = folder / backbone.name.replace(" ", "_")
-        ranks = finetune(options, backbone, weights, data, below, reader)
+        folder = training_folder("finetune", options, task.folder, backbone.name)
+        ranks = finetune(options, backbone, weights, data, folder, reader)
         yield Measured(backbone.name, scores=ranks)
         test_images = test_images or len(ranks.labels)
     if options.baselines:
         yield _linear_layer_on_pixels(task, data)
     task.about |= {"train_images": len(data.train), "test_images": test_images}
-    task.about |= {"classes": len(data.classes), "training": folder.name}
+    task.about |= {"classes": len(data.classes), "training": folder.parent.name}
 
 
 def _check_clips(task: Task) -> None:

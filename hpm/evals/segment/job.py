@@ -64,8 +64,7 @@ class SegmentationJob:
         """The folder of a backbone's model. Its name does not depend on options of the test."""
         if self.task.folder is None:
             raise UserError(f"{self.options.run} is no run folder: pass --out FOLDER for the model")
-        folder = training_folder("segment", self.options, self.task.folder)
-        return folder / backbone.replace(" ", "_")
+        return training_folder("segment", self.options, self.task.folder, backbone)
 
     def training_views(self, backbone: EvaluatedBackbone, source: Source) -> SegmentationTraining:
         """Random crops, padded with the mean colour."""
