@@ -148,6 +148,14 @@ def test_what_holds_no_video_is_unreadable(tmp_path):
         open_video(str(sound))
 
 
+def test_a_size_that_is_damaged_asks_for_more_memory_than_there_is(tmp_path, monkeypatch):
+    file = write_video(tmp_path / "a.mp4", frames=4)
+    monkeypatch.setattr(VideoFile, "_by_header", lambda self: None)
+    monkeypatch.setattr(VideoFile, "_packets", lambda self: av.error.err_check(-12, "a"))
+    with pytest.raises(UnreadableImage, match="Cannot allocate memory"):
+        open_video(str(file))
+
+
 @pytest.mark.parametrize("suffix, options", [(".mp4", {"movflags": "faststart"}), (".avi", {})])
 def test_of_a_file_cut_off_the_rest_is_used(tmp_path, suffix, options):
     file = write_video(tmp_path / f"a{suffix}", frames=100, **options)

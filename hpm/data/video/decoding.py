@@ -68,8 +68,10 @@ class VideoFile:
             header = self._by_header()
             self._scanned = header is None
             self.timing = header or self._by_packets()
-        except BaseException:
+        except BaseException as error:
             self._container.close()
+            if isinstance(error, av.FFmpegError):  # also of memory, for a size that is damaged
+                raise self._unreadable(error) from error
             raise
 
     def close(self) -> None:
