@@ -251,7 +251,7 @@ def _open_folder(path: Path, clips: bool) -> Splits:
         return splits
     files = files_below(path, ".parquet")
     if files:
-        train, test = training_files(files), test_files(files)
+        train, test = training_files(files, path), test_files(files, path)
         if not train:
             return Splits(ParquetSource(str(path), files))
         return Splits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,19 +14,38 @@ def train_and_test(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The names of the two splits; None for one that is not there. Validation comes before test,
     whose labels are often withheld."""
     names = list(names)
-    train = next((name for name in names if name.lower().startswith(TRAIN_NAMES)), None)
-    tests = (n for wanted in TEST_NAMES for n in names if n.lower().startswith(wanted))
-    return train, next(tests, None)
+    tests = (shortest_name(names, (wanted,)) for wanted in TEST_NAMES)
+    return shortest_name(names, TRAIN_NAMES), next((n for n in tests if n is not None), None)
 
 
-def training_files(files: Sequence[Path]) -> list[Path]:
-    """The files of the training split; none if no name says which they are."""
-    return [file for file in files if file.stem.lower().startswith(TRAIN_NAMES)]
+def shortest_name(names: Iterable[str], beginnings: tuple[str, ...]) -> str | None:
+    """The shortest name with such a beginning: `train` rather than `trainval` or `train_extra`."""
+    found = [name for name in names if name.lower().startswith(beginnings)]
+    return min(found, key=lambda name: (len(name), name), default=None)
 
 
-def test_files(files: Sequence[Path]) -> list[Path]:
-    """The files of the first test split that there is."""
+def training_files(files: Sequence[Path], root: Path) -> list[Path]:
+    """The files below `root` of the training split; none if no name says which they are."""
+    return [file for file in files if _split_name(file, root).startswith(TRAIN_NAMES)]
+
+
+def test_files(files: Sequence[Path], root: Path) -> list[Path]:
+    """The files below `root` of the first test split that there is."""
     for name in TEST_NAMES:
-        if found := [file for file in files if file.stem.lower().startswith(name)]:
+        if found := [file for file in files if _split_name(file, root).startswith(name)]:
             return found
     return []
+
+
+def _split_name(file: Path, root: Path) -> str:
+    """The name that tells the split of a file: its own, or else that of the innermost folder below
+    `root` that is called as a split is (`train`, `train2017`, `partial-train`); empty if none."""
+    names = (*TRAIN_NAMES, *TEST_NAMES)
+    if file.stem.lower().startswith(names):
+        return file.stem.lower()
+    for folder in reversed(file.relative_to(root).parts[:-1]):
+        # Whole words only: a folder `trains` or `valley` is no split.
+        words = re.split("[^a-z]+", folder.lower())
+        if found := next((word for word in words if word in names), None):
+            return found
+    return ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpm.core.errors import UserError
-from hpm.data.split_names import TEST_NAMES, TRAIN_NAMES
+from hpm.data.split_names import TEST_NAMES, TRAIN_NAMES, train_and_test
 
 Part = TypeVar("Part")
 
@@ -26,30 +26,19 @@ def pick_splits(
 
     Raises UserError if there is no training split, or if only bare splits are left to test on.
     """
-    train, test = _first(annotated, TRAIN_NAMES), _test(annotated)
-    bare = list(bare)
+    train, test = train_and_test(annotated)
+    bare_train, bare_test = train_and_test(bare)
     if train is None:
-        if (name := _first(bare, TRAIN_NAMES)) is not None:
-            raise UserError(f"{root}: the split {name} has images but no {missing}")
+        if bare_train is not None:
+            raise UserError(f"{root}: the split {bare_train} has images but no {missing}")
         raise UserError(f"{root}: no split to train on among {', '.join(sorted(annotated))}")
-    if test is None and (name := _test(bare)) is not None:
+    if test is None and bare_test is not None:
         raise UserError(
-            f"{root}: the split {name} has images but no {missing}: add them, or remove its images"
+            f"{root}: the split {bare_test} has images but no {missing}: add them, or remove its "
+            "images"
         )
     return annotated[train], None if test is None else annotated[test]
 
 
 def is_split(name: str) -> bool:
-    return _first([name], (*TRAIN_NAMES, *TEST_NAMES)) is not None
-
-
-def _test(names: Iterable[str]) -> str | None:
-    names = list(names)
-    found = (_first(names, (wanted,)) for wanted in TEST_NAMES)
-    return next((name for name in found if name is not None), None)
-
-
-def _first(names: Iterable[str], beginnings: tuple[str, ...]) -> str | None:
-    """The shortest name with such a beginning: `train` rather than `trainval`."""
-    found = [name for name in names if name.lower().startswith(beginnings)]
-    return min(found, key=lambda name: (len(name), name), default=None)
+    return name.lower().startswith((*TRAIN_NAMES, *TEST_NAMES))

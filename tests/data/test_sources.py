@@ -17,6 +17,8 @@ from hpm.core.plugins import installed_plugins
 from hpm.data.loader import evaluation_batches
 from hpm.data.paths import Paths
 from hpm.data.sources import ENTRY_POINTS, Subset, hold_out, object_mask, open_source
+from hpm.data.split_names import train_and_test
+from hpm.data.streams.rows import local_rows
 
 
 def test_class_folders(image_folder):
@@ -105,6 +107,32 @@ def test_parquet(tmp_path):
     assert splits.train.labels.tolist() == [0, 1, 2, 2, 1]
     colours = [splits.train.open(i).getpixel((0, 0))[0] for i in range(5)]
     assert colours == [0, 10, 20, 0, 10]
+
+
+@pytest.mark.parametrize("train", ["train", "default/train", "partial-train", "Train2017"])
+def test_parquet_in_folders_named_as_splits(train, tmp_path):
+    """The layout of the hub's conversion to parquet: only the folders name the splits."""
+    for folder, images in ((train, 3), (train.replace("rain", "est"), 1)):
+        (tmp_path / folder).mkdir(parents=True)
+        write_parquet(tmp_path / folder / "0000.parquet", [0] * images)
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 3 and len(splits.test) == 1
+    stream = local_rows(tmp_path)
+    assert sum(len(list(stream.read(shard))) for shard in range(len(stream.shards))) == 3
+    assert len(open_source(str(tmp_path / train)).train) == 3
+
+
+def test_parquet_in_folders_that_are_no_splits(tmp_path):
+    for folder in ("trains", "valleys"):
+        (tmp_path / folder).mkdir()
+        write_parquet(tmp_path / folder / "0000.parquet", [0, 1])
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 4 and splits.test is None
+
+
+def test_the_shortest_name_of_a_split():
+    names = ["train_extra", "train", "test_unlabelled", "test"]
+    assert train_and_test(names) == ("train", "test")
 
 
 def test_parquet_with_class_names(tmp_path):

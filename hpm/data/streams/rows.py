@@ -122,4 +122,4 @@ def _tables(path: Path) -> tuple[str, list[Path]]:
     if (path / "state.json").exists():
         return "arrow", arrow_files(path)
     files = files_below(path, ".parquet")
-    return "parquet", training_files(files) or files
+    return "parquet", training_files(files, path) or files
