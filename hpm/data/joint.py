@@ -110,9 +110,16 @@ class SegmentationTraining(_Views):
     def _distort(self, image: Tensor) -> Tensor:
         if not self.distort or self.channels not in (1, 3):
             return image
-        if self.deep:  # torchvision expects floating-point images in [0, 1]
-            return self._distortion(image / 255) * 255
-        return self._distortion(image)
+        if not self.deep:
+            return self._distortion(image)
+        # torchvision clamps floating-point images to [0, 1]. Images in other units, such as
+        # Hounsfield units, are scaled by their own range.
+        low, high = (float(value) for value in image.aminmax())
+        if low >= 0 and high <= 255:
+            low, high = 0.0, 255.0
+        if low == high:
+            return image
+        return self._distortion((image - low) / (high - low)) * (high - low) + low
 
     @cached_property
     def _resize(self) -> Any:

@@ -269,3 +269,23 @@ def test_another_stands_in_for_an_unreadable_image(tmp_path):
     assert batch.indices.tolist() == [1, 3] and batch.unreadable[0][0] == 2
     batches = list(dense_batches(splits.train, SegmentationTesting(size=20), 6))
     assert batches[0].indices.tolist() == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photometric_distortion_in_any_unit(channels, tmp_path):
+    """Floating-point images may hold anything, such as -1000 to 3000 Hounsfield units."""
+    pixels = np.linspace(-1000, 3000, 32 * 32 * channels, dtype=np.float32)
+    for kind in ("images", "masks"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+    np.save(tmp_path / "train" / "images" / "0.npy", pixels.reshape(32, 32, channels))
+    mask = np.repeat(np.arange(2, dtype=np.uint8), 16)[None].repeat(32, 0)
+    Image.fromarray(mask).save(tmp_path / "train" / "masks" / "0.png")
+    source = open_segmentation(str(tmp_path)).train
+    options = {"size": (32, 32), "scale": (1, 1), "channels": channels, "deep": True}
+    view = SegmentationTraining(**options, flip=False)
+    plain = SegmentationTraining(**options, flip=False, distort=False)(source, (0, 0))[0]
+    distorted = [view(source, (epoch, 0))[0] for epoch in range(20)]
+    assert not all(torch.equal(image, plain) for image in distorted)
+    for image in distorted:
+        assert image.min() / 255 > -1001 and image.max() / 255 < 3001
+        assert (image - plain).abs().mean() / 255 < 600  # of a range of 4000
