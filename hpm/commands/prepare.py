@@ -32,6 +32,7 @@ from hpm.data.arrays import (
     Opened,
     Pixels,
     UnreadableImage,
+    View,
     from_pillow,
     is_deep,
     reading,
@@ -39,7 +40,7 @@ from hpm.data.arrays import (
 from hpm.data.jpeg import JpegImage
 from hpm.data.opening import open_image
 from hpm.data.sources import PREPARING, Source, open_source
-from hpm.data.transforms import decode
+from hpm.data.transforms import decode, has_four_bands
 from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS, num_workers
 
@@ -245,8 +246,8 @@ def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -
     """Encode an image, shrunk so that its shorter side is at most `size`.
 
     A file that is small enough is returned unchanged. Otherwise the result is JPEG; PNG for images
-    with transparency; `.npy` of the same dtype for deep and multichannel images. Raises
-    UnreadableImage or OSError.
+    with transparency; TIFF for those of more than 8 bits and for the four bands of a TIFF; `.npy`
+    where the channels may mean anything. Raises UnreadableImage or OSError.
     """
     data = source.read(index)
     image = source.open(index) if data is None else open_image(io.BytesIO(data))
@@ -254,8 +255,11 @@ def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -
         return _shrunk_array(image, data, size, channels)
     with reading():
         found = _channels(image.opened() if isinstance(image, JpegImage) else image)
+    bands = has_four_bands(image)
     # Decode even if the file is returned unchanged, to find broken files now.
     pixels = decode(image, found, (size, size))
+    if channels != 4:  # alpha will not be used, so the colours under it must stay
+        pixels = dataclasses.replace(pixels, transparent=False)
     short = min(pixels.width, pixels.height)
     if data is not None and min(image.size) <= size:
         return data
@@ -263,6 +267,8 @@ def shrunk(source: Source, index: int, size: int, quality: int, channels: int) -
     shape = max(1, round(pixels.height * factor)), max(1, round(pixels.width * factor))
     view = pixels.resized(shape, (0, 0, pixels.width, pixels.height)) if factor < 1 else None
     array = pixels.array if view is None else view
+    if bands:  # in a PNG, the fourth would be alpha
+        return _tiff(array)
     colours = array[0] if found == 1 else array.transpose(1, 2, 0)
     file = io.BytesIO()
     lossless = found == 4 or (data is None and factor == 1)
@@ -297,8 +303,29 @@ def _shrunk_array(image: Opened, data: bytes | None, size: int, channels: int) -
         view = (view * 257).round().astype(np.uint16)
     elif view.dtype != np.uint8:
         view = view / np.float32(255)  # back to the file's units
+    if image.colours:
+        return _tiff(view)
     file = io.BytesIO()
     np.save(file, view[0] if len(view) == 1 else np.ascontiguousarray(view.transpose(1, 2, 0)))
+    return file.getvalue()
+
+
+def _tiff(view: View) -> bytes:
+    """Grey or RGB, with alpha or without [C H W], as a TIFF that says so: when it is read, it can
+    be converted to another number of channels."""
+    file = io.BytesIO()
+    array = np.ascontiguousarray(view.transpose(1, 2, 0))
+    if len(view) == 1 or view.dtype == np.uint8:
+        Image.fromarray(array[..., 0] if len(view) == 1 else array).save(file, "tiff")
+        return file.getvalue()
+    need("tifffile", "multichannel", "hpm prepare on images of more than 8 bits").imwrite(
+        file,
+        array,
+        photometric="minisblack" if len(view) == 2 else "rgb",
+        planarconfig="contig",
+        extrasamples=["unassalpha"] if len(view) in (2, 4) else None,
+        metadata=None,
+    )
     return file.getvalue()
 
 

@@ -26,6 +26,8 @@ from hpm.data.arrays import (
 from hpm.data.jpeg import START, JpegImage
 from hpm.data.pillow import open_by_pillow
 
+GREY, RGB = (1, 1), (2, 3)  # TIFF's PhotometricInterpretation, and number of samples without alpha
+
 
 def open_image(file: File) -> Opened:
     """Open an image file (or its bytes) without decoding it, with Pillow unless it would lose data.
@@ -102,9 +104,9 @@ def _open_tiff(file: File) -> Image.Image | ArrayImage:
         series = tiff.series[0]
         page = series.keyframe
         axes = "".join(axis if axis in "YX" else "C" for axis in series.axes)
-        rgb = page.photometric == 2 and page.samplesperpixel - len(page.extrasamples) == 3
+        meaning = page.photometric, page.samplesperpixel - len(page.extrasamples)
         alpha = len(page.extrasamples) <= 1 and all(int(e) in ALPHA for e in page.extrasamples)
-        colours = axes == "YX" or (rgb and alpha)
+        colours = axes == "YX" or (meaning in (GREY, RGB) and alpha)
         return ArrayImage(load, series.shape, series.dtype, axes, colours)
 
 

@@ -220,7 +220,7 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
         if array is not None:
             return Pixels(array, channels)
         image = image.opened()
-    if channels == 4 and _has_four_bands(image):
+    if channels == 4 and has_four_bands(image):
         # As stored: Pillow would divide the colours by a premultiplied alpha.
         image.tile = [
             tile._replace(args=("RGBA", *rest)) if raw == "RGBa" else tile
@@ -235,7 +235,7 @@ def _decoded(image: Opened, channels: int, least: tuple[int, int] | None) -> Pix
     return image.pixels(channels)
 
 
-def _has_four_bands(image: Opened) -> TypeGuard[ImageFile.ImageFile]:
+def has_four_bands(image: Opened) -> TypeGuard[ImageFile.ImageFile]:
     """Is it a TIFF of four bands? The fourth may be anything (such as near infrared), even if it is
     called alpha."""
     return isinstance(image, ImageFile.ImageFile) and (

@@ -140,6 +140,60 @@ def test_deep_images_stay_deep(tmp_path):
     assert (decode(source.open(4), 1).array == 40000).all()
 
 
+def write_tiff(path, array, **options):
+    pytest.importorskip("tifffile").imwrite(path, array, **options)
+
+
+def write_png(path, array):
+    path.write_bytes(pytest.importorskip("imagecodecs").png_encode(np.ascontiguousarray(array)))
+
+
+RGB_ALPHA = {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+DEEP = {
+    "grey.png": lambda path, v: write_png(path, v[..., 0]),
+    "grey_alpha.png": lambda path, v: write_png(path, v[..., 2:]),
+    "rgb.png": lambda path, v: write_png(path, v[..., :3]),
+    "rgba.png": write_png,
+    "rgb.tif": lambda path, v: write_tiff(path, v[..., :3], photometric="rgb"),
+    "rgba.tif": lambda path, v: write_tiff(path, v, **RGB_ALPHA),
+    "float_grey.tif": lambda path, v: write_tiff(path, v[..., 0] / np.float32(65535)),
+    "float_rgb.tif": lambda path, v: write_tiff(
+        path, v[..., :3] / np.float32(65535), photometric="rgb"
+    ),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_colours_can_still_be_converted(name, channels, tmp_path):
+    """What is prepared is read as other numbers of channels as the original is."""
+    (tmp_path / "deep").mkdir()
+    coarse = np.random.default_rng(0).integers(9000, 50000, (4, 5, 4))
+    DEEP[name](tmp_path / "deep" / name, np.kron(coarse, np.ones((16, 16, 1))).astype(np.uint16))
+    assert not prepare(config(tmp_path / "deep", tmp_path / "out", channels=channels)).unreadable
+    views = [
+        decode(open_source(str(folder)).train.open(0), channels).resized((32, 40), (0, 0, *size))
+        for folder, size in ((tmp_path / "deep", (80, 64)), (tmp_path / "out", (40, 32)))
+    ]
+    assert views[0].dtype == views[1].dtype == np.float32
+    assert abs(views[0] - views[1]).max() < 0.01  # of 255
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [("tif", 4), ("tif", 3), ("png", 3)])
+def test_colours_do_not_depend_on_a_fourth_band(suffix, channels, tmp_path):
+    """The bands of a TIFF, such as near infrared, are independent; with 3 channels, alpha is not
+    used either."""
+    (tmp_path / "bands").mkdir()
+    bands = np.full((64, 64, 4), 200, np.uint8)
+    bands[:, :32, 3] = 0
+    Image.fromarray(bands).save(tmp_path / "bands" / f"a.{suffix}")
+    prepare(config(tmp_path / "bands", tmp_path / "out", channels=channels))
+    image = decode(open_source(str(tmp_path / "out")).train.open(0), channels)
+    assert (image.height, image.width) == (32, 32)
+    view = image.resized((16, 16), (0, 0, 32, 32))
+    assert view[:, 8, 2].tolist() == [200, 200, 200, 0][:channels]
+
+
 def test_pictures_that_were_never_files(tmp_path, monkeypatch):
     monkeypatch.setitem(demo.SIZES, "train", 3)
     monkeypatch.setitem(demo.SIZES, "test", 2)
