@@ -18,6 +18,7 @@ except ImportError:  # no wheel for this platform: Pillow decodes instead
 
 COLOURS = {1: "GRAY", 3: "RGB"}
 START = b"\xff\xd8\xff"
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 EXIF_OR_XMP, SCAN = 0xE1, 0xDA  # JPEG markers
 
 
@@ -52,7 +53,10 @@ def decode_jpeg(
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image.data)
         if colours in ("CMYK", "YCCK") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             return None
-        scale = reduction((width, height), least)
+        orientation = _orientation(image)
+        if orientation is None:
+            return None
+        scale = reduction((width, height), least and turned(least, orientation))
         pixels: np.ndarray = simplejpeg.decode_jpeg(
             image.data,
             COLOURS[channels],
@@ -62,14 +66,17 @@ def decode_jpeg(
         )
     except ValueError:
         return None
-    pixels = pixels.transpose(2, 0, 1)
+    return upright(pixels.transpose(2, 0, 1), orientation)
+
+
+def _orientation(image: JpegImage) -> int | None:
+    """The EXIF orientation, 1 if there is none; None if the EXIF data is broken."""
     if not _may_have_orientation(image.data):
-        return pixels
+        return 1
     try:
-        orientation = image.opened().getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF fails in many ways; leave it to Pillow
+        return exif_orientation(image.opened())
+    except Exception:  # it fails in many ways
         return None
-    return upright(pixels, orientation)
 
 
 def _may_have_orientation(data: bytes) -> bool:
@@ -91,9 +98,19 @@ def reduction(size: tuple[int, int], least: tuple[int, int] | None) -> int:
     return next(scale for scale in (8, 4, 2, 1) if scale <= max(1, possible))
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """1 to 8, 1 being upright. Raises exceptions of many kinds on broken EXIF data."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def turned(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """The size as stored of an image of this upright size, or the other way round."""
+    return size[::-1] if orientation in QUARTER_TURNS else size
+
+
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply an EXIF orientation to pixels [C H W]."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in QUARTER_TURNS:
         pixels = pixels.swapaxes(1, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[:, ::-1]

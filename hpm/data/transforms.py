@@ -24,7 +24,7 @@ from hpm.data.arrays import (
     reading,
     recoloured,
 )
-from hpm.data.jpeg import JpegImage, decode_jpeg
+from hpm.data.jpeg import JpegImage, decode_jpeg, exif_orientation, turned
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FLIPPED_AXES: dict[bool | Flip, tuple[int, ...]] = {
@@ -244,8 +244,9 @@ def has_four_bands(image: Opened) -> TypeGuard[ImageFile.ImageFile]:
 
 
 def _by_pillow(image: Image.Image, channels: int, least: tuple[int, int] | None) -> np.ndarray:
+    height, width = turned(least, exif_orientation(image)) if least else image.size[::-1]
     # Even at full size: `draft` makes Pillow read a colour JPEG's stored luminance as grey.
-    image.draft(MODES[channels], least[::-1] if least else image.size)
+    image.draft(MODES[channels], (width, height))
     return _channels_first(np.asarray(ImageOps.exif_transpose(image).convert(MODES[channels])))
 
 

@@ -166,6 +166,17 @@ def test_large_jpegs_are_not_decoded_whole(least, scale, channels, monkeypatch):
     assert found.shape == (channels, -(-199 // scale), -(-203 // scale))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_jpegs_are_not_decoded_too_small(orientation, monkeypatch):
+    """`least` is of the upright image, whose sides are exchanged in half of the orientations."""
+    file = photograph(800, 200, orientation=orientation)
+    upright = (200, 800) if orientation < 5 else (800, 200)
+    least = tuple(side // 2 for side in upright)
+    found = decode(open_image(file), 3, least).array
+    assert found.shape[1:] == least
+    assert np.array_equal(found, by_pillow(monkeypatch, file, 3, least))
+
+
 def test_the_fast_decoder_is_used(monkeypatch):
     image = open_image(photograph())
     monkeypatch.setattr(Image.Image, "convert", None)
