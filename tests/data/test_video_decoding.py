@@ -36,6 +36,14 @@ def test_frames_are_those_asked_for(tmp_path, suffix):
         assert shown(open_video(io.BytesIO(data.read())), [7, 31]) == [7, 31]
 
 
+def test_clips_near_the_end_of_a_transport_stream(tmp_path):
+    """It has no index: to seek there may lead behind its last packet."""
+    file = str(write_video(tmp_path / "a.ts", frames=60, rate=30, b_frames=2))
+    for start in range(45, 60):
+        numbers = range(start, start + 4)
+        assert shown(open_video(file), numbers) == [min(number, 59) for number in numbers]
+
+
 def test_past_the_end_the_last_frame_stays(tmp_path):
     one = str(write_video(tmp_path / "one.mp4", frames=1))
     assert open_video(one).length == 1

@@ -114,7 +114,7 @@ class VideoFile:
 
     def _shown(self, numbers: Sequence[int], timing: Timing, from_start: bool) -> list[Any] | None:
         """The frame shown in the middle of each numbered period, fewer if the video ends early;
-        None if decoding started behind the first of them."""
+        None if decoding started behind the first of them, or behind all frames."""
         shown: list[Any] = []
         last, position = None, 0.0
         for counted, frame in enumerate(self._decoded(numbers, timing)):
@@ -132,6 +132,8 @@ class VideoFile:
                 if len(shown) == len(numbers):
                     return shown
             last = frame
+        if last is None and not from_start:
+            return None
         # The last frame stays, if this is where the video should end.
         if last is not None and (self._scanned or position >= timing.length - 1.5):
             shown += [last] * (len(numbers) - len(shown))
