@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hpm.core.errors import counted, one_line
-from hpm.data.jpeg import JpegImage
+from hpm.data.jpeg import JpegImage, upright
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -72,6 +72,7 @@ class ArrayImage:
     axes: meaning of each axis, of Y, X and C; empty if the file does not say.
     colours: the channels are grey or RGB, perhaps with alpha, and can be converted into each other;
         those of other images may mean anything.
+    orientation: as in EXIF, of the array as stored; 1 is upright.
     """
 
     load: Callable[[], np.ndarray]
@@ -79,6 +80,7 @@ class ArrayImage:
     dtype: np.dtype
     axes: str
     colours: bool = False
+    orientation: int = 1
 
     @property
     def deep(self) -> bool:
@@ -96,9 +98,8 @@ class ArrayImage:
             raise UnreadableImage(f"{counted(found, 'channel')} instead of {channels}")
         array = self._decoded()
         array = np.moveaxis(array, axes.index("C"), 0) if "C" in axes else array[None]
-        return Pixels(
-            array.swapaxes(1, 2) if axes.index("X") < axes.index("Y") else array, channels
-        )
+        array = array.swapaxes(1, 2) if axes.index("X") < axes.index("Y") else array
+        return Pixels(upright(array, self.orientation), channels)
 
     def _check_size(self) -> None:
         if self.dtype.kind not in "biuf":

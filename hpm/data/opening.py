@@ -23,9 +23,10 @@ from hpm.data.arrays import (
     UnreadableImage,
     reading,
 )
-from hpm.data.jpeg import START, JpegImage
+from hpm.data.jpeg import QUARTER_TURNS, START, JpegImage
 from hpm.data.pillow import open_by_pillow
 
+ORIENTATION = 274  # a TIFF tag, with the values of EXIF
 GREY, RGB = (1, 1), (2, 3)  # TIFF's PhotometricInterpretation, and number of samples without alpha
 
 
@@ -88,7 +89,9 @@ def _open_tiff(file: File) -> Image.Image | ArrayImage:
         samples, bits = image.tag_v2.get(277, 1), max(image.tag_v2.get(258, (1,)))
         pages = bands == 1 and image.is_animated  # each channel is stored as a page
         if samples == bands and not pages and (bits <= 8 or bands == 1 or image.mode == "CMYK"):
-            return image
+            # Pillow 13 scrambles the pixels of a file that it maps into memory and turns.
+            turns = image.tag_v2.get(ORIENTATION, 1) in QUARTER_TURNS
+            return open_by_pillow(io.BytesIO(_content(file))) if turns else image
     tifffile = _need("tifffile", "TIFF of more than RGB in 8 bits")
     codecs = _need("imagecodecs", "TIFF of more than RGB in 8 bits")
 
@@ -107,7 +110,8 @@ def _open_tiff(file: File) -> Image.Image | ArrayImage:
         meaning = page.photometric, page.samplesperpixel - len(page.extrasamples)
         alpha = len(page.extrasamples) <= 1 and all(int(e) in ALPHA for e in page.extrasamples)
         colours = axes == "YX" or (meaning in (GREY, RGB) and alpha)
-        return ArrayImage(load, series.shape, series.dtype, axes, colours)
+        orientation = page.tags.valueof(ORIENTATION, 1)
+        return ArrayImage(load, series.shape, series.dtype, axes, colours, orientation)
 
 
 def _need(module: str, job: str) -> ModuleType:

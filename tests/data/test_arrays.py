@@ -164,6 +164,26 @@ def test_near_infrared_is_not_taken_for_alpha():
         view_of(tiff(image, **options), (8, 8), 3)
 
 
+TURNED = {1: lambda a: a, 3: lambda a: a[::-1, ::-1], 4: np.flipud, 5: lambda a: a.swapaxes(0, 1)}
+TURNED |= {6: lambda a: np.rot90(a, -1), 8: np.rot90}
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("compression", [None, "zlib", "lzw"])
+def test_tiffs_are_turned_upright(kind, channels, compression, tmp_path):
+    stored = (np.arange(40 * 60 * channels) % 251).astype(kind).reshape(40, 60, channels)
+    options = {"photometric": "rgb" if channels == 3 else "minisblack", "compression": compression}
+    options |= {"planarconfig": "contig"} if channels > 1 else {}
+    for orientation, turn in TURNED.items():
+        written = stored if channels > 1 else stored[..., 0]
+        file = tiff(written, extratags=[(274, "H", 1, orientation, True)], **options)
+        (tmp_path / "a.tif").write_bytes(file.getvalue())
+        for way_in in (file, tmp_path / "a.tif"):
+            found = decode(open_image(way_in), channels).array.transpose(1, 2, 0)
+            assert np.array_equal(found, turn(stored)), orientation
+
+
 def header(shape, descr="'|u1'", version=b"\1\0"):
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     return io.BytesIO(b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text)
