@@ -40,13 +40,12 @@ def given(name: str) -> GivenSource | None:
 class GivenSource:
     """The images of a data set: items are images, `(image, label)`, or dictionaries with the image
     under `image` or `pixel_values`. Images are Pillow's, tensors [C H W] or arrays [H W C]. Labels
-    are those of its `targets` and `classes`, if it has them."""
+    are those of its `targets` and `classes`, if there is an integer for each image."""
 
     def __init__(self, dataset: Any, name: str):
         self.name = name
         self._dataset = dataset
-        targets = getattr(dataset, "targets", None)
-        self.labels = None if targets is None else np.asarray(targets, np.int64)
+        self.labels = _labels(getattr(dataset, "targets", None), len(dataset))
         self.classes: list[str] = []
         if self.labels is not None:
             numbers = range(int(self.labels.max()) + 1)
@@ -70,6 +69,17 @@ class GivenSource:
 
     def path(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+
+def _labels(targets: Any, images: int) -> np.ndarray | None:
+    """int64; None unless there is one integer for each image. Targets may be something else, such
+    as the paths of masks in torchvision's VOCSegmentation."""
+    try:
+        labels = np.asarray(targets)
+    except ValueError:  # lists of different lengths
+        return None
+    integers = labels.dtype.kind in "biu" and labels.shape == (images,)
+    return labels.astype(np.int64) if integers else None
 
 
 def _opened(image: Any) -> Opened:

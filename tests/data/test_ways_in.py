@@ -155,6 +155,25 @@ def test_items_of_a_data_set(make):
     np.testing.assert_allclose(view, PIXELS[3].transpose(2, 0, 1), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("targets", "labels"),
+    [
+        ([1] * 12, [1] * 12),
+        (torch.ones(12, dtype=torch.uint8), [1] * 12),
+        ([f"masks/{n}.png" for n in range(12)], None),
+        ([[0] * n for n in range(12)], None),
+        (torch.rand(12), None),
+        ([0, 1], None),
+        ([], None),
+    ],
+)
+def test_targets_of_a_data_set_that_are_no_labels(targets, labels):
+    """Those of torchvision's VOCSegmentation are paths of masks."""
+    source = open_source(named(Pictures(lambda i: PIXELS[i], targets))).train
+    assert (None if source.labels is None else source.labels.tolist()) == labels
+    assert source.classes == (["cat", "dog"] if labels else [])
+
+
 def test_a_data_set_trains_and_is_evaluated(tmp_path):
     train = Pictures(lambda i: (Image.fromarray(PIXELS[i]), i % 2), [i % 2 for i in range(12)])
     test = Pictures(train.make, train.targets)
