@@ -16,7 +16,7 @@ from hpm.data.loader import training_views
 from hpm.data.sources import open_source
 from hpm.data.video.sampling import ClipSampling
 from hpm.evals.finetune import Options
-from hpm.evals.finetune.augmentation import Augmentation, seed_everything
+from hpm.evals.finetune.augmentation import Augmentation, FinetuneClipViews, seed_everything
 from hpm.training.supervised import SupervisedTraining
 
 CLIPS = TINY | {"frames": 4, "frame_stride": 2, "patch_size": (2, 8, 8), "steps": 2}
@@ -117,6 +117,20 @@ def test_all_frames_are_augmented_alike(growing):
         assert all(np.array_equal(view[:, 0], view[:, time]) for time in range(4))
         differ.append(not np.array_equal(view, other))
     assert sum(differ) >= 10
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_frames_of_any_depth_are_augmented(kind, tmp_path):
+    """Their values keep their scale: half of white stays half of white."""
+    half = {np.uint8: 128, np.uint16: 128 * 257, np.float32: 128 / 255}[kind]
+    (tmp_path / "video").mkdir()
+    for time in range(4):
+        frame = Image.fromarray(np.full((16, 16), half, kind))
+        frame.save(tmp_path / "video" / f"{time}.{'png' if kind == np.uint8 else 'tif'}")
+    source = open_source(str(tmp_path), clips=True).train
+    views = training_views(source, (8, 8), 1, 0, (0.5, 1.0), True, 1, ClipSampling(4, 1))
+    view, _ = FinetuneClipViews(views, lambda image: image.resize((8, 8)))(source, (0, 0))
+    assert view.shape == (1, 4, 8, 8) and (view == 128).all()
 
 
 def test_erasing_and_mixing_keep_the_time(growing):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from hpm.core.errors import UserError
 from hpm.core.extras import need
+from hpm.data.arrays import ArrayImage, Opened
 from hpm.data.loader import Key, MakeView, TrainingViews
 from hpm.data.sources import Source
 from hpm.data.transforms import View, augmented_view
@@ -54,9 +55,16 @@ class FinetuneClipViews:
         frames = []
         for frame in clip.frames:
             seed_everything(self.clips.seed, *key)  # for each frame anew: the same choices
-            image = Image.fromarray(np.squeeze(frame, 2) if frame.shape[2] == 1 else frame)
-            frames.append(augmented_view(image, self.channels, self.transform))
+            frames.append(augmented_view(_opened(frame), self.channels, self.transform))
         return image_or_clip(np.stack(frames, 1)), None
+
+
+def _opened(frame: np.ndarray) -> Opened:
+    """A frame of a Clip [H W C] as an image."""
+    if frame.dtype == np.uint8:
+        return Image.fromarray(np.squeeze(frame, 2) if frame.shape[2] == 1 else frame)
+    array = frame if frame.dtype == np.uint16 else frame / np.float32(255)
+    return ArrayImage(lambda: array, array.shape, array.dtype, "YXC", colours=True)
 
 
 def seed_everything(*key: int) -> None:
