@@ -23,11 +23,12 @@ class BareClips:
         self._plans: dict[int, tuple[list[int], Timing | None]] = {}
 
     def decode(self, index: int, data: bytes | None) -> np.ndarray:
-        """A clip, uint8 [T C H W]."""
+        """A clip [T C H W], uint8 or float32."""
         numbers, timing = self.plan(index)
         if data is None or timing is None:
             with closing(self._open(index)) as video:
-                return video.read(numbers, self.views.channels).transpose(0, 3, 1, 2)
+                clip = video.read(numbers, self.views.channels).transpose(0, 3, 1, 2)
+                return clip if clip.dtype == np.uint8 else clip.astype(np.float32)
         wanted = [number + 0.5 for number in numbers]
         frames: list[np.ndarray] = []
         av = pyav()

@@ -6,6 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from videos import number_of, write_video
 
 from hpm.data.loader import (
@@ -16,11 +17,13 @@ from hpm.data.loader import (
     training_loader,
     training_views,
 )
+from hpm.data.opening import open_image
 from hpm.data.sources import DemoVideos, open_source
 from hpm.data.statistics import measure_statistics
-from hpm.data.transforms import least_size
+from hpm.data.transforms import evaluation_view, least_size
 from hpm.data.video import demo
 from hpm.data.video.clips import ClipEvaluationViews, ClipViews, crop_box
+from hpm.data.video.frames import FrameFolder
 from hpm.data.video.sampling import ClipSampling, ViewGrid
 
 SAMPLING = ClipSampling(4, 3)
@@ -160,6 +163,28 @@ def test_grey_clips_and_wrong_channels(videos):
     assert view.shape == (1, 4, *SIZE) and view.dtype == np.uint8
     (batch,) = evaluation_batches(videos, SIZE, 5, 6, sampling=SAMPLING)
     assert len(batch.images) == 0 and "3 channels instead of 5" in batch.unreadable[0][1]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_deep_frames_are_resized_as_images(kind, tmp_path):
+    """At edges, too, where the filter overshoots: 16 bits stay between black and white."""
+    edge = np.zeros((64, 64), kind)
+    edge[:, 32:] = 65535 if kind == np.uint16 else 1
+    (tmp_path / "video").mkdir()
+    for time in range(4):
+        Image.fromarray(edge).save(tmp_path / "video" / f"{time}.tif")
+    source = open_source(str(tmp_path), clips=True).train
+    view, *_ = ClipEvaluationViews((48, 48), 1, ClipSampling(4, 1))(source, (0, 0))
+    image = evaluation_view(open_image(tmp_path / "video" / "0.tif"), (48, 48), 1)
+    assert view.dtype == np.float32 and all(np.array_equal(view[:, t], image) for t in range(4))
+    assert (view.max() > 255) == (kind == np.float32)
+
+
+def test_frames_of_mixed_depth_have_one_scale(tmp_path):
+    for time, white in enumerate((np.uint8(255), np.uint16(65535))):
+        Image.fromarray(np.full((8, 8), white)).save(tmp_path / f"{time}.png")
+    frames = FrameFolder(str(tmp_path)).read([0, 1], 1)
+    assert frames.dtype == np.float32 and (frames == 255).all()
 
 
 def test_images_keep_their_views():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hpm.data.arrays import Box, View, recoloured, resize
+from hpm.data.arrays import Box, View, in_units_of_255, recoloured, resize
 from hpm.data.video.sampling import ClipSampling, Times
 
 
@@ -33,8 +33,8 @@ class Video(Protocol):
     def read(
         self, numbers: Sequence[int], channels: int = 3, least: tuple[int, int] | None = None
     ) -> np.ndarray:
-        """Decode frames of rising numbers: [frames H W channels in the file], uint8 or float32 in
-        units of 255.
+        """Decode frames of rising numbers: [frames H W channels in the file], uint8, uint16 or
+        float32, the last in units of 255.
 
         channels: of a view, for the check that frames can be converted to them. least: (height,
         width) that suffice; larger frames may be reduced to it. Numbers past the end give the last
@@ -47,8 +47,8 @@ class Video(Protocol):
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames [frames H W channels in the file], uint8 or float32 in units of 255; of
-    `channels` in a view."""
+    """Decoded frames [frames H W channels in the file], uint8, uint16 or float32, the last in units
+    of 255; of `channels` in a view."""
 
     frames: np.ndarray
     channels: int
@@ -65,6 +65,8 @@ class Clip:
         """Crop all frames to `box` and resize them to `size`: [C T H W]."""
         left, top, right, bottom = box
         part = self.frames[:, top:bottom, left:right].transpose(0, 3, 1, 2)
+        if part.dtype == np.uint16:
+            part = in_units_of_255(part)
         if part.shape[2:] == size:
             view = part.swapaxes(0, 1)
         elif part.dtype != np.uint8 or size == (1, 1):
@@ -72,6 +74,8 @@ class Clip:
         else:
             resized = F.interpolate(torch.from_numpy(part), size, mode="bicubic", antialias=True)
             view = resized.transpose(0, 1).numpy()
+        if self.frames.dtype == np.uint16:
+            view = view.clip(0, 255)  # the filter overshoots at edges
         view = view if len(view) == self.channels else recoloured(view, self.channels)
         return np.ascontiguousarray(view)
 

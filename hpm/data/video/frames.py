@@ -56,7 +56,7 @@ class FrameFolder:
                 frames.append(frames[-1])
                 continue
             file = self.files[min(number, self.length - 1)]
-            pixels = in_units_of_255(decode(open_image(file), channels, least).array)
+            pixels = decode(open_image(file), channels, least).array
             frames.append(pixels.transpose(1, 2, 0))
             if frames[-1].shape != frames[0].shape:
                 height, width = frames[0].shape[:2]
@@ -64,4 +64,6 @@ class FrameFolder:
                     f"{os.path.basename(file)} is {pixels.shape[2]}x{pixels.shape[1]} pixels, "
                     f"the frames before it {width}x{height}"
                 )
-        return np.stack(frames)
+        if all(frame.dtype.str[1:] == "u2" for frame in frames):
+            return np.stack(frames).astype(np.uint16, copy=False)  # in the machine's byte order
+        return np.stack([in_units_of_255(frame) for frame in frames])
