@@ -33,7 +33,7 @@ def read_list(path: Path) -> tuple[Paths, np.ndarray | None, list[str]]:
         most = count_lines(path)
         if most > MOST_CHECKED:
             return _read_long(path, most)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -8,6 +8,7 @@ that ends in the suffix of an image does not.
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -85,6 +86,8 @@ def _blocks(path: Path, root: bytes) -> Iterator[bytes]:
     break. Paths below the list's folder become relative to it."""
     rest = b""
     with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         while data := file.read(BLOCK):
             lines, _, rest = (rest + data).rpartition(b"\n")
             if len(rest) > BLOCK:

@@ -55,6 +55,14 @@ def both_ways(path):
     return found
 
 
+def test_a_list_may_begin_with_a_byte_order_mark(folder):
+    """Windows editors write one."""
+    (folder / "list.txt").write_text("a.png 1\nd/e.jpeg 2\n", encoding="utf-8-sig")
+    short, long = both_ways(folder / "list.txt")
+    assert short == long
+    assert short[0] == [str(folder / name) for name in ("a.png", "d/e.jpeg")]
+
+
 @settings(max_examples=60)
 @given(
     st.lists(
