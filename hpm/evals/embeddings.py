@@ -8,6 +8,7 @@ file beside them.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -293,10 +294,11 @@ def _as_table(arrow: Any, part: Embeddings, about: dict[str, Any]) -> Any:
     """The rows as a table of pyarrow. Patches are flat; `about` has their shape."""
 
     def vectors(values: np.ndarray) -> Any:
-        rows = np.ascontiguousarray(values).reshape(len(values), -1)
-        return arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), rows.shape[1])
+        flat = arrow.array(np.ascontiguousarray(values).reshape(-1))
+        return arrow.FixedSizeListArray.from_arrays(flat, math.prod(values.shape[1:]))
 
-    columns = {"index": arrow.array(part.ids), "path": arrow.array(list(part.paths))}
+    paths = arrow.array(list(part.paths), arrow.string())  # no type is inferred for []
+    columns = {"index": arrow.array(part.ids), "path": paths}
     for name, values in (("label", part.labels), ("split", part.splits)):
         if values is not None:
             columns[name] = arrow.array([str(value) or None for value in values], arrow.string())

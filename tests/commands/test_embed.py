@@ -180,6 +180,19 @@ def test_unreadable_images_are_listed(backbone, damaged, expected, tmp_path, sha
     close(read.features, expected[1][2:])
 
 
+def test_a_shard_without_a_readable_image(backbone, damaged, expected, tmp_path):
+    """In a folder, it is a part without rows, of the same columns as the others."""
+    dataset = pytest.importorskip("pyarrow.dataset")
+    out = tmp_path / "folder"
+    options = QUICK | {"shard_images": 2, "patches": True}
+    found = hpm.embed(backbone, damaged, out, report=str, **options)
+    assert found.ids.tolist() == list(range(2, 48)) and found.labels[0] == "class_0"
+    close(found.features, expected[1][2:])
+    close(found.patches, expected[3][2:])
+    table = dataset.dataset(sorted(out.glob("*.parquet"))).to_table()
+    assert table["path"].to_pylist() == list(found.paths)
+
+
 def test_too_many_unreadable_images(backbone, damaged, tmp_path):
     out = tmp_path / "f.npy"
     arguments = ("embed", backbone, damaged, "--out", out, "--shard-images", 5, *FLAGS)
