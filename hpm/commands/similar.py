@@ -69,11 +69,11 @@ def embed_alike(
                 f"the features are of {run}, whose weights {reason}: pass --run "
                 f"{run if is_timm else 'with their place'}"
             )
-    clip = about["clip"] is not None
+    height, width = about["image_size"][-2:]
     recipe = Recipe(
         about["pool"],
         about["teacher"],
-        None if clip else (about["image_size"][0], about["image_size"][1]),
+        (height, width),
         about["crop_share"],
         about["precision"],
         about["dtype"],
@@ -84,7 +84,7 @@ def embed_alike(
             f"the features were made with other weights (step {about['step']}) than {run} holds "
             f"now (step {embedder.step}): embed the images again, or name the weights with --run"
         )
-    source = chain(_one_image(image, clip))
+    source = chain(_one_image(image, clip=about["clip"] is not None))
     (computed,) = embedder.batches(source, batch_size=1)
     if computed.unreadable:
         raise UserError(f"{image} cannot be read ({computed.unreadable[0][1]})")

@@ -3,11 +3,13 @@
 import csv
 import shutil
 
+import numpy as np
 import pytest
 from helpers import assert_refused, run_here, write_images
 from PIL import Image
 
 import hpm
+from hpm.models.architecture import Architecture
 from hpm.models.build import build_encoder
 from hpm.weights.own import save_backbone
 from hpm.weights.resolve import load
@@ -48,6 +50,27 @@ def test_an_image_finds_its_copy(features, tmp_path):
     shutil.copy(image, elsewhere)
     found = run_here("similar", features, elsewhere, "--count", 2, *FLAGS)
     assert {line.split()[0] for line in found.stdout.splitlines()} == {"1.0000"}
+
+
+def test_a_clip_finds_itself_at_another_size(tmp_path):
+    """The query is embedded at the size of the features, which need not be the encoder's."""
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        folder = tmp_path / "videos" / f"v{number}"
+        folder.mkdir(parents=True)
+        for frame in range(4):
+            pixels = rng.integers(0, 255, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{frame:03d}.png")
+    architecture = Architecture((2, 16, 16), (2, 4, 4), 3, 32, 1, 2)
+    state = build_encoder(architecture, 0).state_dict()
+    backbone = tmp_path / "b.safetensors"
+    save_backbone(backbone, state, architecture, [0.5] * 3, [0.3] * 3)
+    out, options = tmp_path / "f.npy", {"workers": 0, "device": "cpu"}
+    hpm.embed(backbone, tmp_path / "videos", out, str, image_size=(24, 32), **options)
+    shutil.copytree(tmp_path / "videos" / "v1", tmp_path / "query")
+    found = run_here("similar", out, tmp_path / "query", "--count", 1, *FLAGS)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("1.0000  ") and "v1" in found.stdout
 
 
 def test_duplicates(features, tmp_path):
