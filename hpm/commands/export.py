@@ -35,6 +35,9 @@ from hpm.weights.segmentation import SegmentationModel
 # Largest difference between outputs in float32, relative for outputs larger than 1.
 TOLERANCE = 1e-5
 BATCHES = (2, 1)
+# Options that fine-tuned models do not have: their weights and pooling are fixed, and their folder
+# has neither decoder nor figures.
+OF_BACKBONES = ("teacher", "pool", "with_decoder", "with_figure")
 
 Report = Callable[[str], None]
 
@@ -73,15 +76,17 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
     out = Path(config.out).expanduser()
     model = load_model(config.run)
     if isinstance(model, SegmentationModel) and config.to == "onnx":
-        _check(config, out, _format(config))
+        _check_finetuned(config, out, WRITABLE[config.to])
+        if config.push:
+            raise UserError("push does not take segmenters: leave it out, and upload the file")
         return export_segmenter(model, out, report)
     if isinstance(model, ClassificationModel) and config.to in WRITABLE_CLASSIFIERS:
         written = WRITABLE_CLASSIFIERS[config.to]
-        _check(config, out, written)
+        _check_finetuned(config, out, written)
         encoder: Any = model.classifier.encoder
         mean, std = model.mean.tolist(), model.std.tolist()
         trained = Trained(config.run, model.architecture, mean, std, encoder)
-        backbone = trained.backbone(config.pool, config.teacher).eval()
+        backbone = trained.backbone().eval()
         source = ExportSource(trained, backbone, None, config.crop_share, model)
         return _export(config, source, written, report)
     raise UserError(
@@ -170,6 +175,15 @@ def _check(config: ExportConfig, out: Path, written: WritableFormat) -> None:
     for path in taken:
         if path.exists():
             raise UserError(f"{path} exists: choose another --out")
+
+
+def _check_finetuned(config: ExportConfig, out: Path, written: WritableFormat) -> None:
+    for name in OF_BACKBONES:
+        if getattr(config, name) != getattr(ExportConfig, name):
+            raise UserError(
+                f"{name} is for backbones, but {config.run} is a fine-tuned model: leave it out"
+            )
+    _check(config, out, written)
 
 
 def _source(config: ExportConfig, report: Report) -> ExportSource:

@@ -287,6 +287,50 @@ def test_what_is_refused(tmp_path, changes, options, reason):
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.fixture
+def finetuned(tmp_path):
+    """A segmenter and a classifier of random weights."""
+    from hpm.models.build import build_classifier, build_encoder
+    from hpm.models.segmenter import LinearSegmenter
+    from hpm.weights.classification import ClassificationModel, write_classifier
+    from hpm.weights.segmentation import SegmentationModel
+
+    architecture, moments = (
+        architecture_of(OBLONG | {"image_size": [16, 16]}),
+        ([0.5] * 3, [0.3] * 3),
+    )
+    folder = tmp_path / "finetuned"
+    folder.mkdir()
+    segmenter = LinearSegmenter(build_encoder(architecture, seed=0), 2)
+    SegmentationModel(segmenter, architecture, ["a", "b"], *moments, 16).save(
+        folder / "s.safetensors"
+    )
+    classifier = build_classifier(architecture, None, 2)
+    model = ClassificationModel(classifier, architecture, ["a", "b"], *moments)
+    write_classifier(model, folder / "c.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["s", "c"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("teacher", True), ("pool", "cls"), ("with_decoder", True), ("with_figure", True)],
+)
+def test_finetuned_models_have_no_options_of_a_backbone(finetuned, tmp_path, name, option, value):
+    options = {option: value, "push": "me/it", "licence": "mit"}
+    reason = f"^{option} is for backbones, but .*{name}.safetensors is a fine-tuned model: leave"
+    with pytest.raises(hpm.UserError, match=reason):
+        hpm.export(finetuned / f"{name}.safetensors", "onnx", tmp_path / "x.onnx", **options)
+    assert os.listdir(tmp_path) == ["finetuned"]
+
+
+def test_segmenters_are_not_uploaded(finetuned, tmp_path):
+    options = {"push": "me/it", "licence": "mit"}
+    with pytest.raises(hpm.UserError, match="push does not take segmenters: leave it out"):
+        hpm.export(finetuned / "s.safetensors", "onnx", tmp_path / "x.onnx", **options)
+    assert os.listdir(tmp_path) == ["finetuned"]
+
+
 def test_feature_targets_have_no_decoder_for_hugging_face(finished_run, tmp_path, monkeypatch):
     trained = load(finished_run.folder)
     trained.config.target = "hog"
