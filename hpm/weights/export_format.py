@@ -110,15 +110,18 @@ def unless_images(source: ExportSource, library: str) -> str | None:
     )
 
 
-def unless_plain_vit(source: ExportSource, library: str) -> str | None:
-    """Why a library that has only the plain ViT does not support this encoder, or None."""
+def unless_plain_vit(source: ExportSource, library: str, class_token: bool = True) -> str | None:
+    """Why a library that has only the plain ViT does not support this encoder, or None.
+
+    class_token: whether all of its models have one.
+    """
     if isinstance(source.encoder, VisionTransformer):
         count = source.encoder.num_class_tokens
-        if count < 2:
+        if count == 1 or (count == 0 and not class_token):
             return None
         return (
-            f"{library} has one class token, and this encoder has {count}: pass --to timm, onnx or "
-            "safetensors"
+            f"{library} has one class token, and this encoder has {count or 'none'}: pass --to "
+            "timm, onnx or safetensors"
         )
     name = source.architecture.model or ""
     others = "timm or onnx" if name.startswith(PREFIX) else "onnx or safetensors"

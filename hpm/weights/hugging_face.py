@@ -84,7 +84,7 @@ class HuggingFaceViT(ReadableFormat, WritableFormat):
         height, width = source.encoder.image_size[-2:]
         if height != width and source.crop_share != 1:
             return "transformers cuts the centre out for square images alone: leave crop_share out"
-        return unless_plain_vit(source, "transformers' ViT")
+        return unless_plain_vit(source, "transformers' ViT", self.class_token)
 
     def write(self, source: ExportSource, path: Path) -> None:
         need("transformers", "hf", self.purpose)

@@ -90,6 +90,8 @@ class Timm(ReadableFormat, WritableFormat):
             return encoder.name, options
         sizes = ("embed_dim", "depth", "num_heads")
         options |= {name: getattr(source.architecture, name) for name in sizes}
+        if not encoder.has_class_token:
+            options["class_token"] = False
         if encoder.num_class_tokens > 1:
             options["reg_tokens"] = encoder.num_class_tokens - 1
         return "vit_base_patch16_224", options

@@ -84,7 +84,7 @@ class VideoMae(HuggingFaceViT):
 
     def unsupported(self, source: ExportSource) -> str | None:
         encoder, shape = source.encoder, source.architecture
-        reason = unless_plain_vit(source, "transformers' VideoMAE")
+        reason = unless_plain_vit(source, "transformers' VideoMAE", self.class_token)
         if reason:
             return reason
         if shape.class_token or shape.positions != "sincos_1d":

@@ -230,6 +230,22 @@ def test_encoders_of_timm(tmp_path, name):
     close(pasted(said, images=images)["patches"], hpm.load_encoder(path)(images)[1])
 
 
+@pytest.mark.parametrize("to", ["torchvision", "hf"])
+def test_an_encoder_without_class_token_goes_to_timm(tmp_path, to):
+    shape = OBLONG | {"image_size": [16, 16], "class_token": False}
+    path = backbone_of(shape, tmp_path / "run.safetensors")
+    said = []
+    hpm.export(path, "timm", tmp_path / "x.safetensors", said.append)
+    names, ours = pasted(said, images=IMAGES), hpm.load_encoder(path)(IMAGES)
+    close(names["pooled"], ours[0])
+    close(names["patches"], ours[1])
+    out = tmp_path / {"torchvision": "y.safetensors", "hf": "hf"}[to]
+    reason = "has one class token, and this encoder has none: pass --to timm, onnx or safetensors"
+    with pytest.raises(hpm.UserError, match=reason):
+        hpm.export(path, to, out)
+    assert not out.exists()
+
+
 def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
     hiera = {
         "model": "timm/hiera_tiny_224",
