@@ -160,15 +160,28 @@ class Backbone(nn.Module):
         """1 or 255 if floating-point images are evidently pixels of that scale, else None.
 
         Normalised images have negative values, unless every pixel is brighter than the mean.
-        Images without negative values count as pixels if their maximum is typical of pixels in
-        [0, 1], or far above the largest normalised value.
+        Images without negative values count as pixels if their maximum is far above the largest
+        normalised value, or if it is typical of pixels in [0, 1]. The latter may also be bright
+        images, normalised: those of 8 bits are recognised by their levels, and others count as
+        normalised unless white is well above 1 after normalisation.
         """
         if torch.compiler.is_compiling() or not images.numel():
             return None
         low, high = (float(side) for side in images.detach().aminmax())
         if 0 <= low <= 0.1 and 0.75 <= high <= 1:
-            return 1
+            images = images.detach().float().to(self.mean.device)
+            by_channel = (-1, *(1 for _ in self.encoder.image_size))
+            pixels = images * self.std.view(by_channel) + self.mean.view(by_channel)
+            if _has_8_bits(pixels):
+                return None
+            return 1 if self._brightest > 1.5 or _has_8_bits(images) else None
         return 255 if low >= 0 and 2 * self._brightest < high <= 255 and self._brightest else None
+
+
+def _has_8_bits(pixels: Tensor) -> bool:
+    """Whether pixels in [0, 1] are multiples of 1/255, as precisely as float16 has them."""
+    levels = 255 * pixels
+    return bool((levels - levels.round()).abs().max() < 0.1)
 
 
 def opened(picture: Any) -> Opened:

@@ -128,6 +128,46 @@ def test_an_image_of_one_brightness_is_no_mistake(level):
         assert encoder(encoder.preprocess(blank))[0].isfinite().all()
 
 
+def with_moments(mean, std):
+    return Backbone(build_encoder(architecture_of(SHAPE), 0), [mean] * 3, [std] * 3).eval()
+
+
+MOMENTS = [(0.5, 0.5), (0.0, 1.0), (0.45, 0.25), (0.2, 0.2)]
+
+
+@pytest.mark.parametrize(("mean", "std"), MOMENTS)
+def test_bright_images_are_no_mistake(mean, std):
+    """Normalised, they are within [0, 1], as pixels may be."""
+    encoder = with_moments(mean, std)
+    levels = 255 * torch.tensor([mean, mean + 0.95 * std])
+    first, last = levels.ceil().int().tolist()
+    ramp = np.linspace(first, last, 16).astype(np.uint8)
+    images = encoder.preprocess(np.broadcast_to(ramp[:, None], (16, 16, 3)))
+    assert 0 <= images.min() < 0.1 and 0.75 < images.max() <= 1
+    for same in (images, images.half(), images.double()):
+        assert encoder(same)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.0, 1.0)])
+def test_deep_images_are_no_mistake(mean, std):
+    """White is normalised to 1: nothing tells these from pixels."""
+    encoder = with_moments(mean, std)
+    levels = np.random.default_rng(0).integers(65536 * mean, 65536, (1, 3, 16, 16))
+    images = encoder.normalize(torch.from_numpy(levels.astype(np.uint16)))
+    assert 0 <= images.min() < 0.1 and 0.75 < images.max() <= 1
+    assert encoder(images)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("mean", "std"), [pair for pair in MOMENTS if pair != (0.0, 1.0)])
+def test_pixels_are_told_from_bright_images(mean, std):
+    """By their levels, if white is normalised to 1."""
+    encoder = with_moments(mean, std)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    for wrong in (pixels / 255, (pixels / 255).half()):
+        with pytest.raises(hpm.UserError, match="full_scale=1"):
+            encoder(wrong)
+
+
 def test_data_in_units_of_its_own_is_not_doubted():
     encoder = Backbone(build_encoder(architecture_of(SHAPE), 0), [280.0] * 3, [10.0] * 3)
     warm = encoder.normalize(torch.full((1, 3, 16, 16), 300.0) + torch.rand(1, 3, 16, 16), 1)
