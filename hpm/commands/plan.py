@@ -77,7 +77,7 @@ class Target:
 
     @property
     def on_gpu(self) -> bool:
-        return self.gpu is not None or self.device.type == "cuda"
+        return self.gpu is not None or self.device.type != "cpu"
 
     @property
     def in_bfloat16(self) -> bool:
@@ -119,6 +119,9 @@ def _target(config: PlanConfig) -> Target:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         return Target(f"one {about.name}", device, None, flops, about.total_memory)
+    if device.type == "mps":
+        memory = torch.mps.recommended_max_memory()
+        return Target("the Apple GPU of this machine", device, None, flops, memory)
     title = f"this machine, {counted(usable_cores(), 'core')}, no GPU"
     return Target(title, device, None, flops, available_memory())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from hpm.data.video.sources import holds_videos
 from hpm.data.workers import FORKS
 
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
+MEMINFO = Path("/proc/meminfo")  # on Linux
 SAMPLED = 32  # images decoded to estimate the size of a source
 ENTRY = np.dtype(
     [
@@ -111,10 +113,14 @@ def make_cache(
 
 
 def available_memory() -> int:
-    """Bytes of free memory on this machine or in this container."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    known = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":") for x in lines)}
-    available = known["MemAvailable"]
+    """Bytes of free memory on this machine or in this container; of all memory where the system
+    is not Linux."""
+    if MEMINFO.exists():
+        lines = MEMINFO.read_text().splitlines()
+        known = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":") for x in lines)}
+        available = known["MemAvailable"]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no limit
         limit = int((group / "memory.max").read_text())

@@ -19,6 +19,7 @@ from hpm.commands.plan_memory import estimate_memory
 from hpm.commands.plan_rules import candidates, largest, recommended_epochs, training_images
 from hpm.commands.plan_words import Plan
 from hpm.core.config import PretrainConfig
+from hpm.data import cache as caching
 from hpm.data.survey import Survey
 from hpm.models.architecture import resolve_model
 from hpm.training.checks import check_pretrain
@@ -138,6 +139,19 @@ def test_less_time_makes_it_smaller(image_folder, tmp_path, machine):
     notes = " ".join(tiny.to_json()["notes"])
     assert tiny.seconds <= 36 and "short training: more time, or a GPU" in notes
     assert short.seconds <= 0.05 * 3600
+
+
+def test_the_machine_on_macos(image_folder, tmp_path, nano, monkeypatch):
+    """Without /proc, and on Apple's GPU, whose memory the driver limits."""
+    monkeypatch.setattr(caching, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(module, "matrix_product_flops", lambda device: 1e11)
+    target = module._target(PlanConfig(str(image_folder), device="cpu"))
+    assert target.title.endswith("no GPU") and target.memory > 0 and not target.on_gpu
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 10**9)
+    target = module._target(PlanConfig(str(image_folder), device="mps"))
+    assert target.title == "the Apple GPU of this machine"
+    assert target.memory == 12e9 and target.on_gpu
 
 
 def test_plain_values(image_folder, tmp_path, nano):
