@@ -156,9 +156,18 @@ def _bench_data(config: Any) -> None:
 
 
 def _write_json(report: Any, file: str | None) -> None:
-    if file:
-        Path(file).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {file}")
+    from hpm.core.files import disk_error
+
+    if not file:
+        return
+    path = Path(file).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not atomically, because the path may be /dev/stdout or a pipe.
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise disk_error(path, error) from error
+    print(f"written to {path}")
 
 
 def _tokenize(config: Any) -> None:

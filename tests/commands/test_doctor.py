@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 import types
 
 import pytest
-from helpers import run_here
+from helpers import assert_refused, run_here
 from rich.console import Console
 
 from hpm.commands import doctor
@@ -23,6 +24,23 @@ def test_on_the_command_line(tmp_path):
     subjects = [each["subject"] for each in findings]
     assert {"hpm", "torch", "processor", "extra dense"} <= set(subjects)
     assert len(subjects) == len(set(subjects))
+
+
+def test_where_the_json_goes(tmp_path, monkeypatch):
+    """A missing folder is made; what cannot be written is refused in one line."""
+    monkeypatch.setattr(doctor, "diagnose", lambda: [doctor.Finding("hpm", "ok", "1")])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (tmp_path / "new/folder/found.json", "~/home/found.json"):
+        assert run_here("doctor", "--json", file).returncode == 0
+    for folder in ("new/folder", "home"):
+        (finding,) = json.loads((tmp_path / folder / "found.json").read_text())
+        assert finding["subject"] == "hpm"
+    reader, writer = os.pipe()
+    assert run_here("doctor", "--json", f"/dev/fd/{writer}").returncode == 0
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert json.load(pipe) == [finding]
+    assert_refused(run_here("doctor", "--json", tmp_path / "new"), f"{tmp_path}/new could not be")
 
 
 def test_every_extra_is_described():
