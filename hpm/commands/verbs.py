@@ -274,7 +274,9 @@ def _evaluations(name: str | None = None) -> dict[str, Verb]:
 def _benchmarks(name: str | None = None) -> dict[str, Verb]:
     options = "hpm.commands.options"
     return {
-        "step": Verb(f"{options}:BenchConfig", _bench_step, about="what a training step costs"),
+        "step": Verb(
+            f"{options}:BenchConfig", _bench_step, presets=True, about="what a training step costs"
+        ),
         "segment": Verb(f"{options}:BenchSegmentConfig", _bench_dense, about="speed of UPerNet"),
         "detect": Verb(f"{options}:BenchDetectConfig", _bench_dense, about="speed of Mask R-CNN"),
         "data": Verb(

@@ -65,10 +65,16 @@ if TYPE_CHECKING:
     from hpm.weights.shard_writer import ShardWriter
 
 
-def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False) -> PretrainingRun:
+def build_run(
+    config: PretrainConfig,
+    device: torch.device,
+    quiet: bool = False,
+    statistics: tuple[list[float], list[float]] | None = None,
+) -> PretrainingRun:
     """Build a run, restored from the latest checkpoint of its folder if there is one.
 
     quiet: log nothing, for runs that only time their steps.
+    statistics: mean and standard deviation of each channel (default: as `normalize` says).
     Raises UserError if the folder, the data or the weights do not fit the config.
     """
     images = open_images(config)
@@ -85,7 +91,7 @@ def build_run(config: PretrainConfig, device: torch.device, quiet: bool = False)
     if checkpoint:
         mean, std = checkpoint.meta["mean"], checkpoint.meta["std"]
     else:
-        mean, std = channel_statistics(config, images.source, architecture)
+        mean, std = statistics or channel_statistics(config, images.source, architecture)
     target = make_target(config, architecture, mean, std, device)
     architecture = architecture.with_target_dim(target.dim)
 

@@ -153,6 +153,22 @@ def test_bench_step(tmp_path, monkeypatch):
         assert found["tflops"] == pytest.approx(rate, rel=1e-6)
 
 
+def test_the_options_of_a_run(tmp_path, monkeypatch):
+    """Also those of channels that no built-in image has, and of data, weights and records, which a
+    step does not need."""
+    monkeypatch.setattr(timing, "CPU_SIZE", 256)
+    monkeypatch.setattr(bench, "_peak_memory", lambda *_: dict.fromkeys(bench.METHODS, 0.0))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data: absent\nout: absent\nmodel: vit_tiny\nchannels: 12\nstream: true\ncache: true\n"
+        "init: absent.pt\ninit_teacher: true\ninit_partial: true\nfreeze_encoder: 10%\n"
+        "normalize: imagenet\ntracker: wandb\nprobe: absent\n"
+    )
+    result = run_here("bench", "step", "--config", file, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "vit_nano" in result.stdout, "the command line overrides the file"
+
+
 def test_no_reading_is_the_first_of_its_turn(monkeypatch):
     """A method's first step after the other one's runs with cold caches: it takes longer."""
     now, last = [0.0], [None]
