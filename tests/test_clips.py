@@ -8,7 +8,10 @@ from jobs import torchrun
 from PIL import Image
 
 import hpm
+from hpm.commands.ablate import ablate
+from hpm.commands.options import AblateConfig
 from hpm.core.files import read_tensors
+from hpm.core.options import make_config
 from hpm.weights.resolve import load
 
 CLIPS = TINY | {
@@ -196,3 +199,17 @@ def test_contradictions_are_refused(image_folder, tmp_path, options, words):
     )
     assert_refused(result, *words)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_ablations_of_folders_of_frames(labelled, clip_folder, tmp_path):
+    """A video is a clip with its label, not a class of images, which its frames would be."""
+    videos = tmp_path / "videos"
+    for number, folder in enumerate(sorted(clip_folder.iterdir())[:12]):
+        below = videos / f"class_{number % 2}" if labelled else videos
+        below.mkdir(parents=True, exist_ok=True)
+        (below / folder.name).symlink_to(folder)
+    options = {"data": str(videos), "out": str(tmp_path / "a"), "vary": ("frames=4",)}
+    config = make_config(AblateConfig, CLIPS | options | {"frames": 1, "seeds": 1, "steps": 2})
+    (values,) = ablate(config).values.values()
+    assert set(values[0]) >= ({"knn", "linear"} if labelled else {"rank", "patch_similarity"})

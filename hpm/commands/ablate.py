@@ -62,7 +62,7 @@ def ablate(config: AblateConfig) -> Results:
 def train_and_measure(config: SeedOptions, runs: list[PlannedRun], results: Results) -> None:
     """Run the plan as far as it has not been run yet. Writes the results after each run, and the
     page of the comparison at the end. All processes call it."""
-    labels = _labels(config)
+    labels = _labels(config, clips=any(run.config.frames > 1 for run in runs))
     with_loss = losses_compare([run.config for run in runs])
     for number, run in enumerate(runs, 1):
         say(f"run {number} of {len(runs)}: {run.variant}, seed {run.config.seed}")
@@ -139,10 +139,11 @@ def _evaluation(
     return result.values
 
 
-def _labels(config: SeedOptions) -> Labels | None:
-    """The labelled data, if there is any; checked before training."""
+def _labels(config: SeedOptions, clips: bool) -> Labels | None:
+    """The labelled data, if there is any; checked before training. clips: whether the runs are of
+    clips."""
     data = config.labels or config.data
-    splits = open_source(data)
+    splits = open_source(data, clips=clips)
     if splits.train.labels is None and config.labels is None:
         say(
             f"{data} has no labels: comparing effective rank and similarity of patches instead of "
