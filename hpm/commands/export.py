@@ -110,7 +110,8 @@ def _export(
             written.write(source, staged)
             difference = check(written, source, staged)
             if config.to == "hf":
-                left_out = add_card(staged, source, config, written.code(source, out))
+                lines = written.code(source, Path(config.push) if config.push else out)
+                left_out = add_card(staged, source, config, lines)
                 _say_left_out(left_out, config, report)
             _publish(Path(folder), out)
     except OSError as error:

@@ -18,6 +18,14 @@ from hpm.weights.export_format import ExportSource
 from hpm.weights.resolve import Trained
 
 FIGURE = "figure.png"
+# What the masks follow from, by `mine_by`.
+MINING = {
+    "teacher": "a teacher predicts how badly each patch will be reconstructed, and masks follow "
+    "from that",
+    "memory": "masks follow from the losses of each image's patches in earlier epochs",
+    "progress": "masks follow from how much the losses of each image's patches fell in earlier "
+    "epochs",
+}
 LIBRARIES = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}
 
 
@@ -57,8 +65,6 @@ def card(
     source: ExportSource, config: ExportConfig, lines: str, with_figure: bool, found: Results
 ) -> str:
     """The text of the card. `lines`: Python code that loads the model."""
-    if config.push and config.to == "hf":  # load from the hub rather than from the local folder
-        lines = lines.replace(config.out, config.push)
     parts = [
         _front_matter(source, config),
         f"# {(config.push or Path(config.out).name).rpartition('/')[2]}",
@@ -117,17 +123,17 @@ def _method(source: ExportSource, config: ExportConfig) -> str:
         found = trained.notes[0].removeprefix(f"{trained.name}: ")
         return f"{text}Not trained by hpm: converted from {Path(trained.name).name}, {found}."
     text += "Pre-trained without labels by masked image modelling"
-    if _is_hpm(trained.config):
+    if trained.config and _is_hpm(trained.config):
         text += (
-            " with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): a teacher "
-            "predicts how badly each patch will be reconstructed, and masks follow from that"
+            " with Hard Patches Mining ([CVPR 2023](https://arxiv.org/abs/2304.05919)): "
+            f"{MINING[trained.config.mine_by]}"
         )
     whose = "teacher's (moving average)" if config.teacher else "student's"
     return f"{text}. These are the {whose} weights."
 
 
 def _is_hpm(config: PretrainConfig | None) -> bool:
-    """Whether the run is known to have used predicted losses for mining."""
+    """Whether the run is known to have used predicted or remembered losses for mining."""
     return bool(config and config.data and config.mask in MINED_BY_LOSS)
 
 

@@ -1,5 +1,6 @@
 """Exports: each is loaded by its library and compared, here once more and apart from the code."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hpm
+from hpm.commands.model_card import Results, card
+from hpm.commands.options import ExportConfig
 from hpm.core.extras import need
 from hpm.data.loader import normalize
 from hpm.data.transforms import evaluation_view
 from hpm.show.run import Run
+from hpm.weights.export_format import ExportSource
 from hpm.weights.formats import WRITABLE
 from hpm.weights.resolve import load, save_backbone
 
@@ -445,6 +449,22 @@ def test_the_card_shows_what_was_measured_on_these_weights(evaluated, tmp_path):
     assert "![" not in text and not (out / "figure.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("mine_by", "words"),
+    [
+        ("teacher", "a teacher predicts how badly each patch will be reconstructed"),
+        ("memory", "masks follow from the losses of each image's patches in earlier epochs"),
+        ("progress", "masks follow from how much the losses of each image's patches fell"),
+    ],
+)
+def test_the_card_says_what_the_masks_follow_from(mine_by, words, finished_run):
+    trained = load(finished_run.folder)
+    trained.config = dataclasses.replace(trained.config, mine_by=mine_by)
+    config = ExportConfig("run", "hf", "out")
+    text = card(ExportSource(trained, trained.backbone(), None), config, "", False, Results())
+    assert words in text and ("a teacher predicts" in text) == (mine_by == "teacher")
+
+
 def test_an_evaluation_says_of_which_weights_it_is(finished_run, image_folder, tmp_path):
     options = {"workers": 0, "k": (1,), "baselines": False, "out": str(tmp_path)}
     for teacher in (False, True):
@@ -534,9 +554,14 @@ def test_pushing(evaluated, tmp_path, monkeypatch):
 
     calls.clear()
     shown = {"public": True, "with_figure": True}
-    hpm.export(evaluated.folder, "hf", tmp_path / "hf", said.append, **options, **shown)
+    monkeypatch.chdir(tmp_path)
+    hpm.export(evaluated.folder, "hf", "./model/", said.append, **options, **shown)
     assert calls[0][2]["private"] is False and "figure.png" in calls[1][1]
-    assert "config.json" in calls[1][1] and 'from_pretrained("me/flowers"' in calls[2]
+    assert "config.json" in calls[1][1]
+    # The card loads from the hub; the lines that are printed, from the folder.
+    assert 'processor = AutoImageProcessor.from_pretrained("me/flowers")' in calls[2]
+    assert 'model = AutoModel.from_pretrained("me/flowers", ' in calls[2]
+    assert any('model = AutoModel.from_pretrained("model", ' in line for line in said)
 
     def refuse(name, **options):
         raise ValueError("no such user\nor no token")
