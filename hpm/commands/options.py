@@ -8,7 +8,7 @@ from typing import Literal
 from hpm.commands.gpus import GpuName
 from hpm.core.choices import DeviceName
 from hpm.core.config import PretrainConfig
-from hpm.core.options import option
+from hpm.core.options import LARGEST_SEED, option
 
 
 @dataclass
@@ -142,7 +142,7 @@ class BenchDenseConfig:
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the weights and of the images."""
     json: str | None = option(None, main=True)
     """JSON file to write the results to."""
@@ -186,7 +186,7 @@ class BenchDataConfig:
 
     data: str
     """Images (see pretrain); the training split is used."""
-    image_size: int | tuple[int, int] = 224
+    image_size: int | tuple[int, int] = option(224, at_least=1)
     """Image size in pixels: one number, or height,width."""
     frames: int = option(1, at_least=1)
     """Number of frames per clip of a video, as in pretrain; 1 for images. Clips are then counted as
@@ -224,9 +224,9 @@ class TokenizeConfig:
     a folder)."""
     codes: int = option(512, at_least=2)
     """Number of tokens."""
-    image_size: int | tuple[int, int] = 224
+    image_size: int | tuple[int, int] = option(224, at_least=1)
     """Image size in pixels, as in pretrain."""
-    patch_size: int | tuple[int, int] = 16
+    patch_size: int | tuple[int, int] = option(16, at_least=1)
     """Patch size in pixels, as in pretrain."""
     channels: int = option(3, at_least=1, at_most=32)
     """Number of image channels, as in pretrain."""
@@ -241,7 +241,7 @@ class TokenizeConfig:
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the sampling and of the initial codes."""
 
 
@@ -279,7 +279,7 @@ class DemoConfig:
     """Run folder (default: runs/demo, or runs/demo-video)."""
     steps: int | None = option(None, at_least=1)
     """Number of optimiser steps (default: as in the preset demo or demo_video)."""
-    seed: int | None = option(None, at_least=0)
+    seed: int | None = option(None, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the training (default: 0)."""
 
 

@@ -21,7 +21,7 @@ from hpm.core.choices import (
     TargetName,
     Tubes,
 )
-from hpm.core.options import option
+from hpm.core.options import LARGEST_SEED, option
 from hpm.core.run_options import MachineOptions, RecordOptions
 from hpm.core.start_options import StartOptions
 
@@ -49,7 +49,7 @@ class ModelOptions:
     of an entry point in the group hpm.encoders. The decoders are sized to match."""
     image_size: int | tuple[int, int] = option(224, main=True)
     """Image size in pixels: one number, or height,width."""
-    patch_size: int | PatchSize | None = option(None, main=True)
+    patch_size: int | PatchSize | None = option(None, at_least=1, main=True)
     """Patch size in pixels: one number, height,width, or for clips frames,height,width (default:
     16, 14 for vit_huge, or that of timm/NAME; 2 frames)."""
     channels: int = option(3, at_least=1, at_most=32)
@@ -221,7 +221,7 @@ class TrainingOptions:
     """Averaging horizon of the EMA teacher after the ramp."""
     ema_ramp: str = option("50%", duration=True)
     """Length of the ramp from ema_horizon_start to ema_horizon_end."""
-    seed: int = option(0, at_least=0, main=True)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED, main=True)
     """Random seed of the initial weights, data order, crops and masks."""
 
 

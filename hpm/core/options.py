@@ -28,6 +28,7 @@ from hpm.core.errors import UserError, nearest
 
 AnyPath = str | os.PathLike[str]  # also an `hpm.Run`
 LENGTHS = ("steps", "epochs", "max_hours")  # of a training: one of them says it
+LARGEST_SEED = 10**18  # with some added, as for several seeds, it still fits into 64 bits
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 

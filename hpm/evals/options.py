@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpm.core.choices import DeviceName
-from hpm.core.options import option
+from hpm.core.options import LARGEST_SEED, option
 from hpm.data.video.sampling import ONE_VIEW, ViewGrid
 
 
@@ -47,7 +47,7 @@ class EvalOptions:
     device: DeviceName = option("auto", may_change=True, changes_numbers=False)
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the random-weights baseline, splits, batches and masks."""
 
     @property

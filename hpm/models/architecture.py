@@ -182,7 +182,8 @@ def view_sizes(
 
     Raises UserError if patches of images are given frames.
     """
-    image_size, given = pair(config.image_size), config.patch_size or patch_size
+    image_size = pair(config.image_size)
+    given = patch_size if config.patch_size is None else config.patch_size
     sides = (given, given) if isinstance(given, int) else tuple(given)
     if config.frames > 1:
         return (config.frames, *image_size), sides if len(sides) == 3 else (TUBE_FRAMES, *sides)

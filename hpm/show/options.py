@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hpm.core.choices import DeviceName
-from hpm.core.options import option
+from hpm.core.options import LARGEST_SEED, option
 
 Panel = Literal["image", "actual", "predicted", "mask", "reconstruction", "pca", "attention"]
 
@@ -38,7 +38,7 @@ class CompareConfig:
     one."""
     images: int = option(8, at_least=0, at_most=32, main=True)
     """Number of images to draw by every run, at random; 0 draws none, and reads no weights."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the masks and of the choice of images."""
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
@@ -75,7 +75,7 @@ class ShowConfig:
     device: DeviceName = "auto"
     """Device to compute on; auto uses a CUDA GPU if there is one.
     mps, Apple's, is untested."""
-    seed: int = option(0, at_least=0)
+    seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the masks and of the choice of images."""
 
 

@@ -150,6 +150,9 @@ def test_a_pattern_that_the_shell_has_expanded(tmp_path):
     [
         ({"patch_size": 32}, ["image_size 16 is smaller than patch_size 32"]),
         ({"patch_size": 5}, ["patch_size 5 does not divide image_size 16", "--image-size 15"]),
+        ({"patch_size": 0}, ["--patch-size is 0; it must be at least 1"]),
+        ({"patch_size": "4,0"}, ["--patch-size is 0; it must be at least 1"]),
+        ({"seed": 10**20}, [f"--seed is {10**20}; it must lie between 0 and 1e+18"]),
         ({"mask_ratio": 1.0}, ["--mask-ratio is 1;", "between 0 and 1"]),
         ({"mask_ratio": -0.5}, ["--mask-ratio is -0.5", "between 0 and 1"]),
         ({"mask_ratio": 0.99}, ["leaves no visible patch of 16", "smaller --mask-ratio"]),
