@@ -49,6 +49,8 @@ class Command:
             raise HelpWanted(self.help())
         typed = self._read(arguments)
         preset = read_preset(typed.pop("config")) if "config" in typed else {}
+        # A text is one value, which may have commas: `vary: mask=random,hardest`.
+        preset |= {n: [preset[n]] for n in self.repeated if isinstance(preset.get(n), str)}
         values = lay_over(preset, typed)
         required = [n for n, each in describe(self.options).items() if each.required]
         missing = [self._spell(name) for name in required if name not in values]

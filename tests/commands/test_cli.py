@@ -240,6 +240,24 @@ def test_a_config_never_overrides_what_is_typed(place, tmp_path):
     assert (config.epochs, config.mask_ratio) == (7, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("vary: mask=random,hardest", ("mask=random,hardest",)),
+        ("vary: [mask=random, steps=3]", ("mask=random", "steps=3")),
+        ("vary:\n- mask=random,hardest\n- steps=2,3", ("mask=random,hardest", "steps=2,3")),
+    ],
+)
+def test_repeated_options_in_a_file(text, values, tmp_path):
+    from hpm.commands.cli import understand
+
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    words = ["ablate", "photos", "--out", "out", "--config", str(file)]
+    assert understand(words)[1].vary == values
+    assert understand([*words, "--vary", "target=hog"])[1].vary == ("target=hog",)
+
+
 def test_bad_data(empty, tmp_path, image_folder):
     refused(image_folder, tmp_path, "no images in this folder", data=empty)
     refused(image_folder, tmp_path, "no such folder or file", data=empty / "nowhere")
