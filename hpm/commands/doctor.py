@@ -98,7 +98,10 @@ def _hardware() -> Iterator[Finding]:
     yield Finding("processor", "ok", f"{usable_cores()} cores for this process")
     if memory := _memory():
         yield Finding("memory", "ok", f"{memory / 1e9:.3g} GB")
-    if not torch.cuda.is_available():
+    if torch.backends.mps.is_available():
+        remedy = "to use it, pass --device mps, which is untested"
+        yield Finding("GPU", "ok", "Apple GPU: training runs on the CPU unless it is named", remedy)
+    elif not torch.cuda.is_available():
         built = torch.version.cuda
         yield Finding(
             "GPU",

@@ -43,7 +43,8 @@ def matrix_product_flops(device: torch.device) -> float:
 
 def about_device(device: torch.device, product: float) -> dict[str, Any]:
     """The machine, for a report. product: FLOP/s of its matrix product."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    kinds = {"cpu": "CPU", "mps": "Apple GPU"}
+    chip = kinds.get(device.type) or torch.cuda.get_device_name(device)
     return {
         "device": chip,
         "threads": torch.get_num_threads(),

@@ -169,6 +169,14 @@ def test_the_options_of_a_run(tmp_path, monkeypatch):
     assert "vit_nano" in result.stdout, "the command line overrides the file"
 
 
+def test_the_name_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    expected = {"cpu": ("CPU", None), "cuda": ("NVIDIA H100 80GB HBM3", 990.0)}
+    for name, (chip, peak) in (expected | {"mps": ("Apple GPU", None)}).items():
+        about = timing.about_device(torch.device(name), 1e12)
+        assert (about["device"], about["peak_tflops"]) == (chip, peak)
+
+
 def test_no_reading_is_the_first_of_its_turn(monkeypatch):
     """A method's first step after the other one's runs with cold caches: it takes longer."""
     now, last = [0.0], [None]

@@ -6,6 +6,7 @@ import os
 import types
 
 import pytest
+import torch
 from helpers import assert_refused, run_here
 from rich.console import Console
 
@@ -41,6 +42,14 @@ def test_where_the_json_goes(tmp_path, monkeypatch):
     with os.fdopen(reader) as pipe:
         assert json.load(pipe) == [finding]
     assert_refused(run_here("doctor", "--json", tmp_path / "new"), f"{tmp_path}/new could not be")
+
+
+def test_the_gpu_of_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found("GPU").state == "warning"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    gpu = found("GPU")
+    assert gpu.state == "ok" and gpu.found.startswith("Apple GPU") and "--device mps" in gpu.remedy
 
 
 def test_every_extra_is_described():
