@@ -44,6 +44,7 @@ MASKED: tuple[Panel, ...] = ("actual", "predicted", "mask", "reconstruction")  #
 TRAINING: tuple[Panel, ...] = ("image", *MASKED)  # drawn during training
 BATCH_SIZE = 16
 GREY = 128
+ROWS = 1 << 14  # patches whose features are in float64 at a time
 
 Map = Float[Tensor, "batch patches"]
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -260,12 +261,19 @@ def principal_colours(
     that its largest loading is positive, so that the colours are reproducible. A constant component
     becomes 0.5.
     """
-    rows = features.flatten(0, 1).double()
-    rows = rows - rows.mean(0)
-    variances, vectors = torch.linalg.eigh(rows.T @ rows)
+    rows = features.flatten(0, 1)
+    # In float64, of a part at a time: all features at once would take gigabytes.
+    parts = rows.split(ROWS)
+    mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(rows)
+    scatter = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in parts:
+        centred = part.double() - mean
+        scatter += centred.T @ centred
+    variances, vectors = torch.linalg.eigh(scatter)
     directions = vectors[:, -3:].flip(1)
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    values = rows @ (directions * largest.sign())
+    directions = directions * largest.sign()
+    values = torch.cat([(part.double() - mean) @ directions for part in parts])
     low, high = torch.from_numpy(np.quantile(values.numpy(), (0.01, 0.99), axis=0))
     varies = variances[-3:].flip(0) > 1e-10 * variances[-1].clamp(min=1e-30)
     stretched = (values - low) / (high - low).clamp(min=1e-30)

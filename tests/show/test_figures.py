@@ -14,6 +14,7 @@ from hpm.mining.masking import hide_top
 from hpm.models.architecture import resolve_model
 from hpm.models.build import build_model
 from hpm.models.patches import gather_patches, patchify, unpatchify
+from hpm.show import figures
 from hpm.show.drawing import draw
 from hpm.show.figures import (
     head_pixels,
@@ -154,6 +155,21 @@ def test_principal_colours():
         pair = torch.stack([colours[..., axis].flatten(), hidden[..., axis].flatten()])
         assert torch.corrcoef(pair)[0, 1].abs() > 0.95
         assert (colours[..., axis] == 0).sum() >= 1 and (colours[..., axis] == 1).sum() >= 1
+
+
+def test_principal_colours_convert_a_part_at_a_time(monkeypatch):
+    """To float64, in which all features of a large page would take gigabytes."""
+    features = torch.randn(5, 20, 8, generator=torch.Generator().manual_seed(0))
+    whole, converted, double = principal_colours(features), [], torch.Tensor.double
+
+    def convert(tensor):
+        converted.append(len(tensor))
+        return double(tensor)
+
+    monkeypatch.setattr(figures, "ROWS", 32)
+    monkeypatch.setattr(torch.Tensor, "double", convert)
+    torch.testing.assert_close(principal_colours(features), whole)
+    assert max(converted) == 32
 
 
 def test_principal_colours_have_a_sign_of_their_own():
