@@ -6,6 +6,7 @@ use torch.distributed, for runs whose models are sharded.
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ MAIN_TIMEOUT = timedelta(days=7)
 GROUPS = 3
 OPEN_FILES = 1024  # beside connections; the limit of many systems, for all of them
 _store: dist.Store | None = None
+_group_numbers = itertools.count()
 _main_group: dist.ProcessGroup | None = None
 
 
@@ -98,7 +100,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     # Objects are exchanged between CPUs; NCCL would copy those of all processes to every GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=_store,
+        # The store outlives the group: a later one would read the addresses of this one there.
+        store=dist.PrefixStore(f"hpm/{next(_group_numbers)}", _store),
         rank=rank,
         world_size=count,
         timeout=TIMEOUT,

@@ -283,6 +283,23 @@ def test_processes_join_with_their_gpu_and_a_limit(monkeypatch):
     assert groups == [{"backend": "gloo", "timeout": distributed.MAIN_TIMEOUT}]
 
 
+def test_a_later_group_does_not_read_what_an_earlier_one_left_in_the_store(monkeypatch):
+    """Such as its addresses: torchrun's store lives as long as the processes."""
+    store, joined = dist.HashStore(), []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *_, store, **__: joined.append(store.add("joined", 1))
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(distributed, "_store", None)
+    for _ in range(2):
+        with distributed.process_group(torch.device("cpu")):
+            pass
+    assert joined == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("device", "error", "destroyed"),
     [
