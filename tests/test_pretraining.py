@@ -42,6 +42,13 @@ def assert_same_weights(a, b):
             assert torch.equal(first[name], second[name]), (part, name)
 
 
+def test_the_run_folder_may_be_in_the_home_folder(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = pretrain(image_folder, "~/runs/first", steps=1)
+    assert run.folder == tmp_path / "runs" / "first"
+    assert (run.folder / "backbone.safetensors").is_file()
+
+
 def test_the_run_folder(finished_run):
     folder = finished_run.folder
     names = {path.name for path in folder.iterdir()}

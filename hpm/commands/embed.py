@@ -94,7 +94,7 @@ def run_embed(
         default in this process.
     """
     assert config.out is not None
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     format_to_write(out)
     device = distributed.pick_device(config.device)
     with distributed.process_group(device), random_state_kept(device):

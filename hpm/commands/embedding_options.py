@@ -17,7 +17,7 @@ class EmbedOptions:
     """Run folder, checkpoint or weights file (anything that --init takes), or timm/NAME."""
     images: str
     """Images (see pretrain), those of all splits; videos for a run that was trained on clips."""
-    out: str | None = option("features.parquet", main=True)
+    out: str | None = option("features.parquet", path=True, main=True)
     """What to write: a .parquet, .npy or .safetensors file, or a folder of parquet files (a name
     without a suffix), which is the choice for millions of images."""
     pool: Literal["mean", "cls"] = option("mean", main=True)
@@ -67,7 +67,7 @@ class SimilarConfig:
     """Number of images, or of pairs with --duplicates, to list."""
     duplicates: float | None = option(None, above=0, at_most=1, main=True)
     """Find all pairs of images whose features have at least this cosine similarity."""
-    out: str | None = option(None, main=True)
+    out: str | None = option(None, path=True, main=True)
     """CSV file for the list; with --duplicates it holds all pairs, not only the first."""
     centre: bool = True
     """Subtract the mean of all features first. Without it, features of masked modelling are similar

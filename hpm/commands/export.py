@@ -66,14 +66,14 @@ def run_export(config: ExportConfig, report: Report = print) -> Path:
     with random_state_kept():
         if is_finetuned(config.run):
             return _export_finetuned(config, report)
-        _check(config, Path(config.out).expanduser(), _format(config))
+        _check(config, Path(config.out), _format(config))
         source = _source(config, report)
         return _export(config, source, _format(config, source.of_clips), report)
 
 
 def _export_finetuned(config: ExportConfig, report: Report) -> Path:
     """A fine-tuned model, as far as it can be expressed."""
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     model = load_model(config.run)
     if isinstance(model, SegmentationModel) and config.to == "onnx":
         _check_finetuned(config, out, WRITABLE[config.to])
@@ -99,7 +99,7 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
 def _export(
     config: ExportConfig, source: ExportSource, written: WritableFormat, report: Report
 ) -> Path:
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     reason = written.unsupported(source)
     if reason:
         raise UserError(f"export to {config.to}: {reason}")

@@ -172,7 +172,7 @@ class _Embedding:
         device = distributed.pick_device(config.device)
         embedder, source = open_embedder(config, device, report=lambda line: None)
         assert config.out is not None
-        self.shards = Shards(Path(config.out).expanduser(), source, about, config.shard_images)
+        self.shards = Shards(Path(config.out), source, about, config.shard_images)
         self.missing, self.compute = missing, partial(compute_here, embedder, config, self.shards)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _submit(config: SlurmOptions, job: SlurmJob, out: str) -> str:
     submitit = need("submitit", "slurm", "hpm slurm")
     try:
         executor = submitit.AutoExecutor(
-            f"{Path(out).expanduser()}.jobs/%j",
+            f"{out}.jobs/%j",
             None if config.cluster == "auto" else config.cluster,
             slurm_max_num_timeout=config.max_timeouts,
             local_max_num_timeout=config.max_timeouts,

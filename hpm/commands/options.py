@@ -21,7 +21,7 @@ class ExportConfig:
     that hpm eval trained."""
     to: Literal["timm", "hf", "torchvision", "onnx", "safetensors"]
     """Library or format; hf is Hugging Face transformers, safetensors is hpm's own file."""
-    out: str
+    out: str = option(path=True)
     """File to write, or folder for hf. Existing files are not overwritten."""
     teacher: bool = False
     """Export the teacher's (EMA) weights (run folder or checkpoint only)."""
@@ -84,7 +84,7 @@ class PlanConfig:
     """Hours available for the training (default: as many as a full training takes, at most 24)."""
     gpu: GpuName | None = option(None, main=True)
     """Plan for this GPU instead of this machine. Time and memory are then estimates."""
-    out: str | None = option(None, main=True)
+    out: str | None = option(None, path=True, main=True)
     """Run folder of the suggested command (default: runs/ and the name of the data)."""
     frames: int | None = option(None, at_least=1)
     """Number of frames per clip (default: 16 for videos, 1 for images)."""
@@ -93,7 +93,7 @@ class PlanConfig:
     duplicates."""
     device: DeviceName = "auto"
     """Device of this machine to plan for; auto uses the GPU if there is one."""
-    json: str | None = option(None, main=True)
+    json: str | None = option(None, path=True, main=True)
     """JSON file to write the plan to."""
 
 
@@ -112,7 +112,7 @@ class BenchConfig(PretrainConfig):
     """Number of rounds; each times MAE, HPM and a matrix product."""
     steps_each: int = option(3, at_least=1, main=True)
     """Number of steps of each method per round."""
-    json: str | None = option(None, main=True)
+    json: str | None = option(None, path=True, main=True)
     """JSON file to write the results to."""
 
 
@@ -144,7 +144,7 @@ class BenchDenseConfig:
     mps, Apple's, is untested."""
     seed: int = option(0, at_least=0, at_most=LARGEST_SEED)
     """Random seed of the weights and of the images."""
-    json: str | None = option(None, main=True)
+    json: str | None = option(None, path=True, main=True)
     """JSON file to write the results to."""
 
 
@@ -207,7 +207,7 @@ class BenchDataConfig:
     """Number of images per measurement."""
     repeats: int = option(3, at_least=1)
     """Number of rounds; each times the bare libraries and every number of workers."""
-    json: str | None = None
+    json: str | None = option(None, path=True)
     """JSON file to write the results to."""
 
 
@@ -217,7 +217,7 @@ class TokenizeConfig:
 
     data: str
     """Images (see pretrain); the training split is used."""
-    out: str = "codebook.safetensors"
+    out: str = option("codebook.safetensors", path=True)
     """File to write."""
     of: str = "pixels"
     """What to cluster: pixels of patches, or the features of a frozen model (timm/NAME, hf/NAME or
@@ -251,7 +251,7 @@ class PrepareOptions:
 
     data: str
     """Images (see pretrain), with their splits and labels."""
-    out: str
+    out: str = option(path=True)
     """Folder to write; pass it as DATA to other commands. Run the same command again to resume."""
     size: int = option(512, at_least=1, main=True)
     """Length in pixels that the shorter side of larger images is reduced to. With 512, a crop of a
@@ -275,7 +275,7 @@ class DemoConfig:
 
     video: bool = False
     """Videos, whose classes are motions, instead of images."""
-    out: str | None = None
+    out: str | None = option(None, path=True)
     """Run folder (default: runs/demo, or runs/demo-video)."""
     steps: int | None = option(None, at_least=1)
     """Number of optimiser steps (default: as in the preset demo or demo_video)."""
@@ -287,7 +287,7 @@ class DemoConfig:
 class DoctorConfig:
     """Show versions, hardware, decoders and extras: what is missing, and how to get it."""
 
-    json: str | None = None
+    json: str | None = option(None, path=True)
     """JSON file to write the findings to."""
 
 
@@ -310,7 +310,7 @@ class PredictConfig:
     """Fine-tuned model: its file, or a folder that holds one, such as a run folder."""
     images: str
     """Folder of images, searched recursively, or one image; videos for a classifier of clips."""
-    out: str
+    out: str = option(path=True)
     """Folder to write. A segmenter writes PNG masks with a palette, named as the images, and
     classes.txt; a detector results.json (or the .json file that you name); a classifier
     predictions.csv (or the .csv file that you name). Existing files are not overwritten."""

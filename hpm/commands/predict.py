@@ -64,7 +64,7 @@ def run_predict(config: PredictConfig, report: Report = print) -> Path:
     distributed.need_one_process("predict")
     with random_state_kept():
         model = load_model(config.model).to(distributed.pick_device(config.device))
-        out = Path(config.out).expanduser()
+        out = Path(config.out)
         clips = isinstance(model, ClassificationModel) and model.sampling() is not None
         source = open_videos(config.images) if clips else open_images(config.images)
         return WRITERS[type(model)](model, source, out, config, report)

@@ -93,7 +93,7 @@ def prepare(config: PrepareConfig, write: WriteShards | None = None) -> Prepared
     need("pyarrow", "parquet", "hpm prepare")
     if config.size < 1 or not 1 <= config.quality <= 100 or (config.workers or 0) < 0:
         raise UserError("size must be at least 1, quality 1 to 100, and workers not negative")
-    out = Path(config.out).expanduser()
+    out = Path(config.out)
     _check_folder(out, config)
     splits = open_splits(config)
     if holds_videos(splits["train"]):

@@ -152,7 +152,7 @@ def _label(embeddings: Embeddings, row: int) -> str:
 @contextlib.contextmanager
 def _table(out: str, columns: tuple[str, ...]) -> Iterator[Any]:
     """A CSV file to write rows into. It exists only when it is complete."""
-    path = Path(out).expanduser()
+    path = Path(out)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "w", newline="", encoding="utf-8") as opened:

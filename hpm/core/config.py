@@ -35,7 +35,7 @@ class DataOptions:
     line, csv or tsv), parquet, an Arrow or LitData folder, hf://user/name, WebDataset archives
     (path, http:// or s3://), `demo` or `demo-video`, or MODULE:FUNCTION of your own; or several of
     these, separated by commas. If there is a train split, only that is used."""
-    out: str = option(may_change=True)
+    out: str = option(path=True, may_change=True)
     """Run folder. Run the same command again to resume an interrupted run."""
 
 

@@ -43,6 +43,7 @@ class Rules:
     below: float | None = None
     rising: bool = False
     duration: bool = False
+    path: bool = False
     main: bool = False  # shown first in the help
     may_change: bool = False  # when an interrupted run is resumed
     changes_numbers: bool = True  # of an evaluation
@@ -59,6 +60,7 @@ def option(default: Any = MISSING, **rules: Any) -> Any:
             duration, only above=0.
         rising: of a pair, the second value is not below the first.
         duration: its text is `40 epochs`, `500 steps` or `5%`.
+        path: it names a file or folder to write, in which `~` is the home folder.
         main: it is among the few that the help shows first.
         may_change: an interrupted run may go on with another value.
         changes_numbers: of an evaluation: its numbers depend on the value.
@@ -151,7 +153,11 @@ def make_config(
     missing = [name for name, each in described.items() if each.required and name not in values]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given")
-    options = cls(**{n: convert(spell(n), value, described[n].hint) for n, value in values.items()})
+    converted = {n: convert(spell(n), value, described[n].hint) for n, value in values.items()}
+    for name, value in converted.items():
+        if described[name].rules.path and value is not None:
+            converted[name] = os.path.expanduser(value)
+    options = cls(**converted)
     check_rules(options, spell)
     return options
 

@@ -35,7 +35,7 @@ class EvalOptions:
     repeats the middle frame, to evaluate without motion."""
     baselines: bool = option(True, may_change=True, testing_only=True)
     """Also measure random weights of the same architecture, and raw pixels."""
-    out: str | None = option(None, may_change=True, changes_numbers=False)
+    out: str | None = option(None, path=True, may_change=True, changes_numbers=False)
     """Folder for the results (default: evals/ in the run folder)."""
     crop_share: float = option(1.0, above=0, at_most=1, may_change=True, testing_only=True)
     """Fraction of the shorter side that the centre crop keeps. 1 keeps the largest centred box;

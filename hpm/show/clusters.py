@@ -42,7 +42,7 @@ CROWDED = 1000  # images on a map beyond which points are smaller
 
 def show_clusters(config: ShowConfig) -> Path:
     """Draw the page of features. Returns its path. Raises UserError on bad input."""
-    path = Path(config.out).expanduser()
+    path = Path(config.out)
     for name in ("panels", "hard_share", "mask_ratio"):
         if getattr(config, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for a model; {config.run} has features")

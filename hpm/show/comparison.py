@@ -41,7 +41,7 @@ Values = list[Any]  # one for each run; None where a run has none
 
 def compare(config: CompareConfig) -> Path:
     """Write the page. Returns its path. Raises UserError on bad input."""
-    path = Path(config.out).expanduser()
+    path = Path(config.out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {config.out}: a comparison is a page; name a .html file")
     runs = read_runs(config.runs)

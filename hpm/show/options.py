@@ -20,7 +20,7 @@ class ReportConfig:
 
     run: str
     """Run folder, or the JSON file of an evaluation."""
-    out: str | None = None
+    out: str | None = option(None, path=True)
     """File to write (default: report.html in the folder of the run or of the evaluation's
     training; FILE.html for the FILE.json of an evaluation that trains nothing)."""
 
@@ -31,7 +31,7 @@ class CompareConfig:
 
     runs: tuple[str, ...]
     """Run folders, or folders of run folders, such as that of hpm ablate."""
-    out: str = option("compare.html", main=True)
+    out: str = option("compare.html", path=True, main=True)
     """Page to write (.html)."""
     data: str | None = option(None, main=True)
     """Images to draw (default: the data of the first run). Those of the test split if there is
@@ -56,7 +56,7 @@ class ShowConfig:
     data: str | None = option(None, main=True)
     """Images (see pretrain), or one image file. For features, only needed if the images have
     moved."""
-    out: str = option("show.png", main=True)
+    out: str = option("show.png", path=True, main=True)
     """File to write: a figure (.png, .pdf, .svg, .jpg) or a page to browse (.html)."""
     panels: tuple[Panel, ...] | None = option(None, main=True)
     """Comma-separated panels: image, actual (loss), predicted (loss), mask, reconstruction, pca (of

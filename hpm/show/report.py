@@ -59,7 +59,7 @@ MAX_LISTED = 20  # unreadable images, and ends of sessions
 def run_report(config: ReportConfig) -> Path:
     """Rewrite the report of a run folder or an evaluation. Raises UserError if it is neither."""
     folder = Path(config.run).expanduser()
-    out = Path(config.out).expanduser() if config.out else None
+    out = Path(config.out) if config.out else None
     write = write_evaluation_report if folder.suffix == ".json" else write_report
     if write is write_report and not RunFolder(folder).config_file.is_file():
         raise UserError(

@@ -126,6 +126,39 @@ def test_a_list_needs_no_brackets(words, option, value):
     assert getattr(config, option) == value
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("pretrain photos --out", "out"),
+        ("demo --out", "out"),
+        ("ablate photos --out", "out"),
+        ("methods photos --out", "out"),
+        ("tokenize photos --out", "out"),
+        ("prepare photos --out", "out"),
+        ("plan photos --out", "out"),
+        ("plan photos --json", "json"),
+        ("doctor --json", "json"),
+        ("bench step --json", "json"),
+        ("bench data photos --json", "json"),
+        ("eval knn run photos --out", "out"),
+        ("show run photos --out", "out"),
+        ("report run --out", "out"),
+        ("compare one two --out", "out"),
+        ("embed run photos --out", "out"),
+        ("similar features --out", "out"),
+        ("export run --to timm --out", "out"),
+        ("predict model photos --out", "out"),
+    ],
+)
+def test_a_path_to_write_may_begin_with_the_home_folder(words, option, monkeypatch):
+    """Shells do not expand `--out=~/run`, and Python and YAML files expand nothing."""
+    from hpm.commands.cli import understand
+
+    monkeypatch.setenv("HOME", "/home/me")
+    config = understand(f"{words}=~/new".split())[1]
+    assert getattr(config, option) == "/home/me/new"
+
+
 def test_what_bench_data_reads_is_named_as_elsewhere():
     from hpm.commands.cli import understand
 
