@@ -216,9 +216,9 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
     if numbers.get(name) is None:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    interval = "" if low is None or high is None else f" ({low:.1f} to {high:.1f})"
-    small = 0 < abs(numbers[name]) < 1
-    return f"{numbers[name]:.3g}" if small else f"{numbers[name]:.1f}{interval}"
+    form = ".3g" if 0 < abs(numbers[name]) < 1 else ".1f"
+    interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    return f"{numbers[name]:{form}}{interval}"
 
 
 def _words(name: str) -> str:

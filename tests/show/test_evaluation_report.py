@@ -65,6 +65,24 @@ def test_classes_differences_and_strange_names(tmp_path):
     assert "Curves" not in text and "Figures" not in text
 
 
+def test_small_numbers_have_their_interval(tmp_path):
+    """Where a difference is small, the interval says whether it is one."""
+    result = {
+        "protocol": "knn",
+        "about": {"run": "r", "data": "d"},
+        "values": {"trained": {"knn": {"top1": 40.0}}},
+        "differences": {
+            "trained": {
+                "k = 10": {"top1": -0.293, "top1_low": -1.2695, "top1_high": 0.683},
+                "k = 20": {"top1": 1.06, "top1_low": 0.0, "top1_high": 2.1},
+            }
+        },
+    }
+    (tmp_path / "knn.json").write_text(json.dumps(result))
+    text = write_evaluation_report(tmp_path / "knn.json").read_text()
+    assert "<td>-0.293 (-1.27 to 0.683)</td>" in text and "<td>1.1 (0.0 to 2.1)</td>" in text
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"about": {}, "values": {}}'])
 def test_files_of_something_else(content, tmp_path):
     file = tmp_path / "other.json"
