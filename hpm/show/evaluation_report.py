@@ -14,7 +14,7 @@ from hpm.core.files import write_text
 from hpm.evals.contract import COMPARED, RANDOM, TRAINED, Numbers, installed_options
 from hpm.evals.files import changed_options, model_name
 from hpm.evals.result import has_few_classes, sample_kind
-from hpm.evals.saved import evaluation_title, number_title
+from hpm.evals.saved import PREDICTOR, evaluation_title, number_title
 from hpm.show.curves import Chart, Points, draw_charts
 from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.training.sessions import read_lines
@@ -62,7 +62,8 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
     parts = [
         _head(result),
         "<h2>Numbers</h2>",
-        _numbers(result["values"], "features"),
+        _numbers(result["values"], "features") if result["values"] else "",
+        _hardness(result["hardness"]),
         _differences(result.get("differences", {})),
         _per_class(result.get("per_class", {})),
         _figures(file, result.get("figures", [])),
@@ -80,7 +81,9 @@ def write_evaluation_report(file: Path, out: Path | None = None) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        complete = {"run", "data"} <= result["about"].keys() and result["values"].items()
+        result.setdefault("hardness", {})
+        numbers = result["values"].items() or result["hardness"].items()
+        complete = {"run", "data"} <= result["about"].keys() and numbers
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
@@ -110,9 +113,10 @@ def _head(result: dict[str, Any]) -> str:
         )
         if key in about
     ]
-    numbers = next(iter(next(iter(result["values"].values())).values()))
+    values = result["values"]
+    numbers = next(iter(next(iter(values.values())).values())) if values else result["hardness"]
     tiles = "".join(
-        f"<div><b>{value:.1f}</b><span>{escape(number_title(number))}</span></div>"
+        f"<div><b>{value:{_form(value)}}</b><span>{escape(number_title(number))}</span></div>"
         for number, value in numbers.items()
         if not number.endswith(("_low", "_high"))
     )
@@ -152,6 +156,14 @@ def _differences(values: dict[str, dict[str, dict[str, float]]]) -> str:
         "<h3>Paired differences</h3>\n<p>This run minus the one that it is compared with, on the "
         f"same images, with 95 % intervals.</p>{_numbers(values, 'features')}"
     )
+
+
+def _hardness(numbers: Numbers) -> str:
+    """How well the loss predictor and the teacher rank patches."""
+    if not numbers:
+        return ""
+    shown = {number_title(name): f"{value:{_form(value)}}" for name, value in numbers.items()}
+    return f"<h3>{PREDICTOR.capitalize()}</h3>{names_table(shown)}"
 
 
 def _per_class(values: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
@@ -216,9 +228,14 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
     if numbers.get(name) is None:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    form = ".3g" if 0 < abs(numbers[name]) < 1 else ".1f"
+    form = _form(numbers[name])
     interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
     return f"{numbers[name]:{form}}{interval}"
+
+
+def _form(value: float) -> str:
+    """The format of a number: small ones have three digits."""
+    return ".3g" if 0 < abs(value) < 1 else ".1f"
 
 
 def _words(name: str) -> str:

@@ -83,6 +83,22 @@ def test_small_numbers_have_their_interval(tmp_path):
     assert "<td>-0.293 (-1.27 to 0.683)</td>" in text and "<td>1.1 (0.0 to 2.1)</td>" in text
 
 
+@pytest.mark.parametrize("protocol", ["hardness", "knn"])
+def test_numbers_of_predictor_and_teacher_are_shown(protocol, tmp_path):
+    """Those of `hpm eval hardness`, and those that other evaluations measure beside their own."""
+    result = {
+        "protocol": protocol,
+        "about": {"run": "r", "data": "d"},
+        "values": {} if protocol == "hardness" else {"trained": {"knn": {"top1": 40.0}}},
+        "hardness": {"ranking_accuracy": 0.61234, "mining_correlation": -0.25},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = write_evaluation_report(tmp_path / "result.json").read_text()
+    assert "Predictor and teacher" in text and "<td>0.612</td>" in text and "<td>-0.25</td>" in text
+    tile = "<b>40.0</b>" if result["values"] else "<b>0.612</b><span>ranking accuracy</span>"
+    assert tile in text and ("<th>features</th>" in text) == bool(result["values"])
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"about": {}, "values": {}}'])
 def test_files_of_something_else(content, tmp_path):
     file = tmp_path / "other.json"
