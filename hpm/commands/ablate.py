@@ -22,7 +22,7 @@ from hpm.evals import evaluate
 from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
 from hpm.pretraining import run_pretraining
-from hpm.show.compared import LOSS_DEPENDS_ON
+from hpm.show.compared import LOSS_DEPENDS_ON, hides_tubes
 from hpm.show.comparison import compare
 from hpm.show.options import CompareConfig
 from hpm.targets.registry import find_target
@@ -79,9 +79,16 @@ def train_and_measure(config: SeedOptions, runs: list[PlannedRun], results: Resu
 
 
 def losses_compare(runs: list[PretrainConfig]) -> bool:
-    """Whether held-out losses can be compared. All are measured with random masks."""
+    """Whether held-out losses can be compared. All are measured with random masks, of single
+    patches or of tubes."""
     kinds = {
-        str([resolve_model(run).patch_size, *[getattr(run, name) for name in LOSS_DEPENDS_ON]])
+        str(
+            [
+                resolve_model(run).patch_size,
+                hides_tubes(vars(run)),
+                *[getattr(run, name) for name in LOSS_DEPENDS_ON],
+            ]
+        )
         for run in runs
     }
     # Targets made from the teacher's features differ between runs.

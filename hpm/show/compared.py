@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
 from hpm.evals.saved import Row, number_title, saved_evaluations
+from hpm.mining.miner import tubes_of
 from hpm.show.readings import read_metrics
 from hpm.show.report import read_options
 from hpm.show.status import read_status
 from hpm.training.sessions import read_sessions
 from hpm.weights.run_folder import RunFolder, latest_values, training_minutes
 
-# Losses of runs that differ in one of these options cannot be compared.
+# Losses of runs that differ in one of these options, or in `hides_tubes`, cannot be compared.
 LOSS_DEPENDS_ON = (
     "target",
     "target_model",
@@ -29,6 +31,7 @@ LOSS_DEPENDS_ON = (
     "mask_ratio",
     "image_size",
     "frames",
+    "frame_stride",
     "channels",
     "normalize",
     "pretrained",
@@ -123,6 +126,13 @@ def differing_options(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for run in runs for name in run.options if name != "out")
     values = {name: [run.options.get(name) for run in runs] for name in names}
     return {name: each for name, each in values.items() if len({json.dumps(v) for v in each}) > 1}
+
+
+def hides_tubes(options: Mapping[str, Any]) -> bool:
+    """Whether a run with these options hides whole tubes of clips, in training and of held-out
+    clips: they are harder than single patches. Runs of older versions may lack an option."""
+    known = {name: options[name] for name in ("frames", "mask", "mine_tubes") if name in options}
+    return tubes_of(PretrainConfig("", "", **known)) != "none"
 
 
 def _find(name: str) -> list[Path]:

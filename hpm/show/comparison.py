@@ -23,6 +23,7 @@ from hpm.show.compared import (
     Interval,
     Measure,
     differing_options,
+    hides_tubes,
     read_runs,
 )
 from hpm.show.curves import Chart, Points, Reference, draw_charts, number
@@ -66,7 +67,7 @@ def compare(config: CompareConfig) -> Path:
         "<h2>Options that differ</h2>",
         _options(runs, differing, list(keys)),
         "<h2>Evaluations</h2>" + _evaluations(runs, measures, list(keys), clips) if own else "",
-        f"<h2>Curves</h2>{_about_losses(differing)}{curves}",
+        f"<h2>Curves</h2>{_about_losses(runs, differing)}{curves}",
         worded("<h2>The same images</h2>", clips) + pictures if pictures else "",
         data_block("curves", curve_values),
         data_block("keys", list(keys.values())),
@@ -248,8 +249,11 @@ def _words(name: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _about_losses(differing: dict[str, Values]) -> str:
-    different = [name for name in (*LOSS_DEPENDS_ON, "patch_size") if name in differing]
+def _about_losses(runs: list[ComparedRun], differing: dict[str, Values]) -> str:
+    depends_on = [*LOSS_DEPENDS_ON, "patch_size"]
+    if len({hides_tubes(run.options) for run in runs}) > 1:
+        depends_on += ["mask", "mine_tubes"]
+    different = [name for name in depends_on if name in differing]
     if not different:
         return ""
     return (

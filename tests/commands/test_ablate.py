@@ -74,6 +74,19 @@ def test_losses_compare_only_of_the_same_task():
     assert not losses_compare([dataclasses.replace(base, target="teacher")] * 2)
 
 
+def test_losses_of_clips_compare_only_of_the_same_masks():
+    """Held-out masks are of whole tubes where training hides whole tubes."""
+    base = PretrainConfig("videos", "out", frames=8)
+    tubes = dataclasses.replace(base, mine_tubes="mean")
+
+    def compare(first, **options):
+        return losses_compare([first, dataclasses.replace(first, **options)])
+
+    assert compare(base, mask="random") and not compare(base, frame_stride=1)
+    assert not compare(base, mine_tubes="mean") and not compare(base, mask="tube")
+    assert compare(tubes, mine_tubes="max") and compare(tubes, mine_tubes="none", mask="tube")
+
+
 def test_differences_are_paired_over_the_seeds(tmp_path):
     results = Results(tmp_path, make_variants(("mae", "hpm"), ("mask_ratio=0.5,0.75",)))
     knn = {

@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from helpers import TINY, assert_refused, run_here
 
 import hpm
+from hpm.show.comparison import compare
+from hpm.show.options import CompareConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,25 @@ def test_the_page_says_what_differs(html):
     assert text.count('class="view map actual"') == 2 * 3
     assert text.count('class="view map predicted"') == 3
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_losses_of_tubes_do_not_compare_with_those_of_patches(tmp_path):
+    def said(name, **options):
+        """What a page of two runs on clips says, of which the second has other options."""
+        folders = [str(tmp_path / name / each) for each in "ab"]
+        for folder, own in zip(folders, ({}, options)):
+            Path(folder).mkdir(parents=True)
+            content = {"data": "videos", "frames": 8, "mask": "random"} | own
+            Path(folder, "config.yaml").write_text(yaml.safe_dump(content))
+            Path(folder, "metrics.jsonl").write_text('{"step": 1, "reconstruction_loss": 1.0}\n')
+        page = compare(CompareConfig(tuple(folders), str(tmp_path / f"{name}.html"), images=0))
+        return "".join(re.findall(r'<p class="warning">(Losses.*?)</p>', page.read_text()))
+
+    words = "Losses do not compare: the runs differ in "
+    assert said("a", mask="hpm") == ""
+    assert said("b", mask="tube") == words + "mask."
+    assert said("c", mine_tubes="mean", mask="hpm") == words + "mask, mine_tubes."
+    assert said("d", frame_stride=1) == words + "frame_stride."
 
 
 def test_a_browser_sorts_and_hides(screens, html):
