@@ -7,6 +7,7 @@ Everything that belongs to a run has its number as `data-run`, or as the class `
 from __future__ import annotations
 
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ def compare(config: CompareConfig) -> Path:
     measures = _by_run([run.measures() for run in runs])
     pictures = _pictures(runs, config, clips) if config.images else ""
     curves, curve_values = _curves(runs, clips)
-    keys = {"order given": list(range(len(runs))), "name": [run.label for run in runs]}
-    keys |= differing | numbers
+    keys: dict[str, Values] = {"order given": list(range(len(runs)))}
+    keys |= {"name": [run.label for run in runs]} | differing | numbers
     own = {m: v for m, v in measures.items() if m.features != RAW_PIXELS}
     keys |= {m.key: [v and v[0] for v in found] for m, found in own.items()}
     words = {title: [_number(v) for v in each] for title, each in numbers.items()}
@@ -70,7 +71,7 @@ def compare(config: CompareConfig) -> Path:
         f"<h2>Curves</h2>{_about_losses(runs, differing)}{curves}",
         worded("<h2>The same images</h2>", clips) + pictures if pictures else "",
         data_block("curves", curve_values),
-        data_block("keys", list(keys.values())),
+        data_block("keys", [[_sorted_by(v) for v in values] for values in keys.values()]),
     ]
     script = f"{asset('chart.js')}\n{asset('compare.js')}"
     files = ("strip.css", "report.css", "chart.css", "compare.css")
@@ -165,7 +166,8 @@ def _evaluations(
 
 
 def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Interval | None) -> str:
-    ends = [end for v in [*found, pixels and pixels[:1]] if v for end in v if end is not None]
+    all_ends = [end for v in [*found, pixels and pixels[:1]] if v for end in v if end is not None]
+    ends = [end for end in all_ends if math.isfinite(end)] or [0.0]
     low, high = min(ends), max(ends)
     margin = 0.05 * (high - low) or 1.0
     low, high = low - margin, high + margin
@@ -182,7 +184,9 @@ def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Inte
         if value is None:
             continue
         middle, least, most = value
-        interval = words = ""
+        point = interval = words = ""
+        if math.isfinite(middle):
+            point = f'<i class="point" style="left:{across(middle)}"></i>'
         if least is not None and most is not None:
             right = f"{100 * (high - most) / (high - low):.2f}%"
             interval = f'<i class="interval" style="left:{across(least)};right:{right}"></i>'
@@ -190,8 +194,7 @@ def _card(runs: list[ComparedRun], measure: Measure, found: Values, pixels: Inte
         lines.append(
             f'<div class="measured c{place}" data-run="{place}"><span>{escape(run.label)}</span>'
             f"<span><b>{say(middle)}</b>{words}</span>"
-            f'<div class="range">{line}{interval}'
-            f'<i class="point" style="left:{across(middle)}"></i></div></div>'
+            f'<div class="range">{line}{interval}{point}</div></div>'
         )
     about = measure.about + (f". Line: raw pixels, {say(pixels[0])}" if pixels else "")
     return (
@@ -309,6 +312,11 @@ def _draw(run: ComparedRun, data: str, config: CompareConfig) -> Moment:
     share = hard_share(None, trained)
     shown = picture(trained, batch.images, batch.indices, share, seed=config.seed)
     return moment_of(as_strips(shown), trained.step or 0)
+
+
+def _sorted_by(value: Any) -> Any:
+    """The value as a key to sort by: JSON has no NaN, which sorts as a missing value does."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """The page of a comparison: which runs it reads, what it says of them, and that it sorts."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_losses_of_tubes_do_not_compare_with_those_of_patches(tmp_path):
     assert said("b", mask="tube") == words + "mask."
     assert said("c", mine_tubes="mean", mask="hpm") == words + "mask, mine_tubes."
     assert said("d", frame_stride=1) == words + "frame_stride."
+
+
+def test_numbers_that_are_not_finite_are_shown(tmp_path):
+    """A diverged loss, or the ranking accuracy of images without patches to compare."""
+    folders = [str(tmp_path / each) for each in "ab"]
+    for folder, value in zip(folders, (0.5, math.nan)):
+        Path(folder, "evals").mkdir(parents=True)
+        Path(folder, "config.yaml").write_text(yaml.safe_dump({"data": "photos"}))
+        line = {"step": 1, "reconstruction_loss": value, "held_out/ranking_accuracy": value}
+        Path(folder, "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        values = {"trained, patch mean": {"stats": {"rank": value}}}
+        result = {"protocol": "stats", "values": values, "hardness": {"ranking_accuracy": value}}
+        result["about"] = {"data": "photos", "weights": "student", "step": 1, "run": "r"}
+        Path(folder, "evals", "stats.json").write_text(json.dumps(result))
+    page = compare(CompareConfig(tuple(folders), str(tmp_path / "page.html"), images=0))
+    text = page.read_text()
+    keys = json.loads(re.search(r'id="keys">(.*?)</script>', text)[1])
+    assert keys.count([0.5, None]) == 4
+    assert "<td>nan</td>" in text and "<b>nan</b>" in text and "left:nan" not in text
 
 
 def test_a_browser_sorts_and_hides(screens, html):
