@@ -29,6 +29,8 @@ PAGES = (".html", ".htm")
 MAX_IMAGES = {FIGURES: 100, PAGES: 2000}  # figures are drawn in memory, pages are one file
 IMAGES_OF_A_CLIP = 10  # a clip takes as much of a file as so many images
 BATCH_SIZE = 64
+# Which patches masks mine, if not the hardest.
+MINED = {"easiest": "the easiest", "attention": "those with the most attention"}
 MAX_NAMED = 3  # unreadable images that are named
 
 
@@ -150,7 +152,8 @@ def check_shares(trained: Trained, share: float | None, mask_ratio: float | None
 
 def describe_mask(trained_with: PretrainConfig, config: ShowConfig, share: float) -> str:
     ratio = trained_with.mask_ratio if config.mask_ratio is None else config.mask_ratio
-    mined = f", {100 * share:g} % of these the hardest" if share else ""
+    which = MINED.get(trained_with.mask, "the hardest")
+    mined = f", {100 * share:g} % of these {which}" if share else ""
     return (
         f"mask {trained_with.mask}: {100 * ratio:g} % of the patches hidden{mined}; actual loss: "
         f"the mean over {config.num_masks} random masks; seed {config.seed}"

@@ -13,10 +13,11 @@ from published import SHAPE, published
 from safetensors.torch import save_file
 
 import hpm
+from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.data.sources import open_source
 from hpm.models.build import build_model
-from hpm.show.command import show
+from hpm.show.command import describe_mask, show
 from hpm.show.options import ShowConfig
 
 
@@ -224,6 +225,19 @@ def test_the_page_without_javascript(browser, gallery):
     assert page.locator("section figcaption", has_text="reconstruction").first.is_visible()
     assert not page.get_by_text("Click a picture").is_visible()
     context.close()
+
+
+@pytest.mark.parametrize(
+    ("mask", "mined"),
+    [
+        ("hardest", "the hardest"),
+        ("easiest", "the easiest"),
+        ("attention", "those with the most attention"),
+    ],
+)
+def test_the_page_says_which_patches_are_mined(mask, mined):
+    words = describe_mask(PretrainConfig("data", "out", mask=mask), ShowConfig("run"), 0.5)
+    assert words.startswith(f"mask {mask}: 75 % of the patches hidden, 50 % of these {mined};")
 
 
 def test_a_file_of_unknown_tensors(tmp_path, image_folder):
