@@ -7,9 +7,11 @@ checks the Host header of each request against DNS rebinding.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import socket
 import sys
 import threading
 import webbrowser
@@ -194,13 +196,17 @@ def view(config: ViewConfig) -> None:
     print(f"{config.run} can be tried at {address} (Ctrl-C stops it)", flush=True)
     if config.open:
         webbrowser.open(address)
+    # In another thread, so that Ctrl-C does not interrupt the server while it accepts a connection.
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
     try:
-        server.serve_forever()
+        while serving.is_alive():
+            serving.join(timeout=0.5)  # a signal may reach another thread, and interrupt no wait
     except KeyboardInterrupt:
         print("\nstopped")
     finally:
+        server.shutdown()
         server.server_close()
-        viewer.lock.acquire()  # wait for a running request
 
 
 def make_server(viewer: Viewer, port: int | None) -> ThreadingHTTPServer:
@@ -219,15 +225,32 @@ def make_server(viewer: Viewer, port: int | None) -> ThreadingHTTPServer:
 
 
 class Server(ThreadingHTTPServer):
-    """Holds the viewer, its page, and the accepted Host headers."""
+    """Holds the viewer, its page, and the accepted Host headers. Closing it waits for running
+    requests: Python may abort if it ends while a thread is in PyTorch's code."""
 
-    daemon_threads = True
+    daemon_threads = False
 
     def __init__(self, address: tuple[str, int], viewer: Viewer):
+        self._connections: set[socket.socket] = set()
         super().__init__(address, Handler)
         self.viewer = viewer
         self.page = viewer.page().encode()
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        # Browsers keep connections open on which they send nothing: do not wait for these.
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # A closed connection is not an error.
