@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from hpm.commands.ablation_plan import PlannedRun, make_plan
@@ -16,8 +15,8 @@ from hpm.commands.options import AblateConfig, SeedOptions
 from hpm.core import distributed
 from hpm.core.config import PretrainConfig
 from hpm.core.progress import say
-from hpm.data.fingerprint import Fingerprint, digest, fingerprint
-from hpm.data.sources import Source, open_source
+from hpm.data.fingerprint import Fingerprint, annotated
+from hpm.data.sources import open_source
 from hpm.evals import evaluate
 from hpm.evals.features import labelled_splits
 from hpm.models.architecture import resolve_model
@@ -159,12 +158,5 @@ def _labels(config: SeedOptions, clips: bool) -> Labels | None:
         return None
     count = len(labelled_splits(splits, config.seed).train)
     parts = [part for part in (splits.train, splits.test) if part]
-    prints = distributed.main_first(lambda: [_with_labels(part) for part in parts])
+    prints = distributed.main_first(lambda: [annotated(part) for part in parts])
     return Labels(data, min(K, count), prints)
-
-
-def _with_labels(source: Source) -> Fingerprint:
-    """The fingerprint of images with their labels."""
-    assert source.labels is not None
-    names = np.asarray(source.classes)[source.labels]
-    return fingerprint(source) | {"labels": digest(names.tolist())}
