@@ -150,10 +150,14 @@ def check_shares(trained: Trained, share: float | None, mask_ratio: float | None
         raise UserError(f"mask_ratio {mask_ratio:g} leaves no visible patch of {patches}: lower it")
 
 
+def mined_patches(trained_with: PretrainConfig) -> str:
+    """Which patches the mask of a run mines."""
+    return MINED.get(trained_with.mask, "the hardest")
+
+
 def describe_mask(trained_with: PretrainConfig, config: ShowConfig, share: float) -> str:
     ratio = trained_with.mask_ratio if config.mask_ratio is None else config.mask_ratio
-    which = MINED.get(trained_with.mask, "the hardest")
-    mined = f", {100 * share:g} % of these {which}" if share else ""
+    mined = f", {100 * share:g} % of these {mined_patches(trained_with)}" if share else ""
     return (
         f"mask {trained_with.mask}: {100 * ratio:g} % of the patches hidden{mined}; actual loss: "
         f"the mean over {config.num_masks} random masks; seed {config.seed}"

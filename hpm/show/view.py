@@ -34,7 +34,14 @@ from hpm.data.transforms import evaluation_view
 from hpm.data.video.clips import ClipEvaluationViews
 from hpm.data.video.decoding import VideoFile
 from hpm.data.video.opening import open_video
-from hpm.show.command import check_shares, describe_unavailable, hard_share, mines, open_trained
+from hpm.show.command import (
+    check_shares,
+    describe_unavailable,
+    hard_share,
+    mined_patches,
+    mines,
+    open_trained,
+)
 from hpm.show.drawing import LOSSES
 from hpm.show.figures import (
     MASKED,
@@ -92,7 +99,7 @@ class Viewer:
             "not_shown": describe_unavailable(reasons) if reasons else "",
             "panels": [panel for panel in PANELS if panel not in reasons],
             "features_only": all(panel in reasons for panel in MASKED),
-            "mines": mines(self.trained),
+            "mined": mined_patches(config) if config and mines(self.trained) else None,
             "mask_ratio": config.mask_ratio if config else 0.75,
             # Leaves one patch visible.
             "most_hidden": math.floor(100 * (1 - 1 / self.trained.encoder.num_patches)) / 100,

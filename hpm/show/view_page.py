@@ -50,8 +50,8 @@ def _settings(about: dict[str, Any]) -> str:
         return '<div id="settings" hidden></div>'
     low = min(0.01, about["most_hidden"])
     sliders = _slider("mask_ratio", "share hidden", about["mask_ratio"], low, about["most_hidden"])
-    if about["mines"]:
-        sliders += _slider("hard_share", "of these, the hardest", about["hard_share"], 0, 1)
+    if mined := about["mined"]:
+        sliders += _slider("hard_share", f"of these, {mined}", about["hard_share"], 0, 1)
     sliders += (
         '<div><label for="seed">seed of the masks</label>'
         '<input type="number" id="seed" name="seed" min="0" max="2147483647" value="0"></div>'
