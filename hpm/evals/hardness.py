@@ -32,6 +32,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
         )
     if not _has_predictor(task):
         raise UserError(f"{options.run} has no loss predictor, so there is nothing to measure")
+    task.about["measured_images"] = len(task.some_images(options.images))
     yield Measured(PREDICTOR, numbers=_numbers(task, options.images))
 
 

@@ -123,7 +123,9 @@ def _heading(result: Result) -> str:
     )
     if "test_images" in about:
         return f"{what}, {counted(about['test_images'], f'test {sample_kind(about)}')}"
-    return f"{what}, {counted(about['images'], sample_kind(about))}" if "images" in about else what
+    if "measured_images" in about:
+        return f"{what}, {counted(about['measured_images'], sample_kind(about))}"
+    return what
 
 
 def sample_kind(about: Mapping[str, Any]) -> str:

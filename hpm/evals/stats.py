@@ -34,7 +34,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.hardness import predictor_numbers
 
     source = task.some_images(options.images)
-    stats, task.about["images"] = feature_stats(
+    stats, task.about["measured_images"] = feature_stats(
         task.backbones, source, task.reader, options.baselines
     )
     for name, numbers in stats.items():

@@ -109,6 +109,7 @@ def _head(result: dict[str, Any]) -> str:
         for key, one, several in (
             ("train_images", f"training {kind}", f"training {kind}s"),
             ("test_images", f"test {kind}", f"test {kind}s"),
+            ("measured_images", kind, f"{kind}s"),
             ("classes", "class", "classes"),
         )
         if key in about
@@ -120,9 +121,10 @@ def _head(result: dict[str, Any]) -> str:
         for number, value in numbers.items()
         if not number.endswith(("_low", "_high"))
     )
+    measured_on = ": ".join([str(about["data"]), *([", ".join(counts)] if counts else [])])
     return (
         f"<h1>{escape(name[0].upper() + name[1:])} of {escape(str(about['run']))}</h1>\n"
-        f"<p>On {escape(str(about['data']))}: {escape(', '.join(counts))}.</p>\n"
+        f"<p>On {escape(measured_on)}.</p>\n"
         f'<p class="faint">Written {time.strftime("%Y-%m-%d %H:%M")}; '
         "<code>hpm report FILE.json</code> rewrites it.</p>\n"
         f'<div class="tiles">{tiles}</div>'

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import hpm
 from hpm.evals.feature_stats import effective_rank, patch_similarity
 from hpm.evals.result import Result, print_result
 from hpm.evals.stats import COLUMNS
+from hpm.show.evaluation_report import write_evaluation_report
 
 
 def naive_rank(features):
@@ -63,7 +65,23 @@ def test_images_that_cannot_be_read_do_not_count(finished_run, image_folder, tmp
     folder = shutil.copytree(image_folder / "class_0", tmp_path / "damaged")
     (folder / "000.png").write_bytes(b"nothing")
     result = hpm.evaluate("stats", finished_run.folder, folder)
-    assert result.about["images"] == len(list(folder.iterdir())) - 1
+    assert result.about["measured_images"] == len(list(folder.iterdir())) - 1
+
+
+@pytest.mark.parametrize("protocol", ["stats", "hardness"])
+def test_the_same_evaluation_again_has_the_same_file(
+    protocol, finished_run, image_folder, tmp_path
+):
+    """Also where there are fewer images than --images asks for."""
+    options = {"out": tmp_path, "workers": 0, "device": "cpu"}
+    files = {
+        hpm.evaluate(protocol, finished_run.folder, image_folder, **options).file for _ in range(2)
+    }
+    assert len(files) == 1
+    (count,) = (json.loads(file.read_text())["about"]["measured_images"] for file in files)
+    assert count == 48
+    page = write_evaluation_report(files.pop()).read_text()
+    assert f"{image_folder}: 48 images.</p>" in page
 
 
 def test_stats_needs_no_labels(finished_run, image_folder):

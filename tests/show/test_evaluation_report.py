@@ -95,6 +95,7 @@ def test_numbers_of_predictor_and_teacher_are_shown(protocol, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     text = write_evaluation_report(tmp_path / "result.json").read_text()
     assert "Predictor and teacher" in text and "<td>0.612</td>" in text and "<td>-0.25</td>" in text
+    assert "<p>On d.</p>" in text
     tile = "<b>40.0</b>" if result["values"] else "<b>0.612</b><span>ranking accuracy</span>"
     assert tile in text and ("<th>features</th>" in text) == bool(result["values"])
 
