@@ -20,13 +20,15 @@ MAX_OPTIONS_LENGTH = 80  # characters of a file name
 
 
 def changed_options(options: type[EvalOptions], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an evaluation (from its JSON's `about`) with non-default values."""
+    """Options of an evaluation (from its JSON's `about`) that were given other values than their
+    defaults."""
     return {
         name: about[name]
         for name, each in describe(options).items()
         if each.rules.changes_numbers
         and name not in NAMED_SEPARATELY
         and name in about
+        and name not in about.get("resolved", ())
         and _as_json(about[name]) != _as_json(each.default)
     }
 

@@ -30,8 +30,11 @@ def run_evaluation(
         start = time.perf_counter()
         task = Task(options, device, report)
         rows = list(evaluation.run(task, options))
-        about = dataclasses.asdict(options) | task.about
+        given = dataclasses.asdict(options)
+        resolved = [name for name, value in given.items() if task.about.get(name, value) != value]
+        about = given | task.about
         about |= {
+            "resolved": resolved,  # options that were not given, with the values that were used
             "step": task.trained.step,
             "weights": "teacher" if options.teacher else "student",
             "architecture": task.trained.architecture.to_json(),

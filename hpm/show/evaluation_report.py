@@ -28,7 +28,7 @@ CHARTS = (
 )
 LEFT_OUT = ("step", "unreadable")
 # Shown elsewhere on the page, or of no interest to a reader.
-NOT_OPTIONS = ("architecture", "training")
+NOT_OPTIONS = ("architecture", "training", "resolved")
 # Shown whether or not they are the defaults.
 ALWAYS = ("run", "data", "test", "compare", "weights", "step", "epochs", "steps")
 MAX_FIGURE_BYTES = 8_000_000

@@ -64,6 +64,16 @@ def test_table_and_files(linear_segmenter):
     }
 
 
+def test_the_same_evaluation_again_has_the_same_file(finished_run, scenes, tmp_path):
+    """Also where options that are not given, such as the stride, follow from others."""
+    options = LINEAR | {"steps": 2, "baselines": False, "figure_images": 0, "out": str(tmp_path)}
+    first, again = (
+        hpm.evaluate("segment", str(finished_run.folder), str(scenes), **options) for _ in range(2)
+    )
+    assert first.file == again.file and first.about["stride"] == 21
+    assert first.about["resolved"] == ["stride"]
+
+
 def test_compared_with_another(finished_run, scenes, tmp_path):
     run = str(finished_run.folder)
     options = LINEAR | {"steps": 5, "baselines": False, "figure_images": 0}
