@@ -43,8 +43,8 @@ CROWDED = 1000  # images on a map beyond which points are smaller
 def show_clusters(config: ShowConfig) -> Path:
     """Draw the page of features. Returns its path. Raises UserError on bad input."""
     path = Path(config.out)
-    for name in ("panels", "hard_share", "mask_ratio"):
-        if getattr(config, name) is not None:
+    for name in ("panels", "hard_share", "mask_ratio", "num_masks"):
+        if getattr(config, name) != getattr(ShowConfig, name):
             raise UserError(f"--{name.replace('_', '-')} is for a model; {config.run} has features")
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {config.out}: features are shown on a page; name a .html file")

@@ -144,6 +144,7 @@ def test_refusals(features, finished_run, image_folder, tmp_path):
     for words, arguments in (
         ("name a .html file", (features, "--out", tmp_path / "page.png")),
         ("--panels is for a model", (features, "--out", page, "--panels", "image")),
+        ("--num-masks is for a model", (features, "--out", page, "--num-masks", 3)),
         ("not the images that were embedded", (features, image_folder / "class_0", "--out", page)),
         ("no such folder", (features, tmp_path / "missing", "--out", page)),
         ("not features of hpm embed", (tmp_path / "no.npy", "--out", page)),
