@@ -19,9 +19,10 @@ from PIL import Image
 
 import hpm
 from hpm.core.errors import UserError
-from hpm.show import view
+from hpm.show import view, view_server
 from hpm.show.options import ViewConfig
-from hpm.show.view import MAX_BYTES, TIMEOUT, Viewer, make_server
+from hpm.show.view import Viewer
+from hpm.show.view_server import MAX_BYTES, TIMEOUT, make_server
 from hpm.weights.resolve import load
 
 
@@ -183,9 +184,9 @@ def test_a_port_that_is_taken(server):
 
 
 def test_the_next_free_port(server, monkeypatch):
-    monkeypatch.setattr(view, "PORT", server.server_port)
+    monkeypatch.setattr(view_server, "PORT", server.server_port)
     other = make_server(server.viewer, None)
-    assert server.server_port < other.server_port <= server.server_port + view.PORTS_TRIED
+    assert server.server_port < other.server_port <= server.server_port + view_server.PORTS_TRIED
     other.server_close()
 
 
