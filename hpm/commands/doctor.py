@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import platform
 import re
 import shutil
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -93,11 +92,12 @@ def _hardware() -> Iterator[Finding]:
     import torch
 
     from hpm.core.precision import computes_in_bfloat16
+    from hpm.data.cache import total_memory
     from hpm.data.workers import SHARED, usable_cores
 
     yield Finding("processor", "ok", f"{usable_cores()} cores for this process")
-    if memory := _memory():
-        yield Finding("memory", "ok", f"{memory / 1e9:.3g} GB")
+    with contextlib.suppress(ValueError, OSError):  # some systems do not say
+        yield Finding("memory", "ok", f"{total_memory() / 1e9:.3g} GB")
     if torch.backends.mps.is_available():
         remedy = "to use it, pass --device mps, which is untested"
         yield Finding("GPU", "ok", "Apple GPU: training runs on the CPU unless it is named", remedy)
@@ -211,14 +211,3 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _memory() -> int | None:
-    """Bytes of memory of this machine, or of this container if it has a limit."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total

@@ -160,7 +160,7 @@ def _write_json(report: Any, file: str | None) -> None:
 
     if not file:
         return
-    path = Path(file).expanduser()
+    path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not atomically, because the path may be /dev/stdout or a pipe.

@@ -21,6 +21,7 @@ from hpm.data.workers import FORKS
 
 AUTO_SHARE, LARGEST_SHARE = 0.25, 0.8  # of the memory that is available
 MEMINFO = Path("/proc/meminfo")  # on Linux
+CONTAINER = Path("/sys/fs/cgroup")
 SAMPLED = 32  # images decoded to estimate the size of a source
 ENTRY = np.dtype(
     [
@@ -112,6 +113,15 @@ def make_cache(
     return None
 
 
+def total_memory() -> int:
+    """Bytes of memory of this machine, or of this container if it has a limit. Raises ValueError or
+    OSError where the system does not say."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CONTAINER / "memory.max"
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdigit() else total
+
+
 def available_memory() -> int:
     """Bytes of free memory on this machine or in this container; of all memory where the system
     is not Linux."""
@@ -120,9 +130,8 @@ def available_memory() -> int:
         known = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":") for x in lines)}
         available = known["MemAvailable"]
     else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    group = Path("/sys/fs/cgroup")
+        available = total_memory()
     with contextlib.suppress(OSError, ValueError):  # no limit
-        limit = int((group / "memory.max").read_text())
-        available = min(available, limit - int((group / "memory.current").read_text()))
+        limit = int((CONTAINER / "memory.max").read_text())
+        available = min(available, limit - int((CONTAINER / "memory.current").read_text()))
     return max(0, available)

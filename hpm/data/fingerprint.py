@@ -61,7 +61,7 @@ def fingerprint(source: Source) -> Fingerprint:
 def annotated(source: Source) -> Fingerprint:
     """The same for a training with annotations, which also depends on which images of the source
     it takes, and on their labels, masks or objects."""
-    found = dict(fingerprint(source))
+    found = fingerprint(source)
     while isinstance(source, Subset):
         found["images"] = digest([found.get("images", ""), *map(str, source.indices.tolist())])
         source = source.source

@@ -12,6 +12,11 @@ from torch.nn import functional as F
 from hpm.evals.probing import CHOOSING, FLOAT32, TESTED, Heads, HyperParameters
 
 
+def attention_heads(dim: int) -> int:
+    """Number of attention heads on features of this width: one for each 64, as in a ViT."""
+    return max(1, dim // 64)
+
+
 class AttentiveHeads(Heads):
     """Batch norm without affine parameters, cross-attention of one learned query to the patches,
     and a linear layer; two copies for every point of the grid.
@@ -31,7 +36,7 @@ class AttentiveHeads(Heads):
     ):
         super().__init__()
         _, dim = feature_shape
-        heads = max(1, dim // 64)
+        heads = attention_heads(dim)
         head_dim = dim // heads
         self.norm = nn.BatchNorm1d(dim, eps=1e-6, momentum=None, affine=False)
         projection = torch.empty(2, heads, head_dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
@@ -56,7 +61,7 @@ class AttentiveHeads(Heads):
     def memory(feature_shape: torch.Size, num_classes: int, batch_size: int) -> int:
         """See `Heads.memory`."""
         patches, dim = feature_shape
-        heads = max(1, dim // 64)
+        heads = attention_heads(dim)
         weights = dim * (2 * dim + num_classes)
         logits = batch_size * num_classes
         attention = batch_size * heads * (patches + dim)

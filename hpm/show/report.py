@@ -27,23 +27,13 @@ from hpm.show.page import asset, data_block, names_table, page, table
 from hpm.show.readings import read_metrics
 from hpm.show.report_figures import animations_section, charts_section, moments_section
 from hpm.show.status import Status, read_status
+from hpm.training.resume import FOLLOWING
 from hpm.training.sessions import FINISHED, Session, read_sessions
 from hpm.weights.own import encoder_call
 from hpm.weights.run_folder import RunFolder, latest_values
 
 # Options that `schedule.resolve` fills in, and that the user rarely sets.
-RESOLVED = (
-    "patch_size",
-    "hard_share_start",
-    "hard_share_end",
-    "secondary_mask_ratio",
-    "decoder_dim",
-    "decoder_depth",
-    "decoder_heads",
-    "precision",
-    "freeze_encoder",
-    "layer_decay",
-)
+RESOLVED = ("patch_size", "precision", *FOLLOWING)
 
 TILES = {
     "reconstruction_loss": "reconstruction loss, training",
