@@ -12,6 +12,7 @@ from hpm.core.errors import UserError
 from hpm.data.inspection import spaced
 from hpm.data.list_tables import MOST_CHECKED, SUFFIXES, read_table
 from hpm.data.long_lists import count_lines, read_long_list
+from hpm.data.notes import say_if_some_are_labelled
 from hpm.data.paths import Paths
 
 
@@ -74,15 +75,14 @@ def _read_long(path: Path, most: int) -> tuple[Paths, np.ndarray | None, list[st
 
 
 def labels_of(path: Path, names: Sequence[str | None]) -> tuple[np.ndarray | None, list[str]]:
-    """(labels, classes) from the names in a list: int64 indices, or None without names. Raises
-    UserError if the list is empty, or has a name in some lines only."""
+    """(labels, classes) from the names in a list: int64 indices, or None unless all have a name
+    (an empty one is none). Raises UserError if the list is empty."""
     if not names:
         raise UserError(f"{path}: the list is empty")
-    known = [name for name in names if name is not None]
-    if not known:
-        return None, []
+    known = [name for name in names if name]
     if len(known) < len(names):
-        raise UserError(f"{path}: some lines have a label and some have none")
+        say_if_some_are_labelled(str(path), len(known), len(names))
+        return None, []
     classes = sorted(set(known), key=natural)
     numbers = {name: number for number, name in enumerate(classes)}
     return np.array([numbers[name] for name in known]), classes

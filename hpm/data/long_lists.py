@@ -17,6 +17,7 @@ import numpy as np
 
 from hpm.core.errors import UserError
 from hpm.data.folders import IMAGE_SUFFIXES
+from hpm.data.notes import say_if_some_are_labelled
 from hpm.data.paths import Paths
 
 BLOCK = 1 << 23  # bytes that are split at once; no line may be longer
@@ -51,7 +52,7 @@ def read_long_list(
     path: Path, most: int, split: Split
 ) -> tuple[Paths, np.ndarray | None, list[str]]:
     """(paths, index of each one's label, labels in the order in which they appear) of a list; None
-    and no labels if it has none. The existence of the files is not checked.
+    and no labels unless each line has one. The existence of the files is not checked.
 
     most: an upper bound of its lines. Raises OSError, UnicodeDecodeError or UserError.
     """
@@ -75,8 +76,10 @@ def read_long_list(
             of = np.array([known.setdefault(_text(label), len(known)) for label in found])
             numbers[labelled : labelled + len(inverse)] = of[inverse]
             labelled += len(inverse)
-    if labelled not in (0, count):
-        raise UserError(f"{path}: some lines have a label and some have none")
+    if labelled < count:
+        say_if_some_are_labelled(str(path), labelled, count)
+        labelled = 0
+        known.clear()
     paths = Paths.of_names(names, ends[:count], "" if root == b"." else os.fsdecode(root))
     return paths, numbers[:count] if labelled else None, [label.decode() for label in known]
 

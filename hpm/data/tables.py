@@ -17,6 +17,7 @@ from hpm.core.errors import UserError, one_line
 from hpm.data.arrays import Opened
 from hpm.data.inspection import any_deep
 from hpm.data.lists import natural
+from hpm.data.notes import say_if_some_are_labelled
 from hpm.data.opening import open_image
 from hpm.data.split_names import train_and_test
 from hpm.data.video.clip import Video, middle_frame
@@ -54,10 +55,12 @@ class TableSource:
         self.classes: list[str] = []
         if labels is not None:
             values = labels.to_pylist()
-            self.classes = names or sorted({str(v) for v in values}, key=natural)
-            numbers = {c: i for i, c in enumerate(self.classes)}
             # A test split with withheld labels has -1 or null for each.
-            if all(v is not None and not (names and not 0 <= v < len(names)) for v in values):
+            known = [v for v in values if v is not None and not (names and not 0 <= v < len(names))]
+            say_if_some_are_labelled(name, len(known), len(values))
+            self.classes = names or sorted({str(v) for v in known}, key=natural)
+            numbers = {c: i for i, c in enumerate(self.classes)}
+            if len(known) == len(values):
                 self.labels = np.array([v if names else numbers[str(v)] for v in values])
 
     def __len__(self) -> int:

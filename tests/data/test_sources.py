@@ -76,6 +76,30 @@ def test_list_file_without_labels(image_folder):
     assert open_source(str(image_folder / "list.txt")).train.labels is None
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.txt", "class_1/000.png cat\nclass_0/001.png\nclass_0/000.png\n"),
+        ("table.csv", "file,label\nclass_1/000.png,cat\nclass_0/001.png,\nclass_0/000.png, \n"),
+    ],
+)
+def test_a_list_with_labels_of_some_images_has_none(image_folder, capsys, name, text):
+    path = image_folder / name
+    path.write_text(text)
+    source = open_source(str(path)).train
+    assert len(source) == 3 and source.labels is None and not source.classes
+    assert f"{path}: 2 of 3 images have no label, so the" in capsys.readouterr().err
+
+
+def test_parquet_with_labels_of_some_images_has_none(tmp_path, capsys):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}] * 3, "label": [1, None, 2]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "some.parquet")
+    assert open_source(str(tmp_path / "some.parquet")).train.labels is None
+    assert "1 of 3 images have no label" in capsys.readouterr().err
+
+
 def test_list_file_with_a_missing_image(image_folder):
     (image_folder / "list.txt").write_text("class_1/000.png 1\nclass_9/000.png 1\n")
     with pytest.raises(UserError, match=r"line 2: no such image: class_9/000.png 1"):
