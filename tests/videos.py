@@ -47,7 +47,11 @@ def write_video(
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         stream.gop_size = gop
         if b_frames:
-            stream.options = {"x264-params": f"bframes={b_frames}:b-adapt=0"}
+            stream.options = (
+                {"x264-params": f"bframes={b_frames}:b-adapt=0"}
+                if codec == "libx264"
+                else {"bf": str(b_frames)}
+            )
         if times:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
     if sound:

@@ -85,7 +85,8 @@ def _export_finetuned(config: ExportConfig, report: Report) -> Path:
         _check_finetuned(config, out, written)
         encoder: Any = model.classifier.encoder
         mean, std = model.mean.tolist(), model.std.tolist()
-        trained = Trained(config.run, model.architecture, mean, std, encoder)
+        stride = model.frame_stride
+        trained = Trained(config.run, model.architecture, mean, std, encoder, frame_stride=stride)
         backbone = trained.backbone().eval()
         source = ExportSource(trained, backbone, None, config.crop_share, model)
         return _export(config, source, written, report)

@@ -12,10 +12,12 @@ TEST_NAMES = ("val", "validation", "valid", "test", "testing")
 
 def train_and_test(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The names of the two splits; None for one that is not there. Validation comes before test,
-    whose labels are often withheld."""
+    whose labels are often withheld, unless it is part of the training split (`trainval`)."""
     names = list(names)
-    tests = (shortest_name(names, (wanted,)) for wanted in TEST_NAMES)
-    return shortest_name(names, TRAIN_NAMES), next((n for n in tests if n is not None), None)
+    train = shortest_name(names, TRAIN_NAMES)
+    apart = [n for n in TEST_NAMES if "val" not in (train or "").lower() or not n.startswith("val")]
+    tests = (shortest_name(names, (wanted,)) for wanted in apart)
+    return train, next((n for n in tests if n is not None), None)
 
 
 def shortest_name(names: Iterable[str], beginnings: tuple[str, ...]) -> str | None:

@@ -112,6 +112,12 @@ class Task:
                 f"{trained.name} is of clips of {size[0]} frames, unlike {self.options.run}: they "
                 "cannot be compared"
             )
+        stride, asked = trained.frame_stride, self.options.frame_stride
+        if sampling and len(size) == 3 and asked is None and stride not in (None, sampling.stride):
+            self.reader.report(
+                f"{trained.name} was trained with a frame stride of {stride}, and is compared at "
+                f"that of {self.options.run}, {sampling.stride}"
+            )
         backbone = trained.backbone(teacher=self.options.teacher)
         for note in trained.notes:
             self.reader.report(note)

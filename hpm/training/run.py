@@ -178,6 +178,7 @@ class PretrainingRun:
             self.model,
             self.teacher.model,
             self.config,
+            frame_stride=self.config.frame_stride,
             target=self.target,
             miner=self.eager_miner,
         )
@@ -307,8 +308,9 @@ class PretrainingRun:
             return
         path, encoder = self.files.backbone, self.model.encoder
         state = encoder.state_dict() if not self.sharded else whole_state(encoder, only_main=True)
+        stride = self.config.frame_stride
         distributed.main_first(
-            lambda: save_backbone(path, state, self.architecture, self.mean, self.std)
+            lambda: save_backbone(path, state, self.architecture, self.mean, self.std, stride)
         )
 
     @property

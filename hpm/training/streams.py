@@ -155,7 +155,9 @@ def read_stream(
 
 
 def _share(config: PretrainConfig, stream: Stream, begun: Sharing | None) -> tuple[int, Sharing]:
+    # Lanes must be the same everywhere, and machines may have different numbers of cores.
+    default = min(distributed.gather(num_workers(None)))
     workers, sharing = share_workers(
-        stream, config.workers, num_workers(None), distributed.world_size(), begun
+        stream, config.workers, default, distributed.world_size(), begun
     )
     return workers, dataclasses.replace(sharing, rank=distributed.rank())

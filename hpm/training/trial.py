@@ -59,6 +59,8 @@ class Trial:
     def __init__(self, run: PretrainingRun, parts: Parts, stop: Stop, began: float):
         self.run, self.parts, self._stop = run, parts, stop
         self._turn = run.config.mine_every  # steps of which the teacher mines in one
+        # As many steps everywhere: machines may have different numbers of cores.
+        self._workers = max(distributed.gather(num_workers(run.config.workers)))
         warm_up = -(-WARM_UP // self._turn) * self._turn
         self.rough_step = self._timed(warm_up, self._turn)
         spent = time.monotonic() - began - (warm_up + self._turn) * self.rough_step
@@ -93,10 +95,6 @@ class Trial:
                 run.save()
 
         return self.job_seconds(save)
-
-    @property
-    def _workers(self) -> int:
-        return num_workers(self.run.config.workers)
 
     def _before(self, count: int) -> int:
         """Steps before those that are timed. The first batches of all workers come together."""
@@ -166,7 +164,8 @@ def trial_of(
 
 def measure_pace(trial: Trial, seconds: float) -> Pace:
     """Time all parts of a training of so many seconds, of which a small share is spent here."""
-    kept = trial.run.cache is not None
+    # In memory on some machines, not on others: all time both.
+    kept = any(distributed.gather(trial.run.cache is not None))
     count = trial.count_within(SHARE * seconds / (1 + kept))
     first = trial.step_seconds(count)
     step = trial.step_seconds(count, again=True) if kept else first

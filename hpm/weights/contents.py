@@ -33,6 +33,7 @@ class Contents:
     std: list[float] | None = None
     config: PretrainConfig | None = None  # None for another library's weights, or a backbone
     step: int | None = None
+    frame_stride: int | None = None  # of the clips that it was trained on, if known
     folder: Path | None = None  # run folder
     format: ReadableFormat | None = None  # None if ours, or not recognised
     unused: list[str] = field(default_factory=list)  # names of tensors in the file

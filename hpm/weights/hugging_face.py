@@ -273,6 +273,7 @@ def read_description(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": "hidden_act",
         "layer_norm_eps": "layer_norm_eps",
         "norm_pix_loss": "norm_pix_loss",
+        "frame_stride": "frame_stride",
     }
     found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     if config.get("model_type") == "videomae" and "num_frames" in config and "image_size" in found:

@@ -24,16 +24,23 @@ BACKBONE = "hpm encoder"  # the `kind` of a backbone file
 
 
 def save_backbone(
-    path: Path, state: StateDict, architecture: Architecture, mean: list[float], std: list[float]
+    path: Path,
+    state: StateDict,
+    architecture: Architecture,
+    mean: list[float],
+    std: list[float],
+    frame_stride: int | None = None,
 ) -> None:
     """Write `backbone.safetensors` (timm's names) and the JSON that describes it.
 
-    state: the encoder's.
+    state: the encoder's. frame_stride: of the clips that it was trained on, if known.
     """
     metadata = architecture.encoder().to_json()
     metadata |= {"mean": mean, "std": std, "kind": BACKBONE, "hpm": __version__}
     if architecture.model is None:
         metadata |= {"layer_norm_eps": LAYER_NORM_EPS}
+    if len(architecture.image_size) == 3 and frame_stride is not None:
+        metadata |= {"frame_stride": frame_stride}
     write_tensors(path, state, metadata)
     write_text(path.with_suffix(".json"), json.dumps(metadata, indent=2) + "\n")
 
@@ -51,12 +58,14 @@ def read_own(path: Path, tensors: StateDict, metadata: dict[str, Any]) -> Conten
             architecture=Architecture.from_json(metadata, path).encoder(),
             mean=metadata["mean"],
             std=metadata["std"],
+            frame_stride=metadata.get("frame_stride"),
         )
     if "step" not in metadata:
         return None
     if "architecture" not in metadata:
         raise UserError(f"{path} is of a fine-tuning: name the run that it started from")
     checkpoint = parse_checkpoint(path, tensors, metadata)
+    config = make_config(PretrainConfig, metadata["config"])
     return Contents(
         str(path),
         path,
@@ -65,8 +74,9 @@ def read_own(path: Path, tensors: StateDict, metadata: dict[str, Any]) -> Conten
         Architecture.from_json(metadata["architecture"], path),
         metadata["mean"],
         metadata["std"],
-        make_config(PretrainConfig, metadata["config"]),
+        config,
         metadata["step"],
+        config.frame_stride,
     )
 
 
@@ -76,9 +86,15 @@ class OwnBackbone(WritableFormat):
     suffixes = (".safetensors",)
 
     def write(self, source: ExportSource, path: Path) -> None:
-        trained = source.trained
-        state = source.encoder.state_dict()
-        save_backbone(path, state, trained.architecture, trained.mean, trained.std)
+        trained, state = source.trained, source.encoder.state_dict()
+        save_backbone(
+            path,
+            state,
+            trained.architecture,
+            trained.mean,
+            trained.std,
+            trained.frame_stride,
+        )
 
     def outputs(self, source: ExportSource, path: Path, images: Tensor) -> Outputs:
         contents = read_own(path, *read_tensors(path))

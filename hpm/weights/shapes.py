@@ -35,6 +35,7 @@ def complete(contents: Contents) -> None:
     """
     architecture = derive_architecture(contents)
     contents.mean, contents.std = _normalisation(contents, architecture.channels)
+    contents.frame_stride = contents.metadata.get("frame_stride")
     target = _target(contents, architecture)
     if target is None:
         contents.architecture = architecture.encoder()
@@ -94,6 +95,9 @@ def check_metadata(contents: Contents) -> None:
         value = metadata.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path}: {name} cannot be {value!r}")
+    stride = metadata.get("frame_stride")
+    if stride is not None and (type(stride) is not int or stride < 0):
+        raise UserError(f"{path}: frame_stride cannot be {stride!r}")
     size, axes = metadata.get("image_size"), contents.format.axes if contents.format else 2
     if isinstance(size, int) and axes == 2:
         metadata["image_size"] = [size, size]

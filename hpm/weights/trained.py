@@ -46,6 +46,7 @@ class Trained:
     config: PretrainConfig | None = None
     folder: Path | None = None
     step: int | None = None  # of the training, if known
+    frame_stride: int | None = None  # of the clips that it was trained on, if known
     target: Target | None = None  # of a run in training; see `find_target`
     miner: Miner | None = None  # of a run in training; see `find_miner`
     notes: list[str] = field(
@@ -78,8 +79,8 @@ class Trained:
             )
         if frames == 1:
             return None
-        stride = self.config.frame_stride if self.config else ClipSampling().stride
-        return ClipSampling(frames, stride if frame_stride is None else frame_stride)
+        strides = (frame_stride, self.frame_stride, ClipSampling().stride)
+        return ClipSampling(frames, next(s for s in strides if s is not None))
 
     def find_target(self, device: torch.device) -> Target:
         """The target that the model was trained to reconstruct. Raises UserError if a part of it is
@@ -140,6 +141,8 @@ def build(contents: Contents) -> Trained:
             teacher = _filled(
                 lambda: build_model(architecture), contents.teacher, path, architecture
             )
+    if len(architecture.image_size) == 3 and contents.frame_stride is None:
+        contents.notes.append(f"its clips have a frame stride of {ClipSampling().stride} (assumed)")
     return Trained(
         contents.name,
         architecture,
@@ -151,6 +154,7 @@ def build(contents: Contents) -> Trained:
         contents.config,
         contents.folder,
         contents.step,
+        contents.frame_stride,
         notes=contents.notes,
     )
 

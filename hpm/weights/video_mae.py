@@ -102,6 +102,8 @@ class VideoMae(HuggingFaceViT):
     def config(self, source: ExportSource) -> dict[str, Any]:
         config = super().config(source)
         del config["qkv_bias"]
+        if source.trained.frame_stride is not None:
+            config["frame_stride"] = source.trained.frame_stride  # transformers passes it over
         return config | {
             "architectures": ["VideoMAEModel"],
             "model_type": "videomae",

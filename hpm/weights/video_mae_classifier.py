@@ -82,5 +82,5 @@ def read_classifier(contents: Contents, head: StateDict, classes: list[str]) -> 
     norm: Any = classifier.fc_norm
     norm.eps = HEAD_NORM_EPS
     return ClassificationModel(
-        classifier, architecture, classes, contents.mean, contents.std
+        classifier, architecture, classes, contents.mean, contents.std, contents.frame_stride
     ).eval()

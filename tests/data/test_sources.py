@@ -159,6 +159,11 @@ def test_the_shortest_name_of_a_split():
     assert train_and_test(names) == ("train", "test")
 
 
+@pytest.mark.parametrize(("others", "test"), [([], None), (["test"], "test")])
+def test_validation_within_the_training_split_is_not_tested_on(others, test):
+    assert train_and_test(["trainval", "val", *others]) == ("trainval", test)
+
+
 def test_parquet_with_class_names(tmp_path):
     write_parquet(tmp_path / "a.parquet", [1, 0], names=["cat", "dog"])
     source = open_source(str(tmp_path / "a.parquet")).train

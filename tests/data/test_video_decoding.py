@@ -44,6 +44,20 @@ def test_clips_near_the_end_of_a_transport_stream(tmp_path):
         assert shown(open_video(file), numbers) == [min(number, 59) for number in numbers]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [(".avi", "libx264"), (".mpg", "mpeg2video"), (".mpeg", "mpeg1video"), (".vob", "mpeg2video")],
+)
+def test_formats_without_the_time_stamps_of_all_frames(tmp_path, suffix, codec):
+    """FFmpeg makes them up from the order in which frames are stored, not that in which they are
+    shown."""
+    file = str(write_video(tmp_path / f"a{suffix}", frames=60, codec=codec, b_frames=2))
+    assert open_video(file).length == 60
+    for start in range(0, 56, 5):
+        numbers = range(start, start + 4)
+        assert shown(open_video(file), numbers) == list(numbers)
+
+
 def test_past_the_end_the_last_frame_stays(tmp_path):
     one = str(write_video(tmp_path / "one.mp4", frames=1))
     assert open_video(one).length == 1

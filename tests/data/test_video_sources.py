@@ -136,6 +136,8 @@ def test_gifs_are_videos_where_clips_are_wanted(tmp_path):
         "a.mp4;10\nmy b.mp4;9\n",
         "a.mp4\t10\nmy b.mp4\t9\n",
         "a.mp4 12 10\nmy b.mp4 12 9\n",
+        "path,label,split\na.mp4,10,train\nmy b.mp4,9,test\n",
+        "label;start;video_path\n10;0;a.mp4\n9;1;my b.mp4\n",
     ],
 )
 def test_lists(tmp_path, clip, text):

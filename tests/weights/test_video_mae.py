@@ -51,6 +51,7 @@ OURS = {
     "decoder_heads": 2,
     "with_predictor": False,
 }
+ASSUMED_STRIDE = "its clips have a frame stride of 4 (assumed)"
 
 
 def close(theirs, ours):
@@ -88,7 +89,7 @@ def test_reading_an_encoder(tmp_path, changes):
     close(expected, patches)
     close(expected.mean(1), pooled)
     assert trained.mean == [0.1, 0.2, 0.3] and trained.architecture.num_heads == 4
-    assert not any("assumed" in note for note in trained.notes)
+    assert [note for note in trained.notes if "assumed" in note] == [ASSUMED_STRIDE]
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_pix_loss": False}, {"use_mean_pooling": False}])
@@ -193,6 +194,7 @@ def test_names_survive_the_way_there_and_back():
 def clip_run(tmp_path_factory):
     options = {
         "frames": 4,
+        "frame_stride": 2,
         "patch_size": (2, 4, 4),
         "image_size": (16, 24),
         "normalize": "imagenet",
@@ -293,6 +295,23 @@ def test_starting_from_an_exported_folder(clip_run, tmp_path):
     assert torch.equal(target.state_dict()[projection], source.model.state_dict()[projection])
     visible, hidden = a_mask()[1:]
     close(target.eval()(CLIPS, visible, hidden)[0], source.model.eval()(CLIPS, visible, hidden)[0])
+
+
+def test_the_frame_stride_is_kept(clip_run, tmp_path):
+    """Clips of another stride would be of another length of time."""
+    exported = hpm.export(clip_run.folder, "hf", tmp_path / "hf")
+    written = hpm.export(clip_run.folder, "safetensors", tmp_path / "b.safetensors")
+    for path in (clip_run.folder, clip_run.folder / "backbone.safetensors", exported, written):
+        trained = load(path)
+        assert trained.sampling().stride == 2 and trained.sampling(None, 1).stride == 1
+        assert ASSUMED_STRIDE not in trained.notes
+    config = json.loads((exported / "config.json").read_text())
+    del config["frame_stride"]
+    (exported / "config.json").write_text(json.dumps(config))
+    assert load(exported).notes[-1] == ASSUMED_STRIDE
+    (exported / "config.json").write_text(json.dumps(config | {"frame_stride": "2"}))
+    with pytest.raises(UserError, match="frame_stride cannot be '2'"):
+        load(exported)
 
 
 def test_evaluating_an_exported_folder(clip_run, tmp_path):

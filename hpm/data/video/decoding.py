@@ -1,7 +1,8 @@
 """Decode video files by PyAV: seek to the key frame before the clip, choose frames by time stamps.
 
 Headers are wrong often enough: no duration, one of another rate, or time stamps that all are zero.
-Where a header cannot be true, packets are counted instead, without decoding them.
+Where a header cannot be true, packets are counted instead, without decoding them. Where FFmpeg has
+to make up time stamps, frames are counted from the start of the file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LARGEST_CLIP = 1 << 30  # pixels of its frames, which are in memory together: 1.
 # Codecs whose decoders can leave out frames that no others depend on, by PyAV's `skip_frame`.
 SKIPPING = ("h264", "hevc")
 MOST_PACKETS = 4096  # that are held in memory to find out what to leave out
+PROGRAM_STREAMS = ("mpeg", "mpegvideo")  # FFmpeg's names for .mpg, .vob and what is within
 TURNS = {0: 0, 90: 1, 180: 2, -180: 2, -90: 3, 270: 3, -270: 1}  # degrees, counterclockwise
 
 
@@ -241,6 +243,8 @@ class VideoFile:
 
     def _by_header(self) -> Timing | None:
         """The timing that the header gives; None if it gives none, or one that cannot be."""
+        if self._has_made_up_stamps():
+            return None
         stream = self._stream
         rate = float(stream.average_rate or 0)
         duration = stream.duration
@@ -253,12 +257,21 @@ class VideoFile:
         length = round(float(duration) / period)
         return Timing(float(stream.start_time or 0), period, length) if length else None
 
+    def _has_made_up_stamps(self) -> bool:
+        """AVI has no time stamps, and those of FFmpeg are wrong where frames are not stored in the
+        order in which they are shown. A program stream has some, and behind a seek, those of FFmpeg
+        are wrong up to the first of them."""
+        name, context = self._container.format.name, self._stream.codec_context
+        if name == "avi":
+            return context.name in SKIPPING and context.has_b_frames
+        return name in PROGRAM_STREAMS
+
     def _by_packets(self) -> Timing:
         """The timing of the packets, read without decoding them."""
         packets = [(p.pts, p.duration) for p in self._packets() if p.size and not p.is_corrupt]
         self._rewind()
         stamps = sorted({stamp for stamp, _ in packets if stamp is not None})
-        if len(stamps) > max(1, 0.5 * len(packets)):
+        if len(stamps) > max(1, 0.5 * len(packets)) and not self._has_made_up_stamps():
             # The mean rate. The last frame lasts as long as its packet says, or as the others.
             period = (stamps[-1] - stamps[0]) / (len(stamps) - 1)
             last = dict(packets)[stamps[-1]] or period

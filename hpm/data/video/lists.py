@@ -7,19 +7,29 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from hpm.core.errors import UserError, counted, one_line
 from hpm.data.folders import VIDEO_SUFFIXES, find_files
 from hpm.data.inspection import spaced
-from hpm.data.list_tables import MOST_CHECKED
+from hpm.data.list_tables import LABELS, MOST_CHECKED
 from hpm.data.notes import say_once
 
 SEPARATORS = ("\t", ",", ";")
-# First fields of a line that is a header.
-HEADERS = ("path", "video", "video_path", "file", "filename", "name", "id", "label", "class")
+# Names of the column of videos, best first.
+PATHS = ("path", "video", "video_path", "file", "filename", "name", "id")
+HEADERS = (*PATHS, *LABELS)  # first fields of a line that is a header
 KINETICS = {"youtube_id", "time_start", "time_end"}
 
 Row = tuple[str, str | None]  # (path, label)
+
+
+class Columns(NamedTuple):
+    """Where a table has the paths and the labels."""
+
+    separator: str
+    path: int
+    label: int
 
 
 def is_video_list(path: Path) -> bool:
@@ -37,7 +47,8 @@ def read_video_list(path: Path) -> tuple[list[str], list[str | None]]:
     frames.
 
     - text: `path`, `path label` or `path frames label`, separated by spaces, tabs, commas or
-      semicolons, with or without a header.
+      semicolons, with or without a header. Columns that a header names (PATHS, LABELS) may lie in
+      any order, beside others.
     - csv of Kinetics (label, youtube_id, time_start, time_end): files ID_START_END.mp4 anywhere
       below the list's folder; those that are missing are counted and passed over.
     - json of Something-Something ([{id, template}, ...]): files ID.webm anywhere below it.
@@ -66,6 +77,7 @@ def _lines(path: Path, text: str) -> list[Row]:
     rows = []
     lines = text.splitlines()
     is_long = len(lines) > MOST_CHECKED
+    columns = _named_columns(lines[0]) if lines else None
 
     def exists(name: str) -> bool:
         return os.path.exists(path.parent / name)
@@ -74,7 +86,9 @@ def _lines(path: Path, text: str) -> list[Row]:
         line = line.strip()
         if not line:
             continue
-        row = (_row(line, _is_named_video) if is_long else None) or _row(line, exists)
+        row = (_row(line, _is_named_video, columns) if is_long else None) or _row(
+            line, exists, columns
+        )
         if row is not None:
             rows.append(row)
         elif number > 1 or not _is_header(line):
@@ -85,13 +99,34 @@ def _lines(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _row(line: str, is_video: Callable[[str], bool]) -> Row | None:
+def _named_columns(header: str) -> Columns | None:
+    """The columns of a header that names both."""
+    for separator in SEPARATORS:
+        if separator in header:
+            cells = [cell.strip().lower() for cell in _cells(header, separator)]
+            path = next((cells.index(name) for name in PATHS if name in cells), None)
+            label = next((cells.index(name) for name in LABELS if name in cells), None)
+            if path is not None and label is not None:
+                return Columns(separator, path, label)
+    return None
+
+
+def _cells(line: str, separator: str) -> list[str]:
+    return next(csv.reader([line], delimiter=separator))
+
+
+def _row(line: str, is_video: Callable[[str], bool], columns: Columns | None) -> Row | None:
     """None if no part of the line is a video. A path may contain spaces."""
+    if columns:
+        cells = [cell.strip() for cell in _cells(line, columns.separator)]
+        if len(cells) <= max(columns.path, columns.label) or not is_video(cells[columns.path]):
+            return None
+        return cells[columns.path], cells[columns.label]
     if is_video(line):
         return line, None
     for separator in SEPARATORS:
         if separator in line:
-            first, *_, last = next(csv.reader([line], delimiter=separator))
+            first, *_, last = _cells(line, separator)
             if is_video(first.strip()):
                 return first.strip(), last.strip()
     file, _, label = line.rpartition(" ")
