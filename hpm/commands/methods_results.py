@@ -117,7 +117,9 @@ class MethodsResults(Results):
             if (found := self.between(one, other, measure)) is None:
                 continue
             colour = "#4477aa" if found.sign else "#888888"
-            panel.errorbar(found.mean, row, xerr=found.half or 0, fmt="o", color=colour, capsize=3)
+            panel.errorbar(
+                found.mean, row, xerr=found.half or None, fmt="o", color=colour, capsize=3
+            )
         names = [f"{TITLES[one]}\nless {TITLES[other]}" for one, other in PAIRS]
         panel.set_yticks(range(len(names)), names, fontsize=8)
 
@@ -148,5 +150,5 @@ def _cell(found: Interval | None, measure: str) -> str:
     if found is None:
         return ""
     digits = MEASURES[measure].digits
-    half = "" if found.half is None else f" ± {found.half:.{digits}f}"
+    half = f" ± {found.half:.{digits}f}" if found.half else ""  # of 0, it would say certainty
     return f"{found.mean:+.{digits}f}{half}"

@@ -15,7 +15,7 @@ from PIL import Image
 from hpm.core.errors import UserError
 from hpm.data import demo
 from hpm.data.arrays import UnreadableImage
-from hpm.data.fingerprint import contents_digest
+from hpm.data.fingerprint import contents_digest, digest
 from hpm.data.folders import subfolders
 from hpm.data.inspection import spaced
 from hpm.data.mask_files import Labels, highest_label, pair_by_name, read_mask
@@ -79,7 +79,8 @@ class MaskedImages(FileSource):
         return self.numbers.apply(read_mask(file), file)
 
     def annotations_digest(self) -> str:
-        return contents_digest(self.masks)
+        meaning = [*self.numbers.table.tolist(), self.numbers.one_class]
+        return digest([contents_digest(self.masks), *map(str, meaning)])
 
 
 class DemoLabels(DemoSource):
@@ -228,7 +229,9 @@ def _open_voc(root: Path) -> tuple[_Part, _Part | None] | None:
 
 def _listed(root: Path, file: Path) -> _Part:
     """The images named in one of VOC's lists."""
-    names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    names = [
+        line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+    ]
     if not names:
         raise UserError(f"{file}: the list names no image")
     part = _Part(f"{root} ({file.stem})", [], [], voc=True)
@@ -268,12 +271,12 @@ def _names(root: Path) -> Mapping[int, str]:
     """Class names by label, from a file; empty if there is none."""
     text, table = root / "classes.txt", root / "classes.json"
     if text.is_file():
-        lines = text.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = text.read_text(encoding="utf-8-sig").rstrip().splitlines()
         return {number: line.strip() for number, line in enumerate(lines)}
     if not table.is_file():
         return {}
     try:
-        content = json.loads(table.read_text(encoding="utf-8"))
+        content = json.loads(table.read_text(encoding="utf-8-sig"))
         pairs = content.items() if isinstance(content, dict) else enumerate(content)
         return {int(number): str(name) for number, name in pairs}
     except (OSError, ValueError, TypeError):
@@ -284,7 +287,7 @@ def _ade20k_names(root: Path, train: _Part, ignored: int) -> Mapping[int, str]:
     """Class names from ADE20K's tab-separated table; numbered if there is none."""
     table = root / "objectInfo150.txt"
     if table.is_file():
-        rows = [line.split("\t") for line in table.read_text().splitlines()]
+        rows = [line.split("\t") for line in table.read_text(encoding="utf-8-sig").splitlines()]
         with suppress(ValueError, IndexError):
             return {int(row[0]): row[-1].split(",")[0].strip() for row in rows[1:]}
         raise UserError(f"{table}: not the table of ADE20K (Idx, Ratio, Train, Val, Name)")

@@ -43,10 +43,10 @@ def _split_name(file: Path, root: Path) -> str:
     """The name that tells the split of a file: its own, or else that of the innermost folder below
     `root` that is called as a split is (`train`, `train2017`, `partial-train`); empty if none."""
     names = (*TRAIN_NAMES, *TEST_NAMES)
-    if file.stem.lower().startswith(names):
-        return file.stem.lower()
+    # Whole words only: `testimony.parquet` and a folder `valley` are no splits.
+    if (first := re.match("[a-z]*", file.stem.lower())) and first[0] in (*names, "trainval"):
+        return first[0]
     for folder in reversed(file.relative_to(root).parts[:-1]):
-        # Whole words only: a folder `trains` or `valley` is no split.
         words = re.split("[^a-z]+", folder.lower())
         if found := next((word for word in words if word in names), None):
             return found

@@ -28,7 +28,7 @@ CHARTS = (
 )
 LEFT_OUT = ("step", "unreadable")
 # Shown elsewhere on the page, or of no interest to a reader.
-NOT_OPTIONS = ("architecture", "training", "resolved")
+NOT_OPTIONS = ("architecture", "training", "resolved", "fingerprints")
 # Shown whether or not they are the defaults.
 ALWAYS = ("run", "data", "test", "compare", "weights", "step", "epochs", "steps")
 MAX_FIGURE_BYTES = 8_000_000
@@ -230,9 +230,10 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
     if numbers.get(name) is None:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    form = _form(numbers[name])
-    interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
-    return f"{numbers[name]:{form}}{interval}"
+    if low is None or high is None:
+        return f"{numbers[name]:{_form(numbers[name])}}"
+    form = _form(numbers[name] or high or low)
+    return f"{numbers[name]:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _form(value: float) -> str:

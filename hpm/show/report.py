@@ -30,10 +30,7 @@ from hpm.show.status import Status, read_status
 from hpm.training.resume import FOLLOWING
 from hpm.training.sessions import FINISHED, Session, read_sessions
 from hpm.weights.own import encoder_call
-from hpm.weights.run_folder import RunFolder, latest_values
-
-# Options that `schedule.resolve` fills in, and that the user rarely sets.
-RESOLVED = ("patch_size", "precision", *FOLLOWING)
+from hpm.weights.run_folder import RunFolder, following_options, latest_values
 
 TILES = {
     "reconstruction_loss": "reconstruction loss, training",
@@ -85,7 +82,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         "<h2>Use the backbone</h2>",
         _usage(folder, clips),
         "<h2>Configuration</h2>",
-        _configuration(options),
+        _configuration(options, run.config_file),
         "<h2>Sessions</h2>",
         _sessions(sessions, run.config_file),
         data_block("curves", values),
@@ -223,8 +220,10 @@ def _usage(folder: Path, clips: bool) -> str:
     return f"<pre>{escape(python)}</pre>\n<pre>{escape(shell)}</pre>"
 
 
-def _configuration(options: dict[str, Any]) -> str:
-    """Options with non-default values, then all others."""
+def _configuration(options: dict[str, Any], config_file: Path) -> str:
+    """Options that were given other values than their defaults, then all others."""
+    # Files of older versions do not tell what was given.
+    derived = following_options(config_file.read_text(encoding="utf-8")) or FOLLOWING
     defaults = json.loads(
         json.dumps(
             {
@@ -237,7 +236,7 @@ def _configuration(options: dict[str, Any]) -> str:
     chosen = {
         name: value
         for name, value in options.items()
-        if name not in RESOLVED and (name not in defaults or value != defaults[name])
+        if name not in derived and (name not in defaults or value != defaults[name])
     }
     rest = {name: value for name, value in options.items() if name not in chosen}
     return (
@@ -275,11 +274,13 @@ def _size(options: dict[str, Any]) -> str:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The content of config.yaml, unchecked, so that reports of older versions can be rewritten."""
+    """All options that config.yaml has, also those that were not given; unchecked, so that reports
+    of older versions can be rewritten."""
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        options, derived = yaml.safe_load(text), following_options(text)
     except (OSError, yaml.YAMLError):
         options = None
     if not isinstance(options, dict):
         raise UserError(f"{path} is damaged: repair it, or restore it from a copy")
-    return options
+    return options | derived

@@ -60,6 +60,11 @@ class TrainingFolder:
             return 0
         checkpoint = load_checkpoint(found[-1])
         before, now = checkpoint.meta.get("identity", {}), self.identity
+        if "data" in now and "data" not in before:
+            raise UserError(
+                f"{self.folder} holds a {self.kind} of an older version of hpm, which did not say "
+                "on which data: choose another --out, or delete the folder to train again"
+            )
         if changed := differing(before.get("data", {}), now.get("data", {})):
             raise UserError(
                 f"{self.folder} holds a {self.kind} on other data ({' and '.join(changed)} "

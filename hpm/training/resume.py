@@ -24,7 +24,7 @@ from hpm.core.options import LENGTHS, describe
 from hpm.core.version import __version__
 from hpm.data.fingerprint import Fingerprint, differing
 from hpm.training.schedule import num_steps, steps_per_epoch
-from hpm.weights.run_folder import RunFolder, read_config
+from hpm.weights.run_folder import FOLLOWS, RunFolder, read_config
 
 SIZES = ("image_size", "patch_size")
 PATHS = ("data", "init", "codebook", "target_model")
@@ -37,10 +37,14 @@ DURATIONS = (
     "ema_horizon_end",
     "ema_ramp",
 )
-# Options whose defaults follow from other options (mask; model and decoder; init and pretrained).
-# config.yaml leaves them out unless they were given, so that, as --config of another run, it does
-# not carry the defaults of one mask or model over to another.
+# Options whose defaults follow from other options (model and decoder; mask; init and pretrained;
+# length and batch size) or the device. In config.yaml they are comments unless they were given, so
+# that, as --config of another run, it does not carry the defaults of one over to another.
 FOLLOWING = (
+    "patch_size",
+    "base_lr",
+    "precision",
+    "normalize",
     "hard_share_start",
     "hard_share_end",
     "secondary_mask_ratio",
@@ -97,7 +101,8 @@ def config_text(given: PretrainConfig, config: PretrainConfig) -> str:
     given: the options as the user set them. config: the same, resolved.
     """
     options = json.loads(json.dumps(dataclasses.asdict(config)))
-    follow = {name: options.pop(name) for name in FOLLOWING if getattr(given, name) is None}
+    not_given = [name for name in FOLLOWING if getattr(given, name) in (None, "auto")]
+    follow = {name: options.pop(name) for name in not_given}
     text = (
         f"# hpm {__version__}, torch {torch.__version__}, python "
         f"{platform.python_version()}, {platform.platform()}\n"
@@ -106,7 +111,7 @@ def config_text(given: PretrainConfig, config: PretrainConfig) -> str:
     text += yaml.safe_dump(options, sort_keys=False)
     if follow:
         lines = yaml.safe_dump(follow, sort_keys=False).splitlines()
-        text += "# Not given; these defaults follow from the options above:\n"
+        text += f"{FOLLOWS}\n"
         text += "".join(f"# {line}\n" for line in lines)
     return text
 

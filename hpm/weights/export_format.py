@@ -120,8 +120,8 @@ def unless_plain_vit(source: ExportSource, library: str, class_token: bool = Tru
         if count == 1 or (count == 0 and not class_token):
             return None
         return (
-            f"{library} has one class token, and this encoder has {count or 'none'}: pass --to "
-            "timm, onnx or safetensors"
+            f"{library} has {'one' if class_token else 'no'} class token, and this encoder has "
+            f"{count or 'none'}: pass --to timm, onnx or safetensors"
         )
     name = source.architecture.model or ""
     others = "timm or onnx" if name.startswith(PREFIX) else "onnx or safetensors"

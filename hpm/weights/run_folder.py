@@ -17,6 +17,9 @@ from hpm.weights.checkpoint import FILE, FOLDER, list_checkpoints, step_of
 # versions, which lack them.
 KEPT_OPTIONS = {"base_lr": None, "freeze_encoder": "0%", "layer_decay": 1.0}
 
+# The line of config.yaml above the options that were not given and follow from others.
+FOLLOWS = "# Not given; these defaults follow from the options above:"
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -124,6 +127,13 @@ def latest_values(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     for line in metrics:
         found |= line
     return found
+
+
+def following_options(text: str) -> dict[str, Any]:
+    """The options that the text of a config.yaml has as comments, because they were not given and
+    follow from others; none in those of older versions. Raises YAMLError."""
+    lines = text.partition(f"{FOLLOWS}\n")[2].splitlines()
+    return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines)) or {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

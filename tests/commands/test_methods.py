@@ -87,10 +87,19 @@ def test_a_clear_difference(tmp_path):
     assert (tmp_path / "methods.png").stat().st_size > 5000
 
 
+def test_differences_that_are_all_alike_have_no_interval(tmp_path):
+    base = (30.0, 31.0, 29.0)
+    same = [value + 5 for value in base]
+    results = results_of(tmp_path, mae=base, predictor=base, hpm=same, hpm_memory=base)
+    assert "± 0" not in results.tables()[1].rows[1] and "+5.0" in results.tables()[1].rows[1]
+    results.write()
+
+
 def test_a_narrow_screen(tmp_path):
     """No name or number is cut or wrapped: columns that do not fit stand in a table below."""
     base = (30.0, 31.0, 29.0)
-    results = results_of(tmp_path, mae=base, predictor=base, hpm=base, hpm_memory=base)
+    other = (31.0, 31.5, 30.5)
+    results = results_of(tmp_path, mae=base, predictor=other, hpm=other, hpm_memory=base)
     screen = Console(width=45, force_terminal=True, no_color=True, file=io.StringIO())
     print_results(results, screen)
     lines = re.sub(r"\x1b\[\d*m", "", screen.file.getvalue()).splitlines()

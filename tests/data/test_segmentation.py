@@ -66,6 +66,24 @@ def test_names_from_a_text_file(tmp_path):
     assert labels_in(splits.test) == [0, 255]
 
 
+def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path):
+    camvid(tmp_path)
+    (tmp_path / "classes.txt").write_text("void\nroad\ncar\nsky\n", encoding="utf-8-sig")
+    splits = open_segmentation(str(tmp_path))
+    assert splits.train.classes == ["road", "car", "sky"] and 255 in labels_in(splits.train)
+
+
+def test_other_meanings_of_the_same_masks_are_other_annotations(tmp_path):
+    """Else a model would be tested on labels that it was not trained on."""
+    camvid(tmp_path)
+    found = []
+    for names in ("void\nroad\ncar\nsky\n", "road\nvoid\ncar\nsky\n"):
+        (tmp_path / "classes.txt").write_text(names)
+        train = open_segmentation(str(tmp_path)).train
+        found.append((train.classes, train.annotations_digest()))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
 @pytest.mark.parametrize(
     "content", [["sky", "road", "car", "bus"], {"0": "sky", "1": "road", "2": "car", "3": "bus"}]
 )

@@ -154,6 +154,14 @@ def test_parquet_in_folders_that_are_no_splits(tmp_path):
     assert len(splits.train) == 4 and splits.test is None
 
 
+def test_files_of_a_split_may_begin_like_the_name_of_another(tmp_path):
+    for name, images in (("train/valencia", 2), ("train/testimony", 3), ("test/trained", 1)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", [0] * images)
+    splits = open_source(str(tmp_path))
+    assert len(splits.train) == 5 and len(splits.test) == 1
+
+
 def test_the_shortest_name_of_a_split():
     names = ["train_extra", "train", "test_unlabelled", "test"]
     assert train_and_test(names) == ("train", "test")

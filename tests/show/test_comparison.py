@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import yaml
 from helpers import TINY, assert_refused, run_here
 
 import hpm
+from hpm.core.config import PretrainConfig
+from hpm.show.compared import differing_options, read_runs
 from hpm.show.comparison import compare
 from hpm.show.options import CompareConfig
+from hpm.training.resume import config_text
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,17 @@ def test_the_page_says_what_differs(html):
     assert text.count('class="view map actual"') == 2 * 3
     assert text.count('class="view map predicted"') == 3
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_an_option_that_follows_equals_the_same_one_given(tmp_path):
+    folders = []
+    for name, given in (("a", {}), ("b", {"hard_share_end": 0.5})):
+        config = PretrainConfig("photos", "out", **given)
+        resolved = replace(config, hard_share_end=0.5, base_lr=1e-3 if given else 2e-3)
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "config.yaml").write_text(config_text(config, resolved))
+    assert list(differing_options(read_runs(list(map(str, folders))))) == ["base_lr"]
 
 
 def test_losses_of_tubes_do_not_compare_with_those_of_patches(tmp_path):

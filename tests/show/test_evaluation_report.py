@@ -75,12 +75,14 @@ def test_small_numbers_have_their_interval(tmp_path):
             "trained": {
                 "k = 10": {"top1": -0.293, "top1_low": -1.2695, "top1_high": 0.683},
                 "k = 20": {"top1": 1.06, "top1_low": 0.0, "top1_high": 2.1},
+                "k = 50": {"top1": 0.0, "top1_low": -0.04, "top1_high": 0.04},
             }
         },
     }
     (tmp_path / "knn.json").write_text(json.dumps(result))
     text = write_evaluation_report(tmp_path / "knn.json").read_text()
-    assert "<td>-0.293 (-1.27 to 0.683)</td>" in text and "<td>1.1 (0.0 to 2.1)</td>" in text
+    assert "<td>-0.293 (-1.27 to 0.683)</td>" in text and "<td>0 (-0.04 to 0.04)</td>" in text
+    assert "<td>1.1 (0.0 to 2.1)</td>" in text
 
 
 @pytest.mark.parametrize("protocol", ["hardness", "knn"])

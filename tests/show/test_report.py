@@ -49,6 +49,15 @@ def test_a_finished_run_has_one(finished_run):
     assert session.environment["torch"] in text
 
 
+def test_it_tells_options_that_were_given_from_those_that_follow(finished_run):
+    text = finished_run.report.read_text().partition("<h2>Configuration</h2>")[2]
+    chosen, rest = text.partition("<h2>")[0].split("<details>")
+    for name in ("hard_share_start", "decoder_dim", "patch_size", "base_lr"):  # see TINY
+        assert f">{name}<" in chosen and f">{name}<" not in rest
+    for name in ("hard_share_end", "decoder_heads", "normalize", "precision"):
+        assert f">{name}<" in rest and f">{name}<" not in chosen
+
+
 def test_it_says_where_and_why_a_run_stopped(image_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 4)

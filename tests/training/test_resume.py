@@ -14,6 +14,9 @@ from hpm.core.options import lay_over, make_config, read_preset
 from hpm.models.architecture import resolve_model
 from hpm.show.run import Run
 from hpm.training.build import build_run
+from hpm.training.resume import config_text
+from hpm.training.schedule import resolve
+from hpm.weights.run_folder import following_options
 
 OPTIONS = TINY | {"holdout": 0, "init": "first/backbone.safetensors"}
 
@@ -115,6 +118,19 @@ def test_the_config_of_a_run_as_that_of_another(finished_run, here):
     assert (config.freeze_encoder, config.layer_decay) == ("10%", 0.75)
     again = build_run(other(data="photos", out=str(here / "same")), torch.device("cpu")).config
     assert again.hard_shares == (0.25, 0.5) and again.decoder_heads == 2
+
+
+def test_what_follows_is_not_carried_over(tmp_path):
+    """Patches follow the model, normalisation the first weights, the rate the length."""
+    given = PretrainConfig("photos", "run", steps=100)
+    text = config_text(given, resolve(given, 1000, torch.device("cpu"), 1))
+    names = {"patch_size", "base_lr", "precision", "normalize"}
+    assert names <= following_options(text).keys() and not names & yaml.safe_load(text).keys()
+    (tmp_path / "config.yaml").write_text(text)
+    options = lay_over(read_preset(tmp_path / "config.yaml"), {"steps": 50_000})
+    other = make_config(PretrainConfig, options | {"model": "vit_huge"})
+    for name in names:
+        assert getattr(other, name) == getattr(given, name), name
 
 
 def test_epochs_that_are_as_many_steps(tmp_path, monkeypatch):
