@@ -500,8 +500,9 @@ class Experiment:
             text += f" Its step took {ratios['memory'][0]:.2f} times as long as MAE's."
         if (pairs := len(pairs_of(found[LONGER_MEMORY], found[EQUAL_TIME]))) > 1:
             text += (
-                f" After as many steps as MAE for HPM's time ({pairs} pairs), it "
-                f"{verdict(paired(found[LONGER_MEMORY], found[EQUAL_TIME]))} compared with that."
+                f" Trained for as many steps as the MAE that has HPM's time ({pairs} pairs), it "
+                f"{verdict(paired(found[LONGER_MEMORY], found[EQUAL_TIME]))} compared with that "
+                "MAE."
             )
         return f"{textwrap.fill(text, 100)}\n\n![top-1 by method](benchmarks/evidence.png)"
 

@@ -62,7 +62,7 @@ JOBS = {
             "steps": 150,
             "image_size": 96,
             "batch_size": 8,
-            "lr": 1e-3,
+            "peak_lr": 1e-4,
             "layer_decay": 0.9,
             "channels": 64,
         },

@@ -23,8 +23,6 @@ class RayOptions:
     """Number of processes (default: one per GPU of the cluster, or per --cpus-per-process)."""
     cpus_per_process: int = option(1, at_least=1, main=True)
     """CPUs of a process: one computes, and the others load images unless --workers is given."""
-    max_failures: int = option(3, at_least=0, main=True)
-    """How often the processes of pretrain are started again after a failure."""
 
 
 @dataclass
@@ -54,6 +52,9 @@ class SlurmOptions:
 class RayPretrainConfig(RayOptions, PretrainConfig):
     """Pre-train on a Ray cluster, whose nodes see data and run folder under the same paths. Run the
     same command again to resume."""
+
+    max_failures: int = option(3, at_least=0, main=True)
+    """How often the processes are started again after a failure."""
 
 
 @dataclass

@@ -34,6 +34,7 @@ from hpm.training.trial import Timed, Trial, measure_pace, trial_of
 ROUNDS = 3  # in which the methods are timed in turns
 ROUND_SECONDS = 60.0  # at most, of a method
 REFERENCE = "hpm"  # the method whose length --epochs and --steps give
+SET_BY_METHODS = ("mask", "predictor_loss", "mine_by")
 FREE = {"seeds", "labels"}  # options that a comparison may go on with other values of
 
 
@@ -44,6 +45,12 @@ def methods(config: MethodsConfig) -> MethodsResults:
     Finished runs and evaluations are not repeated. Raises UserError before training if something
     cannot work.
     """
+    for name in SET_BY_METHODS:
+        if (value := getattr(config, name)) != getattr(PretrainConfig, name):
+            raise UserError(
+                f"{name} is {value}, but each method has its own: leave it out, or compare arms of "
+                "your own with hpm ablate"
+            )
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):  # which all runs share
         plain = plan_runs(config, [_variant(name) for name in ARMS])

@@ -1,6 +1,6 @@
 """What `hpm plan` suggests, and why: rules from the images to the options of pretrain.
 
-They are those of docs/recipes.md and docs/first-run.md; each constant below is one of them."""
+docs/first-run.md and docs/recipes.md describe them."""
 
 from __future__ import annotations
 

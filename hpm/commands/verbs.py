@@ -335,7 +335,7 @@ ABOUT = {
     "demo": "pre-train on built-in images, evaluate and draw; minutes on a CPU",
     "plan": "examine images and machine, and suggest a command for pretrain",
     "pretrain": "pre-train a backbone on a folder of images",
-    "eval": "evaluate a backbone: kNN, probes, fine-tuning, measures without labels",
+    "eval": "evaluate: kNN, probes, fine-tuning, segmentation, detection",
     "show": "draw losses, masks, reconstructions, features and attention",
     "view": "try a model on images in the browser",
     "predict": "write the predictions of a fine-tuned model for a folder of images or videos",

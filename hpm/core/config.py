@@ -248,7 +248,7 @@ class ImageOptions:
     """Images of a stream that each worker shuffles; twice as many are in its memory."""
     holdout: int = option(128, at_least=0)
     """Number of images to keep out of training for measurements and figures; taken from the val
-    split if there is one."""
+    split if there is one, else at most a tenth of the images."""
     max_unreadable: float = option(0.1, at_least=0, at_most=1, may_change=True)
     """Stop if more than this fraction of the images cannot be read."""
 

@@ -272,6 +272,8 @@ def test_wrong_data(head, change, words, finished_run, scenes, tmp_path):
         ({"head": "upernet", "layer_decay": 2}, "--layer-decay is 2"),
         ({"scale": "2,1"}, "the second must not be below the first"),
         ({"lr": 0}, "lr"),
+        ({"head": "upernet", "lr": 0.001}, "lr is an option of --head linear, and head is upernet"),
+        ({"drop_path": 0.2}, "drop_path is an option of --head upernet, and head is linear"),
     ],
 )
 def test_wrong_options(options, words, finished_run, scenes, tmp_path):

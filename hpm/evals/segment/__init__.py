@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from hpm.core.errors import UserError
 from hpm.core.options import option, refused
 from hpm.evals.contract import RANDOM, TRAINED, Measured
 from hpm.evals.options import EvalOptions
@@ -122,6 +123,27 @@ class Options(EvalOptions):
         return self.head == "linear" if self.baselines is None else self.baselines
 
 
+# Options that only one of the heads has.
+OF_HEADS = {
+    "linear": ("lr",),
+    "upernet": (
+        *("peak_lr", "min_lr", "warmup", "warmup_lr", "power", "weight_decay", "betas"),
+        *("layer_decay", "drop_path", "dropout", "channels", "clip_grad", "accumulate"),
+    ),
+}
+
+
+def _check_head(options: Options) -> None:
+    """Raise UserError for an option of another head."""
+    for head, names in OF_HEADS.items():
+        for name in names:
+            if head != options.head and getattr(options, name) != getattr(Options, name):
+                raise UserError(
+                    f"{name} is an option of --head {head}, and head is {options.head}: leave it "
+                    "out"
+                )
+
+
 def run(task: Task, options: Options) -> Iterator[Measured]:
     """Yield a row for each backbone."""
     from hpm.evals.segment.job import SegmentationJob
@@ -129,6 +151,7 @@ def run(task: Task, options: Options) -> Iterator[Measured]:
     from hpm.evals.segment.upernet import train_upernet
 
     task.need_images("segmentation")
+    _check_head(options)
     job = SegmentationJob(task, options)
     if options.head == "linear":
         for name, (model, chosen) in train_linear_heads(job).items():
