@@ -103,7 +103,7 @@ class VideoMae(HuggingFaceViT):
         config = super().config(source)
         del config["qkv_bias"]
         if source.trained.frame_stride is not None:
-            config["frame_stride"] = source.trained.frame_stride  # transformers passes it over
+            config["frame_stride"] = source.trained.frame_stride  # transformers ignores it
         return config | {
             "architectures": ["VideoMAEModel"],
             "model_type": "videomae",
