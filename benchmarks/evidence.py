@@ -59,7 +59,9 @@ PROTOCOL = """
 DEPARTURES = """
 - **Order of work.** When all pairs of MAE and HPM were known (2026-11-26), equal time was moved
   before the predictor's arm (`--first`), because it is what a user who must choose wants to know;
-  then, when four of its pairs were known, memory before the others, because it costs no time.
+  then, when four of its pairs were known, memory before the others, because it costs no time. When
+  four pairs of memory for as many steps as that were known (2026-11-27), the other ways to mine, by
+  memory, came before the last pairs.
 - **Arms added** when two seeds of memory were known, both ahead of MAE by linear probe and kNN:
   memory for as many steps as MAE for HPM's time has, to see whether longer training keeps what it
   gains; and the three other ways to mine, by memory too.
@@ -124,6 +126,23 @@ TITLES = {
     "memory, sampled": "HPM by memory, mined patches sampled (temperature 1)",
     "memory, progress": "HPM by the progress of the loss, no predictor",
     "memory, units": "HPM by memory, over units of 2 x 2 patches",
+}
+# Rows of the figure, by what they have in common, and their names there.
+BLOCKS = {
+    "After as many epochs": ("MAE", "predictor", "HPM", "memory", "green noise"),
+    "After HPM's time": ("HPM", EQUAL_TIME, LONGER_MEMORY),
+    "Raw pixels as target": ("MAE, raw pixels", "HPM, raw pixels"),
+    "Ways to mine by memory": ("memory", *(f"memory, {way}" for way in WAYS)),
+    "Ways to mine by the predictor": ("HPM", *(f"HPM, {way}" for way in WAYS)),
+}
+SHORT = {
+    "predictor": "predictor's loss, random masks",
+    "memory": "HPM by memory",
+    EQUAL_TIME: "MAE",
+    LONGER_MEMORY: "HPM by memory, steps as MAE",
+    "MAE, raw pixels": "MAE",
+    "HPM, raw pixels": "HPM",
+    **{name: name.split(", ")[1] for name in VARIANTS},
 }
 # (arm, what it is compared with)
 COMPARISONS = (
@@ -504,7 +523,11 @@ class Experiment:
                 f"{verdict(paired(found[LONGER_MEMORY], found[EQUAL_TIME]))} compared with that "
                 "MAE."
             )
-        return f"{textwrap.fill(text, 100)}\n\n![top-1 by method](benchmarks/evidence.png)"
+        caption = "*A dot for each seed, a line through the dots of a seed, and a bar at the mean.*"
+        return (
+            f"{textwrap.fill(text, 100)}\n\n![linear probe, mean IoU and kNN by method]"
+            f"(benchmarks/evidence.png)\n\n{caption}"
+        )
 
 
 def verdict(differences: dict[str, list[float]]) -> str:
@@ -668,41 +691,62 @@ def paired(ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, list[flo
 
 
 def draw(found: dict[str, dict[int, dict]], file: Path) -> None:
-    """A dot per seed, a thin line from its reference's dot of the same seed, a bar at the mean."""
+    """A block of rows for each question. A dot per seed, a bar at the mean, and thin lines from row
+    to row through the dots of a seed, of those seeds that all rows of the block have."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    arms = [method for method, by_seed in found.items() if by_seed]
-    bases = dict(reversed(COMPARISONS))  # the first comparison of each arm
-    figure = Figure(figsize=(10, 1.2 + 0.45 * len(arms)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    shown = {
-        m: title
-        for m, title in MEASURES.items()
-        if all(m in values for arm in arms for values in found[arm].values())
+    blocks = {
+        title: rows
+        for title, arms in BLOCKS.items()
+        if len(rows := {arm: found[arm] for arm in arms if found.get(arm)}) > 1
     }
+    shown = {
+        measure: title
+        for measure, title in MEASURES.items()
+        if all(
+            measure in values
+            for rows in blocks.values()
+            for by_seed in rows.values()
+            for values in by_seed.values()
+        )
+    }
+    height = sum(len(rows) + 1.4 for rows in blocks.values())
+    figure = Figure(figsize=(10, 0.7 + 0.27 * height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shown), sharey=True)
-    for panel, (measure, title) in zip(panels, shown.items(), strict=True):
-        for row, method in enumerate(arms):
-            for seed, values in found[method].items():
-                base = bases.get(method, method)
-                if method != base and seed in found[base]:
-                    panel.plot(
-                        [found[base][seed][measure], values[measure]],
-                        [arms.index(base), row],
-                        lw=0.5,
-                        color="0.8",
-                        zorder=0,
-                    )
-                panel.plot(values[measure], row, "o", ms=4, color="#4477aa")
-            mean = statistics.mean(values[measure] for values in found[method].values())
-            panel.plot([mean, mean], [row - 0.3, row + 0.3], color="k")
+    labels: dict[float, str] = {}
+    top = 0.0
+    for block, rows in blocks.items():
+        places = {arm: top + number for number, arm in enumerate(rows)}
+        common = set.intersection(*(set(by_seed) for by_seed in rows.values()))
+        for panel, measure in zip(panels, shown, strict=True):
+            for seed in common:
+                values = [by_seed[seed][measure] for by_seed in rows.values()]
+                panel.plot(values, list(places.values()), lw=0.6, color="0.75", zorder=0)
+            for arm, by_seed in rows.items():
+                row, values = places[arm], [by_seed[s][measure] for s in common]
+                panel.plot(values, [row] * len(values), "o", ms=4, color="#4477aa")
+                panel.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="k")
+        panels[0].text(
+            -0.02,
+            top - 0.85,
+            f"{block}, {len(common)} seeds",
+            transform=panels[0].get_yaxis_transform(),
+            ha="right",
+            va="center",
+            weight="bold",
+            fontsize=9,
+        )
+        labels |= {place: SHORT.get(arm, arm) for arm, place in places.items()}
+        top += len(rows) + 1.4
+    for panel, title in zip(panels, shown.values(), strict=True):
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("%")
-        panel.set_yticks(range(len(arms)), [TITLES.get(arm, arm) for arm in arms])
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].invert_yaxis()
+    panels[0].set_yticks(list(labels), list(labels.values()))
+    panels[0].set_ylim(top - 1.4, -1.4)
     figure.savefig(file)
 
 
