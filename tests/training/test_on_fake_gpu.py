@@ -124,7 +124,7 @@ def test_each_trial_counts_its_own_memory(image_folder, tmp_path, monkeypatch):
             assert counted == [GPU]
 
 
-@pytest.mark.parametrize("gpu", [GPU, APPLE_GPU], ids=str)
+@pytest.mark.parametrize("gpu", [GPU, pytest.param(APPLE_GPU, marks=pytest.mark.slow)], ids=str)
 def test_a_whole_run_with_all_that_follows(gpu, image_folder, tmp_path):
     """Trained, drawn, resumed and evaluated."""
     data, out, device = str(image_folder), str(tmp_path / "run"), gpu.type
