@@ -250,6 +250,7 @@ def test_an_encoder_without_class_token_goes_to_timm(tmp_path, to):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_hiera_goes_to_timm_and_not_elsewhere(tmp_path):
     hiera = {
         "model": "timm/hiera_tiny_224",

@@ -54,6 +54,7 @@ class Hanging(EvaluationViews):
         return super().__call__(source, key)
 
 
+@pytest.mark.slow
 def test_a_file_system_that_stalls(image_folder, monkeypatch):
     """For longer than processes wait for each other."""
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))

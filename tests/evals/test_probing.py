@@ -92,7 +92,7 @@ def test_a_grid_gives_what_each_setting_gives_alone(heads):
     assert whole.held_out_top1 >= 25
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("heads", [LinearHeads, AttentiveHeads])
 def test_a_grid_without_enough_memory_is_trained_in_passes(heads, at_once):
     train, test = blobs(200, 0, noise=1.0), blobs(100, 1, noise=1.0)

@@ -289,6 +289,7 @@ def test_wrong_options(options, words, finished_run, scenes, tmp_path):
     assert_refused(result, words)
 
 
+@pytest.mark.slow
 def test_a_grid_that_cannot_be_read_by_upernet(scenes, tmp_path):
     """Hiera's blocks are of several grids: UPerNet reads a plain ViT."""
     pytest.importorskip("timm")

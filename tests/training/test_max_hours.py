@@ -113,6 +113,7 @@ def test_a_resumed_run_keeps_its_steps(image_folder, tmp_path, monkeypatch, eigh
     hpm.pretrain(**options | {"max_hours": None, "steps": 12})
 
 
+@pytest.mark.slow
 def test_the_time_is_measured(image_folder, tmp_path, monkeypatch):
     """Every part of it, of a training that does not begin."""
     monkeypatch.setattr(trial, "MOST", trial.FEWEST)
