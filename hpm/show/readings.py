@@ -33,10 +33,13 @@ def read_metrics(folder: Path) -> list[Line]:
         return list(lines)
     kept: list[Timed] = []
     latest: list[Timed] = []
-    timed = _timed(lines)
-    while group := list(itertools.islice(timed, count // GROUPS)):
-        kept += _telling(latest)
-        latest = group
+    timed, size = _timed(lines), count // GROUPS
+    while group := list(itertools.islice(timed, size)):
+        if len(group) == size:
+            kept += _telling(latest)
+            latest = group
+        else:  # the rest, which may be a single evaluation
+            latest += group
     return list(_with_mean_speeds([*kept, *latest]))
 
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpm.show import readings
@@ -48,6 +48,7 @@ def test_of_a_long_log_a_few_thousand_lines_are_kept(tmp_path, count):
     st.lists(st.floats(0, 1e6) | st.just(float("nan")), min_size=21, max_size=150),
     st.integers(1, 9),
 )
+@example([1.0] * 21 + [float("nan")], 2)  # the last group is an evaluation alone
 def test_what_a_long_log_tells_stays_the_same(tmp_path_factory, losses, evaluated):
     lines, folder = log(losses, evaluated=evaluated), tmp_path_factory.mktemp("run")
     write(folder, lines)
