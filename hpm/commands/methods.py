@@ -34,7 +34,7 @@ from hpm.training.trial import Timed, Trial, measure_pace, trial_of
 ROUNDS = 3  # in which the methods are timed in turns
 ROUND_SECONDS = 60.0  # at most, of a method
 REFERENCE = "hpm"  # the method whose length --epochs and --steps give
-SET_BY_METHODS = ("mask", "predictor_loss", "mine_by")
+SET_BY_ALL = [name for name in ARMS[REFERENCE] if all(name in arm for arm in ARMS.values())]
 FREE = {"seeds", "labels"}  # options that a comparison may go on with other values of
 
 
@@ -45,7 +45,7 @@ def methods(config: MethodsConfig) -> MethodsResults:
     Finished runs and evaluations are not repeated. Raises UserError before training if something
     cannot work.
     """
-    for name in SET_BY_METHODS:  # a --config of one of them has them, too
+    for name in SET_BY_ALL:  # a --config of one of them has them, too
         if (value := getattr(config, name)) != getattr(PretrainConfig, name):
             say(f"{name} {value} is not used: each method has its own")
     device = distributed.pick_device(config.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hpm.core.errors import UserError, nearest
@@ -26,9 +26,9 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
     if not rows:
         raise UserError(f"{path}: the list is empty")
     header = [cell.strip().lower() for cell in rows[0]]
-    image = next((header.index(name) for name in PATHS if name in header), None)
+    image = column_of(PATHS, header)
     if image is not None and not os.path.isfile(path.parent / rows[0][image]):
-        label = next((header.index(name) for name in LABELS if name in header), None)
+        label = column_of(LABELS, header)
         first, rows = 2, rows[1:]
     elif os.path.isfile(path.parent / rows[0][0]):
         image, label, first = 0, (len(rows[0]) - 1 or None), 1
@@ -44,6 +44,11 @@ def read_table(path: Path) -> tuple[list[str], list[str | None]]:
         if not os.path.isfile(paths[index]):
             raise UserError(f"{path}, row {index + first}: no such image: {rows[index][image]}")
     return paths, [None if label is None else row[label].strip() for row in rows]
+
+
+def column_of(names: Sequence[str], header: Sequence[str]) -> int | None:
+    """The number of the first of some names that a header in lower case has."""
+    return next((header.index(name) for name in names if name in header), None)
 
 
 def _rows(path: Path, text: str) -> Iterator[list[str]]:

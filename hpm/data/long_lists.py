@@ -76,12 +76,11 @@ def read_long_list(
             of = np.array([known.setdefault(_text(label), len(known)) for label in found])
             numbers[labelled : labelled + len(inverse)] = of[inverse]
             labelled += len(inverse)
-    if labelled < count:
-        say_if_some_are_labelled(str(path), labelled, count)
-        labelled = 0
-        known.clear()
     paths = Paths.of_names(names, ends[:count], "" if root == b"." else os.fsdecode(root))
-    return paths, numbers[:count] if labelled else None, [label.decode() for label in known]
+    if not labelled or labelled < count:
+        say_if_some_are_labelled(str(path), labelled, count)
+        return paths, None, []
+    return paths, numbers[:count], [label.decode() for label in known]
 
 
 def _blocks(path: Path, root: bytes) -> Iterator[bytes]:

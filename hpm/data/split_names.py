@@ -15,8 +15,9 @@ def train_and_test(names: Iterable[str]) -> tuple[str | None, str | None]:
     whose labels are often withheld, unless it is part of the training split (`trainval`)."""
     names = list(names)
     train = shortest_name(names, TRAIN_NAMES)
-    apart = [n for n in TEST_NAMES if "val" not in (train or "").lower() or not n.startswith("val")]
-    tests = (shortest_name(names, (wanted,)) for wanted in apart)
+    with_val = train is not None and "val" in train.lower()
+    wanted = [name for name in TEST_NAMES if not (with_val and name.startswith("val"))]
+    tests = (shortest_name(names, (name,)) for name in wanted)
     return train, next((n for n in tests if n is not None), None)
 
 
@@ -44,10 +45,13 @@ def _split_name(file: Path, root: Path) -> str:
     `root` that is called as a split is (`train`, `train2017`, `partial-train`); empty if none."""
     names = (*TRAIN_NAMES, *TEST_NAMES)
     # Whole words only: `testimony.parquet` and a folder `valley` are no splits.
-    if (first := re.match("[a-z]*", file.stem.lower())) and first[0] in (*names, "trainval"):
-        return first[0]
+    if (first := _words(file.stem)[0]) in (*names, "trainval"):
+        return first
     for folder in reversed(file.relative_to(root).parts[:-1]):
-        words = re.split("[^a-z]+", folder.lower())
-        if found := next((word for word in words if word in names), None):
+        if found := next((word for word in _words(folder) if word in names), None):
             return found
     return ""
+
+
+def _words(name: str) -> list[str]:
+    return re.split("[^a-z]+", name.lower())

@@ -230,10 +230,9 @@ def _with_interval(numbers: dict[str, float], name: str) -> str:
     if numbers.get(name) is None:
         return ""
     low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-    if low is None or high is None:
-        return f"{numbers[name]:{_form(numbers[name])}}"
-    form = _form(numbers[name] or high or low)
-    return f"{numbers[name]:{form}} ({low:{form}} to {high:{form}})"
+    form = _form(numbers[name] or high or low or 0.0)
+    interval = "" if low is None or high is None else f" ({low:{form}} to {high:{form}})"
+    return f"{numbers[name]:{form}}{interval}"
 
 
 def _form(value: float) -> str:

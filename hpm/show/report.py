@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import time
+from collections.abc import Collection
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     run = RunFolder(folder)
     metrics = read_metrics(folder)
     sessions = read_sessions(folder)
-    options = read_options(run.config_file)
+    given, derived = _read_options(run.config_file)
+    options = given | derived
     last_step = max((line["step"] for line in metrics), default=0)
     moments = read_moments(run.moments, last_step)
     measured = measured_steps(run.moments, last_step)
@@ -82,7 +84,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         "<h2>Use the backbone</h2>",
         _usage(folder, clips),
         "<h2>Configuration</h2>",
-        _configuration(options, run.config_file),
+        _configuration(options, derived or FOLLOWING),
         "<h2>Sessions</h2>",
         _sessions(sessions, run.config_file),
         data_block("curves", values),
@@ -220,10 +222,9 @@ def _usage(folder: Path, clips: bool) -> str:
     return f"<pre>{escape(python)}</pre>\n<pre>{escape(shell)}</pre>"
 
 
-def _configuration(options: dict[str, Any], config_file: Path) -> str:
-    """Options that were given other values than their defaults, then all others."""
-    # Files of older versions do not tell what was given.
-    derived = following_options(config_file.read_text(encoding="utf-8")) or FOLLOWING
+def _configuration(options: dict[str, Any], derived: Collection[str]) -> str:
+    """Options that were given other values than their defaults, then all others. derived: names of
+    those that were not given."""
     defaults = json.loads(
         json.dumps(
             {
@@ -276,6 +277,12 @@ def _size(options: dict[str, Any]) -> str:
 def read_options(path: Path) -> dict[str, Any]:
     """All options that config.yaml has, also those that were not given; unchecked, so that reports
     of older versions can be rewritten."""
+    given, derived = _read_options(path)
+    return given | derived
+
+
+def _read_options(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options, those that follow from them); none follow in files of older versions."""
     try:
         text = path.read_text(encoding="utf-8")
         options, derived = yaml.safe_load(text), following_options(text)
@@ -283,4 +290,4 @@ def read_options(path: Path) -> dict[str, Any]:
         options = None
     if not isinstance(options, dict):
         raise UserError(f"{path} is damaged: repair it, or restore it from a copy")
-    return options | derived
+    return options, derived

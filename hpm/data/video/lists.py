@@ -12,7 +12,7 @@ from typing import NamedTuple
 from hpm.core.errors import UserError, counted, one_line
 from hpm.data.folders import VIDEO_SUFFIXES, find_files
 from hpm.data.inspection import spaced
-from hpm.data.list_tables import LABELS, MOST_CHECKED
+from hpm.data.list_tables import LABELS, MOST_CHECKED, column_of
 from hpm.data.notes import say_once
 
 SEPARATORS = ("\t", ",", ";")
@@ -104,8 +104,7 @@ def _named_columns(header: str) -> Columns | None:
     for separator in SEPARATORS:
         if separator in header:
             cells = [cell.strip().lower() for cell in _cells(header, separator)]
-            path = next((cells.index(name) for name in PATHS if name in cells), None)
-            label = next((cells.index(name) for name in LABELS if name in cells), None)
+            path, label = column_of(PATHS, cells), column_of(LABELS, cells)
             if path is not None and label is not None:
                 return Columns(separator, path, label)
     return None
