@@ -18,7 +18,7 @@ from hpm.core.durations import time_text
 from hpm.core.errors import counted
 from hpm.core.wording import file_word
 from hpm.data.survey import Survey
-from hpm.training.schedule import FEW_STEPS
+from hpm.training.first_lines import FEW_STEPS
 
 FEW_IMAGES = 100_000  # with fewer, other weights are the better start
 BUSY = 0.8  # of the workers' time, from which on the loading of images may be what limits

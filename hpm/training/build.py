@@ -15,7 +15,7 @@ import torch
 from hpm.core import distributed
 from hpm.core.choices import HARD_SHARES, TIMM
 from hpm.core.config import PretrainConfig
-from hpm.core.errors import UserError, counted
+from hpm.core.errors import UserError
 from hpm.data.fingerprint import fingerprint
 from hpm.data.loader import IMAGENET_MEAN, IMAGENET_STD
 from hpm.data.sources import Source, Splits, hold_out, open_data
@@ -34,17 +34,13 @@ from hpm.models.timm_encoder import TimmEncoder, pretrained_weights
 from hpm.models.timm_models import timm_input
 from hpm.targets.registry import make_target
 from hpm.training.compiling import compile_part, compiles, describe_uncompiled
+from hpm.training.first_lines import introduce
 from hpm.training.images import TrainingImages
 from hpm.training.log import RunLog
 from hpm.training.optim import adamw
 from hpm.training.resume import claim, length_of
 from hpm.training.run import PretrainingRun
 from hpm.training.schedule import (
-    continued_training,
-    few_for_random_weights,
-    few_images,
-    few_steps,
-    long_warmup,
     make_schedule,
     num_steps,
     resolve,
@@ -176,7 +172,7 @@ def build_run(
             f"prolonged to {schedule.total} steps, with another warm-up "
             f"({schedule.warmup:.0f} of the {schedule.total - step} added steps) and cosine"
         )
-    _introduce(run, notes, resumed=checkpoint is not None)
+    introduce(run, notes, resumed=checkpoint is not None)
     return run
 
 
@@ -310,52 +306,3 @@ def make_memory(
         return None
     progress = config.mine_by == "progress"
     return HardnessMemory(len(source), model.encoder.grid, device, progress)
-
-
-def _introduce(run: PretrainingRun, notes: list[str], resumed: bool) -> None:
-    """Log the first lines of a session."""
-    config, total, count = run.config, run.schedule.total, run.images.count
-    lines = [_introduction(run)]
-    lines += [] if resumed else few_steps(config, total, count)
-    lines += few_images(count, run.images.kind) or (
-        [] if resumed else few_for_random_weights(config, count)
-    )
-    lines += [] if resumed else continued_training(config, run.schedule)
-    lines += long_warmup(config.warmup, run.schedule.warmup, total - run.schedule.start)
-    lines += notes
-    for line in lines:
-        run.log.info(line)
-
-
-def _introduction(run: PretrainingRun) -> str:
-    config, images = run.config, run.images
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    held_out = len(images.held_out) if images.held_out else 0
-    fewer = ""
-    if held_out < config.holdout:
-        fewer = f" (--holdout is {config.holdout}, "
-        fewer += (
-            "but the split has no more)" if images.has_split else "but at most a tenth is held out)"
-        )
-    epochs = "" if images.count is None else f"({run.schedule.epochs:.3g} epochs), "
-    memory = run.memory.nbytes / 1e6 if run.memory else 0
-    return (
-        f"{config.model} ({parameters / 1e6:.1f} M parameters with decoders), "
-        f"{images.described()}, {held_out} held out"
-        f"{fewer}, {counted(run.schedule.total, 'step')} of "
-        f"{counted(config.global_batch_size, run.sample)}{' ' if epochs else ', '}"
-        f"{epochs}base lr {config.base_lr:g}, {run.device}, "
-        f"{config.precision}, "
-        f"{counted(distributed.world_size(), 'process', 'processes')}, into {config.out}"
-        + (f", memory of hardness {memory:.3g} MB" if memory else "")
-        + _sharding(config)
-    )
-
-
-def _sharding(config: PretrainConfig) -> str:
-    if not config.shard:
-        return ""
-    if not is_sharded(config):
-        return ", not sharded: there is one process"
-    within = "each node" if config.shard_within == "node" else "all processes"
-    return f", sharded over {within}"

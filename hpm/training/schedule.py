@@ -24,9 +24,6 @@ HIGHEST_PEAK_LR = 2e-3
 # from random weights: lower ones were no better (benchmarks/continued.py). Layer decay lowers the
 # encoder's.
 CONTINUED_FREEZE, CONTINUED_LAYER_DECAY = "10%", 0.75
-FEW_STEPS = 2000
-FEW_IMAGES = 10
-FEW_FOR_RANDOM_WEIGHTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -165,69 +162,6 @@ def default_base_lr(steps: int, batch_size: int) -> float:
     by_steps = PAPER_BASE_LR * (PAPER_STEPS / steps) ** 0.75
     base_lr = max(PAPER_BASE_LR, min(by_steps, HIGHEST_PEAK_LR * 256 / batch_size))
     return float(f"{base_lr:.2g}")
-
-
-def few_steps(config: PretrainConfig, total: int, num_images: int | None) -> list[str]:
-    """A warning for the log if training is short."""
-    if total >= FEW_STEPS or config.data in ("demo", "demo-video"):  # made to be short
-        return []
-    per_epoch = steps_per_epoch(config, config.global_batch_size, num_images)
-    more = f"--epochs {math.ceil(FEW_STEPS / per_epoch)}, or a smaller --batch-size"
-    if config.max_hours is not None:
-        more = "a larger --max-hours, or a smaller model or --batch-size"
-    elif config.steps:
-        more = f"--steps {FEW_STEPS}"
-    return [
-        f"warning: {counted(total, 'step')} is a short training: useful features take about "
-        f"{FEW_STEPS:,} or more; pass {more}"
-    ]
-
-
-def few_images(num_images: int | None, kind: str = "image") -> list[str]:
-    """A warning for the log if there are very few training images. kind: their name."""
-    if num_images is None or num_images >= FEW_IMAGES:
-        return []
-    are = "is" if num_images == 1 else "are"
-    return [
-        f"warning: there {are} {counted(num_images, kind)} to train on: a backbone needs "
-        "hundreds at least"
-    ]
-
-
-def few_for_random_weights(config: PretrainConfig, num_images: int | None) -> list[str]:
-    """A warning for the log if a run starts from random weights on few images."""
-    given = config.init or config.pretrained
-    made_to_be_short = config.data in ("demo", "demo-video")
-    if num_images is None or num_images >= FEW_FOR_RANDOM_WEIGHTS or given or made_to_be_short:
-        return []
-    start = "--init WEIGHTS" if config.frames > 1 else "--init WEIGHTS or --model timm/NAME"
-    start += "" if config.frames > 1 else " --pretrained"
-    kind = file_word(config.frames > 1)
-    return [
-        f"warning: {counted(num_images, kind)} to train on from random weights: with fewer than "
-        f"{FEW_FOR_RANDOM_WEIGHTS:,}, continue from pretrained weights instead ({start})"
-    ]
-
-
-def continued_training(config: PretrainConfig, schedule: Schedule) -> list[str]:
-    """A line for the log if the encoder is trained otherwise than the decoders."""
-    parts = []
-    if schedule.freeze:
-        parts.append(f"frozen for {counted(schedule.freeze, 'step')} (--freeze-encoder)")
-    if config.layer_decay != 1:
-        factor = f"{config.layer_decay:g}"
-        parts.append(f"learning rate times {factor} from block to block below (--layer-decay)")
-    return [f"encoder: {', '.join(parts)}"] if parts else []
-
-
-def long_warmup(text: str, warmup: float, total: int) -> list[str]:
-    """A warning for the log if the warm-up takes the whole training."""
-    if warmup < total:
-        return []
-    return [
-        f"warning: the warm-up of {text} takes {warmup:.0f} steps, but the training has {total}: "
-        "the learning rate never reaches its peak; pass a shorter --warmup"
-    ]
 
 
 def resolve(

@@ -27,11 +27,11 @@ from hpm.data.fingerprint import annotated
 from hpm.data.loader import StepSampler
 from hpm.data.sources import Source
 from hpm.data.unreadable import UnreadableImages
+from hpm.training.first_lines import long_warmup
 from hpm.training.folder import TrainingFolder, weights_fingerprint
 from hpm.training.log import RunLog
 from hpm.training.loop import StepResult, autocast, counted_batches, every, train
 from hpm.training.optim import layer_decay_groups
-from hpm.training.schedule import long_warmup
 
 
 class SupervisedTraining(ABC):

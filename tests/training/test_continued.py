@@ -17,10 +17,9 @@ from hpm.core.options import make_config
 from hpm.models.mim import MaskedImageModel
 from hpm.models.vit import VisionTransformer
 from hpm.training.build import build_run, continues
+from hpm.training.first_lines import continued_training, few_for_random_weights
 from hpm.training.optim import adamw, scale_encoder
 from hpm.training.schedule import (
-    continued_training,
-    few_for_random_weights,
     make_schedule,
     resolve,
 )

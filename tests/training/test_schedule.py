@@ -8,13 +8,11 @@ from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.core.options import make_config, preset_path, read_preset
 from hpm.evals.contract import find, installed
+from hpm.training.first_lines import few_images, few_steps, long_warmup
 from hpm.training.optim import adamw, ema_decay, learning_rate, step_learning_rate
 from hpm.training.schedule import (
     PAPER_BASE_LR,
     default_base_lr,
-    few_images,
-    few_steps,
-    long_warmup,
     make_schedule,
     resolve,
 )
