@@ -65,10 +65,15 @@ DEPARTURES = """
 - **Arms added** when two seeds of memory were known, both ahead of MAE by linear probe and kNN:
   memory for as many steps as MAE for HPM's time has, to see whether longer training keeps what it
   gains; and the three other ways to mine, by memory too.
+- **MAE with the mask ratio of HPM**, 0.75, was added when two seeds of the predictor's arm were
+  known (2026-11-27). Only MAE's ratio was tuned (0.85), so that the other arms differ from it in
+  the ratio too. The predictor's loss beside mining by memory was added then, because each alone
+  was ahead of MAE.
 - **The ratio of the steps**, which gives MAE for HPM's time its length ({ratio:.2f}), was measured
   with a mask ratio of 0.75 for both. MAE's tuned one is 0.85, which makes its step faster. Measured
-  afterwards at each arm's own setting, in turns, a step of HPM takes {hpm} times as long as MAE's,
-  and one of memory {memory} times. So MAE could have had more steps in HPM's time.
+  afterwards at each arm's own setting, in turns, a step of HPM takes {HPM} times as long as MAE's,
+  one of memory {memory} times, and one of the predictor's loss with random masks {predictor} times.
+  So MAE could have had more steps in HPM's time.
 - **Memory** was tuned by learning rate only, as the protocol says: its mask ratio (0.75) and hard
   share (0.5) are the defaults.
 """
@@ -95,22 +100,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "memory": REMEMBERED,
     "MAE, HPM's time": PLAIN,
     "memory, HPM's time": REMEMBERED,
+    "MAE, ratio 0.75": PLAIN | {"mask_ratio": 0.75},
     "green noise": {"mask": "green_noise", "predictor_loss": "none"},
     "MAE, raw pixels": PLAIN | {"target": "pixels"},
     "HPM, raw pixels": MINED | {"target": "pixels"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"memory, {way}": REMEMBERED | changed for way, changed in WAYS.items()},
+    "memory, predictor's loss": REMEMBERED | {"predictor_loss": "relative"},
     **{f"HPM, {way}": MINED | changed for way, changed in WAYS.items()},
 }
+ARMS = METHODS | VARIANTS
 VARIANT_SEEDS = range(2)
 STEP_ROUNDS = 5
 PAIR = ("MAE", "HPM")  # whose seeds come first
 EQUAL_TIME, LONGER_MEMORY = "MAE, HPM's time", "memory, HPM's time"
+SAME_RATIO, BOTH = "MAE, ratio 0.75", "memory, predictor's loss"
 # Whose best setting an arm takes: that of the arm that it changes.
 TUNED_AS = {
     EQUAL_TIME: "MAE",
     LONGER_MEMORY: "memory",
+    SAME_RATIO: "MAE",
     **{name: name.split(",")[0] for name in VARIANTS},
 }
 LONGER = (EQUAL_TIME, LONGER_MEMORY)
@@ -120,6 +130,8 @@ TITLES = {
     "green noise": "green noise (ColorMAE)",
     EQUAL_TIME: "MAE for as long as HPM takes",
     LONGER_MEMORY: "HPM by memory, as many steps as that",
+    SAME_RATIO: "MAE with the mask ratio of HPM (0.75)",
+    BOTH: "HPM by memory, with the predictor's loss",
     "HPM, sampled": "HPM, mined patches sampled (temperature 1)",
     "HPM, progress": "HPM by the progress of the loss",
     "HPM, units": "HPM over units of 2 x 2 patches",
@@ -129,13 +141,14 @@ TITLES = {
 }
 # Rows of the figure, by what they have in common, and their names there.
 BLOCKS = {
-    "After as many epochs": ("MAE", "predictor", "HPM", "memory", "green noise"),
+    "After as many epochs": ("MAE", SAME_RATIO, "predictor", "HPM", "memory", "green noise"),
     "After HPM's time": ("HPM", EQUAL_TIME, LONGER_MEMORY),
     "Raw pixels as target": ("MAE, raw pixels", "HPM, raw pixels"),
-    "Ways to mine by memory": ("memory", *(f"memory, {way}" for way in WAYS)),
+    "Ways to mine by memory": ("memory", *(f"memory, {way}" for way in WAYS), BOTH),
     "Ways to mine by the predictor": ("HPM", *(f"HPM, {way}" for way in WAYS)),
 }
 SHORT = {
+    SAME_RATIO: "MAE, mask ratio of HPM",
     "predictor": "predictor's loss, random masks",
     "memory": "HPM by memory",
     EQUAL_TIME: "MAE",
@@ -143,6 +156,7 @@ SHORT = {
     "MAE, raw pixels": "MAE",
     "HPM, raw pixels": "HPM",
     **{name: name.split(", ")[1] for name in VARIANTS},
+    BOTH: "with the predictor's loss",
 }
 # (arm, what it is compared with)
 COMPARISONS = (
@@ -153,6 +167,10 @@ COMPARISONS = (
     ),
     ("HPM", EQUAL_TIME),
     ("memory", "HPM"),
+    ("predictor", SAME_RATIO),
+    ("HPM", SAME_RATIO),
+    ("memory", SAME_RATIO),
+    ("HPM", "predictor"),
     (LONGER_MEMORY, EQUAL_TIME),
     ("HPM, raw pixels", "MAE, raw pixels"),
     *((name, TUNED_AS[name]) for name in VARIANTS),
@@ -246,7 +264,7 @@ class Experiment:
     def plan(self) -> list[Job]:
         """All open jobs that can be run now, most important first."""
         jobs: list[Job] = []
-        others = dict.fromkeys([*(self.chosen.first or ()), *METHODS, *VARIANTS])
+        others = dict.fromkeys([*(self.chosen.first or ()), *ARMS])
         for method in PAIR:
             del others[method]
         for methods in (PAIR, *((name,) for name in others)):
@@ -353,7 +371,7 @@ class Experiment:
             "target": "normalized_pixels",
             "checkpoint_every": "5%",
         }
-        options |= (METHODS | VARIANTS)[method] | setting | {"seed": seed, "epochs": epochs}
+        options |= setting | ARMS[method] | {"seed": seed, "epochs": epochs}
         if self.chosen.smoke:
             options |= {"batch_size": 64}
         return tuple(options.items())
@@ -410,14 +428,15 @@ class Experiment:
                 for seed in self.seeds
                 if (key := f"{method} / seed {seed}") in self.known
             }
-            for method in (*METHODS, *VARIANTS)
+            for method in ARMS
         }
         rows = []
         for method, by_seed in found.items():
             if not by_seed:
                 continue
             _, setting = self.tune(method)
-            chosen = ", ".join(f"{k} {v:g}" for k, v in (setting or {}).items())
+            setting = {k: ARMS[method].get(k, v) for k, v in (setting or {}).items()}
+            chosen = ", ".join(f"{k} {v:g}" for k, v in setting.items())
             cells = [spread([v[m] for v in by_seed.values() if m in v]) for m in MEASURES]
             rows.append([TITLES.get(method, method), chosen, str(len(by_seed)), *cells])
         gains = []
@@ -485,10 +504,10 @@ class Experiment:
         """DEPARTURES, with the measured ratios of the steps."""
         ratios = self.known.get("step_ratios", {})
         told = {
-            name: f"{ratios[arm][0]:.2f} ({ratios[arm][1]:.2f} to {ratios[arm][2]:.2f})"
+            arm: f"{ratios[arm][0]:.2f} ({ratios[arm][1]:.2f} to {ratios[arm][2]:.2f})"
             if arm in ratios
             else "(not measured yet)"
-            for name, arm in (("hpm", "HPM"), ("memory", "memory"))
+            for arm in ("HPM", "memory", "predictor")
         }
         return DEPARTURES.strip().format(ratio=self.known.get("ratio", float("nan")), **told)
 
@@ -642,10 +661,10 @@ def measure_steps(experiment: Experiment) -> None:
     """Step times at each arm's own setting, in turns, as ratios to MAE's: median, lowest, highest.
     `hpm bench step` measures them."""
     file = experiment.out / "step.json"
-    rounds: dict[str, list[float]] = {"MAE": [], "HPM": [], "memory": []}
+    rounds: dict[str, list[float]] = {"MAE": [], "HPM": [], "memory": [], "predictor": []}
     for _ in range(STEP_ROUNDS):
         for arm, found in rounds.items():
-            options = METHODS[arm] | (experiment.tune(arm)[1] or {})
+            options = (experiment.tune(arm)[1] or {}) | ARMS[arm]
             options |= {"model": experiment.chosen.model, "image_size": 64, "patch_size": 8}
             options |= {"batch_size": 128, "repeats": 5, "json": file}
             command = ["-m", "hpm", "bench", "step", *as_arguments(options)]
@@ -764,7 +783,7 @@ def main() -> None:
     parser.add_argument(
         "--first",
         action="append",
-        choices=[name for name in (*METHODS, *VARIANTS) if name not in PAIR],
+        choices=[name for name in ARMS if name not in PAIR],
         help="arm that follows MAE and HPM; again for the one after that",
     )
     parser.add_argument("--timing", action="store_true", help="measure step times")
