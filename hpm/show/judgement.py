@@ -57,7 +57,8 @@ def judge(
     if LOSS not in last and HELD_OUT + LOSS not in last:
         return "No measurements yet."
     if total and last["step"] < EARLY * total:
-        return f"Too early to judge: the learning rate still rises; loss {_loss(metrics)}."
+        value = _loss(metrics) if LOSS in last else last[HELD_OUT + LOSS]
+        return f"Too early to judge: the learning rate still rises; loss {number(value)}."
     parts = [
         _reconstruction(options, metrics, last),
         _predictor(options, last),
@@ -74,8 +75,9 @@ def _reconstruction(
     so that the loss of training may rise while the model learns."""
     held_out = last.get(HELD_OUT + LOSS)
     if held_out is None and options.get("mask") in HARD_SHARES:
-        return f"loss {_loss(metrics)} on mined masks, which are harder than random ones"
-    value = float(_loss(metrics)) if held_out is None else held_out
+        loss = number(_loss(metrics))
+        return f"loss {loss} on mined masks, which are harder than random ones"
+    value = _loss(metrics) if held_out is None else held_out
     where = "" if held_out is None else f" on held-out {sample_word(of_clips(options))}s"
     if not math.isfinite(value):
         return "the loss is not finite: nothing can be learned from here on"
@@ -182,7 +184,7 @@ def _percent(row: Row) -> str:
     return f"{row.main['top1'][0]:.1f}\u00a0%"
 
 
-def _loss(metrics: list[dict[str, Any]]) -> str:
+def _loss(metrics: list[dict[str, Any]]) -> float:
     """The mean of the latest readings of the training loss."""
     values = [line[LOSS] for line in metrics if LOSS in line][-READINGS:]
-    return number(sum(values) / len(values))
+    return sum(values) / len(values)

@@ -63,6 +63,20 @@ def test_targets_without_a_scale_are_judged_by_their_fall():
     assert "has not fallen" in judge(hog, metrics, [], 100)
 
 
+def test_a_loss_above_a_thousand():
+    raw = MAE | {"target": "pixels", "normalize": "imagenet"}
+    metrics = [{"step": step, "reconstruction_loss": 2345.6} for step in (1, 100)]
+    assert "Loss 2,346: has not fallen" in judge(raw, metrics, [], 100)
+
+
+def test_an_evaluation_before_the_first_reading_of_the_training():
+    metrics = [{"step": 1, "held_out/reconstruction_loss": 1.2}]
+    assert (
+        judge(MAE, metrics, [], 100)
+        == "Too early to judge: the learning rate still rises; loss 1.20."
+    )
+
+
 def test_the_loss_of_mined_masks_alone_is_no_verdict():
     metrics = [{"step": 100, "reconstruction_loss": 1.0, "ranking_accuracy": 0.8}]
     sentence = judge(MINES, metrics, [], 100)
