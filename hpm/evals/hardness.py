@@ -68,7 +68,12 @@ def _numbers(task: Task, images: int) -> Numbers:
         trained.teacher.to(task.device).eval()
         source = task.some_images(images)
         return evaluate_losses(
-            trained, source, task.device, options.seed, crop_share=options.crop_share
+            trained,
+            source,
+            task.device,
+            options.seed,
+            crop_share=options.crop_share,
+            frame_stride=options.frame_stride,
         )
 
     return distributed.main_first(measure)

@@ -86,16 +86,18 @@ def evaluate_losses(
     seed: int = 0,
     report: Callable[[str], None] | None = None,
     crop_share: float = 1.0,
+    frame_stride: int | None = None,
 ) -> dict[str, float]:
     """Means over all readable images of a source: reconstruction_loss (the student's, with random
     masks, and thus independent of mining) and the measures of `hardness`.
 
-    report: called with a line for each unreadable image.
+    report: called with a line for each unreadable image. frame_stride: of clips; default: as
+    trained.
     """
     model, config = trained.model, trained.config
     assert model is not None and config is not None
     height, width = model.encoder.image_size[-2:]
-    sampling = trained.sampling()
+    sampling = trained.sampling(frame_stride=frame_stride)
     mean, std = torch.tensor(trained.mean), torch.tensor(trained.std)
     totals: dict[str, float] = {}
     count = 0

@@ -85,6 +85,15 @@ def test_every_evaluation_of_clips(name, clip_run, moving, tmp_path):
     assert list(again.values) == list(result.values)
 
 
+def test_the_predictor_is_measured_at_the_given_stride(clip_run, moving, tmp_path):
+    options = {"workers": 0, "out": str(tmp_path)}
+    trained, two, none = (
+        hpm.evaluate("hardness", str(clip_run.folder), str(moving), frame_stride=stride, **options)
+        for stride in (None, 2, 0)
+    )
+    assert trained.hardness == two.hardness != none.hardness
+
+
 def test_hard_patches_on_the_objects_of_clips():
     """A predictor that knows the objects, and one that takes them for easy."""
     source, sampling = open_source("demo-video", clips=True).train, ClipSampling(4, 2)
