@@ -77,13 +77,14 @@ class OngoingProbe:
 
     def _judged(self, train: Features, test: Features, device: torch.device) -> dict[str, float]:
         data, classes = self.data, len(self.data.classes)
-        nearest = dict(nearest_neighbours(train, test, classes, (K,), device=device))
+        k = min(K, len(train.labels))  # some images may be unreadable
+        ((_, nearest),) = nearest_neighbours(train, test, classes, (k,), device=device)
         bank = Cached({POOLED: train})
         held = split_by_class(bank.labels.numpy(), data.classes, data.train.name, self.seed)[1]
         points = grid(LEARNING_RATES, (0.0,))
         recipe = Recipe(LinearHeads, points, EPOCHS, BATCH_SIZE, self.seed, device, HEADS_GB)
         probed = probe(bank, bank, Cached({POOLED: test}), held, classes, recipe)[POOLED]
-        return {"knn": _top1(nearest[K]), "linear": _top1(probed.ranks)}
+        return {"knn": _top1(nearest), "linear": _top1(probed.ranks)}
 
 
 def make_probe(config: PretrainConfig) -> OngoingProbe | None:

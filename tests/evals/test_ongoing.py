@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 import hpm
 from hpm.data.sources import Splits
 from hpm.evals import ongoing
-from hpm.evals.ongoing import MAX_IMAGES, OngoingProbe
+from hpm.evals.features import Features
+from hpm.evals.ongoing import MAX_IMAGES, K, OngoingProbe
 
 
 class Images:
@@ -54,6 +56,14 @@ def test_many_images_with_rare_classes(monkeypatch, seed):
 def test_few_images_are_all_taken(monkeypatch):
     data = probe_of(monkeypatch, 30, 20, 3).data
     assert np.bincount(np.r_[data.train_labels, data.test_labels]).tolist() == [30, 20, 3]
+
+
+def test_fewer_readable_images_than_neighbours(monkeypatch):
+    probe = probe_of(monkeypatch, 13, 13)
+    assert len(probe.data.train) > K
+    labels = torch.arange(K - 1) % 2
+    rows = Features(torch.nn.functional.one_hot(labels).float(), labels)
+    assert probe._judged(rows, rows, torch.device("cpu")) == {"knn": 100, "linear": 100}
 
 
 @pytest.mark.parametrize("large", [30, 30_000])
