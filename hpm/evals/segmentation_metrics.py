@@ -49,15 +49,6 @@ def count_pixels(matrices: Int[Tensor, "images classes classes"]) -> PixelCounts
     return PixelCounts(*(x.cpu().numpy() for x in counts))
 
 
-def join_counts(parts: Sequence[PixelCounts]) -> PixelCounts:
-    """Several batches as one."""
-    return PixelCounts(
-        np.concatenate([part.hits for part in parts]),
-        np.concatenate([part.truth for part in parts]),
-        np.concatenate([part.predicted for part in parts]),
-    )
-
-
 def segmentation_scores(counts: PixelCounts, seed: int = 0) -> dict[str, float]:
     """mean_iou, mean_accuracy (recall, averaged over classes) and pixel_accuracy over all pixels of
     all images, each with the ends of its 95 % bootstrap interval over images (`mean_iou_low`,

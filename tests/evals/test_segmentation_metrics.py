@@ -9,7 +9,6 @@ from hpm.evals.segmentation_metrics import (
     confusion_matrices,
     count_pixels,
     iou_per_class,
-    join_counts,
     segmentation_difference,
     segmentation_scores,
 )
@@ -96,13 +95,6 @@ def test_nothing_labelled():
     counts = counted(torch.zeros(2, 3, 3).long(), torch.full((2, 3, 3), 255), 2)
     assert all(np.isnan(value) for value in segmentation_scores(counts).values())
     assert iou_per_class(counts, "ab") == {}
-
-
-def test_batches_are_joined():
-    predicted, labels = draw(1, images=5)
-    whole = counted(predicted, labels)
-    joined = join_counts([counted(predicted[:2], labels[:2]), counted(predicted[2:], labels[2:])])
-    assert segmentation_scores(joined) == segmentation_scores(whole)
 
 
 def test_intervals_are_those_of_images():
