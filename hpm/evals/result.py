@@ -12,6 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hpm.core.errors import counted
 from hpm.core.files import write_text
@@ -94,7 +95,7 @@ def _text_console() -> Console:
 def print_result(result: Result, console: Console) -> None:
     """Print the tables, and lines about the loss predictor."""
     if result.values:
-        console.print(_heading(result), soft_wrap=True, highlight=False)
+        console.print(Text(_heading(result)), soft_wrap=True)
         console.print(_table(result))
     _print_below(result, console)
 
@@ -108,7 +109,7 @@ def _print_below(result: Result, console: Console) -> None:
             at = f" at {setting}" if setting != result.protocol else ""
             runs = f"{result.about['run']} minus {result.about['compare']}"
             line = f"{runs}, {name}{at}: {_difference(numbers)}"
-            console.print(line, soft_wrap=True, highlight=False)
+            console.print(Text(line), soft_wrap=True)
     print_hardness(result.hardness, console, bool(result.about.get("of_clips")))
     console.print(f"{result.about['seconds']:.1f} seconds", highlight=False)
 
@@ -134,14 +135,15 @@ def sample_kind(about: Mapping[str, Any]) -> str:
 
 
 def _table(result: Result) -> Table:
+    # As `Text`, because names may hold brackets, which are markup in a string.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     titles, rows = _cells(result)
-    table.add_column(titles[0], no_wrap=True)
+    table.add_column(Text(titles[0]), no_wrap=True)
     for number, title in enumerate(titles[1:], 1):  # long titles take several lines
         widest = max(map(len, [*title.split(), *(row[number] for row in rows)]))
-        table.add_column(title, justify="right", min_width=widest)
+        table.add_column(Text(title), justify="right", min_width=widest)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -102,3 +103,18 @@ def test_long_titles_of_the_table_take_several_lines():
     with console.capture() as capture:
         print_result(Result("stats", about, values, columns=COLUMNS), console)
     assert "…" not in capture.get() and "random weights, class token" in capture.get()
+
+
+def test_brackets_in_names_are_no_markup():
+    numbers = {"top1": 40.0, "top1_low": 38.0, "top1_high": 42.0}
+    about = {"run": "runs/[a]", "compare": "runs/[b]", "weights": "student", "data": "data[/x]"}
+    result = Result(
+        "knn",
+        about | {"seconds": 1.0},
+        {"trained [c]": {"k = 10": numbers}},
+        {"trained [c]": {"k = 10": {"top1": 1.0}}},
+    )
+    printed = str(result)
+    assert "runs/[a] (student) on data[/x]" in printed
+    assert "runs/[a] minus runs/[b], trained [c] at k = 10" in printed
+    assert re.search(r"^ *trained \[c\] +40.0 ± 2.0 *$", printed, re.M)
