@@ -161,7 +161,7 @@ def _html_table(result: Result) -> str:
 def _cells(result: Result) -> tuple[list[str], list[list[str]]]:
     """(titles, rows): one row per kind of features; one column per setting, or per number."""
     if _has_settings(result):
-        settings = list(next(iter(result.values.values())))
+        settings = list(dict.fromkeys(s for values in result.values.values() for s in values))
         rows = [
             [name, *[_with_half_width(values.get(setting, {})) for setting in settings]]
             for name, values in result.values.items()

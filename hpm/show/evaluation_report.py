@@ -133,8 +133,9 @@ def _head(result: dict[str, Any]) -> str:
 
 def _numbers(values: dict[str, dict[str, dict[str, float]]], first: str) -> str:
     """A row per features and setting, a column per number with its interval."""
+    several = any(len(settings) > 1 for settings in values.values())
     rows = [
-        ([features] + ([setting] if len(settings) > 1 else []), numbers)
+        ([features, setting] if several else [features], numbers)
         for features, settings in values.items()
         for setting, numbers in settings.items()
     ]
@@ -143,8 +144,7 @@ def _numbers(values: dict[str, dict[str, dict[str, float]]], first: str) -> str:
         for name in dict.fromkeys(name for _, numbers in rows for name in numbers)
         if not name.endswith(("_low", "_high"))
     ]
-    several = max((len(words) for words, _ in rows), default=1)
-    heads = [first, *["setting"] * (several - 1), *map(number_title, names)]
+    heads = [first, *["setting"] * several, *map(number_title, names)]
     cells = [
         [*words, *[_with_interval(numbers, name) for name in names]] for words, numbers in rows
     ]

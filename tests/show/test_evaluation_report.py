@@ -7,6 +7,7 @@ from html import escape
 import pytest
 from helpers import assert_refused, run_here
 
+from hpm.evals.result import Result
 from hpm.show.evaluation_report import write_evaluation_report
 
 
@@ -63,6 +64,18 @@ def test_classes_differences_and_strange_names(tmp_path):
     assert "41.3 (40.1 to 42.0)" in text and "-1.5" in text and "<th>mean IoU, %</th>" in text
     assert escape("<sky>") in text and "<sky>" not in text and escape("a & b") in text
     assert "Curves" not in text and "Figures" not in text
+
+
+def test_features_with_one_and_with_several_settings(tmp_path):
+    values = {"a": {"k = 1": {"top1": 10.0}}, "b": {"k = 1": {"top1": 20.0}, "k = 2": {"top1": 30}}}
+    file = tmp_path / "knn.json"
+    result = {"protocol": "knn", "about": {"run": "r", "data": "d"}, "values": values}
+    file.write_text(json.dumps(result))
+    text = write_evaluation_report(file).read_text()
+    assert "<th>features</th><th>setting</th><th>top-1, %</th>" in text
+    assert "<td>a</td><td>k = 1</td><td>10.0</td>" in text
+    shown = str(Result("knn", result["about"] | {"weights": "student", "seconds": 1}, values))
+    assert re.search(r"^ *b +20 +30 *$", shown, re.M)
 
 
 def test_small_numbers_have_their_interval(tmp_path):
