@@ -18,9 +18,10 @@ from hpm.core.options import make_config, read_preset
 from hpm.data.detection import Detections, objects, open_detection, to_results
 from hpm.evals.detect import Options
 from hpm.evals.detect.data import open_data
-from hpm.evals.detect.figure import as_rgb, draw_objects
+from hpm.evals.detect.figure import draw_objects
 from hpm.evals.detect.testing import DetectionScores, Found
 from hpm.evals.detect.training import DetectorTraining
+from hpm.evals.display import as_rgb
 from hpm.weights.detection import DetectionModel
 from hpm.weights.finetuned import load_model
 

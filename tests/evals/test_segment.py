@@ -19,6 +19,7 @@ from hpm.core.options import make_config, read_preset
 from hpm.data.demo import CLASSES
 from hpm.data.segmentation import open_segmentation
 from hpm.evals.segment import Options
+from hpm.evals.segment.figure import _picture
 from hpm.evals.segment.linear import pixel_features
 from hpm.training.optim import polynomial_rate
 
@@ -62,6 +63,16 @@ def test_table_and_files(linear_segmenter):
         "trained",
         "random_weights",
     }
+
+
+def test_pictures_of_other_images_than_rgb():
+    """Of more than 8 bits or in units of their own, as in detection; with further channels."""
+    hounsfield = torch.linspace(-250_000, 750_000, 100).view(1, 10, 10)
+    picture = _picture(hounsfield, (20, 20))
+    assert picture.min() == 0 and picture.max() == 255
+    assert ((picture > 10) & (picture < 245)).mean() > 0.8
+    four = torch.arange(4, dtype=torch.uint8)[:, None, None].expand(4, 8, 8) * 50
+    assert _picture(four, (8, 8))[0, 0].tolist() == [0, 50, 100]
 
 
 def test_the_same_evaluation_again_has_the_same_file(finished_run, scenes, tmp_path):

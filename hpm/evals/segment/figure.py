@@ -16,6 +16,7 @@ from hpm.data.arrays import UnreadableImage
 from hpm.data.joint import SegmentationTesting
 from hpm.data.mask_files import IGNORED
 from hpm.data.sources import Source
+from hpm.evals.display import as_rgb
 from hpm.evals.segmentation_metrics import confusion_matrices, count_pixels, mean_iou
 from hpm.models.upernet import resize
 from hpm.weights.segmentation import SegmentationModel
@@ -46,10 +47,9 @@ def draw_predictions(
 
 
 def _picture(image: Tensor, size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-    """A loaded image as RGB at the size of the labels. Unless it has 3 channels, the first one is
-    shown."""
-    shown = image.float() if len(image) == 3 else image[:1].float().expand(3, -1, -1)
-    pixels = resize(shown[None], size)[0].clamp(0, 255)
+    """A loaded image as RGB at the size of the labels."""
+    shown = torch.from_numpy(as_rgb(image)).permute(2, 0, 1)
+    pixels = 255 * resize(shown[None], size)[0]
     return pixels.permute(1, 2, 0).round().to(torch.uint8).numpy()
 
 
