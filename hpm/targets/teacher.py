@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hpm.core.config import PretrainConfig
+from hpm.core.durations import duration_steps
 from hpm.core.errors import UserError
 from hpm.mining.losses import normalized_squared_error
 from hpm.targets.base import Images, Patches, PatchLoss, Target, TargetInputs
@@ -23,10 +24,11 @@ class TeacherTarget(Target):
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
-        if config.ema_horizon_end.strip() in ("1 step", "1 steps"):
+        many = 10**9  # so that only a number of steps, or 0, is as short as one step
+        if duration_steps(config.ema_horizon_end, many, many) <= 1:
             raise UserError(
-                "target teacher needs a teacher that lags, but ema_horizon_end of 1 step makes it "
-                "the student: pass a longer one"
+                f"target teacher needs a teacher that lags, but ema_horizon_end of "
+                f"{config.ema_horizon_end} makes it the student: pass a longer one"
             )
 
     @classmethod

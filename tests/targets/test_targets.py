@@ -232,6 +232,8 @@ def test_a_frozen_model_that_is_nowhere(tmp_path, image_folder, monkeypatch):
         ({"target": "frozen", "target_model": "timm/x", "channels": 4}, "takes grey or RGB"),
         ({"target_model": "x"}, "target_model is x, but target is"),
         ({"target": "teacher", "ema_horizon_end": "1 steps"}, "target teacher needs a teacher"),
+        ({"target": "teacher", "ema_horizon_end": "1step"}, "target teacher needs a teacher"),
+        ({"target": "teacher", "ema_horizon_end": "0%"}, "ema_horizon_end of 0% makes it the"),
         (
             {"target": "hog", "ranking_signal": "pixels"},
             "ranking_signal is pixels, but target is hog: leave",
