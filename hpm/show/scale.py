@@ -60,7 +60,7 @@ def _matched(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
 
 
 def bar(scale: Scale) -> str:
-    """The bar of a scale, as HTML; `strip.css` and `moments.css` style it."""
+    """The bar of a scale, as HTML; `strip.css` and `bar_style` style it."""
     low, high = scale.words
     return f'<span class="bar">{low}<i class="ramp"></i>{high}</span>'
 
