@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpm.core.errors import UserError
+from hpm.core.wording import of_clips, worded
 from hpm.evals.saved import saved_evaluations
 from hpm.show.curves import number
 from hpm.show.drawing import Drawing, drawing
@@ -100,7 +101,8 @@ class Run(RunFolder, os.PathLike[str]):
         metrics = read_metrics(self.folder)  # once: of a long run, it takes seconds
         status, last = self._status(metrics), latest_values(metrics)
         rows = {"progress": f"{status.words}; {status.times}".rstrip("; ")}
-        rows |= {title: number(last[name]) for name, title in TILES.items() if name in last}
+        clips = of_clips(self._options())
+        rows |= {worded(t, clips): number(last[name]) for name, t in TILES.items() if name in last}
         rows |= {"report": str(self.report)}
         cells = "".join(
             f'<tr><th style="text-align:left">{escape(name)}</th>'

@@ -161,6 +161,11 @@ def test_the_log(clip_run):
     assert not re.findall(r".*\bimages?\b.*", text)
 
 
+def test_the_summary_in_a_notebook(clip_run):
+    html = clip_run._repr_html_()
+    assert "held-out clips" in html and not re.search(r"\bimages?\b", words_of(html))
+
+
 def test_the_report(clip_run, shown, tmp_path):
     text = (clip_run.folder / "report.html").read_text()
     assert not re.findall(r".*\bimages?\b.*", words_of(text), flags=re.IGNORECASE)
