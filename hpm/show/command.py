@@ -15,7 +15,7 @@ from hpm.core.progress import track
 from hpm.data.loader import Batch, evaluation_batches
 from hpm.data.sources import Source, Subset, open_source
 from hpm.evals.embeddings import holds_features
-from hpm.mining.masking import num_hidden_patches
+from hpm.mining.miner import count_hidden, tubes_of
 from hpm.show.clusters import show_clusters
 from hpm.show.drawing import draw
 from hpm.show.figures import TITLES, picture, unavailable_panels
@@ -141,12 +141,12 @@ def check_shares(trained: Trained, share: float | None, mask_ratio: float | None
         raise UserError(f"hard_share is {share:g}; it must lie between 0 and 1")
     if mask_ratio is None:
         return
-    if trained.model is None:
+    if trained.model is None or trained.config is None:
         raise UserError(f"mask_ratio: {trained.name} holds a backbone only: leave it out")
     if not 0 < mask_ratio < 1:
         raise UserError(f"mask_ratio is {mask_ratio:g}; it must lie between 0 and 1")
     patches = trained.encoder.num_patches
-    if num_hidden_patches(patches, mask_ratio) == patches:
+    if count_hidden(trained.model, mask_ratio, tubes_of(trained.config)) == patches:
         raise UserError(f"mask_ratio {mask_ratio:g} leaves no visible patch of {patches}: lower it")
 
 

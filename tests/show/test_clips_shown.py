@@ -14,6 +14,7 @@ from PIL import Image
 from videos import write_video
 
 import hpm
+from hpm.show.command import check_shares
 from hpm.show.figures import Picture, pixels
 from hpm.show.moments import keep_animations, read_animations
 from hpm.show.page import FRAME_DURATION
@@ -124,6 +125,15 @@ def test_the_viewer(clip_run, tmp_path):
             assert len(animation(uri)) == FRAMES
     for body in (b"nothing", b""):
         assert set(viewer.answer({}, body)) == {"error"}
+
+
+def test_a_share_that_hides_all_tubes(clip_run):
+    """It leaves one of 32 patches visible, but none of 16 tubes."""
+    trained = load(str(clip_run.folder))
+    check_shares(trained, None, 0.95)
+    trained.config.mine_tubes = "mean"
+    with pytest.raises(hpm.UserError, match="mask_ratio 0.95 leaves no visible patch"):
+        check_shares(trained, None, 0.95)
 
 
 def words_of(page):
