@@ -50,6 +50,15 @@ def test_the_learning_rate_is_one_of_the_grid(linear_segmenter):
     assert chosen["lr"] in Options("r", "d").lr and 0 < chosen["held_out_mean_iou"] < 100
 
 
+def test_a_head_that_diverges_is_not_chosen(finished_run, scenes, tmp_path):
+    options = LINEAR | {"steps": 3, "baselines": False, "figure_images": 0, "out": str(tmp_path)}
+    run, data = str(finished_run.folder), str(scenes)
+    result = hpm.evaluate("segment", run, data, lr=(1e38, 1e-9), **options)
+    assert result.chosen["trained"]["lr"] == 1e-9
+    with pytest.raises(hpm.UserError, match="on trained diverges at every learning rate"):
+        hpm.evaluate("segment", run, data, lr=(1e38,), **options)
+
+
 def test_table_and_files(linear_segmenter):
     out, result = linear_segmenter
     assert "mean IoU" in str(result) and "pixel accuracy" in str(result)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hpm.core import distributed
+from hpm.core.errors import UserError
 from hpm.core.progress import track
 from hpm.data.dense import DenseBatch, dense_batches, dense_loader
 from hpm.data.loader import StepSampler, normalize
@@ -155,14 +156,20 @@ def _labels(
 
 
 def _chosen(job: SegmentationJob, probe: Probe) -> tuple[SegmentationModel, dict[str, float]]:
-    """The head whose copy had the highest mean IoU on the held-out images."""
+    """The head whose copy had the highest mean IoU on the held-out images. Raises UserError if all
+    have diverged."""
     held = job.held_out
     if len(held) > MAX_HELD_OUT:
         held = held[np.linspace(0, len(held) - 1, MAX_HELD_OUT).astype(int)]
     scores = _held_out_scores(job, probe, Subset(job.train, held))
-    best = int(torch.nan_to_num(scores, nan=-1.0).argmax())
     lrs = job.options.lr
     segmenter, heads = probe.segmenter, probe.heads
+    weight, bias = _head(heads, CHOOSING)
+    finite = (weight.isfinite().all(2) & bias.isfinite()).all(1).cpu()  # NaN predicts class 0
+    if not finite.any():
+        name = probe.backbone.name
+        raise UserError(f"the linear head on {name} diverges at every learning rate: lower --lr")
+    best = int(torch.where(finite, torch.nan_to_num(scores, nan=-1.0), -2.0).argmax())
     segmenter.norm.load_state_dict(heads.norm.state_dict())
     weight, bias = _head(heads, TESTED)
     segmenter.head.load_state_dict({"weight": weight[best][..., None, None], "bias": bias[best]})
