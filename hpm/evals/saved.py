@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from hpm.evals.contract import COMPARED, installed_options
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     features: str  # empty for numbers of the predictor and the teacher
     numbers: dict[str, float]
     options: str = ""  # those that are not the defaults
+    paths: tuple[str, ...] = ()  # of the data, and of the test set where it is another
 
     @property
     def title(self) -> str:
@@ -59,6 +61,10 @@ class Row(NamedTuple):
         """Evaluation, data, features and numbers as text."""
         evaluation = ", ".join(filter(None, (self.evaluation, self.options)))
         return [evaluation, self.data, self.features, _words(self.numbers)]
+
+    def named(self, names: Mapping[str, str]) -> Row:
+        """With the names of `data_names` for its data."""
+        return self._replace(data=", tested on ".join(names[path] for path in self.paths))
 
     @property
     def main(self) -> dict[str, tuple[float, float | None, float | None]]:
@@ -98,7 +104,32 @@ class Saved:
 def saved_evaluations(run_folder: Path | None, folder: str = "evals") -> list[Saved]:
     """All of RUN/evals/*.json, by name."""
     files = sorted((run_folder / folder).glob("*.json")) if run_folder else []
-    return [_read(file) for file in files]
+    found = [_read(file) for file in files]
+    names = data_names(row for saved in found for row in saved.rows or ())
+    for saved in found:
+        saved.rows = saved.rows and [row.named(names) for row in saved.rows]
+    return found
+
+
+def data_names(rows: Iterable[Row]) -> dict[str, str]:
+    """A short name for each path of data: its last part, and as many before it as tell it from the
+    others. A path that another one ends in may be the same data, written shorter."""
+    parts = {path: PurePath(path).parts for row in rows for path in row.paths}
+
+    def differ(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+        shared = min(len(one), len(other))
+        return one[-shared:] != other[-shared:]
+
+    names = {}
+    for path, own in parts.items():
+        others = [other for other in parts.values() if differ(own, other)]
+        enough = (
+            length
+            for length in range(1, len(own))
+            if all(own[-length:] != other[-length:] for other in others)
+        )
+        names[path] = "/".join(own[-next(enough, len(own)) :])
+    return names
 
 
 def _read(file: Path) -> Saved:
@@ -112,17 +143,16 @@ def _read(file: Path) -> Saved:
 
 def _rows(result: dict[str, Any]) -> list[Row]:
     about, protocol = result["about"], result["protocol"]
-    data = Path(about["data"]).name
-    data += f", tested on {Path(about['test']).name}" if about.get("test") else ""
+    paths = tuple(str(Path(about[name])) for name in ("data", "test") if about.get(name))
     rows = []
     for features, settings in result["values"].items():
         if features.startswith(COMPARED):
             continue  # numbers of another run
         for setting, numbers in settings.items():
             name = protocol if setting == protocol else f"{protocol}, {setting}"
-            rows.append(Row(name, data, features, numbers, _options(protocol, about)))
+            rows.append(Row(name, "", features, numbers, _options(protocol, about), paths))
     if result["hardness"]:
-        rows.append(Row(PREDICTOR, data, "", result["hardness"]))
+        rows.append(Row(PREDICTOR, "", "", result["hardness"], paths=paths))
     return rows
 
 

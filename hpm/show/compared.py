@@ -13,7 +13,7 @@ from hpm.core.config import PretrainConfig
 from hpm.core.errors import UserError
 from hpm.core.wording import of_clips, worded
 from hpm.evals.contract import RAW_PIXELS, TRAINED
-from hpm.evals.saved import Row, number_title, saved_evaluations
+from hpm.evals.saved import Row, data_names, number_title, saved_evaluations
 from hpm.mining.miner import tubes_of
 from hpm.show.readings import read_metrics
 from hpm.show.report import read_options
@@ -118,7 +118,11 @@ def read_runs(names: Sequence[str]) -> list[ComparedRun]:
         found = f"only {names[0]} is one" if folders else "none of these folders is one"
         raise UserError(f"name at least two runs of hpm pretrain to compare: {found}")
     common = os.path.commonpath([os.path.dirname(folder) for folder in folders])
-    return [_read(Path(folder), os.path.relpath(folder, common)) for folder in folders]
+    runs = [_read(Path(folder), os.path.relpath(folder, common)) for folder in folders]
+    names = data_names(row for run in runs for row in run.evaluations)
+    for run in runs:
+        run.evaluations = [row.named(names) for row in run.evaluations]
+    return runs
 
 
 def differing_options(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:

@@ -134,11 +134,15 @@ def _predictor(options: dict[str, Any], last: dict[str, Any]) -> str:
 
 def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool) -> str:
     """The best trained features beside the best of random weights and the best raw pixels, of one
-    evaluation. One is above another if their intervals do not overlap."""
-    rows = [row for s in evaluations if s.weights != "teacher" for row in s.rows or ()]
-    rows = [row for row in rows if "top1" in row.main]
+    evaluation at the latest step. One is above another if their intervals do not overlap."""
+    at_step: dict[int, list[Row]] = {}  # a run that was prolonged may have been evaluated before
+    for saved in evaluations:
+        if saved.weights != "teacher":
+            step = last["step"] if saved.step is None else saved.step
+            at_step.setdefault(step, []).extend(r for r in saved.rows or () if "top1" in r.main)
+    step = max((step for step, rows in at_step.items() if rows), default=last["step"])
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in at_step.get(step, ()):
         groups.setdefault((row.title, row.options), []).append(row)
     found = [own for own in groups.values() if _best(own, TRAINED) is not None]
     if not found:
@@ -149,6 +153,7 @@ def _features(evaluations: Sequence[Saved], last: dict[str, Any], finished: bool
     trained = _best(own, TRAINED)
     assert trained is not None
     words = f"{trained.title} {_percent(trained)}"
+    words += f" at step {step:,}" if step < last["step"] else ""
     sides: dict[str, list[str]] = {}
     for kind in (RANDOM, RAW_PIXELS):
         other = _best(own, kind)

@@ -161,3 +161,20 @@ def test_refusals(runs, image_folder, tmp_path):
     ):
         assert_refused(run_here("compare", *arguments), words)
     assert "RUNS ..." in run_here("compare", "--help").stdout
+
+
+def test_other_data_of_the_same_name_is_another_measure(tmp_path):
+    """Folders named `images`, or files `train.parquet`, are common."""
+    folders = [tmp_path / each for each in "ab"]
+    for folder, data in zip(folders, ("cub/images", "pets/images"), strict=True):
+        (folder / "evals").mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"data": "photos"}))
+        values = {"trained, patch mean": {"linear": {"top1": 50.0}}}
+        result = {"protocol": "linear", "values": values, "hardness": {}}
+        result["about"] = {"data": data, "weights": "student", "step": 1, "run": "r"}
+        (folder / "evals" / "linear.json").write_text(json.dumps(result))
+    titles = [measure.title for run in read_runs([str(tmp_path)]) for measure in run.measures()]
+    assert titles == [
+        "linear probe on cub/images, patch mean",
+        "linear probe on pets/images, patch mean",
+    ]

@@ -166,3 +166,11 @@ def test_references_depend_on_target_and_predictor():
     for target in ("hog", "teacher", "tokens", "my_module:Mine"):
         assert "reconstruction_loss" not in references(MAE | {"target": target})
     assert references(MAE)["ranking_accuracy"].value == 0.5
+
+
+def test_an_evaluation_before_the_run_was_prolonged_says_its_step():
+    before, now = saved(trained=40.0), saved(trained=30.0)
+    before.step = 50
+    assert "linear probe on flowers 40.0\u00a0% at step 50" in judge(MAE, at_end(), [before], 100)
+    told = judge(MAE, at_end(), [before, now], 100)
+    assert "linear probe on flowers 30.0" in told and "at step" not in told
