@@ -68,7 +68,7 @@ DEPARTURES = """
 - **MAE with the mask ratio of HPM**, 0.75, was added when two seeds of the predictor's arm were
   known (2026-11-27). Only MAE's ratio was tuned (0.85), so that the other arms differ from it in
   the ratio too. The predictor's loss beside mining by memory was added then, because each alone
-  was ahead of MAE.
+  was ahead of MAE at its tuned ratio. Both before any result of MAE at 0.75.
 - **The ratio of the steps**, which gives MAE for HPM's time its length ({ratio:.2f}), was measured
   with a mask ratio of 0.75 for both. MAE's tuned one is 0.85, which makes its step faster. Measured
   afterwards at each arm's own setting, in turns, a step of HPM takes {HPM} times as long as MAE's,
@@ -130,7 +130,7 @@ TITLES = {
     "green noise": "green noise (ColorMAE)",
     EQUAL_TIME: "MAE for as long as HPM takes",
     LONGER_MEMORY: "HPM by memory, as many steps as that",
-    SAME_RATIO: "MAE with the mask ratio of HPM (0.75)",
+    SAME_RATIO: "MAE with mask ratio 0.75",
     BOTH: "HPM by memory, with the predictor's loss",
     "HPM, sampled": "HPM, mined patches sampled (temperature 1)",
     "HPM, progress": "HPM by the progress of the loss",
@@ -148,7 +148,7 @@ BLOCKS = {
     "Ways to mine by the predictor": ("HPM", *(f"HPM, {way}" for way in WAYS)),
 }
 SHORT = {
-    SAME_RATIO: "MAE, mask ratio of HPM",
+    SAME_RATIO: "MAE, mask ratio 0.75",
     "predictor": "predictor's loss, random masks",
     "memory": "HPM by memory",
     EQUAL_TIME: "MAE",
@@ -175,6 +175,20 @@ COMPARISONS = (
     ("HPM, raw pixels", "MAE, raw pixels"),
     *((name, TUNED_AS[name]) for name in VARIANTS),
 )
+# The README's table: (title, arm, what it is compared with)
+SUMMARY = (
+    ("HPM minus MAE ({tuned:g}, as tuned)", "HPM", "MAE"),
+    ("HPM by memory minus MAE ({tuned:g})", "memory", "MAE"),
+    ("MAE (0.75) minus MAE ({tuned:g})", SAME_RATIO, "MAE"),
+    ("HPM minus MAE (0.75)", "HPM", SAME_RATIO),
+    ("HPM by memory minus MAE (0.75)", "memory", SAME_RATIO),
+    ("predictor's loss with random masks minus MAE (0.75)", "predictor", SAME_RATIO),
+    ("HPM minus predictor's loss with random masks: mining alone", "HPM", "predictor"),
+    ("green noise minus MAE (0.75)", "green noise", SAME_RATIO),
+    ("HPM minus MAE ({tuned:g}) for HPM's time", "HPM", EQUAL_TIME),
+    ("HPM by memory minus MAE ({tuned:g}), as many steps as that", LONGER_MEMORY, EQUAL_TIME),
+)
+IN_README = ("linear", "segment", "knn")
 ALSO_TUNED = {"MAE": ("mask_ratio", (0.65, 0.75, 0.85)), "HPM": ("hard_share_end", (0.25, 0.5))}
 DEFAULTS = {"mask_ratio": 0.75, "hard_share_end": 0.5}
 MEASURES = {
@@ -512,63 +526,40 @@ class Experiment:
         return DEPARTURES.strip().format(ratio=self.known.get("ratio", float("nan")), **told)
 
     def summary(self, found: dict[str, dict[int, dict]]) -> str:
-        """The README's paragraph: how HPM compares with MAE so far."""
-        planned = len(self.seeds)
-        pairs = len(pairs_of(found["HPM"], found["MAE"]))
+        """The README's part: how the arms compare so far."""
         text = (
-            f"Both methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
-            f"ImageNet, each with its own tuned settings. After {self.epochs} epochs each ({pairs} "
-            f"of {planned} planned seeds), HPM {verdict(paired(found['HPM'], found['MAE']))} "
-            "(differences in points, with 95 % t-intervals)."
+            f"All methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
+            f"ImageNet for {self.epochs} epochs, or for the time of HPM's {self.epochs}. The table "
+            f"has differences in points, with 95 % t-intervals over up to {len(self.seeds)} seeds; "
+            "bold ones are significant. MAE's mask ratio is in brackets; the others' is 0.75."
         )
-        if ratios := self.known.get("step_ratios"):
-            text += f" A step of HPM took {ratios['HPM'][0]:.2f} times as long as one of MAE."
-        pairs = len(pairs_of(found["HPM"], found[EQUAL_TIME]))
-        if pairs > 1:
-            text += (
-                f" After about the same time ({pairs} of {planned} seeds), HPM "
-                f"{verdict(paired(found['HPM'], found[EQUAL_TIME]))}."
-            )
-        if (pairs := len(pairs_of(found["memory"], found["MAE"]))) > 1:
-            text += (
-                f" HPM by memory ({pairs} pairs), after as many epochs as MAE, "
-                f"{verdict(paired(found['memory'], found['MAE']))}."
-            )
-        if ratios := self.known.get("step_ratios"):
-            text += f" Its step took {ratios['memory'][0]:.2f} times as long as MAE's."
-        if (pairs := len(pairs_of(found[LONGER_MEMORY], found[EQUAL_TIME]))) > 1:
-            text += (
-                f" Trained for as many steps as the MAE that has HPM's time ({pairs} pairs), it "
-                f"{verdict(paired(found[LONGER_MEMORY], found[EQUAL_TIME]))} compared with that "
-                "MAE."
-            )
-        caption = "*A dot for each seed, a line through the dots of a seed, and a bar at the mean.*"
-        return (
-            f"{textwrap.fill(text, 100)}\n\n![linear probe, mean IoU and kNN by method]"
-            f"(benchmarks/evidence.png)\n\n{caption}"
+        tuned = (self.tune("MAE")[1] or {}).get("mask_ratio", DEFAULTS["mask_ratio"])
+        rows = [
+            [
+                title.format(tuned=tuned),
+                str(count),
+                *[marked(differences.get(measure, [])) for measure in IN_README],
+            ]
+            for title, arm, base in SUMMARY
+            if (count := len(pairs_of(found[arm], found[base]))) > 1
+            for differences in [paired(found[arm], found[base])]
+        ]
+        differences = table(["", "seeds", *map(MEASURES.__getitem__, IN_README)], rows)
+        return "\n\n".join(
+            [
+                textwrap.fill(text, 100),
+                differences,
+                "![linear probe, mean IoU and kNN by method](benchmarks/evidence.png)",
+                "*A dot for each seed, a line through the dots of a seed, and a bar at the mean.*",
+            ]
         )
 
 
-def verdict(differences: dict[str, list[float]]) -> str:
-    """In words, on which measures HPM differs from MAE. differences: points, by measure."""
-    told: dict[str, list[str]] = {
-        "is better on": [],
-        "is worse on": [],
-        "does not differ significantly on": [],
-    }
-    better, worse, same = told
-    for measure, values in differences.items():
-        mean, half = mean_and_half(values)
-        word = same if abs(mean) < half else better if mean > 0 else worse
-        title = MEASURES[measure].replace("CamVid, ", "CamVid ").split(",")[0]
-        article = "the " if title.endswith("probe") else ""
-        told[word].append(f"{article}{title} ({interval(values)})")
-    return "; it ".join(f"{word} {listed(ms)}" for word, ms in told.items() if ms)
-
-
-def listed(words: list[str]) -> str:
-    """`a, b and c`"""
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def marked(differences: list[float]) -> str:
+    """Mean and interval; bold if it does not hold 0."""
+    mean, half = mean_and_half(differences)
+    text = interval(differences)
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def write_splits(data: Path, out: Path, rows: int, smoke: bool) -> Path:
