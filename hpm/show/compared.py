@@ -119,9 +119,9 @@ def read_runs(names: Sequence[str]) -> list[ComparedRun]:
         raise UserError(f"name at least two runs of hpm pretrain to compare: {found}")
     common = os.path.commonpath([os.path.dirname(folder) for folder in folders])
     runs = [_read(Path(folder), os.path.relpath(folder, common)) for folder in folders]
-    names = data_names(row for run in runs for row in run.evaluations)
+    short = data_names(row for run in runs for row in run.evaluations)
     for run in runs:
-        run.evaluations = [row.named(names) for row in run.evaluations]
+        run.evaluations = [row.named(short) for row in run.evaluations]
     return runs
 
 
