@@ -69,6 +69,9 @@ DEPARTURES = """
   known (2026-11-27). Only MAE's ratio was tuned (0.85), so that the other arms differ from it in
   the ratio too. The predictor's loss beside mining by memory was added then, because each alone
   was ahead of MAE at its tuned ratio. Both before any result of MAE at 0.75.
+- **Two kinds of CPU.** MAE at 0.75, the predictor's arm, green noise and the predictor's loss with
+  mining by memory were trained on an Intel Xeon, the arms before them on an AMD EPYC. Pairs across
+  the two share order, crops and initial encoder, but not the rounding of their sums.
 - **The ratio of the steps**, which gives MAE for HPM's time its length ({ratio:.2f}), was measured
   with a mask ratio of 0.75 for both. MAE's tuned one is 0.85, which makes its step faster. Measured
   afterwards at each arm's own setting, in turns, a step of HPM takes {HPM} times as long as MAE's,
