@@ -10,6 +10,7 @@ from rich.console import Console
 from hpm.commands.options import DemoConfig
 from hpm.core.config import PretrainConfig
 from hpm.core.options import make_config, read_preset
+from hpm.core.progress import result_console
 from hpm.evals import evaluate
 from hpm.evals.contract import RANDOM, RAW_PIXELS, TRAINED, Numbers
 from hpm.evals.features import CLASS_TOKEN, PATCH_MEAN
@@ -40,7 +41,7 @@ def demo(config: DemoConfig) -> Run:
     if config.seed is not None:
         options["seed"] = config.seed
     run = run_pretraining(make_config(PretrainConfig, options))
-    console = Console()
+    console = result_console()
     figure = _measure_videos(run, console) if config.video else _measure_images(run, console)
     write_report(run.folder)  # with the evaluations
     kind = "videos" if config.video else "images"

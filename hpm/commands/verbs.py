@@ -69,15 +69,14 @@ def _compare(config: Any) -> None:
 
 
 def _eval(evaluation: Evaluation, options: Any) -> None:
-    from rich.console import Console
-
     from hpm.core import distributed
+    from hpm.core.progress import result_console
     from hpm.evals.result import print_result
     from hpm.evals.running import run_evaluation
 
     result = run_evaluation(evaluation, options)
     if distributed.is_main():
-        print_result(result, Console())
+        print_result(result, result_console())
         if result.file:
             print(f"written to {result.file}")
         if result.file and result.about.get("training"):
@@ -88,16 +87,15 @@ def _eval(evaluation: Evaluation, options: Any) -> None:
             raise UserError(result.unwritable)
 
 
-def _ablate(config: Any) -> None:
-    from rich.console import Console
-
-    from hpm.commands.ablate import ablate
+def _ablation(name: str, config: Any) -> None:
     from hpm.commands.ablation_results import print_results
     from hpm.core import distributed
+    from hpm.core.progress import result_console
 
-    results = ablate(config)
+    module = importlib.import_module(f"hpm.commands.{name}")
+    results = getattr(module, name)(config)
     if distributed.is_main():
-        print_results(results, Console())
+        print_results(results, result_console())
         print(f"written to {results.file} (with .csv, .png and compare.html beside it)")
 
 
@@ -112,46 +110,12 @@ def _plan(config: Any) -> None:
     _write_json(made.to_json(), config.json)
 
 
-def _methods(config: Any) -> None:
-    from rich.console import Console
+def _bench(name: str, config: Any) -> None:
+    from hpm.core.progress import result_console
 
-    from hpm.commands.ablation_results import print_results
-    from hpm.commands.methods import methods
-    from hpm.core import distributed
-
-    results = methods(config)
-    if distributed.is_main():
-        print_results(results, Console())
-        print(f"written to {results.file} (with .csv, .png and compare.html beside it)")
-
-
-def _bench_step(config: Any) -> None:
-    from rich.console import Console
-
-    from hpm.commands import bench_step
-
-    report = bench_step.bench_step(config)
-    bench_step.print_report(report, Console())
-    _write_json(report, config.json)
-
-
-def _bench_dense(config: Any) -> None:
-    from rich.console import Console
-
-    from hpm.commands import bench_dense
-
-    report = bench_dense.bench_dense(config)
-    bench_dense.print_report(report, Console())
-    _write_json(report, config.json)
-
-
-def _bench_data(config: Any) -> None:
-    from rich.console import Console
-
-    from hpm.commands import bench_data
-
-    report = bench_data.bench_data(config)
-    bench_data.print_report(report, Console())
+    module = importlib.import_module(f"hpm.commands.bench_{name}")
+    report = getattr(module, f"bench_{name}")(config)
+    module.print_report(report, result_console())
     _write_json(report, config.json)
 
 
@@ -273,14 +237,15 @@ def _evaluations(name: str | None = None) -> dict[str, Verb]:
 
 def _benchmarks(name: str | None = None) -> dict[str, Verb]:
     options = "hpm.commands.options"
+    step, dense, data = (functools.partial(_bench, each) for each in ("step", "dense", "data"))
     return {
         "step": Verb(
-            f"{options}:BenchConfig", _bench_step, presets=True, about="what a training step costs"
+            f"{options}:BenchConfig", step, presets=True, about="what a training step costs"
         ),
-        "segment": Verb(f"{options}:BenchSegmentConfig", _bench_dense, about="speed of UPerNet"),
-        "detect": Verb(f"{options}:BenchDetectConfig", _bench_dense, about="speed of Mask R-CNN"),
+        "segment": Verb(f"{options}:BenchSegmentConfig", dense, about="speed of UPerNet"),
+        "detect": Verb(f"{options}:BenchDetectConfig", dense, about="speed of Mask R-CNN"),
         "data": Verb(
-            f"{options}:BenchDataConfig", _bench_data, ("data",), about="how fast images are loaded"
+            f"{options}:BenchDataConfig", data, ("data",), about="how fast images are loaded"
         ),
     }
 
@@ -306,9 +271,18 @@ VERBS = {
     "report": Verb("hpm.show.options:ReportConfig", _report, ("run",)),
     "compare": Verb("hpm.show.options:CompareConfig", _compare, ("runs",), ("runs",)),
     "ablate": Verb(
-        "hpm.commands.options:AblateConfig", _ablate, ("data",), ("arm", "vary"), presets=True
+        "hpm.commands.options:AblateConfig",
+        functools.partial(_ablation, "ablate"),
+        ("data",),
+        ("arm", "vary"),
+        presets=True,
     ),
-    "methods": Verb("hpm.commands.options:MethodsConfig", _methods, ("data",), presets=True),
+    "methods": Verb(
+        "hpm.commands.options:MethodsConfig",
+        functools.partial(_ablation, "methods"),
+        ("data",),
+        presets=True,
+    ),
     "tokenize": Verb("hpm.commands.options:TokenizeConfig", _tokenize, ("data",)),
     "prepare": Verb("hpm.commands.options:PrepareConfig", _prepare, ("data",)),
     "show": Verb("hpm.show.options:ShowConfig", _show, ("run", "data")),

@@ -20,16 +20,22 @@ def text_console() -> Console:
             file=sys.stdout,
             highlight=False,
             soft_wrap=True,
+            markup=False,
             force_jupyter=False,
             force_terminal=False,
         )
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
+
+
+def result_console() -> Console:
+    """A console for results, on stdout. Brackets in the names of files are not markup."""
+    return Console(markup=False)
 
 
 def say(text: str) -> None:
     """Print a line, in the main process."""
     if distributed.is_main():
-        text_console().print(text, markup=False)
+        text_console().print(text)
 
 
 def track(steps: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:

@@ -12,7 +12,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from hpm.core.errors import counted
 from hpm.core.files import write_text
@@ -89,13 +88,15 @@ class Result:
 
 def _text_console() -> Console:
     """A console whose output is plain text, wherever it goes."""
-    return Console(width=100, no_color=True, force_terminal=False, force_jupyter=False)
+    return Console(
+        width=100, no_color=True, markup=False, force_terminal=False, force_jupyter=False
+    )
 
 
 def print_result(result: Result, console: Console) -> None:
     """Print the tables, and lines about the loss predictor."""
     if result.values:
-        console.print(Text(_heading(result)), soft_wrap=True)
+        console.print(_heading(result), soft_wrap=True, highlight=False)
         console.print(_table(result))
     _print_below(result, console)
 
@@ -109,7 +110,7 @@ def _print_below(result: Result, console: Console) -> None:
             at = f" at {setting}" if setting != result.protocol else ""
             runs = f"{result.about['run']} minus {result.about['compare']}"
             line = f"{runs}, {name}{at}: {_difference(numbers)}"
-            console.print(Text(line), soft_wrap=True)
+            console.print(line, soft_wrap=True, highlight=False)
     print_hardness(result.hardness, console, bool(result.about.get("of_clips")))
     console.print(f"{result.about['seconds']:.1f} seconds", highlight=False)
 
@@ -135,15 +136,14 @@ def sample_kind(about: Mapping[str, Any]) -> str:
 
 
 def _table(result: Result) -> Table:
-    # As `Text`, because names may hold brackets, which are markup in a string.
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     titles, rows = _cells(result)
-    table.add_column(Text(titles[0]), no_wrap=True)
+    table.add_column(titles[0], no_wrap=True)
     for number, title in enumerate(titles[1:], 1):  # long titles take several lines
         widest = max(map(len, [*title.split(), *(row[number] for row in rows)]))
-        table.add_column(Text(title), justify="right", min_width=widest)
+        table.add_column(title, justify="right", min_width=widest)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     return table
 
 

@@ -114,7 +114,7 @@ class RunLog:
         """Log a line to the terminal and to train.log."""
         if not self.active:
             return
-        self.console.print(text, markup=False)
+        self.console.print(text)
         self._to_file(text)
 
     def _to_file(self, text: str) -> None:
