@@ -164,12 +164,10 @@ def _chosen(job: SegmentationJob, probe: Probe) -> tuple[SegmentationModel, dict
     scores = _held_out_scores(job, probe, Subset(job.train, held))
     lrs = job.options.lr
     segmenter, heads = probe.segmenter, probe.heads
-    weight, bias = _head(heads, CHOOSING)
-    finite = (weight.isfinite().all(2) & bias.isfinite()).all(1).cpu()  # NaN predicts class 0
-    if not finite.any():
+    best = int(scores.nan_to_num(nan=-1.0, neginf=-torch.inf).argmax())
+    if scores[best] == -torch.inf:
         name = probe.backbone.name
         raise UserError(f"the linear head on {name} diverges at every learning rate: lower --lr")
-    best = int(torch.where(finite, torch.nan_to_num(scores, nan=-1.0), -2.0).argmax())
     segmenter.norm.load_state_dict(heads.norm.state_dict())
     weight, bias = _head(heads, TESTED)
     segmenter.head.load_state_dict({"weight": weight[best][..., None, None], "bias": bias[best]})
@@ -188,7 +186,8 @@ def _chosen(job: SegmentationJob, probe: Probe) -> tuple[SegmentationModel, dict
 
 @torch.inference_mode()
 def _held_out_scores(job: SegmentationJob, probe: Probe, source: Source) -> Float[Tensor, " grid"]:
-    """Mean IoU of each head in percent on the held-out images, at the encoder's image size."""
+    """Mean IoU of each head in percent on the held-out images, at the encoder's image size; -inf
+    if it has diverged."""
     backbone, segmenter = probe.backbone.backbone, probe.segmenter
     segmenter.norm.load_state_dict(probe.heads.norm.state_dict())
     weight, bias = _head(probe.heads, CHOOSING)
@@ -218,7 +217,9 @@ def _held_out_scores(job: SegmentationJob, probe: Probe, source: Source) -> Floa
                 truth = small[0].long().expand(len(heads), -1, -1)
                 matrices[heads] += confusion_matrices(predicted, truth, classes)
     total = torch.stack(distributed.gather(matrices)).sum(0)
-    return torch.from_numpy(mean_iou(count_pixels(total)))
+    # A head that is NaN predicts the first class, which has an IoU.
+    finite = (weight.isfinite().all(2) & bias.isfinite()).all(1).cpu()
+    return torch.from_numpy(mean_iou(count_pixels(total))).masked_fill(~finite, -torch.inf)
 
 
 def _head(
