@@ -96,29 +96,29 @@ WAYS: dict[str, dict[str, Any]] = {
 MINED = {"mask": "easy_to_hard", "predictor_loss": "relative"}
 PLAIN = {"mask": "random", "predictor_loss": "none"}
 REMEMBERED = {"mask": "easy_to_hard", "mine_by": "memory", "predictor_loss": "none"}
+EQUAL_TIME, LONGER_MEMORY = "MAE, HPM's time", "memory, HPM's time"
+SAME_RATIO, BOTH = "MAE, ratio 0.75", "memory, predictor's loss"
 METHODS: dict[str, dict[str, Any]] = {
     "MAE": PLAIN,
     "HPM": MINED,
     "predictor": {"mask": "random", "predictor_loss": "relative"},
     "memory": REMEMBERED,
-    "MAE, HPM's time": PLAIN,
-    "memory, HPM's time": REMEMBERED,
-    "MAE, ratio 0.75": PLAIN | {"mask_ratio": 0.75},
+    EQUAL_TIME: PLAIN,
+    LONGER_MEMORY: REMEMBERED,
+    SAME_RATIO: PLAIN | {"mask_ratio": 0.75},
     "green noise": {"mask": "green_noise", "predictor_loss": "none"},
     "MAE, raw pixels": PLAIN | {"target": "pixels"},
     "HPM, raw pixels": MINED | {"target": "pixels"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"memory, {way}": REMEMBERED | changed for way, changed in WAYS.items()},
-    "memory, predictor's loss": REMEMBERED | {"predictor_loss": "relative"},
+    BOTH: REMEMBERED | {"predictor_loss": "relative"},
     **{f"HPM, {way}": MINED | changed for way, changed in WAYS.items()},
 }
 ARMS = METHODS | VARIANTS
 VARIANT_SEEDS = range(2)
 STEP_ROUNDS = 5
 PAIR = ("MAE", "HPM")  # whose seeds come first
-EQUAL_TIME, LONGER_MEMORY = "MAE, HPM's time", "memory, HPM's time"
-SAME_RATIO, BOTH = "MAE, ratio 0.75", "memory, predictor's loss"
 # Whose best setting an arm takes: that of the arm that it changes.
 TUNED_AS = {
     EQUAL_TIME: "MAE",
@@ -161,23 +161,6 @@ SHORT = {
     **{name: name.split(", ")[1] for name in VARIANTS},
     BOTH: "with the predictor's loss",
 }
-# (arm, what it is compared with)
-COMPARISONS = (
-    *(
-        (name, "MAE")
-        for name in METHODS
-        if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels", LONGER_MEMORY)
-    ),
-    ("HPM", EQUAL_TIME),
-    ("memory", "HPM"),
-    ("predictor", SAME_RATIO),
-    ("HPM", SAME_RATIO),
-    ("memory", SAME_RATIO),
-    ("HPM", "predictor"),
-    (LONGER_MEMORY, EQUAL_TIME),
-    ("HPM, raw pixels", "MAE, raw pixels"),
-    *((name, TUNED_AS[name]) for name in VARIANTS),
-)
 # The README's table: (title, arm, what it is compared with)
 SUMMARY = (
     ("HPM minus MAE ({tuned:g}, as tuned)", "HPM", "MAE"),
@@ -188,10 +171,24 @@ SUMMARY = (
     ("predictor's loss with random masks minus MAE (0.75)", "predictor", SAME_RATIO),
     ("HPM minus predictor's loss with random masks: mining alone", "HPM", "predictor"),
     ("green noise minus MAE (0.75)", "green noise", SAME_RATIO),
-    ("HPM minus MAE ({tuned:g}) for HPM's time", "HPM", EQUAL_TIME),
-    ("HPM by memory minus MAE ({tuned:g}), as many steps as that", LONGER_MEMORY, EQUAL_TIME),
+    ("HPM minus MAE ({tuned:g}) in HPM's time", "HPM", EQUAL_TIME),
+    ("HPM by memory minus that MAE, with as many steps", LONGER_MEMORY, EQUAL_TIME),
 )
 IN_README = ("linear", "segment", "knn")
+# (arm, what it is compared with)
+COMPARISONS = dict.fromkeys(
+    (
+        *(
+            (name, "MAE")
+            for name in METHODS
+            if name not in ("MAE", "MAE, raw pixels", "HPM, raw pixels", LONGER_MEMORY)
+        ),
+        *((arm, base) for _, arm, base in SUMMARY),
+        ("memory", "HPM"),
+        ("HPM, raw pixels", "MAE, raw pixels"),
+        *((name, TUNED_AS[name]) for name in VARIANTS),
+    )
+)
 ALSO_TUNED = {"MAE": ("mask_ratio", (0.65, 0.75, 0.85)), "HPM": ("hard_share_end", (0.25, 0.5))}
 DEFAULTS = {"mask_ratio": 0.75, "hard_share_end": 0.5}
 MEASURES = {
@@ -531,10 +528,10 @@ class Experiment:
     def summary(self, found: dict[str, dict[int, dict]]) -> str:
         """The README's part: how the arms compare so far."""
         text = (
-            f"All methods trained {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
-            f"ImageNet for {self.epochs} epochs, or for the time of HPM's {self.epochs}. The table "
-            f"has differences in points, with 95 % t-intervals over up to {len(self.seeds)} seeds; "
-            "bold ones are significant. MAE's mask ratio is in brackets; the others' is 0.75."
+            f"Each method trains {self.chosen.model} on {self.chosen.rows:,} images of Tiny "
+            f"ImageNet for {self.epochs} epochs, or for as long as HPM takes for that. The table "
+            "shows differences in points with 95 % t-intervals; bold ones are significant. MAE's "
+            "mask ratio is in brackets; the other methods use 0.75."
         )
         tuned = (self.tune("MAE")[1] or {}).get("mask_ratio", DEFAULTS["mask_ratio"])
         rows = [
